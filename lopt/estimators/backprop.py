@@ -1,0 +1,185 @@
+"""What truncated and full backpropagation share: windows in chunks, objectives, and tasks that go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.estimators.base import Estimate, Estimator
+from lopt.rules import Rule
+from lopt.tasks import TaskFamily
+from lopt.tensors import Params
+from lopt.unroll import Horizon, InnerLoop, Slots, Window, join_slots, select_slots
+
+OBJECTIVES = ("mean", "sum", "log", "final")
+
+
+class Backprop(Estimator):
+    """Backpropagation through an unrolled window.
+
+    Args:
+        num_steps: steps of a window, K.
+        order: 1, or 2 to differentiate through the base learner's gradients as well.
+        objective: what is minimised, averaged over tasks: the "mean" or "sum" of the window's losses, the mean
+            "log" loss (all phases of training count alike), or the "final" losses of tasks that end in the window.
+        normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
+        loss_clamp: losses above this multiple of the task's first loss have no gradient.
+        task_chunk: tasks per backward pass, to bound memory; all by default.
+        checkpoint: "update" recomputes the rule's activations in backward, None stores them.
+        compile: run the rule's update through `torch.compile`.
+        teacher: rule to imitate; `imitation` weighs its loss, `follow` is the share of tasks that take its steps.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 20,
+        order: int = 1,
+        objective: str = "mean",
+        normalize: bool = False,
+        loss_clamp: float = 1e3,
+        task_chunk: int | None = None,
+        checkpoint: str | None = None,
+        compile: bool = False,
+        teacher: Rule | None = None,
+        imitation: float = 0.0,
+        follow: float = 0.0,
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
+        if checkpoint not in (None, "update"):
+            raise ValueError(f"checkpoint must be None or 'update', got {checkpoint!r}")
+        if task_chunk is not None and task_chunk < 1:
+            raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
+        if order == 2 and compile:
+            raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
+        if teacher is None and (imitation or follow):
+            raise ValueError("imitation and follow need a teacher")
+        self.num_steps, self.order, self.objective = num_steps, order, objective
+        self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
+        self.checkpoint, self.compile = checkpoint, compile
+        self.teacher, self.imitation, self.follow = teacher, imitation, follow
+        self._compiled: tuple[Rule, Callable[..., Any]] | None = None
+
+    def loop(self, rule: Rule, family: TaskFamily, seed: int, horizon: Horizon | None) -> InnerLoop:
+        """The inner loop with this estimator's settings."""
+        return InnerLoop(
+            rule=rule,
+            family=family,
+            seed=seed,
+            horizon=horizon,
+            order=self.order,
+            checkpoint_update=self.checkpoint == "update",
+            teacher=self.teacher,
+            follow=self.follow,
+            update=self._compile(rule) if self.compile else None,
+        )
+
+    def _compile(self, rule: Rule) -> Callable[..., Any]:
+        if self._compiled is None or self._compiled[0] is not rule:
+            self._compiled = (rule, torch.compile(rule.update, dynamic=False))
+        return self._compiled[1]
+
+    def backpropagate(
+        self, loop: InnerLoop, slots: Slots, num_steps: int, *, restart: bool
+    ) -> Estimate:
+        """Unroll `num_steps` steps of `slots` and differentiate, in chunks of `task_chunk`.
+
+        A task whose losses, parameters or meta-gradient are not finite is dropped: the window is run again without it, it
+        contributes nothing and its slot starts a new task. Slots are independent, so the others are unaffected.
+        """
+        count = len(slots.index)
+        size = self.task_chunk or count
+        parts, healthy = [], torch.ones(count, dtype=torch.bool)
+        totals = [torch.zeros_like(w) for w in loop.rule.parameters()]
+        sums: dict[str, float] = dict.fromkeys(("loss", "meta_loss", "imitation_loss"), 0.0)
+        finished = 0
+        for begin in range(0, count, size):
+            rows = torch.arange(begin, min(begin + size, count))
+            rows_done = self._window(loop, slots, rows, num_steps, restart)
+            for good, window, gradients in rows_done:
+                if window is None:
+                    healthy[good] = False
+                    continue
+                totals = [a + g for a, g in zip(totals, gradients, strict=True)]
+                losses = window.losses.detach()
+                sums["loss"] += float(losses.mean(0).sum())
+                sums["meta_loss"] += float((losses / window.first_loss).mean(0).sum())
+                sums["imitation_loss"] += float(window.imitation.detach().mean(0).sum())
+                finished += int(window.finished.sum())
+                parts.append(window.slots)
+        alive = int(healthy.sum())
+        if alive < count:
+            sick = select_slots(slots, (~healthy).nonzero()[:, 0])
+            parts.append(loop.restart(sick.index, sick.episode + 1))
+        joined = join_slots(parts)
+        scale = 1 / max(alive, 1)
+        names = [name for name, _ in loop.rule.named_parameters()]
+        metrics = {key: value * scale if alive else float("nan") for key, value in sums.items()} | {
+            "skipped_slots": float(count - alive),
+            "finished_tasks": float(finished),
+            "inner_steps": float(num_steps * count),
+        }
+        return Estimate(
+            {name: total * scale for name, total in zip(names, totals, strict=True)},
+            select_slots(joined, joined.index.argsort()),
+            metrics,
+        )
+
+    def _window(
+        self, loop: InnerLoop, slots: Slots, rows: Tensor, num_steps: int, restart: bool
+    ) -> list[tuple[Tensor, Window | None, list[Tensor]]]:
+        """Summed gradients of the tasks in `rows`, and apart from them the rows that must be dropped."""
+        window = loop.unroll(select_slots(slots, rows), num_steps, restart=restart)
+        finite = _finite_tasks(window)
+        if finite.all():
+            gradients = self._differentiate(loop.rule, window)
+            if all(bool(g.isfinite().all()) for g in gradients):
+                return [(rows, window, gradients)]
+            if len(rows) == 1:
+                return [(rows, None, [])]
+            # Finite values with a non-finite derivative: bisect to the task that it comes from.
+            halves = rows.tensor_split(2)
+        else:
+            halves = (rows[finite],)
+            if not finite.any():
+                return [(rows, None, [])]
+        found = [
+            part for half in halves for part in self._window(loop, slots, half, num_steps, restart)
+        ]
+        return found + ([] if finite.all() else [(rows[~finite], None, [])])
+
+    def _differentiate(self, rule: Rule, window: Window) -> list[Tensor]:
+        """Gradient of the tasks' summed objectives in the meta-weights."""
+        total = self._objective(window).sum() + self.imitation * window.imitation.mean(0).sum()
+        weights = list(rule.parameters())
+        if not total.requires_grad:
+            return [torch.zeros_like(w) for w in weights]
+        gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        return [
+            torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)
+        ]
+
+    def _objective(self, window: Window) -> Tensor:
+        """The objective of every task, `[T]`."""
+        first = window.first_loss
+        losses = torch.minimum(window.losses, self.loss_clamp * first.abs())
+        if self.objective == "log":
+            tiny = torch.finfo(losses.dtype).tiny
+            return (losses / first).clamp(min=tiny).log().mean(0)
+        if self.normalize:
+            losses = losses / first
+        if self.objective == "final":
+            ended = window.finished.to(losses.dtype)
+            return (losses * ended).sum(0)
+        return losses.mean(0) if self.objective == "mean" else losses.sum(0)
+
+
+def _finite_tasks(window: Window) -> Tensor:
+    """Which tasks stayed finite, bool `[T]`."""
+    values = [window.losses.T, window.slots.params, window.slots.grad, window.imitation.T]
+    return torch.stack([v.isfinite().all(-1) for v in values]).all(0)

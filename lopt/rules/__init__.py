@@ -1,0 +1,27 @@
+"""Rules: update policies with meta-weights. A new rule is one file here and one line in `RULES`."""
+
+from __future__ import annotations
+
+from lopt.rules.adam import Adam, AdamW, NAdamW
+from lopt.rules.base import ElementwiseRule, Rule, State
+from lopt.rules.hand_designed import HandDesigned
+from lopt.rules.linear import Linear
+from lopt.rules.lstm import LSTM
+from lopt.rules.rmsprop import RMSprop
+from lopt.rules.rnnprop import RNNprop
+from lopt.rules.sgd import SGD, Momentum, Nesterov
+
+RULES: dict[str, type[Rule]] = {
+    "lstm": LSTM,
+    "rnnprop": RNNprop,
+    "linear": Linear,
+    "sgd": SGD,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+    "nadamw": NAdamW,
+}
+
+__all__ = ["RULES", "ElementwiseRule", "HandDesigned", "Rule", "State"]

@@ -1,0 +1,86 @@
+"""Adam, AdamW and NAdamW, equal to torch.optim's step by step.
+
+Sources: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101); Dozat 2016.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopt.rules.base import Accumulators, safe_sqrt
+from lopt.rules.hand_designed import HandDesigned
+
+
+class Adam(HandDesigned):
+    """`p <- p - lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected moments."""
+
+    name = "adam"
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        schedule: str = "constant",
+        weight_decay: float = 0.0,
+    ) -> None:
+        hyper = {"beta1": beta1, "beta2": beta2, "eps": eps}
+        super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, **hyper)
+
+    def init_accumulators(self, p: Tensor) -> Accumulators:
+        """First and second moment."""
+        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+
+    def moments(self, g: Tensor, acc: Accumulators) -> tuple[Tensor, Tensor]:
+        """First and second moment after this step, not yet bias-corrected."""
+        beta1, beta2 = self.hyper("beta1"), self.hyper("beta2")
+        return torch.lerp(g, acc["m"], beta1), beta2 * acc["v"] + (1 - beta2) * g * g
+
+    def scale(self, v: Tensor, step: Tensor) -> Tensor:
+        """`sqrt(v_hat) + eps`."""
+        return safe_sqrt(v / (1 - self.hyper("beta2") ** (step + 1))) + self.hyper("eps")
+
+    def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
+        """The bias-corrected momentum over its scale."""
+        m, v = self.moments(g, acc)
+        m_hat = m / (1 - self.hyper("beta1") ** (step + 1))
+        return m_hat / self.scale(v, step), {"m": m, "v": v}
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay 0.01, torch's default."""
+
+    name = "adamw"
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        schedule: str = "constant",
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(lr, beta1, beta2, eps, schedule, weight_decay)
+
+
+class NAdamW(AdamW):
+    """Nesterov Adam with decoupled weight decay: `torch.optim.NAdam(decoupled_weight_decay=True)`."""
+
+    name = "nadamw"
+    momentum_decay = 4e-3  # torch's default
+
+    def init_accumulators(self, p: Tensor) -> Accumulators:
+        """The moments and the running product of the momentum schedule, one number per task."""
+        return super().init_accumulators(p) | {"product": torch.ones_like(p[..., :1])}
+
+    def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
+        """Gradient and momentum mixed by the schedule mu_t = beta1 (1 - 0.96^(0.004 t) / 2)."""
+        m, v = self.moments(g, acc)
+        mu = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 1) * self.momentum_decay))
+        mu_next = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 2) * self.momentum_decay))
+        product = acc["product"] * mu
+        mixed = g * ((1 - mu) / (1 - product)) + m * (mu_next / (1 - product * mu_next))
+        return mixed / self.scale(v, step), {"m": m, "v": v, "product": product}

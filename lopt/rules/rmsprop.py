@@ -1,0 +1,35 @@
+"""RMSprop, equal to `torch.optim.RMSprop` step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopt.rules.base import Accumulators, safe_sqrt
+from lopt.rules.hand_designed import HandDesigned
+
+
+class RMSprop(HandDesigned):
+    """`v <- alpha * v + (1 - alpha) * g^2; p <- p - lr * g / (sqrt(v) + eps)`."""
+
+    name = "rmsprop"
+
+    def __init__(
+        self,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        schedule: str = "constant",
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, alpha=alpha, eps=eps)
+
+    def init_accumulators(self, p: Tensor) -> Accumulators:
+        """The second moment."""
+        return {"v": torch.zeros_like(p)}
+
+    def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
+        """The gradient over its running root mean square."""
+        alpha = self.hyper("alpha")
+        v = alpha * acc["v"] + (1 - alpha) * g * g
+        return g / (safe_sqrt(v) + self.hyper("eps")), {"v": v}

@@ -1,0 +1,17 @@
+"""Tasks: base learners with their data. A new family is one file here and one line in `TASKS`."""
+
+from __future__ import annotations
+
+from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.mlp import MLP
+from lopt.tasks.module import ModuleTask
+from lopt.tasks.quadratic import Quadratic
+from lopt.tasks.transforms import RandomScaling
+
+TASKS: dict[str, type[TaskFamily]] = {
+    "quadratic": Quadratic,
+    "mlp": MLP,
+    "module": ModuleTask,
+}
+
+__all__ = ["SPLITS", "TASKS", "Batch", "ModuleTask", "RandomScaling", "Task", "TaskFamily"]

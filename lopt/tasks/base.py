@@ -1,0 +1,90 @@
+"""What a task is: a base learner with its data, drawn from a family of tasks of equal shapes.
+
+A task is a dict of tensors: what distinguishes it from others of its family (for a quadratic its matrix, for a
+classifier nothing: its initial parameters and its batches make it what it is). Losses are written for one
+task and batched over tasks with `torch.func.vmap`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lopt.tensors import Params, ParamSpec, make_generator
+
+Task = dict[str, Tensor]
+Batch = dict[str, Tensor]
+
+SPLITS = ("train", "inner_valid", "outer_valid", "test")
+
+
+class TaskFamily(ABC):
+    """A distribution over tasks; `config` rebuilds it: `TASKS[name](**config)`.
+
+    Attributes:
+        horizon: number of steps that a task of this family is meant to be trained for.
+    """
+
+    name: ClassVar[str]
+    horizon: int = 100
+
+    def __init__(self, **config: Any) -> None:
+        self.config = config
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """Draw one task: tensors without batch dimension; `{}` if all tasks share everything but their draws."""
+        return {}
+
+    @abstractmethod
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        """Draw initial parameters of one task."""
+
+    @abstractmethod
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The mini-batches of T tasks.
+
+        Args:
+            tasks: tensors `[T, ...]`.
+            seeds: int64 `[T]`; equal seeds give equal batches.
+            split: one of `SPLITS`.
+        Returns:
+            What `loss` reads, tensors `[T, ...]`.
+        """
+
+    @abstractmethod
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """Scalar loss of one task on one batch; pure and differentiable."""
+
+    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
+        """The whole split for `count` tasks, `[count, ...]`; None where a batch is already exact."""
+        return None
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
+        """Further scalars of one task on one batch, such as accuracy."""
+        return {}
+
+    @cached_property
+    def spec(self) -> ParamSpec:
+        """Names and shapes of the parameters."""
+        generator = make_generator(0)
+        return ParamSpec.of(self.init(self.sample(generator), generator))
+
+    def describe(self) -> str:
+        """One line: the family's name and configuration."""
+        config = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
+        return f"{self.name}({config})"
+
+
+def check_split(split: str) -> str:
+    """`split` itself, if it is one.
+
+    Raises:
+        ValueError: it is not one of `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    return split

@@ -1,0 +1,64 @@
+"""Random least-squares problems f(x) = |W x - y|^2.
+
+Source: Andrychowicz et al. 2016, arXiv 1606.04474, section 3.1 (10-D; W and y Gaussian). The published code
+draws W and y uniformly in [0, 1), which is a different and much easier problem: say which one is meant.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tensors import Params
+
+DISTRIBUTIONS = ("gaussian", "uniform")
+
+
+class Quadratic(TaskFamily):
+    """`dim`-dimensional quadratics, x starting at N(0, init_std^2).
+
+    Args:
+        dim: number of parameters.
+        distribution: of the entries of W and y: "gaussian" N(0, 1) or "uniform" [0, 1).
+        init_std: standard deviation of the starting point (0.01 in the published code).
+        horizon: steps that a problem is meant to be optimised for.
+    """
+
+    name = "quadratic"
+
+    def __init__(
+        self,
+        dim: int = 10,
+        distribution: str = "gaussian",
+        init_std: float = 0.01,
+        horizon: int = 100,
+    ) -> None:
+        super().__init__(dim=dim, distribution=distribution, init_std=init_std, horizon=horizon)
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+        self.dim, self.distribution, self.init_std = dim, distribution, init_std
+        self.horizon = horizon
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """W `[dim, dim]` and y `[dim]`."""
+        draw = torch.randn if self.distribution == "gaussian" else torch.rand
+        return {
+            "W": draw(self.dim, self.dim, generator=generator),
+            "y": draw(self.dim, generator=generator),
+        }
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        """x `[dim]`."""
+        return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The problem itself: the loss is exact."""
+        check_split(split)
+        return tasks
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """|W x - y|^2."""
+        return (batch["W"] @ params["x"] - batch["y"]).square().sum()

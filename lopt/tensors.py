@@ -1,0 +1,108 @@
+"""Named parameters as one flat tensor, and randomness that is a function of (seed, stream, counters).
+
+Nothing in lopt draws from torch's global generator. A draw is named by a seed, the name of its stream and
+counters (slot, episode, step, ...), so a run needs no generator state to resume bitwise and a task draws the
+same numbers whatever batch, process or order it runs in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Names and shapes of a base learner's parameters inside a flat vector of `size` numbers."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor]) -> ParamSpec:
+        """The spec of unbatched `params`, in their order."""
+        return cls(tuple(params), tuple(tuple(p.shape) for p in params.values()))
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """One `[..., P]` tensor from tensors `[..., *shape]`; copies."""
+        parts = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            lead = params[name].shape[: params[name].ndim - len(shape)]
+            parts.append(params[name].reshape(*lead, prod(shape)))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """Views `[..., *shape]` of a flat `[..., P]` tensor."""
+        pieces = flat.split([prod(shape) for shape in self.shapes], dim=-1)
+        return {
+            name: piece.unflatten(-1, shape) if shape else piece.squeeze(-1)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014) on int64 with wrap-around."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
+    """Independent 64-bit seeds, one per element of the broadcast `counters`.
+
+    Args:
+        seed: the run's seed.
+        stream: what is drawn ("batch", "init", ...); streams never collide by accident.
+        counters: integers or int64 tensors that broadcast together.
+    Returns:
+        int64 tensor of the counters' broadcast shape (0-dim when all are integers).
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    key = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
+    for counter in counters:
+        key = _mix(key + _GOLDEN * (torch.as_tensor(counter, dtype=torch.int64) + 1))
+    return key
+
+
+def draw_uniform(seeds: Tensor, count: int) -> Tensor:
+    """`count` float64 numbers in [0, 1) for each seed: int64 `[...]` -> `[..., count]`."""
+    lanes = torch.arange(1, count + 1, device=seeds.device)
+    return _shift_right(_mix(seeds[..., None] + _GOLDEN * lanes), 11).double() * 2.0**-53
+
+
+def draw_indices(seeds: Tensor, count: int, high: int) -> Tensor:
+    """`count` int64 indices in [0, high), with replacement, for each seed: `[...]` -> `[..., count]`."""
+    return (draw_uniform(seeds, count) * high).long().clamp_(max=high - 1)
+
+
+def make_generator(seed: int | Tensor) -> torch.Generator:
+    """A CPU generator with the given 64-bit seed."""
+    return torch.Generator().manual_seed(int(seed))
+
+
+def stack_trees(tensors: Iterable[Mapping[str, Tensor]]) -> Params:
+    """A dict of `[T, ...]` tensors from T dicts of equal keys and shapes."""
+    items = list(tensors)
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
