@@ -104,8 +104,7 @@ class InnerLoop:
             raise ValueError(f"order must be 1 or 2, got {self.order}")
         if self.order == 2 and self.update is not None:
             raise ValueError(
-                "order=2 differentiates twice and cannot use a compiled update; "
-                "set order=1 or compile=false"
+                "order=2 differentiates twice and cannot use a compiled update; set order=1 or compile=false"
             )
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow must be a probability, got {self.follow}")
@@ -114,11 +113,13 @@ class InnerLoop:
 
     def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses `[T]` and gradients `[T, P]` of flat parameters `[T, P]`, constants to autograd."""
-        grads, losses = vmap(grad_and_value(self._flat_loss))(params.detach(), batch)
+        grads, losses = vmap(grad_and_value(self._flat_loss()))(params.detach(), batch)
         return losses.detach(), grads.detach()
 
-    def _flat_loss(self, flat: Tensor, batch: Batch) -> Tensor:
-        return self.family.loss(self.family.spec.unflatten(flat), batch)
+    def _flat_loss(self) -> Callable[[Tensor, Batch], Tensor]:
+        """The loss of one task as a function of its flat parameters `[P]`."""
+        spec = self.family.spec  # drawn on first use, which must not be inside vmap
+        return lambda flat, batch: self.family.loss(spec.unflatten(flat), batch)
 
     def _seeds(self, stream: str, slots: Slots) -> Tensor:
         return derive_seeds(self.seed, stream, slots.index, slots.episode, slots.step)
@@ -210,7 +211,8 @@ class InnerLoop:
 
     def _imitate(self, slots: Slots, params: Tensor) -> tuple[Tensor, State, Tensor]:
         """Parameters where some tasks follow the teacher, its state, and the distance of the steps `[T]`."""
-        assert self.teacher is not None and isinstance(slots.teacher_state, State)
+        assert self.teacher is not None
+        assert isinstance(slots.teacher_state, State)
         with torch.no_grad():
             views = (self._views(self.teacher, x) for x in (slots.grad, slots.params))
             taught, state = self.teacher.update(*views, slots.teacher_state, slots.loss)
@@ -231,12 +233,10 @@ class InnerLoop:
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(slots, params)
-        slots = slots._replace(
-            step=slots.step + 1, params=params, state=state, teacher_state=teacher_state
-        )
+        slots = slots._replace(step=slots.step + 1, params=params, state=state, teacher_state=teacher_state)
         batch = self.batch(slots)
         if self.order == 2:
-            loss = vmap(self._flat_loss)(params, batch)
+            loss = vmap(self._flat_loss())(params, batch)
             return slots._replace(loss=loss.detach()), loss, imitation
         value, grad = self.evaluate(params, batch)
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the
@@ -246,10 +246,8 @@ class InnerLoop:
 
     def _differentiable_grad(self, slots: Slots) -> Tensor:
         """The gradient at `slots.params` as a function of them, for second order."""
-        params = (
-            slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
-        )
-        loss = vmap(self._flat_loss)(params, self.batch(slots))
+        params = slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
+        loss = vmap(self._flat_loss())(params, self.batch(slots))
         (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=True)
         return grad
 

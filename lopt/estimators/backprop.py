@@ -11,7 +11,6 @@ from torch import Tensor
 from lopt.estimators.base import Estimate, Estimator
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
-from lopt.tensors import Params
 from lopt.unroll import Horizon, InnerLoop, Slots, Window, join_slots, select_slots
 
 OBJECTIVES = ("mean", "sum", "log", "final")
@@ -49,6 +48,8 @@ class Backprop(Estimator):
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order}")
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
         if checkpoint not in (None, "update"):
@@ -84,13 +85,11 @@ class Backprop(Estimator):
             self._compiled = (rule, torch.compile(rule.update, dynamic=False))
         return self._compiled[1]
 
-    def backpropagate(
-        self, loop: InnerLoop, slots: Slots, num_steps: int, *, restart: bool
-    ) -> Estimate:
+    def backpropagate(self, loop: InnerLoop, slots: Slots, num_steps: int, *, restart: bool) -> Estimate:
         """Unroll `num_steps` steps of `slots` and differentiate, in chunks of `task_chunk`.
 
-        A task whose losses, parameters or meta-gradient are not finite is dropped: the window is run again without it, it
-        contributes nothing and its slot starts a new task. Slots are independent, so the others are unaffected.
+        A task whose losses, parameters or meta-gradient are not finite is dropped: the window is run again without
+        it, it contributes nothing and its slot starts a new task. Slots are independent: the others are unaffected.
         """
         count = len(slots.index)
         size = self.task_chunk or count
@@ -148,9 +147,7 @@ class Backprop(Estimator):
             halves = (rows[finite],)
             if not finite.any():
                 return [(rows, None, [])]
-        found = [
-            part for half in halves for part in self._window(loop, slots, half, num_steps, restart)
-        ]
+        found = [part for half in halves for part in self._window(loop, slots, half, num_steps, restart)]
         return found + ([] if finite.all() else [(rows[~finite], None, [])])
 
     def _differentiate(self, rule: Rule, window: Window) -> list[Tensor]:
@@ -160,9 +157,7 @@ class Backprop(Estimator):
         if not total.requires_grad:
             return [torch.zeros_like(w) for w in weights]
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
-        return [
-            torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)
-        ]
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
     def _objective(self, window: Window) -> Tensor:
         """The objective of every task, `[T]`."""

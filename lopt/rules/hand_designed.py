@@ -28,9 +28,7 @@ class HandDesigned(ElementwiseRule):
         hyper: other scalars that become meta-weights of their names.
     """
 
-    def __init__(
-        self, *, lr: float, schedule: str = "constant", weight_decay: float = 0.0, **hyper: float
-    ) -> None:
+    def __init__(self, *, lr: float, schedule: str = "constant", weight_decay: float = 0.0, **hyper: float) -> None:
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, **hyper)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")

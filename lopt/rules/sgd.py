@@ -14,9 +14,7 @@ class SGD(HandDesigned):
 
     name = "sgd"
 
-    def __init__(
-        self, lr: float = 0.1, schedule: str = "constant", weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, lr: float = 0.1, schedule: str = "constant", weight_decay: float = 0.0) -> None:
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay)
 
     def init_accumulators(self, p: Tensor) -> Accumulators:

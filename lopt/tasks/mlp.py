@@ -6,6 +6,7 @@ Source: Andrychowicz et al. 2016, section 3.2 (an MLP with 20 sigmoid units, bat
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class MLP(ModuleTask):
         def build() -> nn.Module:
             widths = [64] + [width] * depth
             layers: list[nn.Module] = []
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            for fan_in, fan_out in pairwise(widths):
                 layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
             return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 

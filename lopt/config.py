@@ -1,0 +1,273 @@
+"""The configuration of a meta-training run: TOML presets, overrides, and what they build.
+
+A preset has the sections of `RunConfig`. `[task]`, `[rule]`, `[estimator]` and `[horizon]` name an entry of a
+registry; their other keys are its constructor's arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+
+from lopt.estimators import ESTIMATORS, Estimator
+from lopt.horizons import HORIZONS, HorizonSchedule
+from lopt.rules import RULES, Rule
+from lopt.tasks import TASKS, RandomScaling, TaskFamily
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+Options = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The outer loop.
+
+    Attributes:
+        steps: outer steps.
+        tasks: slots, T.
+        learning_rate: of AdamW on the meta-weights; linear warm-up over `warmup` steps, then cosine decay to
+            `final_learning_rate` times this.
+        weight_decay: AdamW's.
+        beta2: AdamW's second decay.
+        clip: largest global norm of the meta-gradient.
+        seed: names every random draw of the run.
+        validate_every: outer steps between validations.
+        validation_tasks, validation_steps: held-out tasks and their length.
+        validation_metric: what "best" means: "final" (mean loss over the last tenth of the steps), "mean" or "log".
+        checkpoint_every: outer steps between checkpoints.
+        threads: of torch on the CPU; results are reproducible for a given number.
+    """
+
+    steps: int = 1000
+    tasks: int = 8
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.01
+    warmup: int = 20
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    clip: float = 1.0
+    seed: int = 0
+    validate_every: int = 50
+    validation_tasks: int = 16
+    validation_steps: int = 100
+    validation_metric: str = "final"
+    checkpoint_every: int = 50
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "tasks", "validate_every", "validation_tasks", "validation_steps")
+        for name in (*at_least_one, "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")
+        for name in ("final_learning_rate", "warmup", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
+        if self.validation_metric not in ("final", "mean", "log"):
+            raise ValueError(f"trainer.validation_metric must be final, mean or log, got {self.validation_metric!r}")
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """A teacher for the first part of the run (Chen et al. 2020).
+
+    Attributes:
+        teacher: name of a rule, or "" for none.
+        options: the teacher's constructor arguments.
+        weight: of the imitation loss in the meta-loss.
+        follow: share of tasks that take the teacher's steps.
+    """
+
+    teacher: str = ""
+    options: Options = field(default_factory=dict)
+    weight: float = 1.0
+    follow: float = 0.5
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the finished rule is compared on.
+
+    Attributes:
+        seeds: held-out tasks per setting.
+        steps: lengths of the runs; the first is the one the rule is meant for.
+        variants: further tasks, each a set of changes to the task's options.
+    """
+
+    seeds: int = 20
+    steps: list[int] = field(default_factory=lambda: [100])
+    variants: list[Options] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run. `name` labels the rule, `description` says in a line what it is for."""
+
+    name: str
+    task: Options
+    rule: Options
+    estimator: Options
+    description: str = ""
+    horizon: Options = field(default_factory=lambda: {"name": "constant"})
+    random_scaling: float = 0.0
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts; `parse_config` undoes it."""
+        return asdict(self)
+
+    def build_task(self) -> TaskFamily:
+        """The family that the rule is judged on, without augmentation."""
+        return build("task", TASKS, self.task)
+
+    def build_training_task(self) -> TaskFamily:
+        """The family that the rule is trained on."""
+        family = self.build_task()
+        return RandomScaling(family, self.random_scaling) if self.random_scaling else family
+
+    def build_rule(self) -> Rule:
+        """The untrained rule."""
+        return build("rule", RULES, self.rule)
+
+    def build_horizon(self) -> HorizonSchedule:
+        """The schedule of horizons."""
+        return build("horizon", HORIZONS, self.horizon)
+
+    def build_estimator(self) -> Estimator:
+        """The estimator, with the teacher of `[imitation]`."""
+        options = dict(self.estimator)
+        if self.imitation.teacher:
+            teacher = {"name": self.imitation.teacher, **self.imitation.options}
+            options["teacher"] = build("imitation.teacher", RULES, teacher)
+            options["imitation"] = self.imitation.weight
+            options["follow"] = self.imitation.follow
+        return build("estimator", ESTIMATORS, options)
+
+
+def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, Any]) -> T:
+    """The entry of `registry` that `options["name"]` names, constructed with the other options.
+
+    Raises:
+        ValueError: unknown name or option (the known ones are listed), or a value the constructor refuses.
+    """
+    options = dict(options)
+    name = options.pop("name", None)
+    if name not in registry:
+        raise ValueError(f"{section}.name: {unknown(name, registry)}")
+    known = list(inspect.signature(registry[name]).parameters)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{section}: {name} has no option {unknown(option, known)}")
+    try:
+        return registry[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{section}: {name}: {error}") from error
+
+
+def unknown(name: object, known: Mapping[str, Any] | list[str]) -> str:
+    """What to say of a name that is not known: the nearest names and all of them."""
+    near = get_close_matches(str(name), list(known), n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{name!r} is unknown (known: {', '.join(sorted(known))}){hint}"
+
+
+def list_presets() -> dict[str, str]:
+    """Names of the shipped presets and what they are for."""
+    found = {}
+    for path in sorted(PRESETS.glob("*.toml")):
+        found[path.stem] = str(tomllib.loads(path.read_text()).get("description", ""))
+    return found
+
+
+def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration from a preset's name or a TOML file's path.
+
+    Args:
+        overrides: TOML lines such as `trainer.steps=100` or `rule.name="lstm"`; a bare word is taken as a string.
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: not TOML, or unknown or ill-typed entries.
+    """
+    path = PRESETS / f"{preset}.toml"
+    if not path.is_file():
+        path = Path(preset)
+        if path.suffix != ".toml":
+            raise ValueError(f"preset {unknown(preset, list_presets())}, or give a .toml file")
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {preset}")
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    raw.setdefault("name", path.stem)
+    for override in overrides or []:
+        merge(raw, parse_override(override))
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    """A checked `RunConfig` from nested dicts.
+
+    Raises:
+        ValueError: an entry is missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, type_hooks={float: _to_float}))
+    except dacite.DaciteError as error:
+        raise ValueError(f"configuration: {error}") from error
+
+
+def _to_float(value: Any) -> Any:
+    """TOML's 1 is as good as 1.0 where a float is wanted."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as nested dicts.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
+    try:
+        return tomllib.loads(f"{key} = {value}")
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return tomllib.loads(f"{key} = {_quote(value.strip())}")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"an override looks like trainer.steps=100, got {text!r}") from error
+
+
+def _quote(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def merge(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put nested `changes` into `target`."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            merge(target[key], value)
+        else:
+            target[key] = value

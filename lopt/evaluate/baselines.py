@@ -1,0 +1,293 @@
+"""Tuned baselines: hand-designed optimizers with their learning rates searched on a grid, and the archive of searches.
+
+A whole grid times all tuning seeds runs as one population through per-run meta-weights. Tuning seeds are never
+among the reported ones. A search is archived under a hash of all that determines it and is not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite, log10
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt.checkpoint import write_atomic
+from lopt.evaluate.curves import run_curves
+from lopt.rules import RULES
+from lopt.rules.hand_designed import SCHEDULES
+from lopt.tasks import TaskFamily
+from lopt.tensors import derive_seeds
+from lopt.unroll import InnerLoop
+
+BASELINES = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "nadamw")
+CRITERIA = ("final", "mean")
+FORMAT = 1
+"""Of an archived search; raised when a baseline, a loss or the search itself changes its meaning."""
+
+EXTENSION = 4
+EXPONENT_LIMIT = 80
+STREAM = "tuning"
+
+logger = logging.getLogger(__name__)
+
+OnSearch = Callable[[str], None]
+"""Told about every search: "adam, cosine: 35 learning rates x 8 seeds x 100 steps"."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Learning rates `ratio^k` for k = low, ..., high; at least five decades.
+
+    Attributes:
+        ratio: of neighbours; sqrt(2) for small tasks, 10^0.5 is usual for large ones.
+        low, high: first and last exponent, before any extension.
+    """
+
+    ratio: float = 2**0.5
+    low: int = -26
+    high: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 1:
+            raise ValueError(f"ratio must be above 1, got {self.ratio}")
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if max(-self.low, self.high) > EXPONENT_LIMIT:
+            raise ValueError(f"exponents must be within +-{EXPONENT_LIMIT}, got {self.low} and {self.high}")
+
+    @property
+    def decades(self) -> float:
+        """Orders of magnitude from the first to the last learning rate."""
+        return (self.high - self.low) * log10(self.ratio)
+
+    def value(self, exponent: int) -> float:
+        """The learning rate of an exponent."""
+        return float(self.ratio**exponent)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How baselines are tuned.
+
+    Attributes:
+        grid: the learning rates.
+        num_seeds: tasks that every learning rate is tried on; None takes more where tasks are smaller.
+        seed: names those tasks.
+        schedules: of the learning rate, each tuned by itself.
+    """
+
+    grid: Grid = Grid()
+    num_seeds: int | None = None
+    seed: int = 0
+    schedules: tuple[str, ...] = SCHEDULES
+
+    def __post_init__(self) -> None:
+        if self.num_seeds is not None and self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        unknown = sorted(set(self.schedules) - set(SCHEDULES))
+        if unknown or not self.schedules:
+            raise ValueError(f"schedules must be some of {SCHEDULES}, got {self.schedules}")
+
+    def count_seeds(self, family: TaskFamily) -> int:
+        """`num_seeds`, or 8 to 512 of them, fewer the more parameters a task has."""
+        return self.num_seeds or min(512, max(8, 2**14 // max(family.spec.size, 1)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of a search: losses averaged over the tuning seeds, None where one is not finite."""
+
+    exponent: int
+    lr: float
+    final: float | None
+    mean: float | None
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome of a search: one optimizer with one schedule on one setting.
+
+    Attributes:
+        settings: all that determined it.
+        trials: in the order of the learning rate.
+        best: the learning rate with the lowest loss for each of `CRITERIA`; None if none stayed finite.
+        fingerprint: of the settings and the tasks.
+        lopt_version: that made it.
+    """
+
+    settings: dict[str, Any]
+    trials: list[Trial]
+    best: dict[str, float | None]
+    fingerprint: str
+    lopt_version: str
+
+    def lowest(self, criterion: str) -> float:
+        """The loss of the best learning rate, infinite if none stayed finite."""
+        values = [getattr(trial, criterion) for trial in self.trials]
+        return min((v for v in values if v is not None), default=float("inf"))
+
+
+def tune_baseline(
+    name: str,
+    schedule: str,
+    family: TaskFamily,
+    num_steps: int,
+    tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
+    archive: Path | None = None,
+    on_search: OnSearch | None = None,
+) -> Tuned:
+    """Search the learning rate of `RULES[name]`, or take the search from the archive.
+
+    The grid is extended on the side where the best value of either criterion is an edge. A learning rate with a
+    tuning seed that is not finite is out; ties go to the smaller one.
+
+    Args:
+        archive: folder of earlier searches, made if missing; None neither reads nor writes.
+        on_search: called before a search that is not in the archive.
+    Raises:
+        ValueError: `name` is not a hand-designed optimizer.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+    num_seeds = tuning.count_seeds(family)
+    settings = {
+        "format": FORMAT,
+        "task": family.describe(),
+        "num_steps": num_steps,
+        "rule": RULES[name](schedule=schedule).describe(),
+        "schedule": schedule,
+        "grid": asdict(tuning.grid),
+        "num_seeds": num_seeds,
+        "seed": tuning.seed,
+    }
+    fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
+    path = None if archive is None else archive / f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
+    found = None if path is None else load_tuned(path, fingerprint)
+    if found is not None:
+        return found
+    if on_search is not None:
+        count = tuning.grid.high - tuning.grid.low + 1
+        on_search(f"{name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
+    trials = _search(name, schedule, family, num_steps, tuning)
+    best = {criterion: _choose(trials, criterion) for criterion in CRITERIA}
+    tuned = Tuned(
+        settings,
+        trials,
+        {key: None if trial is None else trial.lr for key, trial in best.items()},
+        fingerprint,
+        read_version(),
+    )
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(asdict(tuned), indent=1) + "\n").encode())
+    return tuned
+
+
+def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
+    """An archived search, or None (with a logged warning) if it is damaged or belongs to other settings."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        trials = [Trial(**trial) for trial in content.pop("trials")]
+        tuned = Tuned(trials=trials, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("archived tuning %s is damaged (%s); tuning again", path, error)
+        return None
+    chosen = {c: t.lr if (t := _choose(trials, c)) else None for c in CRITERIA}
+    if tuned.fingerprint != fingerprint or tuned.best != chosen:
+        logger.warning("archived tuning %s belongs to other settings; tuning again", path)
+        return None
+    return tuned
+
+
+def read_version() -> str:
+    """The installed version of lopt."""
+    try:
+        return version("lopt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _search(
+    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning
+) -> list[Trial]:
+    grid, trials = tuning.grid, dict[int, Trial]()
+    todo = list(range(grid.low, grid.high + 1))
+    while todo:
+        new = _try_rates(name, schedule, family, num_steps, tuning, todo)
+        trials |= {trial.exponent: trial for trial in new}
+        low, high = min(trials), max(trials)
+        ordered = [trials[k] for k in sorted(trials)]
+        chosen = [_choose(ordered, criterion) for criterion in CRITERIA]
+        # Where nothing is finite, only smaller learning rates can help.
+        edges = {low if trial is None else trial.exponent for trial in chosen}
+        todo = []
+        if low in edges:
+            todo += range(max(low - EXTENSION, -EXPONENT_LIMIT), low)
+        if high in edges:
+            todo += range(high + 1, min(high + EXTENSION, EXPONENT_LIMIT) + 1)
+    return ordered
+
+
+def _try_rates(
+    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int]
+) -> list[Trial]:
+    """All learning rates on all tuning seeds, as one population."""
+    rule = RULES[name](schedule=schedule)
+    num_seeds = tuning.count_seeds(family)
+    lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
+    runs = len(lrs) * num_seeds
+    weights = {key: w.detach().expand(runs) for key, w in rule.named_parameters()}
+    weights["lr"] = lrs.to(torch.get_default_dtype()).repeat_interleave(num_seeds)
+    curves = run_curves(
+        rule,
+        family,
+        torch.arange(num_seeds).repeat(len(lrs)),
+        num_steps,
+        meta_weights=weights,
+        seed=tuning.seed,
+        stream=STREAM,
+    )
+
+    def average(values: torch.Tensor) -> list[float | None]:
+        means = values.double().view(len(lrs), num_seeds).mean(1).tolist()
+        return [mean if isfinite(mean) else None for mean in means]
+
+    columns = zip(
+        exponents,
+        lrs.tolist(),
+        average(curves.final),
+        average(curves.mean),
+        curves.diverged.view(len(lrs), num_seeds).sum(1).tolist(),
+        strict=True,
+    )
+    return [Trial(*column) for column in columns]
+
+
+def _choose(trials: list[Trial], criterion: str) -> Trial | None:
+    """The trial with the lowest loss."""
+    finite = [trial for trial in trials if getattr(trial, criterion) is not None]
+    return min(finite, key=lambda trial: getattr(trial, criterion), default=None)
+
+
+def _fingerprint(settings: dict[str, Any], family: TaskFamily, num_seeds: int, seed: int) -> str:
+    """Hash of the settings and of what tuning seed 0 starts from.
+
+    The start tells apart tasks that describe themselves alike, such as a user's modules on different data.
+    """
+    loop = InnerLoop(RULES["sgd"](), family, int(derive_seeds(seed, STREAM)))
+    slots = loop.start(torch.arange(1))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (slots.params, *loop.batch(slots).values()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(f"{float(slots.loss):.2e}".encode())
+    return digest.hexdigest()

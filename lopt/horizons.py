@@ -1,0 +1,100 @@
+"""How long the tasks of meta-training are: constant, log-uniform, or growing with success.
+
+A schedule draws the horizons of new tasks from seeds and hears of every validation; its `stage` is all it remembers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lopt.tensors import draw_uniform
+
+
+class HorizonSchedule(ABC):
+    """Draws horizons; calling it makes it a `lopt.unroll.Horizon`."""
+
+    name: ClassVar[str]
+    stage: int = 0
+
+    def validated(self, improved: bool) -> None:  # noqa: B027 (most schedules do not care)
+        """Hear whether the latest validation improved on the best so far."""
+
+    @abstractmethod
+    def __call__(self, seeds: Tensor) -> Tensor:
+        """Horizons `[T]` int64 for tasks with the given seeds `[T]`."""
+
+
+class Constant(HorizonSchedule):
+    """Every task runs for `steps` steps."""
+
+    name = "constant"
+
+    def __init__(self, steps: int = 100) -> None:
+        self.steps = _positive("steps", steps)
+
+    def __call__(self, seeds: Tensor) -> Tensor:
+        """See `HorizonSchedule`."""
+        return torch.full_like(seeds, self.steps)
+
+
+class LogUniform(HorizonSchedule):
+    """Horizons log-uniform in [low, high]: short and long runs in equal shares per octave."""
+
+    name = "log_uniform"
+
+    def __init__(self, low: int = 50, high: int = 500) -> None:
+        self.low, self.high = _positive("low", low), _positive("high", high)
+        if high < low:
+            raise ValueError(f"high must be at least low, got low={low} and high={high}")
+
+    def __call__(self, seeds: Tensor) -> Tensor:
+        """See `HorizonSchedule`."""
+        u = draw_uniform(seeds, 1)[..., 0]
+        return (self.low * ((self.high + 1) / self.low) ** u).long().clamp(max=self.high)
+
+
+class Curriculum(HorizonSchedule):
+    """Stages of growing horizons; a stage is left only when a validation improves on the best so far.
+
+    Source: Chen et al. 2020, arXiv 2010.09089, section 3 (100, 200, 500, 1000, ...).
+
+    Args:
+        stages: horizons, increasing.
+        patience: improvements needed for the next stage.
+    """
+
+    name = "curriculum"
+
+    def __init__(self, stages: tuple[int, ...] = (100, 200, 500), patience: int = 1) -> None:
+        if not stages or list(stages) != sorted(set(stages)):
+            raise ValueError(f"stages must be increasing, got {list(stages)}")
+        for steps in stages:
+            _positive("stages", steps)
+        self.stages = tuple(stages)
+        self.patience = _positive("patience", patience)
+
+    def __call__(self, seeds: Tensor) -> Tensor:
+        """See `HorizonSchedule`."""
+        return torch.full_like(seeds, self.stages[min(self.stage // self.patience, len(self.stages) - 1)])
+
+    def validated(self, improved: bool) -> None:
+        """Count an improvement; `patience` of them promote to the next stage."""
+        if improved:
+            self.stage += 1
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+HORIZONS: dict[str, type[HorizonSchedule]] = {
+    "constant": Constant,
+    "log_uniform": LogUniform,
+    "curriculum": Curriculum,
+}

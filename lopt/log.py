@@ -1,0 +1,86 @@
+"""What a run says while it goes on: JSON lines for programs, TensorBoard for eyes.
+
+`metrics.jsonl` has one object a line; after a resume the lines beyond the checkpoint are cut, so that the file is that
+of an uninterrupted run (but for wall-clock figures).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RunLog:
+    """Writes a run's metrics under its folder.
+
+    Args:
+        folder: the run's folder, which exists.
+        start: outer step to go on from; anything logged beyond it is dropped.
+    """
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            self.path.write_text(text)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers of one kind ("train" or "validation") at an outer step."""
+        line: dict[str, Any] = {"kind": kind, "step": step}
+        for key, value in values.items():
+            line[key] = value if math.isfinite(value) else None
+            self.board.add_scalar(f"{kind}/{key}", value, step)  # type: ignore[no-untyped-call]
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def figure(self, name: str, step: int, figure: Figure) -> None:
+        """Log a matplotlib figure."""
+        self.board.add_figure(name, figure, step)  # type: ignore[no-untyped-call]
+
+    def hparams(self, config: Mapping[str, Any], result: Mapping[str, float]) -> None:
+        """Log the configuration beside the run's result, for TensorBoard's HParams page."""
+        flat = {key: _plain(value) for key, value in flatten_dict(config).items()}
+        metrics = {f"result/{key}": value for key, value in result.items()}
+        self.board.add_hparams(flat, metrics, run_name=".")  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.file.close()
+        self.board.close()  # type: ignore[no-untyped-call]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_dict(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool)) else json.dumps(value)

@@ -1,0 +1,313 @@
+"""The outer loop: meta-gradients into AdamW, validation on held-out tasks, checkpoints, exact resume.
+
+A run is a pure function of its configuration. Its checkpoint holds meta-weights, outer optimizer, slots, horizon stage
+and the best weights so far; there is no other state, because random draws are named (see `lopt.tensors`).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lopt.checkpoint import load_state, save, save_state
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lopt.config import TrainerConfig
+from lopt.estimators import Estimator
+from lopt.horizons import HorizonSchedule
+from lopt.log import RunLog
+from lopt.rules import Rule
+from lopt.tasks import TaskFamily
+from lopt.tensors import derive_seeds
+from lopt.unroll import InnerLoop
+
+CHECKPOINT = "checkpoint.safetensors"
+RULE = "rule.safetensors"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has saved its state and can be resumed."""
+
+
+class Progress(NamedTuple):
+    """What a caller hears after every outer step."""
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+    validation: Mapping[str, float] | None
+
+
+class Trainer:
+    """Meta-trains a rule.
+
+    Args:
+        rule: trained in place.
+        family: tasks to train on.
+        estimator: where the meta-gradient comes from.
+        config: settings of the outer loop.
+        horizon: schedule of the training tasks' lengths.
+        validation_family: tasks to choose the best weights on; `family` by default.
+        folder: where checkpoints, metrics and the best rule go; nothing is written without one.
+        card: training card to put into the rule file.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        family: TaskFamily,
+        estimator: Estimator,
+        config: TrainerConfig,
+        *,
+        horizon: HorizonSchedule | None = None,
+        validation_family: TaskFamily | None = None,
+        folder: Path | None = None,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rule, self.family, self.estimator, self.config = rule, family, estimator, config
+        self.horizon = horizon
+        self.validation_family = validation_family or family
+        self.folder, self.card = folder, dict(card or {})
+        self.step = 0
+        self.best = math.inf
+        self.best_step = 0
+        self.best_weights = _copy_weights(rule)
+        self.outer = torch.optim.AdamW(
+            rule.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.slots = estimator.start(rule, family, config.tasks, config.seed, horizon)
+        self.seconds = 0.0
+        self._stop = False
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self, on_step: Callable[[Progress], None] | None = None) -> Rule:
+        """Train to the end and return the rule with the best weights found.
+
+        Raises:
+            Interrupted: a signal (SIGINT, SIGTERM) arrived; the state is saved if there is a folder.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads)
+        log = RunLog(self.folder, self.step) if self.folder else None
+        try:
+            with _stop_on_signal(self._request_stop):
+                if self.step == 0:
+                    self._after_step(log, on_step, {})
+                while self.step < self.config.steps:
+                    metrics = self.train_step()
+                    self._after_step(log, on_step, metrics)
+                    if self._stop and self.step < self.config.steps:
+                        raise Interrupted
+            if log:
+                log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
+        finally:
+            if log:
+                log.close()
+            torch.set_num_threads(threads)
+        self.rule.load_state_dict(self.best_weights)
+        return self.rule
+
+    def _request_stop(self) -> None:
+        self._stop = True
+
+    def _after_step(
+        self,
+        log: RunLog | None,
+        on_step: Callable[[Progress], None] | None,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Validate, log, save and tell, where it is time to."""
+        config, last = self.config, self.step >= self.config.steps
+        validation = None
+        if self.step % config.validate_every == 0 or last:
+            validation = self.validate(log)
+        if log and metrics:
+            log.scalars("train", self.step, metrics)
+        if self.folder and (self.step % config.checkpoint_every == 0 or last or self._stop):
+            self.save()
+        if on_step:
+            on_step(Progress(self.step, config.steps, metrics, validation))
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
+        config = self.config
+        warm = min(1.0, (self.step + 1) / max(config.warmup, 1))
+        low = config.final_learning_rate
+        decay = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
+        return config.learning_rate * warm * decay
+
+    def train_step(self) -> dict[str, float]:
+        """One outer step; returns what to log."""
+        begin = time.perf_counter()
+        estimate = self.estimator.estimate(self.rule, self.family, self.slots, self.config.seed, self.horizon)
+        self.slots = estimate.slots
+        for name, weight in self.rule.named_parameters():
+            weight.grad = estimate.gradient[name]
+        norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), self.config.clip)
+        rate = self.learning_rate()
+        for group in self.outer.param_groups:
+            group["lr"] = rate
+        if bool(norm.isfinite()) and float(norm) > 0:  # all slots may have been dropped
+            self.outer.step()
+        self.outer.zero_grad()
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        return estimate.metrics | {
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "inner_steps_per_second": estimate.metrics["inner_steps"] / seconds,
+            "horizon_stage": float(self.horizon.stage if self.horizon else 0),
+        }
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def validate(self, log: RunLog | None = None) -> dict[str, float]:
+        """Run held-out tasks with the present weights; keep the weights if they are the best so far."""
+        losses = self._validation_losses()
+        tail = max(1, len(losses) // 10)
+        final, mean = losses[-tail:].mean(), losses.mean()
+        values = {"final": final, "mean": mean, "log": losses.clamp(min=1e-30).log().mean()}
+        metric = float(values[self.config.validation_metric])
+        improved = metric < self.best  # false for NaN
+        if improved:
+            self.best, self.best_step = metric, self.step
+            self.best_weights = _copy_weights(self.rule)
+        if self.horizon and self.step > 0:
+            self.horizon.validated(improved)
+        result = {key: float(value) for key, value in values.items()} | {"best": self.best}
+        if log:
+            log.scalars("validation", self.step, result)
+            log.figure("validation/curves", self.step, _plot_losses(losses))
+        return result
+
+    def _validation_losses(self) -> Tensor:
+        """Losses `[steps, tasks]` of tasks that are never trained on."""
+        seed = int(derive_seeds(self.config.seed, "validation"))
+        steps = self.config.validation_steps
+
+        def horizon(seeds: Tensor) -> Tensor:
+            return torch.full_like(seeds, steps)
+
+        loop = InnerLoop(self.rule, self.validation_family, seed, horizon)
+        with torch.no_grad():
+            slots = loop.start(torch.arange(self.config.validation_tasks))
+            return loop.unroll(slots, steps, restart=False).losses
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint, and the best rule so far beside it."""
+        assert self.folder is not None
+        metadata = {
+            "step": self.step,
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
+            "horizon_stage": self.horizon.stage if self.horizon else 0,
+            "seconds": self.seconds,
+        }
+        save_state(self.folder / CHECKPOINT, self._tensors(), metadata)
+        trained = {
+            "trained_steps": self.step,
+            "best_step": self.best_step,
+            "validation": {self.config.validation_metric: metadata["best"]},
+            "seconds": round(self.seconds, 1),
+        }
+        current = _copy_weights(self.rule)
+        self.rule.load_state_dict(self.best_weights)
+        try:
+            save(self.rule, self.folder / RULE, self.card | {"training": trained})
+        finally:
+            self.rule.load_state_dict(current)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"weights.{k}": v for k, v in _copy_weights(self.rule).items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
+        for index, state in self.outer.state_dict()["state"].items():
+            tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
+        leaves, _ = tree_flatten(self.slots)
+        return tensors | {f"slots.{i}": leaf for i, leaf in enumerate(leaves)}
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of a run with the same configuration.
+
+        Raises:
+            ValueError: not a checkpoint of this configuration.
+        """
+        tensors, metadata = load_state(path)
+        expected, found = set(self._tensors()), set(tensors)
+        outer = {key for key in found if key.startswith("outer.")}
+        if expected - outer != found - outer:
+            raise ValueError(
+                f"{path} does not belong to this configuration: it lacks "
+                f"{sorted(expected - found)[:3]} and has {sorted(found - expected)[:3]} besides"
+            )
+        self.rule.load_state_dict(_section(tensors, "weights."))
+        self.best_weights = _section(tensors, "best.")
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _section(tensors, "outer.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.outer.load_state_dict(self.outer.state_dict() | {"state": state})
+        leaves, spec = tree_flatten(self.slots)
+        restored = [tensors[f"slots.{i}"] for i in range(len(leaves))]
+        self.slots = tree_unflatten(restored, spec)
+        self.step, self.best_step = metadata["step"], metadata["best_step"]
+        self.best = math.inf if metadata["best"] is None else metadata["best"]
+        self.seconds = metadata["seconds"]
+        if self.horizon:
+            self.horizon.stage = metadata["horizon_stage"]
+
+
+@contextmanager
+def _stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks to stop, the second one is as usual; only in the main thread."""
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        request_stop()
+        for other, handler in previous.items():
+            signal.signal(other, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread: signals are the caller's affair
+        previous.clear()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _copy_weights(rule: Rule) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in rule.state_dict().items()}
+
+
+def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _plot_losses(losses: Tensor) -> Any:
+    """Held-out loss curves for TensorBoard: every task thin, the median thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(losses.numpy(), color="tab:blue", alpha=0.2, linewidth=0.7)
+    axes.plot(losses.median(1).values.numpy(), color="tab:blue", linewidth=2)
+    axes.set(yscale="log", xlabel="step", ylabel="training-batch loss")
+    return figure

@@ -1,0 +1,132 @@
+"""The inner loop: slots are independent, restarts are exact, orders and checkpointing agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopt.rules import RULES
+from lopt.tasks import TASKS
+from lopt.unroll import InnerLoop, join_slots, select_slots
+
+ROWS = 1e-5  # float32, sums over ten numbers in another order
+
+
+def constant(steps: int):  # type: ignore[no-untyped-def]
+    return lambda seeds: torch.full_like(seeds, steps)
+
+
+def flatten_tree(tree: object) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(tree)
+
+
+def test_a_slot_does_the_same_alone_and_in_company() -> None:
+    loop = InnerLoop(RULES["rnnprop"](), TASKS["quadratic"](), 3, constant(4))
+    together = loop.unroll(loop.start(torch.arange(5)), 6)
+    alone = loop.unroll(loop.start(torch.tensor([3])), 6)
+    torch.testing.assert_close(together.losses[:, 3:4], alone.losses, rtol=ROWS, atol=0)
+    torch.testing.assert_close(together.slots.params[3:4], alone.slots.params, rtol=ROWS, atol=1e-7)
+
+
+def test_two_windows_equal_one_long_window() -> None:
+    loop = InnerLoop(RULES["lstm"](), TASKS["quadratic"](), 0, constant(5))
+    start = loop.start(torch.arange(3), stagger=True)
+    long = loop.unroll(start, 12)
+    first = loop.unroll(start, 7)
+    second = loop.unroll(first.slots, 5)
+    assert torch.equal(long.losses, torch.cat([first.losses, second.losses]))
+    assert all(torch.equal(a, b) for a, b in zip(flatten_tree(long.slots), flatten_tree(second.slots), strict=True))
+
+
+def test_unroll_leaves_its_slots_as_they_were() -> None:
+    loop = InnerLoop(RULES["adam"](), TASKS["quadratic"](), 0, constant(3))
+    slots = loop.start(torch.arange(3))
+    before = [x.clone() for x in flatten_tree(slots)]
+    loop.unroll(slots, 5)
+    assert all(torch.equal(a, b) for a, b in zip(before, flatten_tree(slots), strict=True))
+    assert not any(x.requires_grad for x in flatten_tree(slots))
+
+
+def test_a_finished_slot_restarts_alone_with_a_new_task() -> None:
+    horizons = torch.tensor([2, 7])
+    loop = InnerLoop(RULES["sgd"](lr=0.01), TASKS["quadratic"](), 0, lambda seeds: horizons[: len(seeds)])
+    start = loop.start(torch.arange(2))
+    window = loop.unroll(start, 3)
+    assert window.finished.tolist() == [[False, False], [True, False], [False, False]]
+    assert window.slots.episode.tolist() == [1, 0]
+    assert window.slots.step.tolist() == [1, 3]
+    assert not torch.equal(window.slots.task["W"][0], start.task["W"][0])
+    assert torch.equal(window.slots.task["W"][1], start.task["W"][1])
+    fresh = loop.restart(torch.tensor([0]), torch.tensor([1]))
+    assert torch.equal(window.first_loss[2, :1], fresh.loss)
+    assert window.slots.state.step.tolist() == [1, 3]
+
+
+def test_no_gradient_crosses_a_restart() -> None:
+    rule = RULES["sgd"](lr=0.05)
+    loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(2))
+    window = loop.unroll(loop.start(torch.arange(2)), 3)
+    (gradient,) = torch.autograd.grad(window.losses[2].sum(), [rule.lr])
+    # The third loss is one SGD step from fresh parameters: dL/dlr = -g1 . g0 of the new task alone.
+    slots = loop.restart(torch.arange(2), torch.ones(2, dtype=torch.int64))
+    after, _, _ = loop.step(slots)
+    torch.testing.assert_close(gradient, -(slots.grad * after.grad).sum(), rtol=1e-5, atol=0)
+
+
+def test_staggered_slots_end_at_different_times_within_their_horizon() -> None:
+    loop = InnerLoop(RULES["sgd"](), TASKS["quadratic"](), 0, constant(50))
+    horizons = loop.start(torch.arange(64), stagger=True).horizon
+    assert horizons.min() >= 1
+    assert horizons.max() <= 50
+    assert horizons.unique().numel() > 25
+
+
+def test_checkpointing_changes_no_number() -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        rule = RULES["lstm"](hidden=4)
+        loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(9), checkpoint_update=checkpoint)
+        window = loop.unroll(loop.start(torch.arange(2)), 6)
+        gradients.append(torch.autograd.grad(window.losses.mean(), list(rule.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_one_set_of_meta_weights_per_slot_equals_one_rule_per_slot() -> None:
+    rates = torch.tensor([0.003, 0.01, 0.03])
+    rule = RULES["adam"]()
+    weights = {k: p.detach().expand(3) for k, p in rule.named_parameters()} | {"lr": rates}
+    index = torch.zeros(3, dtype=torch.int64)
+    loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(9), meta_weights=weights)
+    together = loop.unroll(loop.start(index), 8).losses
+    for i, rate in enumerate(rates.tolist()):
+        single = InnerLoop(RULES["adam"](lr=rate), TASKS["quadratic"](), 0, constant(9))
+        alone = single.unroll(single.start(index[:1]), 8).losses
+        torch.testing.assert_close(together[:, i : i + 1], alone, rtol=ROWS, atol=0)
+
+
+def test_followed_tasks_take_the_teachers_steps_and_measure_the_distance() -> None:
+    teacher = RULES["adam"](lr=0.05)
+    taught = InnerLoop(RULES["lstm"](), TASKS["quadratic"](), 0, constant(9), teacher=teacher, follow=1.0)
+    plain = InnerLoop(teacher, TASKS["quadratic"](), 0, constant(9))
+    window = taught.unroll(taught.start(torch.arange(4)), 8)
+    expected = plain.unroll(plain.start(torch.arange(4)), 8)
+    torch.testing.assert_close(window.losses, expected.losses, rtol=ROWS, atol=0)
+    assert (window.imitation > 0).all()
+    own = InnerLoop(teacher, TASKS["quadratic"](), 0, constant(9), teacher=RULES["adam"](lr=0.05), follow=0.5)
+    assert own.unroll(own.start(torch.arange(4)), 8).imitation.abs().max() < 1e-12
+
+
+def test_selected_and_joined_slots_are_the_slots() -> None:
+    loop = InnerLoop(RULES["lstm"](), TASKS["quadratic"](), 0, constant(9))
+    slots = loop.start(torch.arange(4))
+    again = join_slots([select_slots(slots, slice(0, 1)), select_slots(slots, torch.tensor([1, 2, 3]))])
+    assert all(torch.equal(a, b) for a, b in zip(flatten_tree(slots), flatten_tree(again), strict=True))
+
+
+def test_second_order_refuses_a_compiled_update() -> None:
+    rule = RULES["lstm"]()
+    with pytest.raises(ValueError, match="order=2.*compile"):
+        InnerLoop(rule, TASKS["quadratic"](), 0, order=2, update=rule.update)
