@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 PACKAGES = Path(lopt_kernels.__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CAPABILITIES = (80, 90)
-GUARD = 64  # numbers on each side of a guarded tensor
+GUARD = 4096  # numbers on each side of a guarded tensor; more than all padded rows hold
 TOLERANCE = {
     torch.float32: 1e-5,  # order of summation
     torch.bfloat16: 2e-2,  # one rounding to 8 bits, two where the state was read
@@ -92,14 +92,6 @@ def test_ops_are_registered_under_their_own_names() -> None:
 
 @needs_triton
 @each_op_and_dtype
-@pytest.mark.parametrize(("blocks", "extra"), [(0, 0), (0, 1), (1, -1), (1, 0), (1, 1), (3, 7)])
-def test_launch_equals_reference_around_block_boundaries(op: Op, dtype: torch.dtype, blocks: int, extra: int) -> None:
-    inputs = draw_inputs(op, blocks * op.block + extra, dtype)
-    assert_close(op.launch(**inputs), op.reference(**inputs), TOLERANCE[dtype])
-
-
-@needs_triton
-@each_op_and_dtype
 @pytest.mark.parametrize("excess", [0, 1])
 def test_launch_stays_inside_its_tensors(op: Op, dtype: torch.dtype, excess: int) -> None:
     inputs = draw_inputs(op, op.block + excess, dtype)
@@ -114,6 +106,14 @@ def test_launch_stays_inside_its_tensors(op: Op, dtype: torch.dtype, excess: int
         assert torch.cat([buffer[:GUARD], buffer[-GUARD:]]).eq(7).all()
     for old, new in zip(before, read, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+@each_op_and_dtype
+@pytest.mark.parametrize(("blocks", "extra"), [(0, 0), (0, 1), (1, -1), (1, 0), (1, 1), (3, 7)])
+def test_launch_equals_reference_around_block_boundaries(op: Op, dtype: torch.dtype, blocks: int, extra: int) -> None:
+    inputs = draw_inputs(op, blocks * op.block + extra, dtype)
+    assert_close(op.launch(**inputs), op.reference(**inputs), TOLERANCE[dtype])
 
 
 @needs_triton
@@ -301,6 +301,7 @@ def test_lstm_reference_is_twice_differentiable_in_everything(per_slot: bool) ->
         return out, *new_state
 
     inputs = (draw(slots, features, count), *state, *weights)
+    assert all(result.requires_grad for result in step(*inputs))  # gradcheck skips those that do not
     assert torch.autograd.gradcheck(step, inputs)
     assert torch.autograd.gradgradcheck(step, inputs)
 

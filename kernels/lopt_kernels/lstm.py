@@ -197,9 +197,7 @@ def launch(
         out = x.new_empty(x.shape[-1]), (h1, c1, h2, c2)
     else:
         _check_out(out, x, state)
-    if x.shape[-1] == 0:
-        return out
-    grid = (triton.cdiv(x.shape[-1], BLOCK),)
+    grid = (triton.cdiv(x.shape[-1], BLOCK),)  # Triton launches nothing for an empty grid
     with torch.cuda.device_of(x):
         _lstm_kernel[grid](
             *(x, *state, *weights, out[0], *out[1], x.shape[-1]),
