@@ -5,29 +5,47 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import click
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as missing:
     sys.exit(f"lopt: the command line needs the extra 'train' ({missing}): pip install 'lopt[train]'")
 
 import lopt
 
-EXAMPLES = {
-    "train": """
+if TYPE_CHECKING:
+    from lopt.config import RunConfig
+    from lopt.evaluate import Comparison
+    from lopt.rules import Rule
+    from lopt.trainer import Trainer
+
+ARCHIVE = Path("runs") / "baselines"
+
+TRAIN_EXAMPLES = """
 \b
 Examples:
   lopt train digits-lstm
   lopt train quadratic-lstm --out runs/q --set trainer.steps=500 --set rule.hidden=16
   lopt train my.toml
   lopt train --resume runs/q
-""",
-}
+"""
+
+EVAL_EXAMPLES = """
+\b
+Examples:
+  lopt eval digits-lstm
+  lopt eval runs/q --steps 200 --seeds 50
+  lopt eval my.safetensors --task mlp --set width=40 --set activation=relu --baselines adam,nesterov
+
+RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task the rule is judged
+on what its training card names.
+"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -36,12 +54,16 @@ def cli() -> None:
     """Learned optimizers for PyTorch: train an update rule on many small tasks, use it on any model."""
 
 
-@cli.command(epilog=EXAMPLES["train"])
+# -- train -------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=TRAIN_EXAMPLES)
 @click.argument("preset", required=False)
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run's folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), help="Short for --set trainer.seed=N.")
+@click.option("--eval/--no-eval", "evaluate", default=True, help="Judge the finished rule [default: yes].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     preset: str | None,
@@ -49,48 +71,197 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     seed: int | None,
+    evaluate: bool,
     as_json: bool,
 ) -> None:
-    """Meta-train a rule from PRESET (see `lopt list`) or a TOML file."""
+    """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
     from lopt.config import load_config
     from lopt.runs import resume_run, start_run
 
     if resume is not None:
         if preset or out or overrides or seed is not None:
             raise click.UsageError("--resume takes its settings from the run; give nothing else")
-        folder, trainer = resume, resume_run(resume)
+        config, trainer = resume_run(resume)
+        folder = resume
     elif preset is None:
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
     else:
-        changes = [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])]
-        config = load_config(preset, changes)
+        config = load_config(preset, [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])])
         folder = out or Path("runs") / config.name
         trainer = start_run(config, folder)
     console = Console(stderr=as_json)
-    console.print(f"[bold]{trainer.rule.describe()}[/] on {trainer.family.describe()}")
     run_trainer(trainer, console, folder)
-    result = {"rule": str(folder / "rule.safetensors"), "best": trainer.best, "step": trainer.best_step}
+    result: dict[str, Any] = {"rule": str(folder / "rule.safetensors"), "step": trainer.best_step, "best": trainer.best}
+    if evaluate:
+        result["results"] = judge_run(config, trainer, folder, console)
     if as_json:
         click.echo(json.dumps(result))
-    else:
-        console.print(f"best validation loss {trainer.best:.4g} at step {trainer.best_step}: {result['rule']}")
 
 
-def run_trainer(trainer: Any, console: Console, folder: Path) -> None:
+def run_trainer(trainer: Trainer, console: Console, folder: Path) -> None:
     """Train with a progress bar; on a signal say how to resume and exit with 130."""
     from lopt.progress import TrainingProgress
     from lopt.trainer import Interrupted
 
+    console.print(escape(f"{trainer.rule.describe()}\n  on {trainer.family.describe()}"), soft_wrap=True)
     try:
         with TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update)
     except Interrupted:
-        console.print(f"stopped at step {trainer.step} and saved; go on with: lopt train --resume {folder}")
+        message = f"stopped at step {trainer.step} and saved; go on with: lopt train --resume {folder}"
+        console.print(message, soft_wrap=True, highlight=False)
         sys.exit(130)
+    message = f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {folder / 'rule.safetensors'}"
+    console.print(message, soft_wrap=True, highlight=False)
+
+
+def judge_run(config: RunConfig, trainer: Trainer, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
+    from lopt.judge import judge, summarize_results
+
+    rules = {config.name: trainer.rule}
+    with console.status("") as status:
+
+        def tell(text: str) -> None:
+            status.update(escape(text))
+
+        comparisons = judge(
+            config,
+            rules,
+            archive=ARCHIVE,
+            on_setting=lambda title: tell(f"evaluating: {title}"),
+            on_search=lambda search: tell(f"tuning {search}"),
+        )
+    results = summarize_results(comparisons)
+    trainer.card["results"] = results
+    trainer.save()
+    show(comparisons, folder, console, command=trainer.card["command"])
+    return results
+
+
+def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
+    """Print the tables, write report, pictures and JSON, and say where they are."""
+    from lopt.report import print_table, write_report
+
+    for comparison in comparisons:
+        print_table(comparison, console)
+    for name, path in write_report(folder, comparisons, command=command).items():
+        console.print(f"{name:>16}  {path}", soft_wrap=True, highlight=False)
+
+
+# -- eval --------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(name="eval", epilog=EVAL_EXAMPLES)
+@click.argument("rule")
+@click.option("--task", help="Task family, see `lopt list tasks`.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
+@click.option("--steps", type=click.IntRange(min=1), multiple=True, help="Length of the runs; repeatable.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Held-out tasks [default: 20].")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws other held-out tasks.")
+@click.option("--baselines", help="Comma-separated; all seven by default.")
+@click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
+@click.option("--archive", type=click.Path(path_type=Path), default=ARCHIVE, show_default=True, help="Tuned baselines.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [default: runs/eval-RULE].")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparisons as JSON.")
+def evaluate(
+    rule: str,
+    task: str | None,
+    overrides: tuple[str, ...],
+    steps: tuple[int, ...],
+    seeds: int | None,
+    seed: int,
+    baselines: str | None,
+    criterion: str,
+    archive: Path,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
+    from lopt.config import build, merge, parse_config, parse_override
+    from lopt.evaluate import BASELINES, compare
+    from lopt.tasks import TASKS
+
+    path, learned, card = open_rule(rule)
+    options: dict[str, Any] = {"name": task}
+    lengths, count = list(steps), seeds
+    if task is None:
+        if "config" not in card:
+            raise click.UsageError(f"{rule} has no training card that names a task; give --task")
+        config = parse_config(card["config"])
+        options = dict(config.task)
+        lengths, count = lengths or config.evaluation.steps, count or config.evaluation.seeds
+    for override in overrides:
+        merge(options, parse_override(override))
+    family = build("task", TASKS, options)
+    console = Console(stderr=as_json)
+    label = card.get("name") or path.stem
+    with console.status("") as status:
+        comparisons = [
+            compare(
+                {label: learned},
+                family,
+                length,
+                count or 20,
+                seed=seed,
+                baselines=baselines.split(",") if baselines else BASELINES,
+                criterion=criterion,
+                archive=archive,
+                on_search=lambda search: status.update(escape(f"tuning {search}")),
+            )
+            for length in lengths or [family.horizon]
+        ]
+    show(comparisons, out or Path("runs") / f"eval-{label}", console, " ".join(["lopt", *sys.argv[1:]]))
+    if as_json:
+        click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))
+
+
+def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
+    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "rule.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
+        name = str(path)
+    return path, lopt.load(name), lopt.load_card(name)
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs") / "demo", show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the preset `demo`.")
+def demo(out: Path, overrides: tuple[str, ...]) -> None:
+    """Watch an LSTM learn to train a network on real images, judge it, and use it: some minutes on two cores."""
+    from lopt.config import load_config
+    from lopt.dropin import train_classifier
+    from lopt.runs import CONFIG, resume_run, start_run
+
+    console = Console()
+    if (out / CONFIG).exists():
+        config, trainer = resume_run(out)
+        console.print(f"going on with the run in {out} (remove the folder to start afresh)", highlight=False)
+    else:
+        config = load_config("demo", list(overrides))
+        trainer = start_run(config, out)
+    console.print("[bold]1. Meta-training:[/] an LSTM learns an update rule by training small networks on digits")
+    run_trainer(trainer, console, out)
+    console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
+    judge_run(config, trainer, out, console)
+    console.print("\n[bold]3. Using it:[/] an ordinary training loop, another network, one line changed")
+    rule = out / "rule.safetensors"
+    for line in train_classifier(rule):
+        console.print(f"   {line}", soft_wrap=True, highlight=False)
+    console.print(f'\n   opt = lopt.LearnedOptimizer(model.parameters(), rule="{rule}")', soft_wrap=True)
+
+
+# -- list, inspect, report ---------------------------------------------------------------------------------------------
 
 
 @cli.command(name="list")
-@click.argument("what", type=click.Choice(["rules", "tasks", "estimators", "presets"]), required=False)
+@click.argument("what", type=click.Choice(["shipped", "presets", "rules", "tasks", "estimators"]), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(what: str | None, as_json: bool) -> None:
     """List shipped rules, presets, and what rules, tasks and estimators there are."""
@@ -118,8 +289,49 @@ def list_(what: str | None, as_json: bool) -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
         for row in entries.items():
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table, "")
+
+
+@cli.command()
+@click.argument("rule")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(rule: str, as_json: bool) -> None:
+    """Show what RULE is: configuration, size, state per parameter, and its training card."""
+    from lopt.inspection import inspect_rule
+    from lopt.log import flatten_dict
+
+    _, learned, card = open_rule(rule)
+    facts = {**inspect_rule(learned), "card": card}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for key, value in flatten_dict(facts).items():
+        if not key.startswith("card.config.") and key != "card.results":
+            table.add_row(escape(key), escape(str(value)))
+    for result in card.get("results", []):
+        losses = {figure: result[figure] for figure in ("final", "mean")}
+        text = "; ".join(
+            f"{k} loss {v['rule']} (best tuned: {v['best_tuned_name']} {v['best_tuned']})" for k, v in losses.items()
+        )
+        table.add_row(escape(result["setting"]), escape(text))
+    Console().print(table)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write the HTML page of RUN (a folder with an evaluation) again from its data, and print its tables."""
+    from lopt.evaluate import load_comparisons
+
+    path = run / "evaluation.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no evaluation in {run} (no evaluation.json); make one with `lopt eval`")
+    config = run / "config.json"
+    command = f"lopt train {json.loads(config.read_text())['name']}" if config.is_file() else f"lopt report {run}"
+    show(load_comparisons(path), run, Console(), command)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ class TrainerConfig:
             `final_learning_rate` times this.
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
+        averaging: decay of the running average of the meta-weights that is validated and kept; 0 for none.
         clip: largest global norm of the meta-gradient.
         seed: names every random draw of the run.
         validate_every: outer steps between validations.
@@ -59,6 +60,7 @@ class TrainerConfig:
     warmup: int = 20
     weight_decay: float = 0.0
     beta2: float = 0.999
+    averaging: float = 0.0
     clip: float = 1.0
     seed: int = 0
     validate_every: int = 50
@@ -79,6 +81,8 @@ class TrainerConfig:
         for name in ("final_learning_rate", "warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"trainer.averaging must be in [0, 1), got {self.averaging}")
         if self.validation_metric not in ("final", "mean", "log"):
             raise ValueError(f"trainer.validation_metric must be final, mean or log, got {self.validation_metric!r}")
 
@@ -107,7 +111,7 @@ class EvaluationConfig:
     Attributes:
         seeds: held-out tasks per setting.
         steps: lengths of the runs; the first is the one the rule is meant for.
-        variants: further tasks, each a set of changes to the task's options.
+        variants: further tasks, each a `title` and changes to the task's options.
     """
 
     seeds: int = 20
@@ -134,9 +138,9 @@ class RunConfig:
         """Plain nested dicts; `parse_config` undoes it."""
         return asdict(self)
 
-    def build_task(self) -> TaskFamily:
-        """The family that the rule is judged on, without augmentation."""
-        return build("task", TASKS, self.task)
+    def build_task(self, **changes: Any) -> TaskFamily:
+        """The family that the rule is judged on, without augmentation; `changes` to its options make a variant."""
+        return build("task", TASKS, self.task | changes)
 
     def build_training_task(self) -> TaskFamily:
         """The family that the rule is trained on."""
@@ -175,7 +179,7 @@ def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, A
     known = list(inspect.signature(registry[name]).parameters)
     for option in options:
         if option not in known:
-            raise ValueError(f"{section}: {name} has no option {unknown(option, known)}")
+            raise ValueError(f"{section}: {name}: option {unknown(option, known)}")
     try:
         return registry[name](**options)
     except (TypeError, ValueError) as error:
@@ -231,6 +235,10 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """
     try:
         return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, type_hooks={float: _to_float}))
+    except dacite.UnexpectedDataError as error:
+        known = [*(f.name for f in fields(RunConfig)), *(f.name for f in fields(TrainerConfig))]
+        found = ", ".join(unknown(key, known) for key in error.keys)
+        raise ValueError(f"configuration: {found}") from error
     except dacite.DaciteError as error:
         raise ValueError(f"configuration: {error}") from error
 
@@ -249,14 +257,13 @@ def parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
-    try:
-        return tomllib.loads(f"{key} = {value}")
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
-        return tomllib.loads(f"{key} = {_quote(value.strip())}")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"an override looks like trainer.steps=100, got {text!r}") from error
+    for written in (value, _quote(value.strip())):
+        try:
+            parsed: dict[str, Any] = tomllib.loads(f"{key} = {written}")
+            return parsed
+        except tomllib.TOMLDecodeError:
+            continue
+    raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
 
 
 def _quote(value: str) -> str:

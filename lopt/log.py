@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lopt.checkpoint import write_atomic
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -29,35 +31,35 @@ class RunLog:
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            self.path.write_text(text)
+            # A run that starts at 0 logs step 0 again.
+            kept = [line for line in read_metrics(self.path) if 0 < start >= line["step"]]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Log numbers of one kind ("train" or "validation") at an outer step."""
         line: dict[str, Any] = {"kind": kind, "step": step}
         for key, value in values.items():
             line[key] = value if math.isfinite(value) else None
-            self.board.add_scalar(f"{kind}/{key}", value, step)  # type: ignore[no-untyped-call]
+            self.board.add_scalar(f"{kind}/{key}", value, step)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
     def figure(self, name: str, step: int, figure: Figure) -> None:
         """Log a matplotlib figure."""
-        self.board.add_figure(name, figure, step)  # type: ignore[no-untyped-call]
+        self.board.add_figure(name, figure, step)
 
     def hparams(self, config: Mapping[str, Any], result: Mapping[str, float]) -> None:
         """Log the configuration beside the run's result, for TensorBoard's HParams page."""
         flat = {key: _plain(value) for key, value in flatten_dict(config).items()}
         metrics = {f"result/{key}": value for key, value in result.items()}
-        self.board.add_hparams(flat, metrics, run_name=".")  # type: ignore[no-untyped-call]
+        self.board.add_hparams(flat, metrics, run_name=".")
 
     def close(self) -> None:
         """Flush and close both."""
         self.file.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -47,8 +47,8 @@ class TrainingProgress:
         if progress.metrics:
             now = progress.metrics["inner_steps_per_second"]
             self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now
-            shown = {"loss": f"{progress.metrics['loss']:.4f}", "speed": f"{self.speed:,.0f}"}
-            self.bars.update(self.task, completed=progress.step, **shown)
+            loss, speed = f"{progress.metrics['loss']:.4f}", f"{self.speed:,.0f}"
+            self.bars.update(self.task, completed=progress.step, loss=loss, speed=speed)
         if progress.validation:
             values = progress.validation
             self.bars.update(self.task, best=f"{values['best']:.4g}")
@@ -56,4 +56,5 @@ class TrainingProgress:
                 f"step {progress.step:>5}/{progress.steps}  held-out tasks: final loss {values['final']:.4g}, "
                 f"mean {values['mean']:.4g}  (best {values['best']:.4g})  {self.speed:,.0f} inner steps/s",
                 highlight=False,
+                soft_wrap=True,
             )

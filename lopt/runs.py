@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy
 import torch
-from lopt.checkpoint import write_atomic
 
 import lopt
+from lopt.checkpoint import write_atomic
 from lopt.config import RunConfig, parse_config
 from lopt.tasks import TaskFamily
 from lopt.trainer import CHECKPOINT, Trainer
@@ -74,8 +74,8 @@ def start_run(config: RunConfig, folder: Path) -> Trainer:
     return trainer
 
 
-def resume_run(folder: Path) -> Trainer:
-    """The trainer of an interrupted run, where its last checkpoint left it.
+def resume_run(folder: Path) -> tuple[RunConfig, Trainer]:
+    """Configuration and trainer of an interrupted run, where its last checkpoint left it.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
@@ -88,10 +88,11 @@ def resume_run(folder: Path) -> Trainer:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    trainer = build_trainer(parse_config(raw), folder)
+    config = parse_config(raw)
+    trainer = build_trainer(config, folder)
     if (folder / CHECKPOINT).exists():  # killed before the first one: start again
         trainer.restore(folder / CHECKPOINT)
-    return trainer
+    return config, trainer
 
 
 def describe_environment() -> dict[str, Any]:

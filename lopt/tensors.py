@@ -45,9 +45,9 @@ class ParamSpec:
 
     def unflatten(self, flat: Tensor) -> Params:
         """Views `[..., *shape]` of a flat `[..., P]` tensor."""
-        pieces = flat.split([prod(shape) for shape in self.shapes], dim=-1)
+        pieces = torch.split(flat, [prod(shape) for shape in self.shapes], dim=-1)
         return {
-            name: piece.unflatten(-1, shape) if shape else piece.squeeze(-1)
+            name: piece.view(*piece.shape[:-1], *shape)
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 

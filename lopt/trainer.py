@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lopt.checkpoint import load_state, save, save_state
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lopt.checkpoint import load_state, save, save_state
 from lopt.config import TrainerConfig
 from lopt.estimators import Estimator
+from lopt.evaluate import run_curves
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
-from lopt.tensors import derive_seeds
-from lopt.unroll import InnerLoop
 
 CHECKPOINT = "checkpoint.safetensors"
 RULE = "rule.safetensors"
@@ -79,6 +78,7 @@ class Trainer:
         self.best = math.inf
         self.best_step = 0
         self.best_weights = _copy_weights(rule)
+        self.averaged = _copy_weights(rule)
         self.outer = torch.optim.AdamW(
             rule.parameters(),
             lr=config.learning_rate,
@@ -129,11 +129,11 @@ class Trainer:
     ) -> None:
         """Validate, log, save and tell, where it is time to."""
         config, last = self.config, self.step >= self.config.steps
+        if log and metrics:
+            log.scalars("train", self.step, metrics)
         validation = None
         if self.step % config.validate_every == 0 or last:
             validation = self.validate(log)
-        if log and metrics:
-            log.scalars("train", self.step, metrics)
         if self.folder and (self.step % config.checkpoint_every == 0 or last or self._stop):
             self.save()
         if on_step:
@@ -162,6 +162,8 @@ class Trainer:
             self.outer.step()
         self.outer.zero_grad()
         self.step += 1
+        for name, average in self.averaged.items():
+            average.lerp_(self.rule.state_dict()[name], 1 - self.config.averaging)
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         return estimate.metrics | {
@@ -174,36 +176,44 @@ class Trainer:
     # -- validation --------------------------------------------------------------------------------
 
     def validate(self, log: RunLog | None = None) -> dict[str, float]:
-        """Run held-out tasks with the present weights; keep the weights if they are the best so far."""
-        losses = self._validation_losses()
-        tail = max(1, len(losses) // 10)
-        final, mean = losses[-tail:].mean(), losses.mean()
-        values = {"final": final, "mean": mean, "log": losses.clamp(min=1e-30).log().mean()}
-        metric = float(values[self.config.validation_metric])
+        """Run held-out tasks with the averaged weights; keep them if they are the best so far."""
+        config = self.config
+        with self._weights(self.averaged):
+            curves = run_curves(
+                self.rule,
+                self.validation_family,
+                torch.arange(config.validation_tasks),
+                config.validation_steps,
+                seed=config.seed,
+                stream="validation",
+                split="outer_valid",
+            )
+        losses = curves.losses[1:]
+        tail = losses[-max(1, len(losses) // 10) :]
+        values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
+        result = {key: float(value) for key, value in values.items()}
+        metric = result[config.validation_metric]
         improved = metric < self.best  # false for NaN
         if improved:
             self.best, self.best_step = metric, self.step
-            self.best_weights = _copy_weights(self.rule)
+            self.best_weights = {name: weight.clone() for name, weight in self.averaged.items()}
         if self.horizon and self.step > 0:
             self.horizon.validated(improved)
-        result = {key: float(value) for key, value in values.items()} | {"best": self.best}
+        result |= {"best": self.best} | {key: float(value.mean()) for key, value in curves.metrics.items()}
         if log:
             log.scalars("validation", self.step, result)
             log.figure("validation/curves", self.step, _plot_losses(losses))
         return result
 
-    def _validation_losses(self) -> Tensor:
-        """Losses `[steps, tasks]` of tasks that are never trained on."""
-        seed = int(derive_seeds(self.config.seed, "validation"))
-        steps = self.config.validation_steps
-
-        def horizon(seeds: Tensor) -> Tensor:
-            return torch.full_like(seeds, steps)
-
-        loop = InnerLoop(self.rule, self.validation_family, seed, horizon)
-        with torch.no_grad():
-            slots = loop.start(torch.arange(self.config.validation_tasks))
-            return loop.unroll(slots, steps, restart=False).losses
+    @contextmanager
+    def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The rule with other weights, for a while."""
+        current = _copy_weights(self.rule)
+        self.rule.load_state_dict(weights)
+        try:
+            yield
+        finally:
+            self.rule.load_state_dict(current)
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -224,16 +234,13 @@ class Trainer:
             "validation": {self.config.validation_metric: metadata["best"]},
             "seconds": round(self.seconds, 1),
         }
-        current = _copy_weights(self.rule)
-        self.rule.load_state_dict(self.best_weights)
-        try:
+        with self._weights(self.best_weights):
             save(self.rule, self.folder / RULE, self.card | {"training": trained})
-        finally:
-            self.rule.load_state_dict(current)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"weights.{k}": v for k, v in _copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
+        tensors |= {f"averaged.{k}": v for k, v in self.averaged.items()}
         for index, state in self.outer.state_dict()["state"].items():
             tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
         leaves, _ = tree_flatten(self.slots)
@@ -255,6 +262,7 @@ class Trainer:
             )
         self.rule.load_state_dict(_section(tensors, "weights."))
         self.best_weights = _section(tensors, "best.")
+        self.averaged = _section(tensors, "averaged.")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _section(tensors, "outer.").items():
             index, name = key.split(".", 1)
@@ -277,20 +285,20 @@ def _stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, frame: Any) -> None:
         request_stop()
-        for other, handler in previous.items():
-            signal.signal(other, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.getsignal(number)
-            signal.signal(number, handle)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            previous[wanted] = signal.getsignal(wanted)
+            signal.signal(wanted, handle)
     except ValueError:  # not the main thread: signals are the caller's affair
         previous.clear()
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 def _copy_weights(rule: Rule) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Slots(NamedTuple):
     """T tasks in progress; every tensor has T first.
 
     Attributes:
-        index: global number of the slot, int64; names its random streams.
+        ids: global number of the slot, int64; names its random streams.
         episode: tasks that this slot has finished, int64.
         step, horizon: steps made on the present task and steps to make, int64.
         task: what distinguishes the task, from `TaskFamily.sample`.
@@ -40,7 +40,7 @@ class Slots(NamedTuple):
         first_loss: the loss at step 0 `[T]`.
     """
 
-    index: Tensor
+    ids: Tensor
     episode: Tensor
     step: Tensor
     horizon: Tensor
@@ -122,7 +122,7 @@ class InnerLoop:
         return lambda flat, batch: self.family.loss(spec.unflatten(flat), batch)
 
     def _seeds(self, stream: str, slots: Slots) -> Tensor:
-        return derive_seeds(self.seed, stream, slots.index, slots.episode, slots.step)
+        return derive_seeds(self.seed, stream, slots.ids, slots.episode, slots.step)
 
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that belong to the slots' present steps."""
@@ -130,36 +130,36 @@ class InnerLoop:
 
     # -- starting tasks ----------------------------------------------------------------------------
 
-    def start(self, index: Tensor, *, stagger: bool = False) -> Slots:
-        """New tasks for the slots `index` (int64 `[T]`), episode 0.
+    def start(self, ids: Tensor, *, stagger: bool = False) -> Slots:
+        """New tasks for the slots `ids` (int64 `[T]`), episode 0.
 
         Args:
             stagger: cut the first horizon of every slot at random, so that slots end at different times.
         """
-        slots = self.restart(index, torch.zeros_like(index))
+        slots = self.restart(ids, torch.zeros_like(ids))
         if stagger:
-            share = draw_uniform(derive_seeds(self.seed, "stagger", index), 1)[:, 0]
+            share = draw_uniform(derive_seeds(self.seed, "stagger", ids), 1)[:, 0]
             slots = slots._replace(horizon=(share * slots.horizon).long() + 1)
         return slots
 
-    def restart(self, index: Tensor, episode: Tensor) -> Slots:
-        """New tasks for the slots `index` in the given episodes, both int64 `[T]`."""
+    def restart(self, ids: Tensor, episode: Tensor) -> Slots:
+        """New tasks for the slots `ids` in the given episodes, both int64 `[T]`."""
         tasks, flats = [], []
-        for i, e in zip(index.tolist(), episode.tolist(), strict=True):
+        for i, e in zip(ids.tolist(), episode.tolist(), strict=True):
             task = self.family.sample(make_generator(derive_seeds(self.seed, "task", i, e)))
             generator = make_generator(derive_seeds(self.seed, "init", i, e))
             flats.append(self.family.spec.flatten(self.family.init(task, generator)))
             tasks.append(task)
         params = torch.stack(flats)
         if self.horizon is None:
-            horizon = torch.full_like(index, self.family.horizon)
+            horizon = torch.full_like(ids, self.family.horizon)
         else:
-            horizon = self.horizon(derive_seeds(self.seed, "horizon", index, episode))
-        empty = torch.zeros(len(index))
+            horizon = self.horizon(derive_seeds(self.seed, "horizon", ids, episode))
+        empty = torch.zeros(len(ids))
         slots = Slots(
-            index=index,
+            ids=ids,
             episode=episode,
-            step=torch.zeros_like(index),
+            step=torch.zeros_like(ids),
             horizon=horizon,
             task=stack_trees(tasks),
             params=params,
@@ -214,11 +214,11 @@ class InnerLoop:
         assert self.teacher is not None
         assert isinstance(slots.teacher_state, State)
         with torch.no_grad():
-            views = (self._views(self.teacher, x) for x in (slots.grad, slots.params))
-            taught, state = self.teacher.update(*views, slots.teacher_state, slots.loss)
+            grads, params_now = (self._views(self.teacher, x) for x in (slots.grad, slots.params))
+            taught, state = self.teacher.update(grads, params_now, slots.teacher_state, slots.loss)
         target = self._join(self.teacher, taught)
         distance = 0.5 * (params - target).square().mean(-1)
-        seeds = derive_seeds(self.seed, "follow", slots.index, slots.episode)
+        seeds = derive_seeds(self.seed, "follow", slots.ids, slots.episode)
         follows = draw_uniform(seeds, 1) < self.follow
         return torch.where(follows, target, params), state, distance
 
@@ -280,20 +280,26 @@ class InnerLoop:
     def replace(self, slots: Slots, done: Tensor) -> Slots:
         """The slots with new tasks where `done` (bool `[T]`)."""
         where = done.nonzero()[:, 0]
-        fresh = self.restart(slots.index[where], slots.episode[where] + 1)
-        return tree_map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
+        fresh = self.restart(slots.ids[where], slots.episode[where] + 1)
+        return _map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
 
 
 def detach_slots(slots: Slots) -> Slots:
     """The slots cut from the autograd graph."""
-    return tree_map(Tensor.detach, slots)
+    return _map(Tensor.detach, slots)
 
 
 def select_slots(slots: Slots, which: Tensor | slice) -> Slots:
     """Some of the slots, by int64 indices or a slice."""
-    return tree_map(lambda x: x[which], slots)
+    return _map(lambda x: x[which], slots)
 
 
 def join_slots(parts: list[Slots]) -> Slots:
     """Slots one after the other."""
-    return tree_map(lambda *xs: torch.cat(xs), *parts)
+    return _map(lambda *xs: torch.cat(xs), *parts)
+
+
+def _map(function: Callable[..., Tensor], *slots: Slots) -> Slots:
+    """`function` on every tensor of one or more `Slots`."""
+    result: Slots = tree_map(function, *slots)
+    return result

@@ -26,7 +26,7 @@ def estimate_once(name: str, rule: Rule, family: TaskFamily, tasks: int = 4, **o
     estimator = ESTIMATORS[name](**options)
     horizon = constant(options["num_steps"])  # type: ignore[arg-type]
     slots = estimator.start(rule, family, tasks, 0, horizon)
-    return estimator.estimate(rule, family, slots._replace(horizon=horizon(slots.index)), 0, horizon)
+    return estimator.estimate(rule, family, slots._replace(horizon=horizon(slots.ids)), 0, horizon)
 
 
 def flatten(gradient: Params) -> Tensor:
@@ -89,7 +89,9 @@ def test_first_order_gradient_equals_the_naive_graph_with_constant_gradients(nam
         losses.append(vmap(family.loss)(params, slots.task))
     weights = list(rule.parameters())
     naive = torch.autograd.grad(torch.stack(losses).mean(), weights, allow_unused=True)
-    expected = torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(naive, weights)])
+    expected = torch.cat(
+        [(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(naive, weights, strict=True)]
+    )
     difference = (flatten(estimate.gradient) - expected).norm() / expected.norm()
     assert difference < 1e-6
     assert abs(estimate.metrics["loss"] - torch.stack(losses).mean().item()) < 1e-6 * estimate.metrics["loss"]
@@ -98,7 +100,8 @@ def test_first_order_gradient_equals_the_naive_graph_with_constant_gradients(nam
 def test_orders_differ_where_the_gradient_depends_on_the_parameters() -> None:
     rule = RULES["sgd"](lr=0.02)
     first, second = (
-        flatten(estimate_once("full", rule, TASKS["quadratic"](), num_steps=5, order=order).gradient) for order in (1, 2)
+        flatten(estimate_once("full", rule, TASKS["quadratic"](), num_steps=5, order=order).gradient)
+        for order in (1, 2)
     )
     assert (first - second).norm() > 0.01 * second.norm()
 
@@ -181,9 +184,7 @@ class Trap(TaskFamily):
 class BrittleSGD(type(RULES["sgd"]())):  # type: ignore[misc]
     """SGD whose meta-derivative is 0 / 0 where parameters are large."""
 
-    def policy(
-        self, g: Tensor, p: Tensor, acc: Params, step: Tensor, progress: Tensor | None
-    ) -> tuple[Tensor, Params]:
+    def policy(self, g: Tensor, p: Tensor, acc: Params, step: Tensor, progress: Tensor | None) -> tuple[Tensor, Params]:
         delta, acc = super().policy(g, p, acc, step, progress)
         return delta + 0 * (self.lr * (p.abs().amax(-1, keepdim=True) < 5)).sqrt(), acc
 
@@ -201,7 +202,7 @@ def test_a_task_that_is_not_finite_is_dropped_counted_and_restarted(
     estimate = estimate_once("truncated", rule, family, 4, num_steps=5, task_chunk=chunk)
     assert estimate.metrics["skipped_slots"] == len(bad)
     assert flatten(estimate.gradient).isfinite().all()
-    assert estimate.slots.index.tolist() == [0, 1, 2, 3]
+    assert estimate.slots.ids.tolist() == [0, 1, 2, 3]
     assert estimate.slots.params.isfinite().all()
     assert estimate.slots.episode.tolist() == [1] * 4  # bad ones restarted early, good ones ended
     good = [i for i in range(4) if i not in bad]

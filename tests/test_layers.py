@@ -13,18 +13,19 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"lopt_kernels"},
     {"lopt.tensors"},
-    {"lopt.rules", "lopt.tasks", "lopt.log"},
+    {"lopt.rules", "lopt.tasks"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint"},
-    {"lopt.estimators", "lopt.optim"},
-    {"lopt.config"},
-    {"lopt.trainer", "lopt.evaluate", "lopt.plots"},
-    {"lopt.runs", "lopt.report", "lopt.progress"},
+    {"lopt.estimators", "lopt.optim", "lopt.log"},
+    {"lopt.config", "lopt.evaluate"},
+    {"lopt.trainer", "lopt.plots"},
+    {"lopt.runs", "lopt.report", "lopt.progress", "lopt.judge", "lopt.inspection", "lopt.dropin"},
     {"lopt.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-OPTIMIZER_MUST_NOT_IMPORT = (
-    "lopt.estimators lopt.tasks lopt.trainer lopt.evaluate sklearn matplotlib tensorboard click rich dacite jinja2"
-).split()
+OPTIMIZER_MUST_NOT_IMPORT = [
+    *("lopt.estimators", "lopt.tasks", "lopt.trainer", "lopt.evaluate", "lopt.config"),
+    *("sklearn", "matplotlib", "tensorboard", "click", "rich", "dacite"),
+]
 
 
 def find_modules() -> list[Path]:

@@ -128,5 +128,5 @@ def test_selected_and_joined_slots_are_the_slots() -> None:
 
 def test_second_order_refuses_a_compiled_update() -> None:
     rule = RULES["lstm"]()
-    with pytest.raises(ValueError, match="order=2.*compile"):
+    with pytest.raises(ValueError, match=r"order=2.*compile"):
         InnerLoop(rule, TASKS["quadratic"](), 0, order=2, update=rule.update)

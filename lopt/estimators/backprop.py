@@ -91,7 +91,7 @@ class Backprop(Estimator):
         A task whose losses, parameters or meta-gradient are not finite is dropped: the window is run again without
         it, it contributes nothing and its slot starts a new task. Slots are independent: the others are unaffected.
         """
-        count = len(slots.index)
+        count = len(slots.ids)
         size = self.task_chunk or count
         parts, healthy = [], torch.ones(count, dtype=torch.bool)
         totals = [torch.zeros_like(w) for w in loop.rule.parameters()]
@@ -114,7 +114,7 @@ class Backprop(Estimator):
         alive = int(healthy.sum())
         if alive < count:
             sick = select_slots(slots, (~healthy).nonzero()[:, 0])
-            parts.append(loop.restart(sick.index, sick.episode + 1))
+            parts.append(loop.restart(sick.ids, sick.episode + 1))
         joined = join_slots(parts)
         scale = 1 / max(alive, 1)
         names = [name for name, _ in loop.rule.named_parameters()]
@@ -125,7 +125,7 @@ class Backprop(Estimator):
         }
         return Estimate(
             {name: total * scale for name, total in zip(names, totals, strict=True)},
-            select_slots(joined, joined.index.argsort()),
+            select_slots(joined, joined.ids.argsort()),
             metrics,
         )
 

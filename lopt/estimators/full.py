@@ -41,5 +41,5 @@ class Full(Backprop):
         """See `Estimator.estimate`."""
         loop = self.loop(rule, family, seed, None)
         estimate = self.backpropagate(loop, slots, self.num_steps, restart=False)
-        fresh = loop.restart(slots.index, slots.episode + 1)
+        fresh = loop.restart(slots.ids, slots.episode + 1)
         return estimate._replace(slots=fresh)

@@ -1,18 +1,18 @@
-"""Judging rules: the same held-out tasks for a learned rule and for baselines whose learning rates are tuned."""
+"""Judging rules: the same held-out tasks for a learned rule and for baselines with tuned learning rates."""
 
 from __future__ import annotations
 
 from lopt.evaluate.baselines import BASELINES, CRITERIA, Grid, Tuned, Tuning, tune_baseline
-from lopt.evaluate.comparison import (
+from lopt.evaluate.comparison import compare
+from lopt.evaluate.curves import Curves, run_curves
+from lopt.evaluate.results import (
     Comparison,
     Contest,
     Entry,
     Run,
-    compare,
     load_comparisons,
     save_comparisons,
 )
-from lopt.evaluate.curves import Curves, run_curves
 from lopt.evaluate.statistics import Ratio, Summary
 
 __all__ = [

@@ -1,7 +1,9 @@
 """Tuned baselines: hand-designed optimizers with their learning rates searched on a grid, and the archive of searches.
 
-A whole grid times all tuning seeds runs as one population through per-run meta-weights. Tuning seeds are never
-among the reported ones. A search is archived under a hash of all that determines it and is not repeated.
+The grid is tried on a few tasks, its best learning rates on many more: near the edge of stability a learning rate
+that is best on ten tasks may fail on one of the next twenty, and a baseline tuned like that is no baseline. A grid
+times its tasks runs as one population, through per-run meta-weights. Tuning tasks are never among the reported
+ones. A search is archived under a hash of all that determines it and is not repeated.
 """
 
 from __future__ import annotations
@@ -9,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite, log10
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lopt.checkpoint import write_atomic
+from lopt.checkpoint import VERSION, write_atomic
 from lopt.evaluate.curves import run_curves
 from lopt.rules import RULES
 from lopt.rules.hand_designed import SCHEDULES
@@ -69,7 +70,7 @@ class Grid:
 
     def value(self, exponent: int) -> float:
         """The learning rate of an exponent."""
-        return float(self.ratio**exponent)
+        return float(f"{self.ratio**exponent:.9g}")
 
 
 @dataclass(frozen=True)
@@ -78,34 +79,40 @@ class Tuning:
 
     Attributes:
         grid: the learning rates.
-        num_seeds: tasks that every learning rate is tried on; None takes more where tasks are smaller.
+        num_seeds: tasks that the finalists are tried on, an eighth of them (at least 4) for the whole grid; None
+            takes more of them where tasks are smaller.
         seed: names those tasks.
+        finalists: for each criterion the best this many must have been tried on all tasks.
         schedules: of the learning rate, each tuned by itself.
     """
 
     grid: Grid = Grid()
     num_seeds: int | None = None
     seed: int = 0
+    finalists: int = 4
     schedules: tuple[str, ...] = SCHEDULES
 
     def __post_init__(self) -> None:
         if self.num_seeds is not None and self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        if self.finalists < 1:
+            raise ValueError(f"finalists must be at least 1, got {self.finalists}")
         unknown = sorted(set(self.schedules) - set(SCHEDULES))
         if unknown or not self.schedules:
             raise ValueError(f"schedules must be some of {SCHEDULES}, got {self.schedules}")
 
     def count_seeds(self, family: TaskFamily) -> int:
-        """`num_seeds`, or 8 to 512 of them, fewer the more parameters a task has."""
-        return self.num_seeds or min(512, max(8, 2**14 // max(family.spec.size, 1)))
+        """`num_seeds`, or 32 to 512 of them, fewer the more parameters a task has."""
+        return self.num_seeds or min(512, max(32, 2**16 // max(family.spec.size, 1)))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of a search: losses averaged over the tuning seeds, None where one is not finite."""
+    """One learning rate of a search: losses averaged over `num_seeds` tasks, None where one is not finite."""
 
     exponent: int
     lr: float
+    num_seeds: int
     final: float | None
     mean: float | None
     diverged: int
@@ -131,8 +138,8 @@ class Tuned:
 
     def lowest(self, criterion: str) -> float:
         """The loss of the best learning rate, infinite if none stayed finite."""
-        values = [getattr(trial, criterion) for trial in self.trials]
-        return min((v for v in values if v is not None), default=float("inf"))
+        best = _choose(self.trials, criterion)
+        return float("inf") if best is None else float(getattr(best, criterion))
 
 
 def tune_baseline(
@@ -140,14 +147,14 @@ def tune_baseline(
     schedule: str,
     family: TaskFamily,
     num_steps: int,
-    tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
+    tuning: Tuning = Tuning(),
     archive: Path | None = None,
     on_search: OnSearch | None = None,
 ) -> Tuned:
     """Search the learning rate of `RULES[name]`, or take the search from the archive.
 
     The grid is extended on the side where the best value of either criterion is an edge. A learning rate with a
-    tuning seed that is not finite is out; ties go to the smaller one.
+    task whose loss is not finite is out; ties go to the smaller one.
 
     Args:
         archive: folder of earlier searches, made if missing; None neither reads nor writes.
@@ -166,6 +173,7 @@ def tune_baseline(
         "schedule": schedule,
         "grid": asdict(tuning.grid),
         "num_seeds": num_seeds,
+        "finalists": tuning.finalists,
         "seed": tuning.seed,
     }
     fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
@@ -183,11 +191,11 @@ def tune_baseline(
         trials,
         {key: None if trial is None else trial.lr for key, trial in best.items()},
         fingerprint,
-        read_version(),
+        VERSION,
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(asdict(tuned), indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps(asdict(tuned), indent=1, allow_nan=False) + "\n").encode())
     return tuned
 
 
@@ -209,41 +217,51 @@ def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
     return tuned
 
 
-def read_version() -> str:
-    """The installed version of lopt."""
-    try:
-        return version("lopt")
-    except PackageNotFoundError:
-        return "unknown"
+def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning) -> list[Trial]:
+    """The grid on a few tasks, then finalists on all, until no learning rate that is not tried looks better."""
+    full = tuning.count_seeds(family)
+    few = min(full, max(4, full // 8))
+    trials: dict[int, Trial] = {}
 
+    def try_rates(exponents: Iterable[int], num_seeds: int) -> None:
+        todo = sorted(exponents)
+        new = _try_rates(name, schedule, family, num_steps, tuning, todo, num_seeds)
+        trials.update(zip(todo, new, strict=True))
 
-def _search(
-    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning
-) -> list[Trial]:
-    grid, trials = tuning.grid, dict[int, Trial]()
-    todo = list(range(grid.low, grid.high + 1))
+    todo = set(range(tuning.grid.low, tuning.grid.high + 1))
     while todo:
-        new = _try_rates(name, schedule, family, num_steps, tuning, todo)
-        trials |= {trial.exponent: trial for trial in new}
-        low, high = min(trials), max(trials)
-        ordered = [trials[k] for k in sorted(trials)]
-        chosen = [_choose(ordered, criterion) for criterion in CRITERIA]
-        # Where nothing is finite, only smaller learning rates can help.
-        edges = {low if trial is None else trial.exponent for trial in chosen}
-        todo = []
-        if low in edges:
-            todo += range(max(low - EXTENSION, -EXPONENT_LIMIT), low)
-        if high in edges:
-            todo += range(high + 1, min(high + EXTENSION, EXPONENT_LIMIT) + 1)
-    return ordered
+        try_rates(todo, few)
+        while promising := _pick_finalists(trials.values(), tuning.finalists, full):
+            try_rates(promising, full)
+        todo = _extend(trials)
+    return [trials[k] for k in sorted(trials)]
+
+
+def _pick_finalists(trials: Iterable[Trial], count: int, full: int) -> set[int]:
+    """Of the best `count` for either criterion those that were not tried on all tasks."""
+    found = set()
+    for criterion in CRITERIA:
+        for trial in _rank(trials, criterion)[:count]:
+            if trial.num_seeds < full:
+                found.add(trial.exponent)
+    return found
+
+
+def _extend(trials: Mapping[int, Trial]) -> set[int]:
+    """What to try beyond an edge that is best; where nothing is finite, smaller learning rates."""
+    low, high = min(trials), max(trials)
+    best = [_choose(trials.values(), criterion) for criterion in CRITERIA]
+    edges = {low if trial is None else trial.exponent for trial in best}
+    below = range(max(low - EXTENSION, -EXPONENT_LIMIT), low) if low in edges else ()
+    above = range(high + 1, min(high + EXTENSION, EXPONENT_LIMIT) + 1) if high in edges else ()
+    return {*below, *above}
 
 
 def _try_rates(
-    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int]
+    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int], num_seeds: int
 ) -> list[Trial]:
-    """All learning rates on all tuning seeds, as one population."""
+    """All given learning rates on the first `num_seeds` tuning tasks, as one population."""
     rule = RULES[name](schedule=schedule)
-    num_seeds = tuning.count_seeds(family)
     lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
     runs = len(lrs) * num_seeds
     weights = {key: w.detach().expand(runs) for key, w in rule.named_parameters()}
@@ -265,6 +283,7 @@ def _try_rates(
     columns = zip(
         exponents,
         lrs.tolist(),
+        [num_seeds] * len(lrs),
         average(curves.final),
         average(curves.mean),
         curves.diverged.view(len(lrs), num_seeds).sum(1).tolist(),
@@ -273,10 +292,16 @@ def _try_rates(
     return [Trial(*column) for column in columns]
 
 
-def _choose(trials: list[Trial], criterion: str) -> Trial | None:
-    """The trial with the lowest loss."""
+def _rank(trials: Iterable[Trial], criterion: str) -> list[Trial]:
+    """Those that are finite, the lowest loss first."""
     finite = [trial for trial in trials if getattr(trial, criterion) is not None]
-    return min(finite, key=lambda trial: getattr(trial, criterion), default=None)
+    return sorted(finite, key=lambda trial: (getattr(trial, criterion), trial.exponent))
+
+
+def _choose(trials: Iterable[Trial], criterion: str) -> Trial | None:
+    """The best: after the last round of a search it has been tried on all tasks."""
+    ranked = _rank(trials, criterion)
+    return ranked[0] if ranked else None
 
 
 def _fingerprint(settings: dict[str, Any], family: TaskFamily, num_seeds: int, seed: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Curves:
     Attributes:
         losses: `[N + 1, T]`, the loss on the training batch of steps 0 to N; the first is before any update.
         final: `[T]`, the loss of the last parameters on the whole train split.
-        metrics: `[T]` by name, of the last parameters on the whole test split, such as "accuracy".
+        metrics: `[T]` by name, of the last parameters on the whole test (or other) split, such as "accuracy".
         seconds: wall-clock time of the steps, all runs together.
     """
 
@@ -63,6 +64,7 @@ def run_curves(
     meta_weights: Params | None = None,
     seed: int = 0,
     stream: str = "evaluation",
+    split: str = "test",
     chunk: int | None = None,
 ) -> Curves:
     """Train one new task of `family` per seed with `rule`, without gradients in the meta-weights.
@@ -73,6 +75,7 @@ def run_curves(
         meta_weights: one set per run, `[T, ...]` by name, instead of the rule's own.
         seed, stream: name the draws of all seeds together; streams share no task with each other nor with
             meta-training.
+        split: what the metrics are measured on.
         chunk: runs worked on together, to bound memory.
     Raises:
         ValueError: `num_steps` is less than 1 or there are no seeds.
@@ -95,7 +98,7 @@ def run_curves(
     with torch.no_grad():
         rows = torch.arange(len(seeds))
         size = chunk or _fit_chunk(build_loop(rows[:1]), seeds[:1])
-        parts = [_run_chunk(build_loop(r), seeds[r], num_steps) for r in rows.split(size)]
+        parts = [_run_chunk(build_loop(r), seeds[r], num_steps, split) for r in torch.split(rows, size)]
     return Curves(
         torch.cat([part.losses for part in parts], dim=1),
         torch.cat([part.final for part in parts]),
@@ -104,35 +107,35 @@ def run_curves(
     )
 
 
-def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int) -> Curves:
-    unique, where = seeds.unique(return_inverse=True)
+def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Curves:
+    unique, where = torch.unique(seeds, return_inverse=True)
     slots = select_slots(loop.start(unique), where)
     began = time.perf_counter()
     window = loop.unroll(slots, num_steps, restart=False)
     seconds = time.perf_counter() - began
     losses = torch.cat([slots.loss[None], window.losses])
-    return Curves(losses, *_score(loop.family, window.slots), seconds)
+    return Curves(losses, *_score(loop.family, window.slots, split), seconds)
 
 
-def _score(family: TaskFamily, slots: Slots) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss on the train split and metrics on the test split, `[T]` each."""
-    count = len(slots.index)
+def _score(family: TaskFamily, slots: Slots, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss on the train split and metrics on `split`, `[T]` each."""
+    count = len(slots.ids)
     train = family.full_batch(slots.task, count, "train")
     final = slots.loss if train is None else _evaluate(family, family.loss, slots.params, train)
     try:
-        test = family.full_batch(slots.task, count, "test")
-    except ValueError:  # a user's data without a test split
-        test = None
-    return final, {} if test is None else _evaluate(family, family.metrics, slots.params, test)
+        held_out = family.full_batch(slots.task, count, split)
+    except ValueError:  # a user's data without that split
+        held_out = None
+    return final, {} if held_out is None else _evaluate(family, family.metrics, slots.params, held_out)
 
 
-def _evaluate(family: TaskFamily, function: Callable[..., object], flat: Tensor, batch: Batch) -> object:
+def _evaluate(family: TaskFamily, function: Callable[..., Any], flat: Tensor, batch: Batch) -> Any:
     """`function(params, batch)` for every run; what all runs share is not copied."""
     shared = {k: len(b) > 1 and b.stride(0) == 0 for k, b in batch.items()}
     values = {k: b[0] if shared[k] else b for k, b in batch.items()}
     dims = {k: None if shared[k] else 0 for k in batch}
 
-    def evaluate_one(p: Tensor, b: Batch) -> object:
+    def evaluate_one(p: Tensor, b: Batch) -> Any:
         return function(family.spec.unflatten(p), b)
 
     return vmap(evaluate_one, in_dims=(0, dims))(flat, values)

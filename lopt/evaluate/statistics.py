@@ -70,16 +70,21 @@ def compare_paired(ours: Sequence[float | None], theirs: Sequence[float | None])
 def compute_speedup(curve: Tensor, reference: Tensor) -> float | None:
     """Steps that `reference` needs over steps that `curve` needs for the same loss; above 1 is faster.
 
-    The loss is the lowest that both reach, the higher of their lowest values; both curves `[N + 1]` are smoothed
-    (`SMOOTHING`). None if one of them is not finite.
+    The loss is where the worse of the two ends, so that both reach it; the worse needs all its steps. Both curves
+    `[N + 1]` are smoothed (`SMOOTHING`). None if one of them is not finite.
     """
     if not bool(curve.isfinite().all() & reference.isfinite().all()):
         return None
-    width = max(1, (len(curve) - 1) // SMOOTHING)
-    smooth = [c.unfold(0, width, 1).mean(-1) for c in (curve.double(), reference.double())]
-    target = max(float(c.min()) for c in smooth)
-    ours, theirs = (int((c <= target).nonzero()[0]) + width - 1 for c in smooth)
-    return max(theirs, 1) / max(ours, 1)
+    num_steps = len(curve) - 1
+    width = max(1, num_steps // SMOOTHING)
+    ours, theirs = (c.double().unfold(0, width, 1).mean(-1) for c in (curve, reference))
+
+    def count_steps(smooth: Tensor, loss: Tensor) -> int:
+        return max(1, int((smooth <= loss).nonzero()[0]) + width - 1)
+
+    if ours[-1] <= theirs[-1]:
+        return num_steps / count_steps(ours, theirs[-1])
+    return count_steps(theirs, ours[-1]) / num_steps
 
 
 def keep_finite(value: float | Tensor) -> float | None:

@@ -151,4 +151,4 @@ def _flatten(x: Tensor, ndim: int) -> Tensor:
 def _unflatten(x: Tensor, shape: torch.Size) -> Tensor:
     """Undo `_flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
     per_tensor = x.shape[-1] == 1 and shape.numel() != 1
-    return x.reshape(*x.shape[:-1], *([1] * len(shape) if per_tensor else shape))
+    return x.reshape((*x.shape[:-1], *([1] * len(shape) if per_tensor else shape)))

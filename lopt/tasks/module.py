@@ -119,4 +119,4 @@ def _divide(data: Data, seed: int) -> dict[str, Data]:
         raise ValueError(f"{len(x)} examples are too few for four splits (15 at least)")
     order = torch.randperm(len(x), generator=make_generator(derive_seeds(seed, "splits")))
     sizes = [len(x) - 3 * rest, rest, rest, rest]
-    return {s: (x[i], y[i]) for s, i in zip(SPLITS, order.split(sizes), strict=True)}
+    return {s: (x[i], y[i]) for s, i in zip(SPLITS, torch.split(order, sizes), strict=True)}

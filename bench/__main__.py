@@ -1,0 +1,18 @@
+"""`python -m bench meta`: speed of the programs of this project, as tables and JSON."""
+
+from __future__ import annotations
+
+import click
+
+from bench.meta import meta
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
+
+
+cli.add_command(meta)
+
+if __name__ == "__main__":
+    cli(prog_name="python -m bench")

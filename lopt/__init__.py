@@ -1,0 +1,27 @@
+"""lopt: update rules that are learned on many small tasks and used on any model as a `torch.optim.Optimizer`.
+
+    optimizer = lopt.LearnedOptimizer(model.parameters())
+
+`Trainer` and all that only meta-training needs is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lopt.checkpoint import VERSION as __version__
+from lopt.checkpoint import list_rules, load, load_card, save
+from lopt.optim import LearnedOptimizer
+
+if TYPE_CHECKING:
+    from lopt.trainer import Trainer
+
+__all__ = ["LearnedOptimizer", "Trainer", "__version__", "list_rules", "load", "load_card", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":
+        from lopt.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,658 @@
+"""LearnedOptimizer: the rule's own steps, chunk by chunk, behind the contract of torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lopt
+from lopt import LearnedOptimizer, checkpoint, optim
+from lopt.rules import RULES, Rule, State
+from lopt.tensors import Params, make_generator
+
+CHUNK = 1024  # the smallest chunk
+ROUNDING = 1e-6  # fp32, the same formula; vectorised loops treat the last elements of a chunk in their own way
+
+
+class UnitNorm(Rule):
+    """A step of norm `size` per tensor, larger with the loss, smaller with progress: not elementwise."""
+
+    name = "unit_norm"
+
+    def __init__(self, size: float = 0.1) -> None:
+        super().__init__(size=size)
+        self.size = nn.Parameter(torch.tensor(size))
+
+    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
+        step = torch.zeros(next(iter(params.values())).shape[:batch_ndim], dtype=torch.int64)
+        return State(step, {name: {"m": torch.zeros_like(p)} for name, p in params.items()})
+
+    def update(
+        self, grads: Params, params: Params, state: State, loss: Tensor | None = None, progress: Tensor | None = None
+    ) -> tuple[Params, State]:
+        size = self.size * (1 if loss is None else 1 + loss) * (1 if progress is None else 1 - progress)
+        m = {name: {"m": 0.9 * state.accumulators[name]["m"] + g} for name, g in grads.items()}
+        new = {name: p - size * m[name]["m"] / (m[name]["m"].norm() + 1e-8) for name, p in params.items()}
+        return new, State(state.step + 1, m)
+
+
+def make_rule(name: str) -> Rule:
+    return UnitNorm() if name == "unit_norm" else RULES[name]()
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Rows of very different scale."""
+    generator = make_generator(seed)
+    x = torch.randn(shape, generator=generator)
+    scale = 10 ** (2 * torch.rand(shape[0], generator=generator) - 1)
+    return x * scale.view(-1, *[1] * (len(shape) - 1))
+
+
+def follow(rule: Rule, p: Tensor, grads: list[Tensor], num_steps: int | None = None) -> tuple[Tensor, State]:
+    """The rule's own trajectory."""
+    params = {"p": p.detach().clone()}
+    state = rule.init_state(params)
+    with torch.no_grad():
+        for step, g in enumerate(grads):
+            progress = None if num_steps is None else torch.tensor(min(step / num_steps, 1.0))
+            params, state = rule.update({"p": g}, params, state, None, progress)
+    return params["p"], state
+
+
+def step_with(optimizer: LearnedOptimizer, p: Tensor, grads: list[Tensor]) -> None:
+    for g in grads:
+        p.grad = g.clone()
+        optimizer.step()
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float = ROUNDING) -> None:
+    """Relative to the largest element."""
+    assert actual.shape == expected.shape
+    if expected.numel():
+        atol = rtol * float(expected.detach().abs().max())
+        torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
+
+
+@pytest.fixture(params=["adam", "lstm", "unit_norm"])
+def rule(request: pytest.FixtureRequest) -> Rule:
+    """One hand-designed, one learned, one that is not elementwise."""
+    return make_rule(request.param)
+
+
+# -- the steps are the rule's ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("name", [*sorted(RULES), "unit_norm"])
+def test_steps_are_the_rules_own_at_chunk_boundaries(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "CPU_CHUNK", 1)
+    rule = make_rule(name)
+    p = nn.Parameter(draw(0, size))
+    grads = [draw(1 + i, size) for i in range(3)]
+    expected, state = follow(rule, p, grads)
+    optimizer = LearnedOptimizer([p], rule)
+    step_with(optimizer, p, grads)
+    assert_close(p, expected)
+    assert int(optimizer.state[p]["step"]) == 3
+    assert optimizer.state[p].keys() == {"step", *state.accumulators["p"]}
+    for key, value in state.accumulators["p"].items():
+        assert_close(optimizer.state[p][key], value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (1, 1), (2, 3), (2, 1, 3, 2, 2)], ids=str)
+def test_steps_are_the_rules_own_for_every_shape(rule: Rule, shape: tuple[int, ...]) -> None:
+    generator = make_generator(0)
+    p = nn.Parameter(torch.randn(shape, generator=generator))
+    grads = [torch.randn(shape, generator=generator) for _ in range(3)]
+    expected, state = follow(rule, p, grads)
+    optimizer = LearnedOptimizer([p], rule)
+    step_with(optimizer, p, grads)
+    assert_close(p, expected)
+    for key, value in state.accumulators["p"].items():
+        assert optimizer.state[p][key].shape == value.shape
+
+
+def test_layout_of_parameter_and_gradient_does_not_matter(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "CPU_CHUNK", 1)
+    dense = draw(0, 48, 4, 3, 3)
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.clone(memory_format=torch.channels_last),
+        lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+    ]
+    grads = [draw(1 + i, 48, 1, 3, 3).expand_as(dense) for i in range(3)]
+    expected, _ = follow(rule, dense, grads)
+    for layout in layouts:
+        p = nn.Parameter(layout(dense))
+        assert not p.is_contiguous()
+        before = p.stride(), p.data_ptr()
+        optimizer = LearnedOptimizer([p], rule)
+        for g in grads:
+            p.grad = g
+            optimizer.step()
+        assert_close(p, expected)
+        assert (p.stride(), p.data_ptr()) == before
+
+
+def test_learned_optimizer_with_the_adam_rule_trains_as_adam() -> None:
+    models = [make_model() for _ in range(2)]
+    ours = LearnedOptimizer(models[0].parameters(), RULES["adamw"](lr=0.01))
+    theirs = torch.optim.AdamW(models[1].parameters(), lr=0.01)
+    losses = [train(model, optimizer, 20) for model, optimizer in zip(models, (ours, theirs), strict=True)]
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(a, b, 1e-5)  # 20 steps that each round in another order
+
+
+def make_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+    with torch.no_grad():
+        for index, p in enumerate(model.parameters()):
+            p.copy_(0.3 * torch.randn(p.shape, generator=make_generator(index)))
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        generator = make_generator(step % 5)
+        x = torch.randn(16, 5, generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), x[:, :3].argmax(1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_lr_multiplies_the_learned_step_and_weight_decay_is_decoupled(rule: Rule) -> None:
+    start, grads = draw(0, 50), [draw(1, 50)]
+    full, _ = follow(rule, start, grads)
+    p = nn.Parameter(start.clone())
+    step_with(LearnedOptimizer([p], rule, lr=0.25, weight_decay=0.1), p, grads)
+    assert_close(p - start, 0.25 * (full - start) - 0.025 * start, 1e-5)  # differences of rounded numbers
+
+
+def test_zero_lr_changes_no_bit_of_the_parameters_but_the_state_goes_on(rule: Rule) -> None:
+    p = nn.Parameter(torch.tensor([-0.0, 0.0, 1.0, 1e-45]))
+    bits = p.detach().clone().view(torch.int32)
+    optimizer = LearnedOptimizer([p], rule, lr=0.0, weight_decay=0.1)
+    step_with(optimizer, p, [torch.ones(4), torch.full((4,), float("nan"))])
+    assert torch.equal(p.detach().view(torch.int32), bits)
+    assert int(optimizer.state[p]["step"]) == 2
+
+
+def test_groups_have_options_of_their_own() -> None:
+    still, slow, fast = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    groups = [{"params": [still], "lr": 0.0}, {"params": [slow], "lr": 0.5}, {"params": [fast], "weight_decay": 0.5}]
+    optimizer = LearnedOptimizer(groups, RULES["sgd"](lr=0.1))
+    for p in (still, slow, fast):
+        p.grad = torch.ones(3)
+    optimizer.step()
+    assert still.tolist() == [1.0] * 3
+    assert_close(slow, torch.full((3,), 0.95))
+    assert_close(fast, torch.full((3,), 0.4))
+    later = nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [later], "lr": 2.0})
+    later.grad = torch.ones(1)
+    optimizer.step()
+    assert_close(later, torch.tensor([0.8]))
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "whole"])
+def test_num_steps_tells_the_rule_how_far_training_is(kind: str) -> None:
+    rule = RULES["sgd"](lr=0.1, schedule="cosine") if kind == "elementwise" else UnitNorm()
+    short, long = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    grads = [torch.ones(2)] * 6  # beyond the end of the short plan, where progress stays 1
+    optimizer = LearnedOptimizer([{"params": [short], "num_steps": 4}, {"params": [long]}], rule, num_steps=8)
+    for g in grads:
+        short.grad, long.grad = g.clone(), g.clone()
+        optimizer.step()
+    assert_close(short, follow(rule, torch.ones(2), grads, 4)[0])
+    assert_close(long, follow(rule, torch.ones(2), grads, 8)[0])
+    assert not torch.equal(short, long)
+
+
+def test_rule_that_needs_num_steps_says_so() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="num_steps"):
+        LearnedOptimizer([p], RULES["sgd"](schedule="cosine")).step()
+    assert p.tolist() == [1.0, 1.0]
+
+
+def test_tensor_lr_and_schedulers_do_as_a_number_set_by_hand() -> None:
+    grads = [draw(i, 20) for i in range(5)]
+    results = []
+    for lr in (1.0, torch.tensor(1.0), torch.tensor([1.0])):
+        p = nn.Parameter(draw(9, 20))
+        optimizer = LearnedOptimizer([p], RULES["adam"](lr=0.1), lr=lr)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        for g in grads:
+            step_with(optimizer, p, [g])
+            scheduler.step()
+        results.append(p.detach())
+    by_hand = nn.Parameter(draw(9, 20))
+    optimizer = LearnedOptimizer([by_hand], RULES["adam"](lr=0.1))
+    for step, g in enumerate(grads):
+        optimizer.param_groups[0]["lr"] = 0.5**step
+        step_with(optimizer, by_hand, [g])
+    for result in results:
+        assert torch.equal(result, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"lr": torch.ones(2)}, r"lr must be .* got shape \[2\]"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and at least 0, got -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"rule": "another"}, "runs rule sgd-.* made by another"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    p = nn.Parameter(torch.ones(1))
+    if "rule" not in options:
+        with pytest.raises(ValueError, match=message):
+            LearnedOptimizer([p], RULES["sgd"](), **options)
+    optimizer = LearnedOptimizer([p], RULES["sgd"]())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_are_checked_as_by_torch() -> None:
+    rule = RULES["sgd"]()
+    p = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        LearnedOptimizer([], rule)
+    with pytest.raises(TypeError, match="iterable"):
+        LearnedOptimizer(p, rule)
+    with pytest.raises(ValueError, match="non-leaf"):
+        LearnedOptimizer([p * 2], rule)
+    with pytest.raises(ValueError, match="more than one"):
+        LearnedOptimizer([{"params": [p]}, {"params": [p]}], rule)
+    named = LearnedOptimizer([("weight", p)], rule)
+    assert named.param_groups[0]["param_names"] == ["weight"]
+
+
+# -- the rule --------------------------------------------------------------------------------------
+
+
+def test_rule_is_taken_by_object_name_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
+    rule = RULES["lstm"](hidden=3)
+    path = lopt.save(rule, tmp_path / f"{optim.DEFAULT_RULE}.safetensors")
+    identities = set()
+    for choice in (None, rule, optim.DEFAULT_RULE, path, str(path)):
+        optimizer = LearnedOptimizer([nn.Parameter(torch.ones(1))], choice)
+        identities.add(optimizer.param_groups[0]["rule"])
+    assert identities == {f"lstm-{checkpoint.fingerprint(rule)}"}
+
+
+def test_given_rule_is_copied_and_frozen_but_not_changed() -> None:
+    rule = RULES["sgd"](lr=0.1)
+    p = nn.Parameter(torch.ones(1))
+    optimizer = LearnedOptimizer([p], rule)
+    assert all(weight.requires_grad for weight in rule.parameters())
+    assert not any(weight.requires_grad for weight in optimizer.rule.parameters())
+    rule.lr.data.fill_(100.0)
+    step_with(optimizer, p, [torch.ones(1)])
+    assert_close(p, torch.tensor([0.9]))
+
+
+def test_repr_is_short_and_names_the_rule() -> None:
+    optimizer = LearnedOptimizer([nn.Parameter(torch.ones(1000))], RULES["lstm"]())
+    assert "lstm-" in repr(optimizer)
+    assert "num_steps" in repr(optimizer)
+    assert len(repr(optimizer)) < 200
+
+
+# -- gradients, closures, loss ---------------------------------------------------------------------
+
+
+def test_parameters_without_gradient_stay_and_start_late(rule: Rule) -> None:
+    p, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = LearnedOptimizer([p, frozen], rule)
+    optimizer.step()
+    step_with(optimizer, p, [torch.ones(3)] * 2)
+    assert frozen.tolist() == [1.0] * 3
+    assert set(optimizer.state) == {p}
+    frozen.grad = torch.ones(3)
+    optimizer.step()
+    assert int(optimizer.state[frozen]["step"]) == 1
+    assert bool((frozen != 1).all())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_sparse_and_complex_are_refused_before_any_change(kind: str) -> None:
+    first = nn.Parameter(torch.ones(3))
+    second = nn.Parameter(torch.ones(3, dtype=torch.cfloat if kind == "complex" else torch.float))
+    optimizer = LearnedOptimizer([first, second], RULES["sgd"]())
+    first.grad, second.grad = torch.ones(3), torch.ones_like(second)
+    if kind == "sparse":
+        second.grad = second.grad.to_sparse()
+    with pytest.raises(RuntimeError, match=f"does not support {kind}.*shape"):
+        optimizer.step()
+    assert first.tolist() == [1.0] * 3
+    assert not optimizer.state
+
+
+def test_closure_runs_with_gradients_and_its_value_comes_back() -> None:
+    p = nn.Parameter(torch.tensor([2.0]))
+    optimizer = LearnedOptimizer([p], RULES["sgd"](lr=0.1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert float(optimizer.step(closure)) == 4.0
+        assert float(optimizer.step(closure=closure)) == pytest.approx(1.6**2)
+    assert optimizer.step(closure=None) is None
+    assert optimizer.step() is None
+
+
+def test_loss_reaches_rules_that_read_it_from_closure_or_argument() -> None:
+    grads, moved = torch.ones(4), {}
+    for name, loss in {"none": None, "number": 2.0, "tensor": torch.tensor(2.0, requires_grad=True)}.items():
+        p = nn.Parameter(torch.zeros(4))
+        p.grad = grads
+        assert LearnedOptimizer([p], UnitNorm(0.1)).step(loss=loss) is None
+        moved[name] = p.norm().item()
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = grads
+    LearnedOptimizer([p], UnitNorm(0.1)).step(lambda: 2.0)
+    moved["closure"] = p.norm().item()
+    expected = {"none": 0.1, "number": 0.3, "tensor": 0.3, "closure": 0.3}
+    assert moved == pytest.approx(expected, rel=1e-5)
+
+
+def test_step_leaves_gradients_grad_mode_and_global_randomness_untouched(rule: Rule) -> None:
+    p = nn.Parameter(draw(0, 30))
+    p.grad = draw(1, 30)
+    grad, pointer, random = p.grad.clone(), p.data_ptr(), torch.get_rng_state()
+    optimizer = LearnedOptimizer([p], rule)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(p.grad, grad)
+    assert p.data_ptr() == pointer
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_gradients_that_have_a_graph_leave_none_in_the_state(rule: Rule) -> None:
+    p = nn.Parameter(draw(0, 30))
+    (g,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
+    assert g.requires_grad
+    p.grad = g
+    optimizer = LearnedOptimizer([p], rule)
+    optimizer.step()
+    assert not any(value.requires_grad for value in optimizer.state[p].values())
+    p.grad = None  # parameter and gradient refer to each other
+
+
+def test_step_tells_autograd_that_parameters_changed() -> None:
+    p = nn.Parameter(torch.ones(2))
+    loss = (p**2).sum()
+    p.grad = torch.ones(2)
+    LearnedOptimizer([p], RULES["sgd"]()).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_parameters_are_stepped_in_fp32_and_rounded_once(rule: Rule, dtype: torch.dtype) -> None:
+    p = nn.Parameter(draw(0, 200).to(dtype))
+    g, start = draw(1, 200).to(dtype), p.detach().float()
+    expected = follow(rule, start, [g.float()])[0] - 0.1 * start
+    optimizer = LearnedOptimizer([p], rule, weight_decay=0.1)
+    step_with(optimizer, p, [g])
+    # one unit in the last place of the half type, where ours and theirs lie on two sides of a rounding boundary
+    exact = (p.detach() == expected.to(dtype)).float().mean()
+    assert float(exact) > 0.98
+    assert_close(p.detach().float(), expected, torch.finfo(dtype).eps)
+    floating = [v for v in optimizer.state[p].values() if v.is_floating_point()]
+    assert all(value.dtype == torch.float32 for value in floating)
+
+
+def test_fp64_parameters_keep_what_fp32_cannot_hold(rule: Rule) -> None:
+    p = nn.Parameter(1 + 1e-12 * torch.arange(4, dtype=torch.float64))
+    optimizer = LearnedOptimizer([p], rule, lr=1e-3)
+    step_with(optimizer, p, [torch.zeros(4, dtype=torch.float64)])
+    assert p.dtype == torch.float64
+    torch.testing.assert_close(p.detach().diff(), torch.full((3,), 1e-12, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Bytes of the largest memory that an operation made while the mode was on."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("sgd", 1), ("linear", 8), ("nadamw", 1)])
+def test_step_on_ten_million_parameters_allocates_no_more_than_chunks(name: str, numbers: int) -> None:
+    """`numbers`: fp32 numbers per coordinate in the rule's widest intermediate."""
+    p = nn.Parameter(torch.ones(10_000_000))
+    p.grad = torch.ones(10_000_000)
+    optimizer = LearnedOptimizer([p], RULES[name]())
+    optimizer.step()
+    own = [p.detach(), p.grad, *optimizer.state[p].values()]
+    with LargestAllocation(*own) as allocation:
+        optimizer.step()
+    assert 0 < allocation.largest <= numbers * optim.CPU_CHUNK < 4 * p.numel()
+
+
+def test_chunks_shrink_with_the_state_of_a_coordinate() -> None:
+    lengths = {}
+    for name in ("sgd", "adam", "lstm"):
+        p = torch.ones(100_000)
+        lengths[name] = optim.chunk_length(p, RULES[name]().init_state({"": p}).accumulators[""])
+    assert lengths == {"sgd": 262144, "adam": 131072, "lstm": 6144}
+
+
+def test_state_does_not_grow(rule: Rule) -> None:
+    p = nn.Parameter(torch.ones(10))
+    optimizer = LearnedOptimizer([p], rule)
+    sizes = set()
+    for _ in range(5):
+        step_with(optimizer, p, [torch.ones(10)])
+        sizes.add(sum(value.untyped_storage().nbytes() for value in optimizer.state[p].values()))
+    assert len(sizes) == 1
+
+
+# -- saving and going on ---------------------------------------------------------------------------
+
+
+def make_mixed(rule: Rule) -> tuple[list[nn.Parameter], LearnedOptimizer]:
+    """fp32, bf16 and never-used parameters in two groups."""
+    params = [nn.Parameter(draw(0, 7, 5)), nn.Parameter(draw(1, 9).bfloat16()), nn.Parameter(torch.ones(2))]
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
+    return params, LearnedOptimizer(groups, rule, weight_decay=0.01, num_steps=20)
+
+
+def step_mixed(params: list[nn.Parameter], optimizer: LearnedOptimizer, first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        for index, p in enumerate(params[:2]):
+            p.grad = draw(10 * step + index, *p.shape).to(p.dtype)
+        optimizer.step()
+
+
+def assert_same(params: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def assert_same_state(state: dict[str, Any], other: dict[str, Any]) -> None:
+    leaves = zip(tree_leaves(state["state"]), tree_leaves(other["state"]), strict=True)
+    assert all(torch.equal(a, b) for a, b in leaves)
+
+
+def test_loaded_state_goes_on_bit_for_bit(rule: Rule) -> None:
+    params, optimizer = make_mixed(rule)
+    step_mixed(params, optimizer, 0, 3)
+    optimizer.param_groups[0]["lr"] = 0.7
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    others, resumed = make_mixed(rule)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    buffer.seek(0)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert resumed.param_groups[0]["lr"] == 0.7
+    for run in ((params, optimizer), (others, resumed)):
+        step_mixed(*run, 3, 3)
+    assert_same(params, others)
+    assert_same_state(optimizer.state_dict(), resumed.state_dict())
+
+
+def test_loaded_state_shares_no_memory_and_leaves_its_source_alone(rule: Rule) -> None:
+    params, optimizer = make_mixed(rule)
+    step_mixed(params, optimizer, 0, 2)
+    source = optimizer.state_dict()
+    before = copy.deepcopy(source)
+    others, resumed = make_mixed(rule)
+    resumed.load_state_dict(state_dict=source)
+    step_mixed(others, resumed, 2, 2)
+    after = optimizer.state_dict()
+    for state in (source, after):
+        assert_same_state(state, before)
+    assert after["param_groups"] == before["param_groups"]
+
+
+def test_state_before_the_first_step_is_loaded_as_a_fresh_one(rule: Rule) -> None:
+    params, optimizer = make_mixed(rule)
+    others, resumed = make_mixed(rule)
+    resumed.load_state_dict(resumed.state_dict())
+    assert not resumed.state
+    for run in ((params, optimizer), (others, resumed)):
+        step_mixed(*run, 0, 2)
+    assert_same(params, others)
+
+
+def test_state_made_under_other_meta_weights_is_refused_and_nothing_changes() -> None:
+    rules = [RULES["adam"](lr=lr) for lr in (0.1, 0.2)]
+    params, optimizer = make_mixed(rules[0])
+    step_mixed(params, optimizer, 0, 2)
+    others, resumed = make_mixed(rules[1])
+    step_mixed(others, resumed, 0, 1)
+    names = [x.param_groups[0]["rule"] for x in (resumed, optimizer)]
+    before = copy.deepcopy(resumed.state_dict())
+    with pytest.raises(ValueError, match=f"{names[0]}.*{names[1]}"):
+        resumed.load_state_dict(optimizer.state_dict())
+    after = resumed.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert_same_state(after, before)
+
+
+def test_state_of_another_kind_of_optimizer_or_model_is_refused() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = LearnedOptimizer([p], RULES["adam"]())
+    with pytest.raises(ValueError, match="another kind of optimizer"):
+        optimizer.load_state_dict(torch.optim.Adam([p]).state_dict())
+    larger = LearnedOptimizer([p, nn.Parameter(torch.ones(1))], RULES["adam"]())
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        optimizer.load_state_dict(larger.state_dict())
+
+
+def test_hooks_around_loading_see_and_may_change_the_state() -> None:
+    params, optimizer = make_mixed(RULES["adam"]())
+    step_mixed(params, optimizer, 0, 1)
+    _, resumed = make_mixed(RULES["adam"]())
+
+    def before(_: object, state: dict[str, Any]) -> dict[str, Any]:
+        changed = copy.deepcopy(state)
+        changed["state"][0]["m"].fill_(3.0)
+        return changed
+
+    seen = []
+    resumed.register_load_state_dict_pre_hook(before)
+    resumed.register_load_state_dict_post_hook(lambda opt: seen.extend(s["m"].dtype for s in opt.state.values()))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.float32, torch.float32]
+    assert bool((resumed.state[resumed.param_groups[0]["params"][0]]["m"] == 3).all())
+    assert len(resumed._optimizer_load_state_dict_pre_hooks) == 1
+    assert len(resumed._optimizer_load_state_dict_post_hooks) == 1
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_go_on_bit_for_bit_and_on_their_own(how: str) -> None:
+    params, optimizer = make_mixed(RULES["lstm"](hidden=3))
+    step_mixed(params, optimizer, 0, 2)
+    pair = (params, optimizer)
+    others, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    step_mixed(params, optimizer, 2, 2)
+    assert not torch.equal(params[0], others[0])
+    step_mixed(others, copied, 2, 2)
+    assert_same(params, others)
+
+
+def test_state_holds_tensors_only_and_groups_plain_values(rule: Rule) -> None:
+    params, optimizer = make_mixed(rule)
+    step_mixed(params, optimizer, 0, 1)
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"}
+    assert state["state"].keys() == {0, 1}
+    assert all(isinstance(v, Tensor) for values in state["state"].values() for v in values.values())
+    options = {"lr", "weight_decay", "num_steps", "rule", "params"}
+    assert all(group.keys() == options for group in state["param_groups"])
+    assert optimizer.state[params[0]]["step"].shape == ()
+
+
+def test_result_does_not_depend_on_how_parameters_are_grouped(rule: Rule) -> None:
+    results = []
+    for order in ((0, 1), (1, 0)):
+        params = [nn.Parameter(draw(i, 6)) for i in range(2)]
+        optimizer = LearnedOptimizer([{"params": [params[i]]} for i in order], rule)
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = draw(10 * step + i, 6)
+            optimizer.step()
+        results.append(params)
+    assert_same(*results)
+
+
+# -- the package -----------------------------------------------------------------------------------
+
+
+def test_package_offers_what_it_lists() -> None:
+    for name in lopt.__all__:
+        if name != "Trainer":
+            assert getattr(lopt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lopt.nothing  # noqa: B018
