@@ -82,23 +82,21 @@ def train(
         if preset or out or overrides or seed is not None:
             raise click.UsageError("--resume takes its settings from the run; give nothing else")
         config, trainer = resume_run(resume)
-        folder = resume
     elif preset is None:
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
     else:
         config = load_config(preset, [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])])
-        folder = out or Path("runs") / config.name
-        trainer = start_run(config, folder)
+        trainer = start_run(config, out or Path("runs") / config.name)
     console = Console(stderr=as_json)
-    run_trainer(trainer, console, folder)
-    result: dict[str, Any] = {"rule": str(folder / "rule.safetensors"), "step": trainer.best_step, "best": trainer.best}
+    run_trainer(trainer, console)
+    result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": trainer.best}
     if evaluate:
-        result["results"] = judge_run(config, trainer, folder, console)
+        result["results"] = judge_run(config, trainer, console)
     if as_json:
         click.echo(json.dumps(result))
 
 
-def run_trainer(trainer: Trainer, console: Console, folder: Path) -> None:
+def run_trainer(trainer: Trainer, console: Console) -> None:
     """Train with a progress bar; on a signal say how to resume and exit with 130."""
     from lopt.progress import TrainingProgress
     from lopt.trainer import Interrupted
@@ -108,18 +106,18 @@ def run_trainer(trainer: Trainer, console: Console, folder: Path) -> None:
         with TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update)
     except Interrupted:
-        message = f"stopped at step {trainer.step} and saved; go on with: lopt train --resume {folder}"
+        message = f"stopped at step {trainer.step} and saved; go on with: lopt train --resume {trainer.folder}"
         console.print(message, soft_wrap=True, highlight=False)
         sys.exit(130)
-    message = f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {folder / 'rule.safetensors'}"
+    message = f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}"
     console.print(message, soft_wrap=True, highlight=False)
 
 
-def judge_run(config: RunConfig, trainer: Trainer, folder: Path, console: Console) -> list[dict[str, Any]]:
+def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
     """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
     from lopt.judge import judge, summarize_results
 
-    rules = {config.name: trainer.rule}
+    rules = {config.name: trainer.build_best()}
     with console.status("") as status:
 
         def tell(text: str) -> None:
@@ -134,8 +132,8 @@ def judge_run(config: RunConfig, trainer: Trainer, folder: Path, console: Consol
         )
     results = summarize_results(comparisons)
     trainer.card["results"] = results
-    trainer.save()
-    show(comparisons, folder, console, command=trainer.card["command"])
+    trainer.save_rule()
+    show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
     return results
 
 
@@ -247,11 +245,11 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
         config = load_config("demo", list(overrides))
         trainer = start_run(config, out)
     console.print("[bold]1. Meta-training:[/] an LSTM learns an update rule by training small networks on digits")
-    run_trainer(trainer, console, out)
+    run_trainer(trainer, console)
     console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
-    judge_run(config, trainer, out, console)
+    judge_run(config, trainer, console)
     console.print("\n[bold]3. Using it:[/] an ordinary training loop, another network, one line changed")
-    rule = out / "rule.safetensors"
+    rule = trainer.rule_path
     for line in train_classifier(rule):
         console.print(f"   {line}", soft_wrap=True, highlight=False)
     console.print(f'\n   opt = lopt.LearnedOptimizer(model.parameters(), rule="{rule}")', soft_wrap=True)

@@ -43,7 +43,6 @@ class TrainerConfig:
             `final_learning_rate` times this.
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
-        averaging: decay of the running average of the meta-weights that is validated and kept; 0 for none.
         clip: largest global norm of the meta-gradient.
         seed: names every random draw of the run.
         validate_every: outer steps between validations.
@@ -60,7 +59,6 @@ class TrainerConfig:
     warmup: int = 20
     weight_decay: float = 0.0
     beta2: float = 0.999
-    averaging: float = 0.0
     clip: float = 1.0
     seed: int = 0
     validate_every: int = 50
@@ -81,8 +79,6 @@ class TrainerConfig:
         for name in ("final_learning_rate", "warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"trainer.averaging must be in [0, 1), got {self.averaging}")
         if self.validation_metric not in ("final", "mean", "log"):
             raise ValueError(f"trainer.validation_metric must be final, mean or log, got {self.validation_metric!r}")
 

@@ -19,11 +19,13 @@ from lopt.evaluate.results import FIGURES, Comparison, Entry, Numbers, Run, disp
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANEL_INCHES = (6.3, 4.1)
-MARGINS = (0.68, 2.0)  # left and right of the axes, inches
+PANEL_INCHES = (6.3, 2.65)  # width with margins, height of the axes
+MARGINS = (0.68, 2.0)  # left and right of the axes
+AXES_INCHES = PANEL_INCHES[0] - sum(MARGINS)
+TOP_INCHES, TITLE_INCHES, BOTTOM_INCHES = 0.7, 0.3, 0.74
 LABEL_GAP = 11.5
 """Distance of neighbouring labels in points."""
-VALUE_AT = 1 + (MARGINS[1] - 0.2) / (PANEL_INCHES[0] - sum(MARGINS))
+VALUE_AT = 1 + (MARGINS[1] - 0.2) / AXES_INCHES
 """Right edge of the figures beside the labels, in widths of the axes."""
 
 
@@ -56,12 +58,16 @@ OTHER_STYLES: list[Style] = [("#b07a00", "#f0b93a", "-"), ("#b07a00", "#f0b93a",
 """Of further learned rules."""
 
 
-def plot_curves(comparisons: Sequence[Comparison], *, dark: bool = False, dpi: int = 200) -> bytes:
-    """One panel per comparison, side by side, as a PNG.
+def plot_curves(
+    comparisons: Sequence[Comparison], *, columns: int = 2, dark: bool = False, titles: bool = True, dpi: int = 200
+) -> bytes:
+    """One panel per comparison, as a PNG.
 
     Args:
         comparisons: at least one; the runs shown are those tuned for each one's `criterion`.
+        columns: panels side by side.
         dark: for dark pages.
+        titles: write each comparison's title above its panel.
         dpi: of the picture, `PANEL_INCHES` per panel.
     Raises:
         ValueError: there is nothing to plot.
@@ -69,32 +75,34 @@ def plot_curves(comparisons: Sequence[Comparison], *, dark: bool = False, dpi: i
     """
     if not comparisons:
         raise ValueError("there is no comparison to plot")
-    import matplotlib
+    import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     theme = DARK if dark else LIGHT
-    width, height = PANEL_INCHES
-    with matplotlib.rc_context({"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9}):
-        figure = Figure((width * len(comparisons), height), dpi=dpi, facecolor=theme.background)
-        canvas = FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(comparisons), squeeze=False)[0]
-        left, right = (margin / width for margin in MARGINS)
-        share = 1 / len(comparisons)
-        for i, (axes, comparison) in enumerate(zip(panels, comparisons, strict=True)):
-            axes.set_position(((i + left) * share, 0.195, (1 - left - right) * share, 0.645))
-            _draw_panel(axes, comparison, theme)
-        for axes, comparison in zip(panels, comparisons, strict=True):
+    columns = max(1, min(columns, len(comparisons)))
+    rows = -(-len(comparisons) // columns)
+    top = TOP_INCHES if titles else TOP_INCHES - TITLE_INCHES
+    width, height = PANEL_INCHES[0] * columns, (PANEL_INCHES[1] + top + BOTTOM_INCHES) * rows
+    with matplotlib.style.context(["default", {"font.sans-serif": ["DejaVu Sans"], "font.size": 9}]):
+        figure = Figure((width, height), dpi=dpi, facecolor=theme.background)
+        for i, comparison in enumerate(comparisons):
+            row, column = divmod(i, columns)
+            x = (column * PANEL_INCHES[0] + MARGINS[0]) / width
+            y = 1 - ((row + 1) * height / rows - BOTTOM_INCHES) / height
+            axes = figure.add_axes((x, y, AXES_INCHES / width, PANEL_INCHES[1] / height))
+            _draw_panel(axes, comparison, theme, comparison.title if titles else "")
             _draw_labels(axes, comparison, theme)
         stream = BytesIO()
-        canvas.print_png(stream)
+        FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
 
 
-def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme) -> None:
+def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     entries = _order(comparison)
+    limits = _find_limits([entry.runs[comparison.criterion] for entry in entries])
     banded = (comparison.subject, comparison.find_bar(comparison.criterion))
     axes.set_yscale("log")
     axes.set_facecolor(theme.background)
@@ -103,11 +111,11 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme) -> None:
         color, dashes = _pick_style(comparison, entry, theme)
         subject = entry is comparison.subject
         if entry in banded:
-            band = (_plottable(run.low), _plottable(run.high))
+            band = (_clip(run.low, limits), _clip(run.high, limits))
             axes.fill_between(run.steps, *band, color=color, alpha=0.22 if subject else 0.13, lw=0, zorder=2 + rank)
         axes.plot(
             run.steps,
-            _plottable(run.median),
+            _clip(run.median, limits),
             color=color,
             ls=dashes,
             lw=2.5 if subject else 1.25,
@@ -115,7 +123,7 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme) -> None:
             solid_capstyle="round",
         )
     axes.set_xlim(0, comparison.num_steps)
-    axes.set_ylim(*_find_limits([e.runs[comparison.criterion] for e in entries]))
+    axes.set_ylim(*limits)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(LogLocator(subs=tuple(range(2, 10)), numticks=12))
@@ -131,14 +139,14 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme) -> None:
     axes.set_ylabel("training loss (log scale)", color=theme.text)
     bar = banded[1]
     best = "" if bar is None else f" and {display_name(bar.label)}, the best tuned baseline on average"
-    title = textwrap.shorten(comparison.title, 62, placeholder=" ...")
-    for y, text, look in (
-        (1.125, title, {"color": theme.text, "weight": "bold", "size": 11}),
-        (1.05, _describe(comparison), {"color": theme.faint, "size": 8}),
-        (-0.275, f"Lines: medians over tasks; bands: quartiles, for {comparison.subject.label}{best}.", {"size": 7}),
-    ):
-        left = -MARGINS[0] * 0.8 / (PANEL_INCHES[0] - sum(MARGINS))
-        axes.text(left, y, text, transform=axes.transAxes, **({"color": theme.faint} | look))
+    caption = f"Lines: medians over tasks; bands: quartiles, for {comparison.subject.label}{best}."
+
+    def write(y: float, text: str, **look: Any) -> None:
+        axes.text(-0.8 * MARGINS[0] / AXES_INCHES, y, text, transform=axes.transAxes, **look)
+
+    write(1.125, textwrap.shorten(title, 62, placeholder=" ..."), color=theme.text, weight="bold", size=11)
+    write(1.05, _describe(comparison), color=theme.faint, size=8)
+    write(-0.25, caption, color=theme.faint, size=7)
 
 
 def _describe(comparison: Comparison) -> str:
@@ -152,7 +160,7 @@ def _describe(comparison: Comparison) -> str:
 def _draw_labels(axes: Axes, comparison: Comparison, theme: Theme) -> None:
     """Names at the ends of the curves, moved apart where they would overlap."""
     bottom, top = axes.get_ylim()
-    height = axes.get_position().height * axes.figure.get_figheight() * 72
+    height = 72 * PANEL_INCHES[1]
     anchors = []
     for entry in comparison.entries:
         last = entry.runs[comparison.criterion].median[-1]
@@ -161,7 +169,7 @@ def _draw_labels(axes: Axes, comparison: Comparison, theme: Theme) -> None:
         anchors.append((share * height, entry))
     anchors.sort(key=lambda anchor: anchor[0])
     places = spread_labels([y for y, _ in anchors], LABEL_GAP, height)
-    heading = {"transform": axes.transAxes, "color": theme.faint, "size": 7, "ha": "right"}
+    heading: dict[str, Any] = {"transform": axes.transAxes, "color": theme.faint, "size": 7, "ha": "right"}
     axes.text(VALUE_AT, 1.05, f"mean {FIGURES[comparison.criterion]}".replace("mean mean", "mean"), **heading)
     for (y, entry), place in zip(anchors, places, strict=True):
         color, dashes = _pick_style(comparison, entry, theme)
@@ -219,9 +227,10 @@ def _pick_style(comparison: Comparison, entry: Entry, theme: Theme) -> tuple[str
     return style[1 if theme is DARK else 0], style[2]
 
 
-def _plottable(values: Numbers) -> list[float]:
-    """Diverged values leave the picture at the top instead of tearing a hole."""
-    return [1e300 if v is None else max(v, 1e-300) for v in values]
+def _clip(values: Numbers, limits: tuple[float, float]) -> list[float]:
+    """Diverged runs leave the picture at the top instead of tearing a hole."""
+    low, high = limits[0] / 10, 10 * limits[1]
+    return [high if v is None else min(max(v, low), high) for v in values]
 
 
 def _find_limits(runs: Sequence[Run]) -> tuple[float, float]:

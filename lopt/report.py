@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NONE = "\u2013"
-HEADINGS = ["", "final loss", "/ best tuned", "mean loss", "test accuracy", "speed-up", "diverged", "\u00b5s/step"]
 
 
 class Cell(NamedTuple):
@@ -33,7 +32,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One optimizer of a table: its name, the seven figures of `HEADINGS`, and what it was tuned to."""
+    """One optimizer of a table: its name, the figures that `list_headings` names, and what it was tuned to."""
 
     entry: Entry
     name: str
@@ -74,17 +73,23 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "", title
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": format_number, "name": display_name, "percent": format_percent}
+    environment.filters |= {
+        "number": format_number,
+        "name": display_name,
+        "figure": format_figure,
+        "ratio": format_ratio,
+    }
     template = environment.from_string(files("lopt").joinpath("templates/report.html").read_text())
     sections = [
         {
             "comparison": c,
             "verdict": state_verdict(c),
-            "headings": HEADINGS,
+            "headings": list_headings(c),
             "rows": build_rows(c),
-            "losses": [describe_loss(contest) for contest in c.list_losses()],
-            "light": _as_data_uri(plot_curves([c], dpi=160)),
-            "dark": _as_data_uri(plot_curves([c], dpi=160, dark=True)),
+            "losses": c.list_losses(),
+            "light": _as_data_uri(plot_curves([c], titles=False, dpi=160)),
+            "dark": _as_data_uri(plot_curves([c], titles=False, dpi=160, dark=True)),
+            "searches": describe_searches(c),
             "contests": {figure: c.contest_bar(figure) for figure in FIGURES},
         }
         for c in comparisons
@@ -105,7 +110,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
     from rich.text import Text
 
     table = Table(title=Text(comparison.title, style="bold"), title_justify="left", box=None, pad_edge=False)
-    for i, heading in enumerate(HEADINGS):
+    for i, heading in enumerate(["", *list_headings(comparison)]):
         table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
     for row in build_rows(comparison):
         subject = row.entry is comparison.subject
@@ -114,10 +119,10 @@ def print_table(comparison: Comparison, console: Console) -> None:
     console.print(table)
     console.print(Text(state_verdict(comparison)))
     lost = comparison.list_losses()
-    if lost:
-        console.print(Text(f"Where {comparison.subject.label} is worse:", style="bold"))
-        for contest in lost:
-            console.print(Text(f"  {describe_loss(contest)}"))
+    for figure in dict.fromkeys(contest.figure for contest in lost):
+        worse = [f"{display_name(c.against)} {format_figure(c, c.theirs)}" for c in lost if c.figure == figure]
+        ours = next(format_figure(c, c.ours) for c in lost if c.figure == figure)
+        console.print(Text(f"Worse in {FIGURES[figure]} ({ours}) than {', '.join(worse)}."))
     console.print()
 
 
@@ -128,15 +133,16 @@ def state_summary(comparisons: Sequence[Comparison]) -> str:
     """One sentence over all settings."""
     if len(comparisons) == 1:
         return state_verdict(comparisons[0])
-    contests = [c.contest_bar("final") for c in comparisons]
-    held = [contest for contest in contests if contest is not None]
+    held = [contest for c in comparisons if (contest := c.contest_bar("final")) is not None]
     lower = sum(contest.clear and not contest.lost for contest in held)
     higher = sum(contest.clear and contest.lost for contest in held)
+    counts = {"lower": lower, "higher": higher, "not clearly different": len(held) - lower - higher}
+    found = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
     label = comparisons[0].subject.label
-    return (
-        f"Against the best tuned baseline of each of {len(comparisons)} settings, the final loss of {label} is lower "
-        f"in {lower}, higher in {higher} and not clearly different in {len(comparisons) - lower - higher}."
-    )
+    if not held:
+        return f"{label} in {len(comparisons)} settings, without a tuned baseline to compare with."
+    settings = _count(len(held), "setting")
+    return f"In {settings}, the final loss of {label} against that of the best tuned baseline is {found}."
 
 
 def state_verdict(comparison: Comparison) -> str:
@@ -159,38 +165,32 @@ def state_verdict(comparison: Comparison) -> str:
     verdict = "not clearly different from" if not contest.clear else "higher than" if contest.lost else "lower than"
     text = (
         f"On {tasks}, the final loss of {subject.label} is {verdict} that of the best tuned baseline, {against}: "
-        f"{format_number(contest.ours)} against {format_number(contest.theirs)}, {format_ratio(contest)}, and it is "
-        f"the lower one on {format_percent(ratio.wins)} of the tasks."
+        f"{format_number(contest.ours)} against {format_number(contest.theirs)}, "
+        f"a ratio of {format_ratio(contest)}. It is the lower one on {ratio.wins:.0%} of the tasks."
     )
     mean = comparison.contest_bar("mean")
     if mean is None or mean.ratio.value is None:
         return text
-    return f"{text} Its mean loss over the run is {format_ratio(mean)} of {display_name(mean.against)}'s."
-
-
-def describe_loss(contest: Contest) -> str:
-    """One line about a contest that is lost."""
-    ours, theirs = contest.ours, contest.theirs
-    if contest.figure == "test_error":
-        values = f"{format_percent(ours)} against {format_percent(theirs)}"
-    else:
-        values = f"{format_number(ours) if ours is not None else 'diverged'} against {format_number(theirs)}"
-    by = f", {format_ratio(contest)}" if contest.ratio.value is not None else ""
-    unclear = "" if contest.clear else " (not clear: the interval contains 1)"
-    return f"{FIGURES[contest.figure]}: {values} of {display_name(contest.against)}{by}{unclear}"
+    return f"{text} The ratio of mean losses over the run, to {display_name(mean.against)}, is {format_ratio(mean)}."
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
+def list_headings(comparison: Comparison) -> list[str]:
+    """What the columns of figures are; tasks without an accuracy have no column for it."""
+    accuracy = ["test accuracy"] if comparison.subject.summarize("test_error") else []
+    return ["final loss", "/ best tuned", "mean loss", *accuracy, "speed-up", "diverged", "\u00b5s/step"]
+
+
 def build_rows(comparison: Comparison) -> list[Row]:
-    """Learned rules, then baselines by final loss, then default Adam."""
-    kinds = {"learned": 0, "tuned": 1, "default": 2}
+    """The subject, tuned baselines by final loss, other rules, default Adam."""
+    kinds = {"tuned": 1, "learned": 2, "default": 3}
 
     def key(entry: Entry) -> tuple[int, float]:
         final = entry.summarize("final")
         mean = float("inf") if final is None or final.mean is None else final.mean
-        return kinds[entry.kind], 0.0 if entry.kind == "learned" else mean
+        return 0 if entry is comparison.subject else kinds[entry.kind], mean
 
     lowest = {figure: _find_lowest(comparison, figure) for figure in FIGURES}
     bar = comparison.find_bar("final")
@@ -203,7 +203,7 @@ def build_rows(comparison: Comparison) -> list[Row]:
 def _build_cells(
     comparison: Comparison, entry: Entry, bar: Entry | None, lowest: dict[str, float | None]
 ) -> list[Cell]:
-    """The figures of one row, in the order of `HEADINGS`."""
+    """The figures of one row, in the order of `list_headings`."""
     values = {figure: entry.summarize(figure) for figure in FIGURES}
     final, mean, error = values["final"], values["mean"], values["test_error"]
 
@@ -216,12 +216,12 @@ def _build_cells(
     relative = None
     if final is not None and reference is not None and final.mean is not None and reference.mean:
         relative = final.mean / reference.mean
-    speedup = NONE if run.speedup is None else f"{format_number(run.speedup, 2)}\u00d7"
+    speedup = NONE if run.speedup is None else f"{run.speedup:.2f}\u00d7"
     return [
         Cell(format_summary(final), is_best("final")),
         Cell(NONE if relative is None else f"{relative:.2f}"),
         Cell(format_summary(mean), is_best("mean")),
-        Cell(NONE if error is None or error.mean is None else format_percent(1 - error.mean), is_best("test_error")),
+        *([] if error is None else [Cell(format_percent(1 - (error.mean or 0)), is_best("test_error"))]),
         Cell(speedup),
         Cell(f"{run.diverged}/{comparison.num_seeds}" if run.diverged else "0"),
         Cell(format_number(1e6 * run.seconds_per_step, 2)),
@@ -229,11 +229,9 @@ def _build_cells(
 
 
 def describe_tuning(entry: Entry) -> str:
-    """Learning rate and schedule for the final loss and, where it differs, for the mean loss."""
-    if entry.kind == "learned":
-        return "nothing tuned"
-    parts = [f"lr {format_number(run.lr)} {run.schedule}" for run in (entry.runs["final"], entry.runs["mean"])]
-    return parts[0] if parts[0] == parts[1] else f"{parts[0]}; for the mean loss {parts[1]}"
+    """Learning rate and schedule of the run that was tuned for the final loss."""
+    run = entry.runs["final"]
+    return "" if entry.kind != "tuned" else f"lr {format_number(run.lr)}, {run.schedule}"
 
 
 def _find_lowest(comparison: Comparison, figure: str) -> float | None:
@@ -259,22 +257,29 @@ def format_percent(value: float | None) -> str:
 
 
 def format_summary(value: Summary | None) -> str:
-    """Mean and standard error with as many decimals as the mean has; the median of what did not diverge."""
+    """Mean and standard error to equally many decimals; without a finite mean the median, if that is finite."""
     if value is None:
         return NONE
     if value.mean is None:
         return "diverged" if value.median is None else f"diverged (median {format_number(value.median)})"
     mean = format_number(value.mean)
-    if value.stderr is None or "e" in mean:
+    if not value.stderr or "e" in mean:
         return mean
-    decimals = len(mean.partition(".")[2])
-    return f"{mean} \u00b1 {value.stderr:.{decimals}f}"
+    decimals = max(len(mean.partition(".")[2]), -floor(log10(value.stderr)))
+    return f"{value.mean:.{decimals}f} \u00b1 {value.stderr:.{decimals}f}"
+
+
+def format_figure(contest: Contest, value: float | None) -> str:
+    """One side of a contest."""
+    if value is None:
+        return "diverged"
+    return format_percent(value) if contest.figure == "test_error" else format_number(value)
 
 
 def format_ratio(contest: Contest) -> str:
-    """ "0.73 times (0.61 to 0.85)"."""
+    """Like "0.73 (0.61 to 0.85)"."""
     ratio = contest.ratio
-    text = f"{format_number(ratio.value)} times"
+    text = format_number(ratio.value)
     if ratio.low is None or ratio.high is None:
         return text
     return f"{text} ({format_number(ratio.low)} to {format_number(ratio.high)})"

@@ -78,7 +78,6 @@ class Trainer:
         self.best = math.inf
         self.best_step = 0
         self.best_weights = _copy_weights(rule)
-        self.averaged = _copy_weights(rule)
         self.outer = torch.optim.AdamW(
             rule.parameters(),
             lr=config.learning_rate,
@@ -115,8 +114,13 @@ class Trainer:
             if log:
                 log.close()
             torch.set_num_threads(threads)
-        self.rule.load_state_dict(self.best_weights)
-        return self.rule
+        return self.build_best()
+
+    def build_best(self) -> Rule:
+        """A rule with the best weights so far."""
+        best = type(self.rule)(**self.rule.config)
+        best.load_state_dict(self.best_weights)
+        return best
 
     def _request_stop(self) -> None:
         self._stop = True
@@ -162,8 +166,6 @@ class Trainer:
             self.outer.step()
         self.outer.zero_grad()
         self.step += 1
-        for name, average in self.averaged.items():
-            average.lerp_(self.rule.state_dict()[name], 1 - self.config.averaging)
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         return estimate.metrics | {
@@ -176,18 +178,17 @@ class Trainer:
     # -- validation --------------------------------------------------------------------------------
 
     def validate(self, log: RunLog | None = None) -> dict[str, float]:
-        """Run held-out tasks with the averaged weights; keep them if they are the best so far."""
+        """Run held-out tasks with the present weights; keep them if they are the best so far."""
         config = self.config
-        with self._weights(self.averaged):
-            curves = run_curves(
-                self.rule,
-                self.validation_family,
-                torch.arange(config.validation_tasks),
-                config.validation_steps,
-                seed=config.seed,
-                stream="validation",
-                split="outer_valid",
-            )
+        curves = run_curves(
+            self.rule,
+            self.validation_family,
+            torch.arange(config.validation_tasks),
+            config.validation_steps,
+            seed=config.seed,
+            stream="validation",
+            split="outer_valid",
+        )
         losses = curves.losses[1:]
         tail = losses[-max(1, len(losses) // 10) :]
         values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
@@ -196,7 +197,7 @@ class Trainer:
         improved = metric < self.best  # false for NaN
         if improved:
             self.best, self.best_step = metric, self.step
-            self.best_weights = {name: weight.clone() for name, weight in self.averaged.items()}
+            self.best_weights = _copy_weights(self.rule)
         if self.horizon and self.step > 0:
             self.horizon.validated(improved)
         result |= {"best": self.best} | {key: float(value.mean()) for key, value in curves.metrics.items()}
@@ -204,16 +205,6 @@ class Trainer:
             log.scalars("validation", self.step, result)
             log.figure("validation/curves", self.step, _plot_losses(losses))
         return result
-
-    @contextmanager
-    def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """The rule with other weights, for a while."""
-        current = _copy_weights(self.rule)
-        self.rule.load_state_dict(weights)
-        try:
-            yield
-        finally:
-            self.rule.load_state_dict(current)
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -228,19 +219,27 @@ class Trainer:
             "seconds": self.seconds,
         }
         save_state(self.folder / CHECKPOINT, self._tensors(), metadata)
+        self.save_rule()
+
+    @property
+    def rule_path(self) -> Path:
+        """Where the best rule so far is kept."""
+        assert self.folder is not None
+        return self.folder / RULE
+
+    def save_rule(self) -> None:
+        """Write the rule file with the best weights and the card."""
         trained = {
             "trained_steps": self.step,
             "best_step": self.best_step,
-            "validation": {self.config.validation_metric: metadata["best"]},
+            "validation": {self.config.validation_metric: self.best if math.isfinite(self.best) else None},
             "seconds": round(self.seconds, 1),
         }
-        with self._weights(self.best_weights):
-            save(self.rule, self.folder / RULE, self.card | {"training": trained})
+        save(self.build_best(), self.rule_path, self.card | {"training": trained})
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"weights.{k}": v for k, v in _copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
-        tensors |= {f"averaged.{k}": v for k, v in self.averaged.items()}
         for index, state in self.outer.state_dict()["state"].items():
             tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
         leaves, _ = tree_flatten(self.slots)
@@ -262,7 +261,6 @@ class Trainer:
             )
         self.rule.load_state_dict(_section(tensors, "weights."))
         self.best_weights = _section(tensors, "best.")
-        self.averaged = _section(tensors, "averaged.")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _section(tensors, "outer.").items():
             index, name = key.split(".", 1)

@@ -36,7 +36,6 @@ num_steps = 4
 name = "curriculum"
 stages = [6, 9]
 [trainer]
-averaging = 0.5
 steps = 24
 tasks = 3
 warmup = 2
