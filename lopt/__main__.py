@@ -327,8 +327,8 @@ def report(run: Path) -> None:
     path = run / "evaluation.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no evaluation in {run} (no evaluation.json); make one with `lopt eval`")
-    config = run / "config.json"
-    command = f"lopt train {json.loads(config.read_text())['name']}" if config.is_file() else f"lopt report {run}"
+    rule = run / "rule.safetensors"
+    command = lopt.load_card(rule).get("command", "") if rule.is_file() else ""
     show(load_comparisons(path), run, Console(), command)
 
 

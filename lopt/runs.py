@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,11 @@ from lopt.tasks import TaskFamily
 from lopt.trainer import CHECKPOINT, Trainer
 
 CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
 
 
-def build_trainer(config: RunConfig, folder: Path | None = None) -> Trainer:
-    """The trainer that a configuration describes."""
+def build_trainer(config: RunConfig, folder: Path | None = None, command: str = "") -> Trainer:
+    """The trainer that a configuration describes; `command` goes into the training card."""
     family = config.build_training_task()
     return Trainer(
         config.build_rule(),
@@ -36,11 +38,11 @@ def build_trainer(config: RunConfig, folder: Path | None = None) -> Trainer:
         horizon=config.build_horizon(),
         validation_family=config.build_task(),
         folder=folder,
-        card=describe_run(config, family),
+        card=describe_run(config, family, command),
     )
 
 
-def describe_run(config: RunConfig, family: TaskFamily) -> dict[str, Any]:
+def describe_run(config: RunConfig, family: TaskFamily, command: str) -> dict[str, Any]:
     """The training card before training: what, on what, how."""
     return {
         "name": config.name,
@@ -49,7 +51,7 @@ def describe_run(config: RunConfig, family: TaskFamily) -> dict[str, Any]:
         "horizon": config.horizon,
         "estimator": config.estimator,
         "seed": config.trainer.seed,
-        "command": f"lopt train {config.name}",
+        "command": command,
         "licence": "Apache-2.0",
         "config": config.to_dict(),
     }
@@ -67,9 +69,10 @@ def start_run(config: RunConfig, folder: Path) -> Trainer:
             f"{folder} holds a run already: go on with `lopt train --resume {folder}`, "
             "or choose another folder with --out"
         )
-    trainer = build_trainer(config, folder)
+    environment = describe_environment()
+    trainer = build_trainer(config, folder, environment["command"])
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "environment.json", _to_json(describe_environment()))
+    write_atomic(folder / ENVIRONMENT, _to_json(environment))
     write_atomic(folder / CONFIG, _to_json(config.to_dict()))
     return trainer
 
@@ -84,12 +87,8 @@ def resume_run(folder: Path) -> tuple[RunConfig, Trainer]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    config = parse_config(raw)
-    trainer = build_trainer(config, folder)
+    config = parse_config(_read_json(path))
+    trainer = build_trainer(config, folder, _read_json(folder / ENVIRONMENT)["command"])
     if (folder / CHECKPOINT).exists():  # killed before the first one: start again
         trainer.restore(folder / CHECKPOINT)
     return config, trainer
@@ -111,8 +110,15 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "git": revision or None,
-        "command": " ".join(["lopt", *sys.argv[1:]]),
+        "command": shlex.join(["lopt", *sys.argv[1:]]),
     }
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _to_json(tree: Any) -> bytes:
