@@ -1,10 +1,11 @@
-"""`python -m bench meta`: speed of the programs of this project, as tables and JSON."""
+"""`python -m bench meta | soak`: speed of the programs of this project, as tables and JSON."""
 
 from __future__ import annotations
 
 import click
 
 from bench.meta import meta
+from bench.soak import soak
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,6 +14,7 @@ def cli() -> None:
 
 
 cli.add_command(meta)
+cli.add_command(soak)
 
 if __name__ == "__main__":
     cli(prog_name="python -m bench")

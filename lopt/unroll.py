@@ -85,6 +85,7 @@ class InnerLoop:
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
         update: a replacement of `rule.update`, such as its compiled form; same signature.
+        meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own.
     """
 
@@ -98,6 +99,7 @@ class InnerLoop:
     follow: float = 0.0
     update: Callable[..., tuple[Params, State]] | None = None
     meta_weights: Params | None = None
+    meta_split: str = "train"
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
@@ -234,15 +236,17 @@ class InnerLoop:
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(slots, params)
         slots = slots._replace(step=slots.step + 1, params=params, state=state, teacher_state=teacher_state)
-        batch = self.batch(slots)
         if self.order == 2:
-            loss = vmap(self._flat_loss())(params, batch)
+            loss = vmap(self._flat_loss())(params, self.batch(slots, self.meta_split))
             return slots._replace(loss=loss.detach()), loss, imitation
-        value, grad = self.evaluate(params, batch)
+        value, grad = self.evaluate(params, self.batch(slots))
+        slots = slots._replace(loss=value, grad=grad)
+        if self.meta_split != "train":
+            value, grad = self.evaluate(params, self.batch(slots, self.meta_split))
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the
         # base learner.
         surrogate = value + (grad * (params - params.detach())).sum(-1)
-        return slots._replace(loss=value, grad=grad), surrogate, imitation
+        return slots, surrogate, imitation
 
     def _differentiable_grad(self, slots: Slots) -> Tensor:
         """The gradient at `slots.params` as a function of them, for second order."""

@@ -239,6 +239,25 @@ def test_objectives_are_what_they_say(name: str, objective: str) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
 
 
+def test_held_out_objective_measures_other_data_and_leaves_the_training_alone() -> None:
+    family = TASKS["mlp"](width=4, batch_size=8)
+    rule = RULES["sgd"](lr=0.3)
+    plain, held_out = (
+        estimate_once("truncated", rule, family, 2, num_steps=3, objective_split=split)
+        for split in ("train", "inner_valid")
+    )
+    assert torch.equal(plain.slots.params, held_out.slots.params)
+    assert torch.equal(plain.slots.grad, held_out.slots.grad)
+    loop = InnerLoop(rule, family, 0, constant(9), meta_split="inner_valid")
+    slots, loss, _ = loop.step(loop.start(torch.arange(2)))
+    (gradient,) = torch.autograd.grad(loss.sum(), [rule.lr])
+    value, grad = loop.evaluate(slots.params, loop.batch(slots, "inner_valid"))
+    assert torch.equal(loss, value)
+    first = loop.start(torch.arange(2)).grad
+    torch.testing.assert_close(gradient, -(grad * first).sum(), rtol=1e-5, atol=0)
+    assert plain.gradient["lr"] != held_out.gradient["lr"]
+
+
 def test_clamped_losses_have_no_gradient() -> None:
     rule = RULES["sgd"](lr=1.0)  # diverges on every quadratic
     free = estimate_once("truncated", rule, TASKS["quadratic"](), num_steps=4, loss_clamp=1e30).gradient["lr"]
@@ -284,6 +303,7 @@ def test_live_memory_is_constant_over_200_outer_steps() -> None:
         ({"order": 2, "compile": True}, "order=2.*compile"),
         ({"order": 3}, "order.*3"),
         ({"follow": 0.5}, "teacher"),
+        ({"objective_split": "dev"}, "inner_valid.*dev"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], words: str) -> None:

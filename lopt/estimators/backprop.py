@@ -11,6 +11,7 @@ from torch import Tensor
 from lopt.estimators.base import Estimate, Estimator
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
+from lopt.tasks.base import check_split
 from lopt.unroll import Horizon, InnerLoop, Slots, Window, join_slots, select_slots
 
 OBJECTIVES = ("mean", "sum", "log", "final")
@@ -24,6 +25,7 @@ class Backprop(Estimator):
         order: 1, or 2 to differentiate through the base learner's gradients as well.
         objective: what is minimised, averaged over tasks: the "mean" or "sum" of the window's losses, the mean
             "log" loss (all phases of training count alike), or the "final" losses of tasks that end in the window.
+        objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss have no gradient.
         task_chunk: tasks per backward pass, to bound memory; all by default.
@@ -37,6 +39,7 @@ class Backprop(Estimator):
         num_steps: int = 20,
         order: int = 1,
         objective: str = "mean",
+        objective_split: str = "train",
         normalize: bool = False,
         loss_clamp: float = 1e3,
         task_chunk: int | None = None,
@@ -60,7 +63,8 @@ class Backprop(Estimator):
             raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
         if teacher is None and (imitation or follow):
             raise ValueError("imitation and follow need a teacher")
-        self.num_steps, self.order, self.objective = num_steps, order, objective
+        self.num_steps, self.order = num_steps, order
+        self.objective, self.objective_split = objective, check_split(objective_split)
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
         self.teacher, self.imitation, self.follow = teacher, imitation, follow
@@ -77,6 +81,7 @@ class Backprop(Estimator):
             checkpoint_update=self.checkpoint == "update",
             teacher=self.teacher,
             follow=self.follow,
+            meta_split=self.objective_split,
             update=self._compile(rule) if self.compile else None,
         )
 
