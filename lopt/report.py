@@ -20,6 +20,7 @@ from lopt.plots import plot_curves
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 NONE = "\u2013"
 
@@ -105,18 +106,15 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "", title
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """The table of one comparison, and below it the verdict and the losses."""
-    from rich.table import Table
+    """The table of one comparison, with as many columns as fit, and below it the verdict and the losses."""
     from rich.text import Text
 
-    table = Table(title=Text(comparison.title, style="bold"), title_justify="left", box=None, pad_edge=False)
-    for i, heading in enumerate(["", *list_headings(comparison)]):
-        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in build_rows(comparison):
-        subject = row.entry is comparison.subject
-        name = Text(row.name, style="bold" if subject else "dim" if row.entry.kind == "default" else "")
-        table.add_row(name, *(Text(cell.text, style="bold green" if cell.best else "") for cell in row.cells))
-    console.print(table)
+    console.print(Text(comparison.title, style="bold"))
+    columns = len(list_headings(comparison))
+    unbounded = console.options.update(max_width=1000)
+    while columns > 1 and console.measure(_build_table(comparison, columns), options=unbounded).maximum > console.width:
+        columns -= 1
+    console.print(_build_table(comparison, columns))
     console.print(Text(state_verdict(comparison)))
     lost = comparison.list_losses()
     for figure in dict.fromkeys(contest.figure for contest in lost):
@@ -124,6 +122,23 @@ def print_table(comparison: Comparison, console: Console) -> None:
         ours = next(format_figure(c, c.ours) for c in lost if c.figure == figure)
         console.print(Text(f"Worse in {FIGURES[figure]} ({ours}) than {', '.join(worse)}."))
     console.print()
+
+
+def _build_table(comparison: Comparison, columns: int) -> Table:
+    """The names and the first `columns` figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for heading in list_headings(comparison)[:columns]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in build_rows(comparison):
+        subject = row.entry is comparison.subject
+        name = Text(row.name, style="bold" if subject else "dim" if row.entry.kind == "default" else "", no_wrap=True)
+        cells = (Text(cell.text, style="bold green" if cell.best else "") for cell in row.cells[:columns])
+        table.add_row(name, *cells)
+    return table
 
 
 # -- sentences -------------------------------------------------------------------------------------
