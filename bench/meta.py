@@ -18,6 +18,7 @@ import lopt
 from lopt.estimators import ESTIMATORS
 from lopt.rules import RULES
 from lopt.tasks import TASKS
+from lopt.unroll import InnerLoop
 
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -34,17 +35,17 @@ def measure(rule: str, task: str, tasks: int, steps: int, repeats: int, options:
         `first_seconds` (the first estimate, with compilation), median and quartiles of inner steps per CPU-second
         and of inner steps per second of wall clock.
     """
-    learner, family = RULES[rule](), TASKS[task]()
+    loop = InnerLoop(RULES[rule](), TASKS[task](), seed=0)
     estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
-    slots = estimator.start(learner, family, tasks, 0)
+    slots = estimator.start(loop, tasks)
     begin = time.perf_counter()
-    slots = estimator.estimate(learner, family, slots, 0).slots
+    slots = estimator.estimate(loop, slots).slots
     first = time.perf_counter() - begin
-    slots = estimator.estimate(learner, family, slots, 0).slots
+    slots = estimator.estimate(loop, slots).slots
     per_cpu, per_wall = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
-        slots = estimator.estimate(learner, family, slots, 0).slots
+        slots = estimator.estimate(loop, slots).slots
         per_wall.append(tasks * steps / (time.perf_counter() - wall))
         per_cpu.append(tasks * steps / (time.process_time() - cpu))
     low, median, high = statistics.quantiles(per_cpu, n=4)

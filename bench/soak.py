@@ -13,6 +13,7 @@ import torch
 from lopt.estimators import ESTIMATORS
 from lopt.rules import RULES
 from lopt.tasks import TASKS
+from lopt.unroll import InnerLoop
 
 
 def read_resident_mb() -> float:
@@ -33,15 +34,16 @@ def read_resident_mb() -> float:
 def soak(minutes: float, tasks: int, steps: int, threads: int, as_json: bool) -> None:
     """Meta-train the LSTM on digit tasks; print speed per CPU-second and resident memory every minute."""
     torch.set_num_threads(threads)
-    rule, family = RULES["lstm"](), TASKS["mlp"]()
+    rule = RULES["lstm"]()
+    loop = InnerLoop(rule, TASKS["mlp"](), seed=0)
     estimator = ESTIMATORS["truncated"](num_steps=steps)
     outer = torch.optim.AdamW(rule.parameters(), lr=1e-3)
-    slots = estimator.start(rule, family, tasks, 0)
+    slots = estimator.start(loop, tasks)
     begin, rows, count = time.monotonic(), [], 0
     while time.monotonic() - begin < minutes * 60:
         minute_end, cpu, done = begin + 60 * (len(rows) + 1), time.process_time(), 0
         while time.monotonic() < minute_end:
-            estimate = estimator.estimate(rule, family, slots, 0)
+            estimate = estimator.estimate(loop, slots)
             slots = estimate.slots
             for name, weight in rule.named_parameters():
                 weight.grad = estimate.gradient[name]

@@ -85,7 +85,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ImitationConfig:
-    """A teacher for the first part of the run (Chen et al. 2020).
+    """A teacher to imitate (Chen et al. 2020, arXiv 2010.09089).
 
     Attributes:
         teacher: name of a rule, or "" for none.

@@ -26,6 +26,7 @@ from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
+from lopt.unroll import InnerLoop
 
 CHECKPOINT = "checkpoint.safetensors"
 RULE = "rule.safetensors"
@@ -84,7 +85,8 @@ class Trainer:
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.slots = estimator.start(rule, family, config.tasks, config.seed, horizon)
+        self.loop = InnerLoop(rule, family, config.seed, horizon)
+        self.slots = estimator.start(self.loop, config.tasks)
         self.seconds = 0.0
         self._stop = False
 
@@ -154,7 +156,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One outer step; returns what to log."""
         begin = time.perf_counter()
-        estimate = self.estimator.estimate(self.rule, self.family, self.slots, self.config.seed, self.horizon)
+        estimate = self.estimator.estimate(self.loop, self.slots)
         self.slots = estimate.slots
         for name, weight in self.rule.named_parameters():
             weight.grad = estimate.gradient[name]

@@ -25,8 +25,9 @@ def constant(steps: int) -> Callable[[Tensor], Tensor]:
 def estimate_once(name: str, rule: Rule, family: TaskFamily, tasks: int = 4, **options: object) -> Estimate:
     estimator = ESTIMATORS[name](**options)
     horizon = constant(options["num_steps"])  # type: ignore[arg-type]
-    slots = estimator.start(rule, family, tasks, 0, horizon)
-    return estimator.estimate(rule, family, slots._replace(horizon=horizon(slots.ids)), 0, horizon)
+    loop = InnerLoop(rule, family, 0, horizon)
+    slots = estimator.start(loop, tasks)
+    return estimator.estimate(loop, slots._replace(horizon=horizon(slots.ids)))
 
 
 def flatten(gradient: Params) -> Tensor:
@@ -121,10 +122,11 @@ def test_a_short_window_is_biased() -> None:
     family = TASKS["quadratic"]()
     full = flatten(estimate_once("full", rule, family, num_steps=8).gradient)
     estimator = ESTIMATORS["truncated"](num_steps=2)
-    slots = estimator.start(rule, family, 4, 0, constant(8))._replace(horizon=torch.full((4,), 8))
+    loop = InnerLoop(rule, family, 0, constant(8))
+    slots = estimator.start(loop, 4)._replace(horizon=torch.full((4,), 8))
     total = torch.zeros_like(full)
     for _ in range(4):
-        estimate = estimator.estimate(rule, family, slots, 0, constant(8))
+        estimate = estimator.estimate(loop, slots)
         slots, total = estimate.slots, total + flatten(estimate.gradient) / 4
     assert (total - full).norm() > 0.05 * full.norm()
 
@@ -210,8 +212,8 @@ def test_a_task_that_is_not_finite_is_dropped_counted_and_restarted(
         assert flatten(estimate.gradient).abs().max() == 0
         return
     estimator = ESTIMATORS["truncated"](num_steps=5)
-    slots = InnerLoop(rule, TASKS["quadratic"](), 0, constant(5)).start(torch.tensor(good))
-    alone = estimator.estimate(rule, TASKS["quadratic"](), slots, 0, constant(5))
+    loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(5))
+    alone = estimator.estimate(loop, loop.start(torch.tensor(good)))
     torch.testing.assert_close(flatten(estimate.gradient), flatten(alone.gradient), rtol=1e-4, atol=1e-9)
 
 
@@ -278,7 +280,8 @@ def test_imitation_pulls_towards_the_teacher() -> None:
 def test_live_memory_is_constant_over_200_outer_steps() -> None:
     rule, family = RULES["lstm"](hidden=4), TASKS["quadratic"]()
     estimator = ESTIMATORS["truncated"](num_steps=3)
-    slots = estimator.start(rule, family, 3, 0, constant(7))
+    loop = InnerLoop(rule, family, 0, constant(7))
+    slots = estimator.start(loop, 3)
 
     def count_tensors() -> tuple[int, int]:
         gc.collect()
@@ -287,7 +290,7 @@ def test_live_memory_is_constant_over_200_outer_steps() -> None:
 
     counts = []
     for step in range(200):
-        slots = estimator.estimate(rule, family, slots, 0, constant(7)).slots
+        slots = estimator.estimate(loop, slots).slots
         if step in (20, 199):
             counts.append(count_tensors())
     assert counts[0] == counts[1]

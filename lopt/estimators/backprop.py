@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from lopt.estimators.base import Estimate, Estimator
 from lopt.rules import Rule
-from lopt.tasks import TaskFamily
 from lopt.tasks.base import check_split
-from lopt.unroll import Horizon, InnerLoop, Slots, Window, join_slots, select_slots
+from lopt.unroll import InnerLoop, Slots, Window, join_slots, select_slots
 
 OBJECTIVES = ("mean", "sum", "log", "final")
 
@@ -70,19 +70,16 @@ class Backprop(Estimator):
         self.teacher, self.imitation, self.follow = teacher, imitation, follow
         self._compiled: tuple[Rule, Callable[..., Any]] | None = None
 
-    def loop(self, rule: Rule, family: TaskFamily, seed: int, horizon: Horizon | None) -> InnerLoop:
+    def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""
-        return InnerLoop(
-            rule=rule,
-            family=family,
-            seed=seed,
-            horizon=horizon,
+        return replace(
+            loop,
             order=self.order,
             checkpoint_update=self.checkpoint == "update",
             teacher=self.teacher,
             follow=self.follow,
             meta_split=self.objective_split,
-            update=self._compile(rule) if self.compile else None,
+            update=self._compile(loop.rule) if self.compile else None,
         )
 
     def _compile(self, rule: Rule) -> Callable[..., Any]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
-from lopt.rules import Rule
-from lopt.tasks import TaskFamily
 from lopt.tensors import Params
-from lopt.unroll import Horizon, Slots
+from lopt.unroll import InnerLoop, Slots
 
 
 class Estimate(NamedTuple):
@@ -29,34 +27,23 @@ class Estimate(NamedTuple):
 class Estimator(ABC):
     """Estimates the gradient of a rule's meta-loss over a family of tasks.
 
-    An estimator is pure: all that goes on between calls is in `Slots`, and all draws are named by `seed`.
+    An estimator is pure: all that goes on between calls is in `Slots`, and all draws are named by the
+    loop's seed.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
-    def start(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        num_tasks: int,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Slots:
-        """The slots before the first estimate."""
-
-    @abstractmethod
-    def estimate(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        slots: Slots,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Estimate:
-        """The meta-gradient on the next window of `slots`, which is left as it was.
+    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
+        """The slots before the first estimate.
 
         Args:
-            rule: its parameters are differentiated; they are not changed and their `.grad` is not used.
-            horizon: draws the horizons of tasks that start in this window; the family's own by default.
+            loop: rule, family, seed and horizons; the estimator sets the rest.
+        """
+
+    @abstractmethod
+    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
+        """The meta-gradient on the next window of `slots`, which is left as it was.
+
+        The rule's parameters are differentiated; they are not changed and their `.grad` is not used.
         """

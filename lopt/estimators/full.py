@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lopt.estimators.backprop import Backprop
 from lopt.estimators.base import Estimate
-from lopt.rules import Rule
-from lopt.tasks import TaskFamily
-from lopt.unroll import Horizon, Slots
+from lopt.unroll import InnerLoop, Slots
 
 
 class Full(Backprop):
@@ -19,27 +19,16 @@ class Full(Backprop):
 
     name = "full"
 
-    def start(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        num_tasks: int,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Slots:
-        """See `Estimator.start`."""
-        return self.loop(rule, family, seed, None).start(torch.arange(num_tasks))
+    def configure(self, loop: InnerLoop) -> InnerLoop:
+        """As `Backprop.configure`; every task runs for `num_steps` steps."""
+        return replace(super().configure(loop), horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
 
-    def estimate(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        slots: Slots,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Estimate:
+    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
+        """See `Estimator.start`."""
+        return self.configure(loop).start(torch.arange(num_tasks))
+
+    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
         """See `Estimator.estimate`."""
-        loop = self.loop(rule, family, seed, None)
+        loop = self.configure(loop)
         estimate = self.backpropagate(loop, slots, self.num_steps, restart=False)
-        fresh = loop.restart(slots.ids, slots.episode + 1)
-        return estimate._replace(slots=fresh)
+        return estimate._replace(slots=loop.restart(slots.ids, slots.episode + 1))

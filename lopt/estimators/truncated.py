@@ -9,9 +9,7 @@ import torch
 
 from lopt.estimators.backprop import Backprop
 from lopt.estimators.base import Estimate
-from lopt.rules import Rule
-from lopt.tasks import TaskFamily
-from lopt.unroll import Horizon, Slots
+from lopt.unroll import InnerLoop, Slots
 
 
 class Truncated(Backprop):
@@ -22,26 +20,10 @@ class Truncated(Backprop):
 
     name = "truncated"
 
-    def start(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        num_tasks: int,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Slots:
+    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
         """See `Estimator.start`."""
-        index = torch.arange(num_tasks)
-        return self.loop(rule, family, seed, horizon).start(index, stagger=True)
+        return self.configure(loop).start(torch.arange(num_tasks), stagger=True)
 
-    def estimate(
-        self,
-        rule: Rule,
-        family: TaskFamily,
-        slots: Slots,
-        seed: int,
-        horizon: Horizon | None = None,
-    ) -> Estimate:
+    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
         """See `Estimator.estimate`."""
-        loop = self.loop(rule, family, seed, horizon)
-        return self.backpropagate(loop, slots, self.num_steps, restart=True)
+        return self.backpropagate(self.configure(loop), slots, self.num_steps, restart=True)
