@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import lopt
 if TYPE_CHECKING:
     from lopt.config import RunConfig
     from lopt.evaluate import Comparison
+    from lopt.judge import Setting
     from lopt.rules import Rule
     from lopt.trainer import Trainer
 
@@ -43,8 +45,8 @@ Examples:
   lopt eval runs/q --steps 200 --seeds 50
   lopt eval my.safetensors --task mlp --set width=40 --set activation=relu --baselines adam,nesterov
 
-RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task the rule is judged
-on what its training card names.
+RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task, --set and --steps
+it is judged on all settings that its training card names.
 """
 
 
@@ -115,26 +117,42 @@ def run_trainer(trainer: Trainer, console: Console) -> None:
 
 def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
     """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
-    from lopt.judge import judge, summarize_results
+    from lopt.judge import list_settings, summarize_results
 
     rules = {config.name: trainer.build_best()}
-    with console.status("") as status:
-
-        def tell(text: str) -> None:
-            status.update(escape(text))
-
-        comparisons = judge(
-            config,
-            rules,
-            archive=ARCHIVE,
-            on_setting=lambda title: tell(f"evaluating: {title}"),
-            on_search=lambda search: tell(f"tuning {search}"),
-        )
-    results = summarize_results(comparisons)
-    trainer.card["results"] = results
+    comparisons = compare_all(rules, list_settings(config), console, num_seeds=config.evaluation.seeds, archive=ARCHIVE)
+    trainer.card["results"] = summarize_results(comparisons)
     trainer.save_rule()
     show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
-    return results
+    return trainer.card["results"]  # type: ignore[no-any-return]
+
+
+def compare_all(
+    rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
+) -> list[Comparison]:
+    """`lopt.evaluate.compare` on every setting, telling what goes on."""
+    from lopt.evaluate import compare
+
+    comparisons = []
+    with console.status("") as status:
+
+        def tell(setting: str, search: str) -> None:
+            status.update(escape(f"{setting}: tuning {search}"))
+
+        for title, family, steps in settings:
+            name = title or family.describe()
+            status.update(escape(f"evaluating {name}"))
+            comparisons.append(
+                compare(
+                    rules,
+                    family,
+                    steps,
+                    title=title,
+                    on_search=partial(tell, name),
+                    **options,
+                )
+            )
+    return comparisons
 
 
 def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
@@ -155,7 +173,7 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
 @click.option("--task", help="Task family, see `lopt list tasks`.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
 @click.option("--steps", type=click.IntRange(min=1), multiple=True, help="Length of the runs; repeatable.")
-@click.option("--seeds", type=click.IntRange(min=1), help="Held-out tasks [default: 20].")
+@click.option("--seeds", type=click.IntRange(min=1), help="Held-out tasks [default: the card's, or 20].")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws other held-out tasks.")
 @click.option("--baselines", help="Comma-separated; all seven by default.")
 @click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
@@ -177,38 +195,34 @@ def evaluate(
 ) -> None:
     """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
     from lopt.config import build, merge, parse_config, parse_override
-    from lopt.evaluate import BASELINES, compare
+    from lopt.evaluate import BASELINES
+    from lopt.judge import Setting, list_settings
     from lopt.tasks import TASKS
 
     path, learned, card = open_rule(rule)
-    options: dict[str, Any] = {"name": task}
-    lengths, count = list(steps), seeds
-    if task is None:
-        if "config" not in card:
-            raise click.UsageError(f"{rule} has no training card that names a task; give --task")
-        config = parse_config(card["config"])
-        options = dict(config.task)
-        lengths, count = lengths or config.evaluation.steps, count or config.evaluation.seeds
-    for override in overrides:
-        merge(options, parse_override(override))
-    family = build("task", TASKS, options)
-    console = Console(stderr=as_json)
+    config = parse_config(card["config"]) if "config" in card else None
+    if task is None and config is None:
+        raise click.UsageError(f"{rule} has no training card that names a task; give --task")
+    if config is not None and task is None and not overrides and not steps:
+        settings = list_settings(config)
+    else:
+        options = {"name": task} if task or config is None else dict(config.task)
+        for override in overrides:
+            merge(options, parse_override(override))
+        family = build("task", TASKS, options)
+        settings = [Setting(None, family, length) for length in steps or [family.horizon]]
     label = card.get("name") or path.stem
-    with console.status("") as status:
-        comparisons = [
-            compare(
-                {label: learned},
-                family,
-                length,
-                count or 20,
-                seed=seed,
-                baselines=baselines.split(",") if baselines else BASELINES,
-                criterion=criterion,
-                archive=archive,
-                on_search=lambda search: status.update(escape(f"tuning {search}")),
-            )
-            for length in lengths or [family.horizon]
-        ]
+    console = Console(stderr=as_json)
+    comparisons = compare_all(
+        {label: learned},
+        settings,
+        console,
+        num_seeds=seeds or (config.evaluation.seeds if config else 20),
+        seed=seed,
+        baselines=baselines.split(",") if baselines else BASELINES,
+        criterion=criterion,
+        archive=archive,
+    )
     show(comparisons, out or Path("runs") / f"eval-{label}", console, " ".join(["lopt", *sys.argv[1:]]))
     if as_json:
         click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))

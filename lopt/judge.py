@@ -2,67 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from lopt.config import RunConfig
-from lopt.evaluate import Comparison, compare
-from lopt.evaluate.baselines import OnSearch
-from lopt.rules import Rule
+from lopt.evaluate import Comparison, Summary
+from lopt.tasks import TaskFamily
 
 
-def judge(
-    config: RunConfig,
-    rules: Mapping[str, Rule],
-    *,
-    archive: Path,
-    on_setting: Callable[[str], None] | None = None,
-    on_search: OnSearch | None = None,
-) -> list[Comparison]:
-    """Compare `rules` with tuned baselines on the task of the run, its horizons and its variants.
+class Setting(NamedTuple):
+    """What a rule is judged on: a title (None for a description of the task), a family and the length of the runs."""
 
-    Args:
-        rules: by label, the one in question first.
-        archive: folder of tuned baselines, filled where they are missing.
-        on_setting: told the title of each setting before it is run.
-        on_search: told of each search for a learning rate that is not archived.
-    Returns:
-        The first is the setting that the rule was trained for.
+    title: str | None
+    family: TaskFamily
+    num_steps: int
+
+
+def list_settings(config: RunConfig) -> list[Setting]:
+    """The task of the run at its evaluation's lengths, then the variants at the first of them.
+
+    The first setting is the one that the rule was trained for.
     """
-    evaluation = config.evaluation
-    settings: list[tuple[str, dict[str, Any], int]] = [
-        (f"{steps} steps" if i else f"as trained, {steps} steps", {}, steps) for i, steps in enumerate(evaluation.steps)
-    ]
+    evaluation, name = config.evaluation, config.task["name"]
+    settings = []
+    for i, steps in enumerate(evaluation.steps):
+        title = f"{name}: {steps} steps" if i else f"{name}: as trained, {steps} steps"
+        settings.append(Setting(title, config.build_task(), steps))
     for variant in evaluation.variants:
         changes = dict(variant)
-        title = changes.pop("title", None) or ", ".join(f"{k} {v}" for k, v in changes.items())
-        settings.append((title, changes, evaluation.steps[0]))
-    comparisons = []
-    for title, changes, steps in settings:
-        if on_setting:
-            on_setting(title)
-        family = config.build_task(**changes)
-        comparisons.append(
-            compare(
-                rules,
-                family,
-                steps,
-                evaluation.seeds,
-                title=f"{config.task['name']}: {title}",
-                archive=archive,
-                on_search=on_search,
-            )
-        )
-    return comparisons
+        title = changes.pop("title", None) or ", ".join(f"{key} {value}" for key, value in changes.items())
+        settings.append(Setting(f"{name}: {title}", config.build_task(**changes), evaluation.steps[0]))
+    return settings
 
 
-def summarize_results(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+def summarize_results(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """What a training card says of an evaluation: per setting the rule's losses and the best tuned baseline's."""
     results = []
     for comparison in comparisons:
-        ours = comparison.subject
-        line: dict[str, Any] = {
+        result: dict[str, Any] = {
             "setting": comparison.title,
             "task": comparison.task,
             "steps": comparison.num_steps,
@@ -70,14 +47,14 @@ def summarize_results(comparisons: list[Comparison]) -> list[dict[str, Any]]:
         }
         for figure in ("final", "mean"):
             best = comparison.find_bar(figure)
-            line[figure] = {
-                "rule": _mean(ours.summarize(figure)),
-                "best_tuned": _mean(best.summarize(figure)) if best else None,
-                "best_tuned_name": best.label if best else None,
+            result[figure] = {
+                "rule": _round_mean(comparison.subject.summarize(figure)),
+                "best_tuned": None if best is None else _round_mean(best.summarize(figure)),
+                "best_tuned_name": None if best is None else best.label,
             }
-        results.append(line)
+        results.append(result)
     return results
 
 
-def _mean(summary: Any) -> float | None:
+def _round_mean(summary: Summary | None) -> float | None:
     return None if summary is None or summary.mean is None else float(f"{summary.mean:.4g}")
