@@ -30,6 +30,7 @@ class TrainingProgress:
         steps = trainer.config.steps
         self.task = self.bars.add_task("", total=steps, completed=trainer.step, loss="-", best="-", speed="-")
         self.speed = 0.0
+        self.trouble = ""
 
     def __enter__(self) -> TrainingProgress:
         if self.console.is_terminal:
@@ -48,13 +49,16 @@ class TrainingProgress:
             now = progress.metrics["inner_steps_per_second"]
             self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now
             loss, speed = f"{progress.metrics['loss']:.4f}", f"{self.speed:,.0f}"
+            skipped = int(progress.metrics["skipped_slots"])
+            self.trouble = f"  ({skipped} tasks not finite in this step)" if skipped else ""
             self.bars.update(self.task, completed=progress.step, loss=loss, speed=speed)
         if progress.validation:
             values = progress.validation
             self.bars.update(self.task, best=f"{values['best']:.4g}")
             self.console.print(
                 f"step {progress.step:>5}/{progress.steps}  held-out tasks: final loss {values['final']:.4g}, "
-                f"mean {values['mean']:.4g}  (best {values['best']:.4g})  {self.speed:,.0f} inner steps/s",
+                f"mean {values['mean']:.4g}  (best {values['best']:.4g})  {self.speed:,.0f} inner steps/s"
+                f"{self.trouble}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -47,7 +47,7 @@ class ParamSpec:
         """Views `[..., *shape]` of a flat `[..., P]` tensor."""
         pieces = torch.split(flat, [prod(shape) for shape in self.shapes], dim=-1)
         return {
-            name: piece.view(*piece.shape[:-1], *shape)
+            name: piece.view((*piece.shape[:-1], *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 

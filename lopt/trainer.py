@@ -6,11 +6,13 @@ and the best weights so far; there is no other state, because random draws are n
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +25,14 @@ from lopt.config import TrainerConfig
 from lopt.estimators import Estimator
 from lopt.evaluate import run_curves
 from lopt.horizons import HorizonSchedule
-from lopt.log import RunLog
+from lopt.log import RunLog, flatten_dict
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
 from lopt.unroll import InnerLoop
 
 CHECKPOINT = "checkpoint.safetensors"
 RULE = "rule.safetensors"
+MAX_DEAD_STEPS = 20
 
 
 class Interrupted(Exception):
@@ -68,13 +71,13 @@ class Trainer:
         *,
         horizon: HorizonSchedule | None = None,
         validation_family: TaskFamily | None = None,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         card: Mapping[str, Any] | None = None,
     ) -> None:
         self.rule, self.family, self.estimator, self.config = rule, family, estimator, config
         self.horizon = horizon
         self.validation_family = validation_family or family
-        self.folder, self.card = folder, dict(card or {})
+        self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
         self.step = 0
         self.best = math.inf
         self.best_step = 0
@@ -88,7 +91,7 @@ class Trainer:
         self.loop = InnerLoop(rule, family, config.seed, horizon)
         self.slots = estimator.start(self.loop, config.tasks)
         self.seconds = 0.0
-        self._stop = False
+        self._stop, self._dead_steps = False, 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -97,7 +100,11 @@ class Trainer:
 
         Raises:
             Interrupted: a signal (SIGINT, SIGTERM) arrived; the state is saved if there is a folder.
+            ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
         """
+        self._stop, self._dead_steps = False, 0
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         log = RunLog(self.folder, self.step) if self.folder else None
@@ -108,7 +115,10 @@ class Trainer:
                 while self.step < self.config.steps:
                     metrics = self.train_step()
                     self._after_step(log, on_step, metrics)
+                    self._check_progress(metrics)
                     if self._stop and self.step < self.config.steps:
+                        if self.folder:
+                            self.save()
                         raise Interrupted
             if log:
                 log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
@@ -120,9 +130,20 @@ class Trainer:
 
     def build_best(self) -> Rule:
         """A rule with the best weights so far."""
-        best = type(self.rule)(**self.rule.config)
+        best = deepcopy(self.rule)
         best.load_state_dict(self.best_weights)
         return best
+
+    def _check_progress(self, metrics: Mapping[str, float]) -> None:
+        """Give up where nothing is learned any more."""
+        alive = math.isfinite(metrics["gradient_norm"]) and metrics["skipped_slots"] < self.config.tasks
+        self._dead_steps = 0 if alive else self._dead_steps + 1
+        if self._dead_steps >= MAX_DEAD_STEPS:
+            raise ValueError(
+                f"in the last {MAX_DEAD_STEPS} outer steps no task gave a finite meta-gradient (step {self.step}). "
+                "Lower trainer.learning_rate, the rule's output scale or the loss's scale; the best weights so far "
+                f"are those of step {self.best_step}"
+            )
 
     def _request_stop(self) -> None:
         self._stop = True
@@ -140,7 +161,7 @@ class Trainer:
         validation = None
         if self.step % config.validate_every == 0 or last:
             validation = self.validate(log)
-        if self.folder and (self.step % config.checkpoint_every == 0 or last or self._stop):
+        if self.folder and (self.step % config.checkpoint_every == 0 or last):
             self.save()
         if on_step:
             on_step(Progress(self.step, config.steps, metrics, validation))
@@ -219,6 +240,7 @@ class Trainer:
             "best_step": self.best_step,
             "horizon_stage": self.horizon.stage if self.horizon else 0,
             "seconds": self.seconds,
+            "config": self.card.get("config"),
         }
         save_state(self.folder / CHECKPOINT, self._tensors(), metadata)
         self.save_rule()
@@ -247,6 +269,15 @@ class Trainer:
         leaves, _ = tree_flatten(self.slots)
         return tensors | {f"slots.{i}": leaf for i, leaf in enumerate(leaves)}
 
+    def _check_config(self, path: Path, found: Any) -> None:
+        expected = self.card.get("config")
+        if isinstance(expected, dict) and isinstance(found, dict):
+            old, new = flatten_dict(found), flatten_dict(json.loads(json.dumps(expected)))
+            changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            if changed:
+                changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+                raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration.
 
@@ -254,6 +285,7 @@ class Trainer:
             ValueError: not a checkpoint of this configuration.
         """
         tensors, metadata = load_state(path)
+        self._check_config(path, metadata.get("config"))
         expected, found = set(self._tensors()), set(tensors)
         outer = {key for key in found if key.startswith("outer.")}
         if expected - outer != found - outer:

@@ -236,11 +236,10 @@ class InnerLoop:
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(slots, params)
         slots = slots._replace(step=slots.step + 1, params=params, state=state, teacher_state=teacher_state)
-        if self.order == 2:
-            loss = vmap(self._flat_loss())(params, self.batch(slots, self.meta_split))
-            return slots._replace(loss=loss.detach()), loss, imitation
         value, grad = self.evaluate(params, self.batch(slots))
         slots = slots._replace(loss=value, grad=grad)
+        if self.order == 2:
+            return slots, vmap(self._flat_loss())(params, self.batch(slots, self.meta_split)), imitation
         if self.meta_split != "train":
             value, grad = self.evaluate(params, self.batch(slots, self.meta_split))
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the

@@ -109,7 +109,7 @@ class Backprop(Estimator):
                 totals = [a + g for a, g in zip(totals, gradients, strict=True)]
                 losses = window.losses.detach()
                 sums["loss"] += float(losses.mean(0).sum())
-                sums["meta_loss"] += float((losses / window.first_loss).mean(0).sum())
+                sums["meta_loss"] += float((losses / window.first_loss.abs()).mean(0).sum())
                 sums["imitation_loss"] += float(window.imitation.detach().mean(0).sum())
                 finished += int(window.finished.sum())
                 parts.append(window.slots)
@@ -163,9 +163,11 @@ class Backprop(Estimator):
 
     def _objective(self, window: Window) -> Tensor:
         """The objective of every task, `[T]`."""
-        first = window.first_loss
-        losses = torch.minimum(window.losses, self.loss_clamp * first.abs())
+        first = window.first_loss.abs()
+        losses = torch.minimum(window.losses, self.loss_clamp * first)
         if self.objective == "log":
+            if bool((losses < 0).any()):
+                raise ValueError("objective 'log' needs losses above 0, but a task's loss is negative; use 'mean'")
             tiny = torch.finfo(losses.dtype).tiny
             return (losses / first).clamp(min=tiny).log().mean(0)
         if self.normalize:
