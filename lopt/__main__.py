@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from lopt.rules import Rule
     from lopt.trainer import Trainer
 
-ARCHIVE = Path("runs") / "baselines"
+RUNS = Path("runs")
+ARCHIVE = RUNS / "baselines"
 
 TRAIN_EXAMPLES = """
 \b
@@ -78,6 +80,7 @@ def train(
 ) -> None:
     """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
     from lopt.config import load_config
+    from lopt.names import slugify
     from lopt.runs import resume_run, start_run
 
     if resume is not None:
@@ -88,10 +91,13 @@ def train(
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
     else:
         config = load_config(preset, [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])])
-        trainer = start_run(config, out or Path("runs") / config.name)
+        trainer = start_run(config, out or RUNS / slugify(config.name))
+    if evaluate:
+        make_folder(ARCHIVE)
     console = Console(stderr=as_json)
     run_trainer(trainer, console)
-    result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": trainer.best}
+    best = trainer.best if math.isfinite(trainer.best) else None
+    result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": best}
     if evaluate:
         result["results"] = judge_run(config, trainer, console)
     if as_json:
@@ -101,6 +107,7 @@ def train(
 def run_trainer(trainer: Trainer, console: Console) -> None:
     """Train with a progress bar; on a signal say how to resume and exit with 130."""
     from lopt.progress import TrainingProgress
+    from lopt.runs import resume_command
     from lopt.trainer import Interrupted
 
     console.print(escape(f"{trainer.rule.describe()}\n  on {trainer.family.describe()}"), soft_wrap=True)
@@ -108,19 +115,29 @@ def run_trainer(trainer: Trainer, console: Console) -> None:
         with TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update)
     except Interrupted:
-        message = f"stopped at step {trainer.step} and saved; go on with: lopt train --resume {trainer.folder}"
-        console.print(message, soft_wrap=True, highlight=False)
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
         sys.exit(130)
-    message = f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}"
-    console.print(message, soft_wrap=True, highlight=False)
+    say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: unbroken, so that it can be copied, and without markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
     """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
     from lopt.judge import list_settings, summarize_results
+    from lopt.runs import resume_command
 
-    rules = {config.name: trainer.build_best()}
-    comparisons = compare_all(rules, list_settings(config), console, num_seeds=config.evaluation.seeds, archive=ARCHIVE)
+    rules, settings, seeds = {config.name: trainer.build_best()}, list_settings(config), config.evaluation.seeds
+    try:
+        comparisons = compare_all(rules, settings, console, num_seeds=seeds, archive=ARCHIVE)
+    except KeyboardInterrupt:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped while judging; the rule is trained: {trainer.rule_path}\ngo on with the judging: {hint}")
+        sys.exit(130)
     trainer.card["results"] = summarize_results(comparisons)
     trainer.save_rule()
     show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
@@ -142,16 +159,7 @@ def compare_all(
         for title, family, steps in settings:
             name = title or family.describe()
             status.update(escape(f"evaluating {name}"))
-            comparisons.append(
-                compare(
-                    rules,
-                    family,
-                    steps,
-                    title=title,
-                    on_search=partial(tell, name),
-                    **options,
-                )
-            )
+            comparisons += [compare(rules, family, steps, title=title, on_search=partial(tell, name), **options)]
     return comparisons
 
 
@@ -162,7 +170,7 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
     for comparison in comparisons:
         print_table(comparison, console)
     for name, path in write_report(folder, comparisons, command=command).items():
-        console.print(f"{name:>16}  {path}", soft_wrap=True, highlight=False)
+        say(console, f"{name:>16}  {path}")
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
 @click.option("--baselines", help="Comma-separated; all seven by default.")
 @click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
 @click.option("--archive", type=click.Path(path_type=Path), default=ARCHIVE, show_default=True, help="Tuned baselines.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [default: runs/eval-RULE].")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [default: runs/eval-RULE-OPTIONS].")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparisons as JSON.")
 def evaluate(
     rule: str,
@@ -194,49 +202,75 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
-    from lopt.config import build, merge, parse_config, parse_override
-    from lopt.evaluate import BASELINES
-    from lopt.judge import Setting, list_settings
+    from lopt.config import build, merge, parse_override
+    from lopt.evaluate.baselines import BASELINES, check_baseline
+    from lopt.judge import Setting, check_label, list_settings, read_card
+    from lopt.names import slugify
+    from lopt.runs import read_command
     from lopt.tasks import TASKS
 
-    path, learned, card = open_rule(rule)
-    config = parse_config(card["config"]) if "config" in card else None
-    if task is None and config is None:
+    path, learned, content = open_rule(rule)
+    card = read_card(content)
+    if task is None and card.config is None:
         raise click.UsageError(f"{rule} has no training card that names a task; give --task")
-    if config is not None and task is None and not overrides and not steps:
-        settings = list_settings(config)
+    if card.config and not (task or overrides or steps):
+        settings = list_settings(card.config)
     else:
-        options = {"name": task} if task or config is None else dict(config.task)
+        options = {"name": task} if task or card.config is None else dict(card.config.task)
         for override in overrides:
             merge(options, parse_override(override))
         family = build("task", TASKS, options)
         settings = [Setting(None, family, length) for length in steps or [family.horizon]]
-    label = card.get("name") or path.stem
+    label = check_label(card.name or path.stem)
+    chosen = [check_baseline(name.strip()) for name in baselines.split(",")] if baselines else BASELINES
+    asked = {"steps": steps, "seeds": seeds, "seed": seed, "criterion": criterion if criterion != "final" else ""}
+    words = ["eval", label, task, *overrides, baselines, *(f"{key} {value}" for key, value in asked.items() if value)]
+    out = out or RUNS / slugify(" ".join(filter(None, words)))
+    make_folder(out)
+    make_folder(archive)
     console = Console(stderr=as_json)
     comparisons = compare_all(
         {label: learned},
         settings,
         console,
-        num_seeds=seeds or (config.evaluation.seeds if config else 20),
+        num_seeds=seeds or (card.config.evaluation.seeds if card.config else 20),
         seed=seed,
-        baselines=baselines.split(",") if baselines else BASELINES,
+        baselines=chosen,
         criterion=criterion,
         archive=archive,
     )
-    show(comparisons, out or Path("runs") / f"eval-{label}", console, " ".join(["lopt", *sys.argv[1:]]))
+    show(comparisons, out, console, read_command())
     if as_json:
         click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))
 
 
 def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
-    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card."""
+    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card.
+
+    A card that is not understood is left out, with a note.
+    """
+    from lopt.judge import read_card
+
     path = Path(name)
     if path.is_dir():
         path = path / "rule.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
         name = str(path)
-    return path, lopt.load(name), lopt.load_card(name)
+    rule, card = lopt.load(name), lopt.load_card(name)
+    try:
+        read_card(card)
+    except ValueError as error:
+        click.echo(f"lopt: note: the training card of {name} is not understood and ignored: {error}", err=True)
+        card = {}
+    return path, rule, card
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, so that one that cannot be written is known before work is done for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------
@@ -253,11 +287,14 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
 
     console = Console()
     if (out / CONFIG).exists():
+        if overrides:
+            raise click.UsageError(f"{out} holds a run already: remove the folder, give another --out or no --set")
         config, trainer = resume_run(out)
-        console.print(f"going on with the run in {out} (remove the folder to start afresh)", highlight=False)
+        say(console, f"going on with the run in {out} (remove the folder to start afresh)")
     else:
         config = load_config("demo", list(overrides))
         trainer = start_run(config, out)
+    make_folder(ARCHIVE)
     console.print("[bold]1. Meta-training:[/] an LSTM learns an update rule by training small networks on digits")
     run_trainer(trainer, console)
     console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
@@ -265,8 +302,8 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
     console.print("\n[bold]3. Using it:[/] an ordinary training loop, another network, one line changed")
     rule = trainer.rule_path
     for line in train_classifier(rule):
-        console.print(f"   {line}", soft_wrap=True, highlight=False)
-    console.print(f'\n   opt = lopt.LearnedOptimizer(model.parameters(), rule="{rule}")', soft_wrap=True)
+        say(console, f"   {line}")
+    say(console, f'\n   opt = lopt.LearnedOptimizer(model.parameters(), rule="{rule}")')
 
 
 # -- list, inspect, report ---------------------------------------------------------------------------------------------
@@ -336,14 +373,13 @@ def inspect(rule: str, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write the HTML page of RUN (a folder with an evaluation) again from its data, and print its tables."""
-    from lopt.evaluate import load_comparisons
+    from lopt.evaluate.results import load_evaluation
 
     path = run / "evaluation.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no evaluation in {run} (no evaluation.json); make one with `lopt eval`")
-    rule = run / "rule.safetensors"
-    command = lopt.load_card(rule).get("command", "") if rule.is_file() else ""
-    show(load_comparisons(path), run, Console(), command)
+    comparisons, command = load_evaluation(path)
+    show(comparisons, run, Console(), command)
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from glob import escape
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +30,7 @@ from safetensors.torch import load as decode_tensors
 from safetensors.torch import save as encode_tensors
 from torch import Tensor
 
+from lopt.names import suggest
 from lopt.rules import RULES, Rule
 
 FORMAT = 1
@@ -117,7 +117,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if is_name and name_or_path in list_rules():
         return PRETRAINED / f"{name_or_path}.safetensors"
     if is_name and not path.exists():
-        known = _suggest(str(name_or_path), list_rules())
+        known = suggest(str(name_or_path), list_rules())
         raise ValueError(f"no shipped rule is called {name_or_path!r}. {known}. To load a file, give its path.")
     return path
 
@@ -125,7 +125,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
 def _build(name: Any, config: Any, where: str) -> Rule:
     """The rule with the weights of its constructor."""
     if not isinstance(name, str) or name not in RULES:
-        raise ValueError(f"{where}: this lopt has no rule {name!r}. {_suggest(str(name), RULES)}.")
+        raise ValueError(f"{where}: this lopt has no rule {name!r}. {suggest(str(name), RULES)}.")
     try:
         return RULES[name](**config)
     except Exception as error:  # whatever a constructor makes of foreign arguments
@@ -151,14 +151,6 @@ def _check_weights(rule: Rule, tensors: Mapping[str, Tensor], where: str) -> Non
 
 def _describe(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    """The nearest known names, or all of them."""
-    names = sorted(known)
-    near = get_close_matches(name, names, n=3)
-    question = f"Did you mean {' or '.join(near)}? " if near else ""
-    return f"{question}Known: {', '.join(names) or 'none'}"
 
 
 # -- training checkpoints ----------------------------------------------------------------------------------------------

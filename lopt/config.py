@@ -6,19 +6,18 @@ registry; their other keys are its constructor's arguments.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-import dacite
-
 from lopt.estimators import ESTIMATORS, Estimator
 from lopt.horizons import HORIZONS, HorizonSchedule
+from lopt.names import suggest
 from lopt.rules import RULES, Rule
+from lopt.schema import conform, list_options
 from lopt.tasks import TASKS, RandomScaling, TaskFamily
 
 if sys.version_info >= (3, 11):
@@ -90,14 +89,20 @@ class ImitationConfig:
     Attributes:
         teacher: name of a rule, or "" for none.
         options: the teacher's constructor arguments.
-        weight: of the imitation loss in the meta-loss.
-        follow: share of tasks that take the teacher's steps.
+        weight: of the imitation loss in the meta-loss, 0 or more.
+        follow: share of tasks that take the teacher's steps, 0 to 1.
     """
 
     teacher: str = ""
     options: Options = field(default_factory=dict)
     weight: float = 1.0
     follow: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < inf:
+            raise ValueError(f"imitation.weight must be finite and not negative, got {self.weight}")
+        if not 0 <= self.follow <= 1:
+            raise ValueError(f"imitation.follow must be from 0 to 1, got {self.follow}")
 
 
 @dataclass(frozen=True)
@@ -114,21 +119,35 @@ class EvaluationConfig:
     steps: list[int] = field(default_factory=lambda: [100])
     variants: list[Options] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"evaluation.seeds must be at least 1, got {self.seeds}")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"evaluation.steps must be one or more numbers of at least 1, got {self.steps}")
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All of a run. `name` labels the rule, `description` says in a line what it is for."""
+    """All of a run. `name` labels the rule, `description` says in a line what it is for.
+
+    A `horizon` without a name is constant.
+    """
 
     name: str
     task: Options
     rule: Options
     estimator: Options
     description: str = ""
-    horizon: Options = field(default_factory=lambda: {"name": "constant"})
+    horizon: Options = field(default_factory=dict)
     random_scaling: float = 0.0
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.random_scaling < inf:
+            raise ValueError(f"random_scaling must be finite and not negative, got {self.random_scaling}")
+        object.__setattr__(self, "horizon", {"name": "constant"} | self.horizon)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts; `parse_config` undoes it."""
@@ -153,40 +172,37 @@ class RunConfig:
 
     def build_estimator(self) -> Estimator:
         """The estimator, with the teacher of `[imitation]`."""
-        options = dict(self.estimator)
+        given: dict[str, Any] = {}
         if self.imitation.teacher:
-            teacher = {"name": self.imitation.teacher, **self.imitation.options}
-            options["teacher"] = build("imitation.teacher", RULES, teacher)
-            options["imitation"] = self.imitation.weight
-            options["follow"] = self.imitation.follow
-        return build("estimator", ESTIMATORS, options)
+            teacher = build("imitation.teacher", RULES, {"name": self.imitation.teacher, **self.imitation.options})
+            given = {"teacher": teacher, "imitation": self.imitation.weight, "follow": self.imitation.follow}
+        return build("estimator", ESTIMATORS, self.estimator, **given)
 
 
-def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, Any]) -> T:
+def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, Any], **given: Any) -> T:
     """The entry of `registry` that `options["name"]` names, constructed with the other options.
 
+    Args:
+        given: further arguments, which a preset could not hold.
     Raises:
-        ValueError: unknown name or option (the known ones are listed), or a value the constructor refuses.
+        ValueError: unknown name or option (the known ones are listed), or a value of another type than the
+            constructor's annotation says, or one that it refuses.
     """
-    options = dict(options)
-    name = options.pop("name", None)
+    name = conform(options.get("name"), str, f"{section}.name")
     if name not in registry:
-        raise ValueError(f"{section}.name: {unknown(name, registry)}")
-    known = list(inspect.signature(registry[name]).parameters)
-    for option in options:
+        raise ValueError(f"{section}.name: {name!r} is unknown. {suggest(name, registry)}")
+    known = list_options(registry[name])
+    checked = {}
+    for option, value in options.items():
+        if option == "name":
+            continue
         if option not in known:
-            raise ValueError(f"{section}: {name}: option {unknown(option, known)}")
+            raise ValueError(f"{section}.{option} is unknown to {name!r}. {suggest(option, known)}")
+        checked[option] = conform(value, known[option], f"{section}.{option}")
     try:
-        return registry[name](**options)
+        return registry[name](**checked, **given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{section}: {name}: {error}") from error
-
-
-def unknown(name: object, known: Mapping[str, Any] | list[str]) -> str:
-    """What to say of a name that is not known: the nearest names and all of them."""
-    near = get_close_matches(str(name), list(known), n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"{name!r} is unknown (known: {', '.join(sorted(known))}){hint}"
 
 
 def list_presets() -> dict[str, str]:
@@ -210,7 +226,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
     if not path.is_file():
         path = Path(preset)
         if path.suffix != ".toml":
-            raise ValueError(f"preset {unknown(preset, list_presets())}, or give a .toml file")
+            raise ValueError(f"no preset is called {preset!r}. {suggest(preset, list_presets())}; or give a .toml file")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {preset}")
     try:
@@ -229,19 +245,8 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: an entry is missing, unknown, of the wrong type or out of range.
     """
-    try:
-        return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, type_hooks={float: _to_float}))
-    except dacite.UnexpectedDataError as error:
-        known = [*(f.name for f in fields(RunConfig)), *(f.name for f in fields(TrainerConfig))]
-        found = ", ".join(unknown(key, known) for key in error.keys)
-        raise ValueError(f"configuration: {found}") from error
-    except dacite.DaciteError as error:
-        raise ValueError(f"configuration: {error}") from error
-
-
-def _to_float(value: Any) -> Any:
-    """TOML's 1 is as good as 1.0 where a float is wanted."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    config: RunConfig = conform(raw, RunConfig, "")
+    return config
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def parse_override(text: str) -> dict[str, Any]:
         ValueError: not of that form.
     """
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    if not separator or not key.strip() or "\n" in text:
         raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
     for written in (value, _quote(value.strip())):
         try:

@@ -1,6 +1,7 @@
 """How long the tasks of meta-training are: constant, log-uniform, or growing with success.
 
-A schedule draws the horizons of new tasks from seeds and hears of every validation; its `stage` is all it remembers.
+A schedule draws the horizons of new tasks from seeds and hears of every validation; how many of them improved on
+the best so far is all it remembers.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from lopt.tensors import draw_uniform
 
 
 class HorizonSchedule(ABC):
-    """Draws horizons; calling it makes it a `lopt.unroll.Horizon`."""
+    """Draws horizons; calling it makes it a `lopt.unroll.Horizon`.
+
+    Attributes:
+        improved: validations so far that improved on the best before them; to be saved and restored.
+    """
 
     name: ClassVar[str]
-    stage: int = 0
+    improved: int = 0
 
-    def validated(self, improved: bool) -> None:  # noqa: B027 (most schedules do not care)
+    def validated(self, improved: bool) -> None:
         """Hear whether the latest validation improved on the best so far."""
+        self.improved += improved
+
+    @property
+    def stage(self) -> int:
+        """Index of the present stage; always 0 for schedules that have none."""
+        return 0
 
     @abstractmethod
     def __call__(self, seeds: Tensor) -> Tensor:
@@ -64,27 +75,27 @@ class Curriculum(HorizonSchedule):
 
     Args:
         stages: horizons, increasing.
-        patience: improvements needed for the next stage.
+        improvements: how many lead to the next stage.
     """
 
     name = "curriculum"
 
-    def __init__(self, stages: tuple[int, ...] = (100, 200, 500), patience: int = 1) -> None:
+    def __init__(self, stages: tuple[int, ...] = (100, 200, 500), improvements: int = 1) -> None:
         if not stages or list(stages) != sorted(set(stages)):
             raise ValueError(f"stages must be increasing, got {list(stages)}")
         for steps in stages:
             _positive("stages", steps)
         self.stages = tuple(stages)
-        self.patience = _positive("patience", patience)
+        self.improvements = _positive("improvements", improvements)
+
+    @property
+    def stage(self) -> int:
+        """Index into `stages`; the last one is never left."""
+        return min(self.improved // self.improvements, len(self.stages) - 1)
 
     def __call__(self, seeds: Tensor) -> Tensor:
         """See `HorizonSchedule`."""
-        return torch.full_like(seeds, self.stages[min(self.stage // self.patience, len(self.stages) - 1)])
-
-    def validated(self, improved: bool) -> None:
-        """Count an improvement; `patience` of them promote to the next stage."""
-        if improved:
-            self.stage += 1
+        return torch.full_like(seeds, self.stages[self.stage])
 
 
 def _positive(name: str, value: int) -> int:

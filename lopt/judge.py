@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from lopt.config import RunConfig
-from lopt.evaluate import Comparison, Summary
+from lopt.evaluate import BASELINES, Comparison, Summary
+from lopt.evaluate.comparison import DEFAULT_LABEL
+from lopt.schema import conform
 from lopt.tasks import TaskFamily
 
 
@@ -18,19 +21,75 @@ class Setting(NamedTuple):
     num_steps: int
 
 
+@dataclass(frozen=True)
+class Losses:
+    """One figure of a rule, and of the best tuned baseline; None for what is missing or diverged."""
+
+    rule: float | None
+    best_tuned: float | None
+    best_tuned_name: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training card says of one setting."""
+
+    setting: str
+    task: str
+    steps: int
+    seeds: int
+    final: Losses
+    mean: Losses
+
+
+@dataclass(frozen=True)
+class Card:
+    """What lopt reads from a training card, which may come from anywhere; cards hold more, for people."""
+
+    name: str = ""
+    config: RunConfig | None = None
+    results: list[Result] = field(default_factory=list)
+
+
+def read_card(card: Any) -> Card:
+    """The checked part of a training card.
+
+    Raises:
+        ValueError: an entry is not what lopt writes.
+    """
+    entries = conform(card, dict[str, Any], "card")
+    known: Card = conform({f.name: entries[f.name] for f in fields(Card) if f.name in entries}, Card, "card")
+    return known
+
+
+def check_label(label: str) -> str:
+    """`label` itself, if it can name a rule beside the baselines.
+
+    Raises:
+        ValueError: a baseline is called so.
+    """
+    if label in (*BASELINES, DEFAULT_LABEL):
+        raise ValueError(f"a rule cannot be called {label!r}: a baseline is called so; give it another name")
+    return label
+
+
 def list_settings(config: RunConfig) -> list[Setting]:
     """The task of the run at its evaluation's lengths, then the variants at the first of them.
 
     The first setting is the one that the rule was trained for.
+
+    Raises:
+        ValueError: a variant has a title that is no string, or an option that its task does not accept.
     """
-    evaluation, name = config.evaluation, config.task["name"]
+    evaluation, name = config.evaluation, config.build_task().name
     settings = []
     for i, steps in enumerate(evaluation.steps):
         title = f"{name}: {steps} steps" if i else f"{name}: as trained, {steps} steps"
         settings.append(Setting(title, config.build_task(), steps))
     for variant in evaluation.variants:
         changes = dict(variant)
-        title = changes.pop("title", None) or ", ".join(f"{key} {value}" for key, value in changes.items())
+        title = conform(changes.pop("title", ""), str, "evaluation.variants: title")
+        title = title or ", ".join(f"{key} {value}" for key, value in changes.items())
         settings.append(Setting(f"{name}: {title}", config.build_task(**changes), evaluation.steps[0]))
     return settings
 
@@ -39,21 +98,15 @@ def summarize_results(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]
     """What a training card says of an evaluation: per setting the rule's losses and the best tuned baseline's."""
     results = []
     for comparison in comparisons:
-        result: dict[str, Any] = {
-            "setting": comparison.title,
-            "task": comparison.task,
-            "steps": comparison.num_steps,
-            "seeds": comparison.num_seeds,
-        }
-        for figure in ("final", "mean"):
-            best = comparison.find_bar(figure)
-            result[figure] = {
-                "rule": _round_mean(comparison.subject.summarize(figure)),
-                "best_tuned": None if best is None else _round_mean(best.summarize(figure)),
-                "best_tuned_name": None if best is None else best.label,
-            }
-        results.append(result)
+        final, mean = (_summarize_losses(comparison, figure) for figure in ("final", "mean"))
+        setting, steps, seeds = comparison.title, comparison.num_steps, comparison.num_seeds
+        results.append(asdict(Result(setting, comparison.task, steps, seeds, final, mean)))
     return results
+
+
+def _summarize_losses(comparison: Comparison, figure: str) -> Losses:
+    ours, best = _round_mean(comparison.subject.summarize(figure)), comparison.find_bar(figure)
+    return Losses(ours, None, None) if best is None else Losses(ours, _round_mean(best.summarize(figure)), best.label)
 
 
 def _round_mean(summary: Summary | None) -> float | None:

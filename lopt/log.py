@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+METRICS = "metrics.jsonl"
+
+
 class RunLog:
     """Writes a run's metrics under its folder.
 
@@ -29,7 +32,7 @@ class RunLog:
     def __init__(self, folder: Path, start: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         if self.path.exists():
             # A run that starts at 0 logs step 0 again.
             kept = [line for line in read_metrics(self.path) if 0 < start >= line["step"]]
@@ -63,13 +66,23 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     lines = []
-    for text in path.read_text().splitlines():
+    *whole, rest = path.read_text(errors="replace").split("\n")
+    for number, text in enumerate([*whole, rest], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except ValueError:
+            if number > len(whole):  # empty, or cut off
+                break
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"{path} is damaged: line {number} is no JSON object with a step; mend or remove it")
+        lines.append(line)
     return lines
 
 

@@ -59,7 +59,7 @@ def write_report(
     target = Path(folder)
     html = render_report(comparisons, command=command, title=title)
     target.mkdir(parents=True, exist_ok=True)
-    content = {"report.html": html.encode(), "evaluation.json": save_comparisons(comparisons)}
+    content = {"report.html": html.encode(), "evaluation.json": save_comparisons(comparisons, command)}
     for i, comparison in enumerate(comparisons, 1):
         content[f"curves-{i}.png"] = plot_curves([comparison])
     for name, data in content.items():

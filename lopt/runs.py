@@ -20,8 +20,11 @@ import torch
 import lopt
 from lopt.checkpoint import write_atomic
 from lopt.config import RunConfig, parse_config
+from lopt.judge import check_label, list_settings
+from lopt.log import METRICS, read_metrics
+from lopt.schema import conform
 from lopt.tasks import TaskFamily
-from lopt.trainer import CHECKPOINT, Trainer
+from lopt.trainer import CHECKPOINT, RULE, Trainer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -58,17 +61,19 @@ def describe_run(config: RunConfig, family: TaskFamily, command: str) -> dict[st
 
 
 def start_run(config: RunConfig, folder: Path) -> Trainer:
-    """Make the folder of a new run and its trainer.
+    """Make the folder of a new run and its trainer, once all that the configuration asks for is known to exist.
 
     Raises:
         FileExistsError: the folder holds a run already.
+        ValueError: the configuration cannot be built, or its rule not be judged.
         OSError: the folder cannot be written.
     """
     if (folder / CONFIG).exists():
         raise FileExistsError(
-            f"{folder} holds a run already: go on with `lopt train --resume {folder}`, "
-            "or choose another folder with --out"
+            f"{folder} holds a run already: go on with `{resume_command(folder)}`, or choose another folder with --out"
         )
+    check_label(config.name)
+    list_settings(config)
     environment = describe_environment()
     trainer = build_trainer(config, folder, environment["command"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,16 +87,39 @@ def resume_run(folder: Path) -> tuple[RunConfig, Trainer]:
 
     Raises:
         FileNotFoundError: there is no run in the folder.
-        ValueError: its configuration or checkpoint is damaged.
+        ValueError: its configuration or checkpoint is damaged, or the checkpoint is gone.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
-    config = parse_config(_read_json(path))
-    trainer = build_trainer(config, folder, _read_json(folder / ENVIRONMENT)["command"])
-    if (folder / CHECKPOINT).exists():  # killed before the first one: start again
+    raw, environment = _read_json(path), _read_json(folder / ENVIRONMENT)
+    command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
+    try:
+        config = parse_config(raw)
+        trainer = build_trainer(config, folder, command)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (folder / CHECKPOINT).exists():
         trainer.restore(folder / CHECKPOINT)
+    elif _has_trained(folder):  # otherwise killed before the first checkpoint: start again
+        raise ValueError(f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out")
     return config, trainer
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a run."""
+    return shlex.join(["lopt", "train", "--resume", str(folder)])
+
+
+def read_command() -> str:
+    """What was typed to start this process."""
+    return shlex.join(["lopt", *sys.argv[1:]])
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a run has gone beyond step 0, as far as its other files tell."""
+    metrics = folder / METRICS
+    return (folder / RULE).exists() or (metrics.exists() and any(line["step"] > 0 for line in read_metrics(metrics)))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -110,15 +138,19 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "git": revision or None,
-        "command": shlex.join(["lopt", *sys.argv[1:]]),
+        "command": read_command(),
     }
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {found!r}")
+    return found
 
 
 def _to_json(tree: Any) -> bytes:

@@ -238,7 +238,7 @@ class Trainer:
             "step": self.step,
             "best": self.best if math.isfinite(self.best) else None,
             "best_step": self.best_step,
-            "horizon_stage": self.horizon.stage if self.horizon else 0,
+            "horizon_improved": self.horizon.improved if self.horizon else 0,
             "seconds": self.seconds,
             "config": self.card.get("config"),
         }
@@ -307,7 +307,7 @@ class Trainer:
         self.best = math.inf if metadata["best"] is None else metadata["best"]
         self.seconds = metadata["seconds"]
         if self.horizon:
-            self.horizon.stage = metadata["horizon_stage"]
+            self.horizon.improved = metadata["horizon_improved"]
 
 
 @contextmanager

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lopt.estimators import ESTIMATORS, Estimate
 from lopt.rules import RULES, Rule
@@ -239,6 +243,105 @@ def test_objectives_are_what_they_say(name: str, objective: str) -> None:
     }[objective]
     (expected,) = torch.autograd.grad(value, [rule.lr])
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+class Negative(type(TASKS["quadratic"]())):  # type: ignore[misc]
+    """Quadratics whose losses are all below 0."""
+
+    name = "negative"
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return super().loss(params, batch) - 100
+
+
+def test_negative_losses_keep_the_sign_of_the_gradient_when_normalized() -> None:
+    rule, family = RULES["sgd"](lr=0.01), Negative()
+    plain, normalized = (
+        estimate_once("truncated", rule, family, 1, num_steps=4, normalize=n).gradient["lr"] for n in (False, True)
+    )
+    loop = InnerLoop(rule, family, 0)
+    first = loop.start(torch.arange(1)).loss[0]
+    assert first < 0
+    assert plain < 0
+    torch.testing.assert_close(normalized, plain / first.abs(), rtol=1e-5, atol=0)
+
+
+def test_log_objective_refuses_negative_losses_and_names_another() -> None:
+    with pytest.raises(ValueError, match=r"'log' needs losses above 0.*use 'mean'"):
+        estimate_once("truncated", RULES["sgd"](lr=0.01), Negative(), num_steps=2, objective="log")
+
+
+def test_normalize_weighs_every_task_by_its_first_loss() -> None:
+    rule, family = RULES["sgd"](lr=0.01), TASKS["quadratic"]()
+    gradient = estimate_once("truncated", rule, family, num_steps=4, normalize=True).gradient["lr"]
+    loop = InnerLoop(rule, family, 0, constant(4))
+    start = loop.start(torch.arange(4))
+    losses = loop.unroll(start, 4, restart=False).losses
+    (expected,) = torch.autograd.grad((losses / start.loss).mean(), [rule.lr], retain_graph=True)
+    (unweighted,) = torch.autograd.grad(losses.mean(), [rule.lr])
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+    assert (unweighted - gradient * start.loss.mean()).abs() > 0.01 * unweighted.abs()
+
+
+def test_final_objective_counts_only_tasks_that_end_in_the_window() -> None:
+    rule = RULES["sgd"](lr=0.01)
+    loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(9))
+    slots = loop.start(torch.arange(3))._replace(horizon=torch.tensor([3, 9, 9]))
+    estimate = ESTIMATORS["truncated"](num_steps=4, objective="final").estimate(loop, slots)
+    losses = loop.unroll(slots, 3).losses
+    (expected,) = torch.autograd.grad(losses[2, 0] / 3, [rule.lr])
+    torch.testing.assert_close(estimate.gradient["lr"], expected, rtol=1e-5, atol=0)
+    assert estimate.metrics["finished_tasks"] == 1
+
+
+def test_truncated_starts_staggered_and_full_does_not() -> None:
+    loop = InnerLoop(RULES["sgd"](), TASKS["quadratic"](), 0, constant(40))
+    assert ESTIMATORS["truncated"](num_steps=5).start(loop, 16).horizon.unique().numel() > 8
+    assert ESTIMATORS["full"](num_steps=5).start(loop, 16).horizon.unique().tolist() == [5]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive at the same time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.watch(tensor.untyped_storage())
+        return result
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+
+        def forget(_: object) -> None:
+            self.live -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    # two of eight tasks at a time, or one of ten steps at a time with the recurrent state of all
+    [({"task_chunk": 2}, 0.4), ({"checkpoint": "update"}, 0.6)],
+)
+def test_ways_to_save_memory_save_memory(options: dict[str, object], share: float) -> None:
+    rule, family = RULES["lstm"](), TASKS["quadratic"](dim=32)
+    peaks = []
+    for case in ({}, options):
+        with PeakMemory() as memory:
+            estimate_once("truncated", rule, family, 8, num_steps=10, **case)
+        peaks.append(memory.peak)
+    assert peaks[1] < share * peaks[0]
 
 
 def test_held_out_objective_measures_other_data_and_leaves_the_training_alone() -> None:

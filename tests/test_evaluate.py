@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from lopt.evaluate import (
     Comparison,
+    Curves,
     Grid,
     Tuning,
     baselines,
     compare,
+    curves,
     load_comparisons,
     run_curves,
     save_comparisons,
@@ -93,6 +95,21 @@ def test_final_loss_is_that_of_the_whole_train_split_and_accuracy_of_the_test_sp
     torch.testing.assert_close(curves.final[0], expected, rtol=1e-5, atol=0)
     hits = functional_call(MLP.module, params, (x_test,)).argmax(-1) == y_test
     assert float(curves.metrics["accuracy"][0]) == pytest.approx(float(hits.float().mean()))
+
+
+def test_whole_splits_are_evaluated_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate() -> tuple[Curves, int]:
+        family, calls = TASKS["mlp"](width=3, batch_size=16), []
+        measure = family.metrics
+        monkeypatch.setattr(family, "metrics", lambda *args: calls.append(args) or measure(*args))
+        return run_curves(RULES["sgd"](), family, torch.arange(5), 2, chunk=5), len(calls)
+
+    whole, once = evaluate()
+    monkeypatch.setattr(curves, "CHUNK_ELEMENTS", 2 * 120 * 65)  # the images and classes of two runs
+    grouped, calls = evaluate()
+    assert (once, calls) == (1, 3)
+    torch.testing.assert_close(grouped.final, whole.final, rtol=1e-6, atol=0)  # sums in another order
+    assert torch.equal(grouped.metrics["accuracy"], whole.metrics["accuracy"])
 
 
 def test_schedules_run_over_the_evaluated_steps_and_not_the_familys_horizon() -> None:
@@ -254,7 +271,7 @@ def test_damaged_archive_is_reported_and_replaced(
 
 
 def test_unknown_baseline_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown baseline 'lion'; known: sgd, momentum"):
+    with pytest.raises(ValueError, match=r"unknown baseline 'lion'\. Known: adam, adamw"):
         tune_baseline("lion", "constant", QUADRATIC, 5)
 
 

@@ -80,6 +80,7 @@ def test_train_makes_a_rule_that_the_optimizer_loads(run, in_folder: Path) -> No
     assert not torch.equal(p, torch.ones(3))
     page = Path("runs/tiny/report.html").read_text()
     assert "data:image/png;base64" in page
+    assert "lopt train tiny.toml --json" in page
     again = run("report", "runs/tiny")
     assert again.status == 0
     assert Path("runs/tiny/report.html").read_text() == page
@@ -151,18 +152,25 @@ def write_pickle(path: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "digit-lstm"], "digit-lstm.*did you mean digits-lstm"),
+        (["train", "digit-lstm"], "digit-lstm.*Did you mean digits-lstm"),
         (["train", "missing.toml"], "no file missing.toml"),
         (["train", "broken.toml"], "not a TOML file"),
         (["train", "tiny.toml", "--set", "trainer.steps=-3"], "trainer.steps.*at least 1.*-3"),
-        (["train", "tiny.toml", "--set", "trainer.steps=many"], "steps.*int.*str"),
-        (["train", "tiny.toml", "--set", "trainer.stepz=3"], "stepz.*did you mean steps"),
-        (["train", "tiny.toml", "--set", "rule.hiden=3"], "hiden.*did you mean hidden"),
-        (["train", "tiny.toml", "--set", "rule.name=lstn"], "lstn.*did you mean lstm"),
+        (["train", "tiny.toml", "--set", "trainer.steps=many"], "trainer.steps must be a whole number, got 'many'"),
+        (["train", "tiny.toml", "--set", "trainer.stepz=3"], "stepz.*Did you mean steps"),
+        (["train", "tiny.toml", "--set", "rule.hiden=3"], "hiden.*Did you mean hidden"),
+        (["train", "tiny.toml", "--set", "rule.name=lstn"], "lstn.*Did you mean lstm"),
         (["train", "tiny.toml", "--set", "trainer"], "override looks like"),
         (["train", "tiny.toml", "--set", "task.dim=0"], "dim must be at least 1"),
-        (["train", "tiny.toml", "--set", "imitation.teacher=adm"], "adm.*did you mean adam"),
+        (["train", "tiny.toml", "--set", "imitation.teacher=adm"], "adm.*Did you mean adam"),
         (["train", "tiny.toml", "--out", "tiny.toml/run"], "tiny.toml"),
+        (["train", "tiny.toml", "--set", "rule.output_scale=abc"], "rule.output_scale must be a finite number"),
+        (["train", "tiny.toml", "--set", "evaluation.seeds=0"], "evaluation.seeds"),
+        (["train", "tiny.toml", "--set", "evaluation.variants=[{ dim = 0 }]"], "dim must be at least 1"),
+        (["train", "tiny.toml", "--set", "evaluation.variants=[{ dimm = 3 }]"], "dimm.*Did you mean dim"),
+        (["train", "tiny.toml", "--set", "evaluation.variants=[{ title = 3 }]"], "title must be a string"),
+        (["train", "unnamed.toml"], "task.name"),
+        (["train", "tiny.toml", "--set", "name=adam"], "'adam'.*baseline is called so"),
         (["train"], "PRESET or --resume"),
         (["train", "tiny.toml", "--resume", "x"], "nothing else"),
         (["train", "--resume", "nowhere"], "no run in nowhere"),
@@ -171,9 +179,14 @@ def write_pickle(path: str) -> None:
         (["eval", "bomb.safetensors"], "bomb.safetensors.*pickle"),
         (["eval", "cut.safetensors"], "cut.safetensors"),
         (["eval", "linear.safetensors"], "no training card that names a task"),
-        (["eval", "linear.safetensors", "--task", "quadratc"], "quadratc.*did you mean quadratic"),
+        (["eval", "linear.safetensors", "--task", "quadratc"], "quadratc.*Did you mean quadratic"),
         (["eval", "linear.safetensors", "--task", "quadratic", "--steps", "0"], "0 is not in the range"),
-        (["eval", "linear.safetensors", "--task", "quadratic", "--baselines", "adamm"], "adamm"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--baselines", "adamm"], "adamm.*Did you mean adam"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--set", "dim=2.5"], "task.dim.*whole number.*2.5"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--set", "dim=2\nx=3"], "override looks like"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--out", "tiny.toml/x"], "tiny.toml"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--out", ".", "--archive", "tiny.toml"], "tiny.toml"),
+        (["eval", "adam.safetensors", "--task", "quadratic"], "'adam'.*baseline is called so"),
         (["eval", "linear.safetensors", "--task", "module"], "module"),
         (["inspect", "bomb.safetensors"], "pickle"),
         (["report", "nowhere"], "no evaluation in nowhere"),
@@ -181,7 +194,9 @@ def write_pickle(path: str) -> None:
 )
 def test_bad_input_is_one_clear_line_and_status_two(run, arguments: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
     Path("broken.toml").write_text("[task\n")
+    Path("unnamed.toml").write_text(TINY.replace('name = "quadratic"\n', ""))
     write_pickle("bomb.safetensors")
+    lopt.save(RULES["linear"](), "adam.safetensors")
     Path("cut.safetensors").write_bytes(Path("linear.safetensors").read_bytes()[:-9])
     before = sorted(Path().rglob("*"))
     result = run(*arguments)
@@ -200,6 +215,134 @@ def test_a_run_is_not_overwritten(run) -> None:  # type: ignore[no-untyped-def]
     assert result.status == 2
     assert "--resume" in result.err
     assert Path("runs/tiny/checkpoint.safetensors").read_bytes() == before
+
+
+def test_demo_does_not_ignore_changes_to_a_run_that_exists(run, in_folder: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("train", "tiny.toml", "--no-eval", "--out", "runs/demo").status == 0
+    before = Path("runs/demo/config.json").read_bytes()
+    result = run("demo", "--set", "trainer.steps=9")
+    assert result.status == 2
+    assert "remove the folder" in " ".join(result.err.split())
+    assert Path("runs/demo/config.json").read_bytes() == before
+
+
+QUICK = ["--task", "quadratic", "--set", "dim=3", "--steps", "5", "--seeds", "2", "--baselines", "sgd, adam"]
+
+
+def test_evaluations_with_other_settings_go_to_other_folders_and_remember_their_command(run) -> None:  # type: ignore[no-untyped-def]
+    for extra in ([], ["--seed", "1"], ["--criterion", "mean"]):
+        result = run("eval", "linear.safetensors", *QUICK, *extra)
+        assert result.status == 0, result.err
+    common = "eval-my-linear-rule-quadratic-dim-3-sgd-adam-steps-5-seeds-2"
+    names = {common, f"{common}-seed-1", f"{common}-criterion-mean"}
+    assert {path.name for path in Path("runs").glob("eval-*")} == names
+    path = Path("runs") / f"{common}-seed-1" / "report.html"
+    page = path.read_text()
+    assert "--baselines &#39;sgd, adam&#39; --seed 1" in page
+    assert run("report", str(path.parent)).status == 0
+    assert path.read_text() == page
+
+
+@pytest.mark.parametrize(
+    "card",
+    [{"results": "good"}, {"results": [3]}, {"config": 3}, {"config": {"name": "x"}}, {"name": ["x"]}],
+)
+def test_a_foreign_card_is_ignored_with_a_note(run, card: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
+    lopt.save(RULES["linear"](), "foreign.safetensors", card)
+    for command in (["inspect"], ["eval"]):
+        result = run(*command, "foreign.safetensors", *(QUICK if command == ["eval"] else []))
+        assert result.status == 0, result.err
+        assert "card of foreign.safetensors is not understood" in result.err
+    assert [p.name[:12] for p in Path("runs").glob("eval-*")] == ["eval-foreign"]
+
+
+def test_a_card_chooses_no_path(run, in_folder: Path) -> None:  # type: ignore[no-untyped-def]
+    lopt.save(RULES["linear"](), "foreign.safetensors", {"name": "a/b/../../../../z"})
+    before = set(in_folder.parent.rglob("*"))
+    assert run("eval", "foreign.safetensors", *QUICK).status == 0
+    made = set(in_folder.parent.rglob("*")) - before
+    assert all((in_folder / "runs") in [p, *p.parents] for p in made)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "null"),
+        ("config.json", '{"name": 3}'),
+        ("config.json", "{"),
+        ("environment.json", "{}"),
+        ("environment.json", "[]"),
+        ("metrics.jsonl", '{}\n{"kind": "train", "step": 1}\n'),
+        ("metrics.jsonl", "1\n"),
+        ("metrics.jsonl", "1"),
+        ("metrics.jsonl", '{"kind": "train", "step": 1}\n{"kin\n{"kind": "train", "step": 2}\n'),
+        ("metrics.jsonl", '{"kind": "train", "step": 1}\n{"kin\n'),
+        ("metrics.jsonl", "\x00\n"),
+        ("checkpoint.safetensors", None),
+    ],
+)
+def test_a_damaged_run_is_named_and_left_alone(run, name: str, content: str | None) -> None:  # type: ignore[no-untyped-def]
+    assert run("train", "tiny.toml", "--no-eval").status == 0
+    path = Path("runs/tiny") / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    result = run("train", "--resume", "runs/tiny", "--no-eval")
+    assert result.status == 2, result.out
+    assert name in result.err
+    assert "Traceback" not in result.err
+    assert (path.read_text() if path.exists() else None) == content
+
+
+def test_metrics_without_a_checkpoint_are_not_trained_over(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("train", "tiny.toml", "--no-eval").status == 0
+    finished = Path("runs/tiny/metrics.jsonl").read_text()
+    for name in ("checkpoint.safetensors", "rule.safetensors"):
+        (Path("runs/tiny") / name).unlink()
+    assert run("train", "--resume", "runs/tiny", "--no-eval").status == 2
+    assert Path("runs/tiny/metrics.jsonl").read_text() == finished
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("train", "tiny.toml", "--no-eval").status == 0
+    finished = Path("runs/tiny/rule.safetensors").read_bytes()
+    for name in ("checkpoint.safetensors", "rule.safetensors"):
+        (Path("runs/tiny") / name).unlink()
+    Path("runs/tiny/metrics.jsonl").write_text('{"kind": "validation", "step": 0}\n{"kind": "tra')
+    assert run("train", "--resume", "runs/tiny", "--no-eval").status == 0
+    assert len(Path("runs/tiny/rule.safetensors").read_bytes()) == pytest.approx(len(finished), abs=50)
+
+
+@pytest.mark.parametrize("content", ['{"comparisons": 5}', '{"comparisons": [5]}', "[]", "5", "{}", "{"])
+def test_a_damaged_evaluation_is_named(run, content: str) -> None:  # type: ignore[no-untyped-def]
+    Path("evaluation.json").write_text(content)
+    result = run("report", ".")
+    assert result.status == 2
+    assert "evaluation.json is not the JSON of an evaluation" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_ctrl_c_while_judging_says_that_the_rule_is_trained(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lopt.evaluate.compare", interrupt)
+        result = run("train", "tiny.toml", "--out", "my [red]run")
+    assert result.status == 130
+    assert "the rule is trained: my [red]run/rule.safetensors" in result.out
+    assert "lopt train --resume 'my [red]run'" in result.out
+    assert run("train", "--resume", "my [red]run").status == 0
+    assert lopt.load_card("my [red]run/rule.safetensors")["results"]
+
+
+def test_json_of_a_run_without_a_finite_validation_is_valid(run) -> None:  # type: ignore[no-untyped-def]
+    preset = TINY.replace('[rule]\nname = "lstm"\nhidden = 3\n', '[rule]\nname = "sgd"\nlr = 1e30\n')
+    Path("wild.toml").write_text(preset)
+    result = run("train", "wild.toml", "--no-eval", "--json", "--set", "trainer.steps=1")
+    assert result.status == 0, result.err
+    assert json.loads(result.out, parse_constant=pytest.fail)["best"] is None
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.rules import RULES
+from lopt.rules import RULES, State
 from lopt.tasks import TASKS
+from lopt.tensors import Params
 from lopt.unroll import InnerLoop, join_slots, select_slots
 
 ROWS = 1e-5  # float32, sums over ten numbers in another order
@@ -117,6 +118,56 @@ def test_followed_tasks_take_the_teachers_steps_and_measure_the_distance() -> No
     assert (window.imitation > 0).all()
     own = InnerLoop(teacher, TASKS["quadratic"](), 0, constant(9), teacher=RULES["adam"](lr=0.05), follow=0.5)
     assert own.unroll(own.start(torch.arange(4)), 8).imitation.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("teacher", ["momentum", "adam"])
+def test_followed_tasks_take_the_same_steps_in_both_orders(teacher: str) -> None:
+    losses = []
+    for order in (1, 2):
+        options = {"order": order, "teacher": RULES[teacher](lr=0.01), "follow": 1.0}
+        loop = InnerLoop(RULES["lstm"](hidden=3), TASKS["quadratic"](), 0, constant(9), **options)
+        losses.append(loop.unroll(loop.start(torch.arange(3)), 6).losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=ROWS, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_held_out_objective_leaves_loss_and_gradient_of_the_slots_to_the_train_data(order: int) -> None:
+    family = TASKS["mlp"](width=3, batch_size=8)
+    loop = InnerLoop(RULES["sgd"](lr=0.3), family, 0, constant(9), order=order, meta_split="inner_valid")
+    slots = loop.start(torch.arange(2))
+    for _ in range(2):
+        slots, recorded, _ = loop.step(slots)
+        loss, grad = loop.evaluate(slots.params, loop.batch(slots, "train"))
+        assert torch.equal(slots.loss, loss)
+        assert torch.equal(slots.grad, grad)
+        assert not torch.equal(recorded.detach(), loss)
+
+
+class Spy(type(RULES["sgd"]())):  # type: ignore[misc]
+    """SGD that remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.01)
+        self.heard: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self, grads: Params, params: Params, state: State, loss: Tensor, progress: Tensor
+    ) -> tuple[Params, State]:
+        self.heard.append((loss, progress))
+        return super().update(grads, params, state, loss, progress)
+
+
+def test_the_rule_hears_the_present_loss_and_the_progress_of_every_slot() -> None:
+    rule = Spy()
+    horizons = torch.tensor([2, 4])
+    loop = InnerLoop(rule, TASKS["quadratic"](), 0, lambda seeds: horizons[: len(seeds)])
+    start = loop.start(torch.arange(2))
+    window = loop.unroll(start, 3)
+    assert torch.equal(rule.heard[0][0], start.loss)
+    torch.testing.assert_close(rule.heard[1][0], window.losses[0].detach(), rtol=0, atol=0)
+    # slot 0 is on a new task in the third step
+    torch.testing.assert_close(rule.heard[2][0], torch.stack([window.first_loss[2, 0], window.losses[1, 1].detach()]))
+    assert [progress.tolist() for _, progress in rule.heard] == [[0, 0], [0.5, 0.25], [0, 0.5]]
 
 
 def test_selected_and_joined_slots_are_the_slots() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from lopt.checkpoint import VERSION, write_atomic
 from lopt.evaluate.curves import run_curves
+from lopt.names import suggest
 from lopt.rules import RULES
 from lopt.rules.hand_designed import SCHEDULES
 from lopt.tasks import TaskFamily
@@ -142,6 +143,17 @@ class Tuned:
         return float("inf") if best is None else float(getattr(best, criterion))
 
 
+def check_baseline(name: str) -> str:
+    """`name` itself, if it is one of `BASELINES`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}. {suggest(name, BASELINES)}")
+    return name
+
+
 def tune_baseline(
     name: str,
     schedule: str,
@@ -162,8 +174,7 @@ def tune_baseline(
     Raises:
         ValueError: `name` is not a hand-designed optimizer.
     """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+    check_baseline(name)
     num_seeds = tuning.count_seeds(family)
     settings = {
         "format": FORMAT,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lopt.checkpoint import VERSION
-from lopt.evaluate.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, tune_baseline
+from lopt.evaluate.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, check_baseline, tune_baseline
 from lopt.evaluate.curves import Curves, run_curves
 from lopt.evaluate.results import FIGURES, Comparison, Contest, Entry, Numbers, Run
 from lopt.evaluate.statistics import compare_paired, compute_speedup, keep_finite, summarize
@@ -96,7 +96,7 @@ def _check(rules: Mapping[str, Rule], baselines: Sequence[str], criterion: str, 
         raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
-    labels = [*rules, *baselines, DEFAULT_LABEL]
+    labels = [*rules, *map(check_baseline, baselines), DEFAULT_LABEL]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"labels must differ, but these are used twice: {twice}")

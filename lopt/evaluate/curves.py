@@ -130,7 +130,7 @@ def _score(family: TaskFamily, slots: Slots, split: str) -> tuple[Tensor, dict[s
 
 
 def _evaluate(family: TaskFamily, function: Callable[..., Any], flat: Tensor, batch: Batch) -> Any:
-    """`function(params, batch)` for every run; what all runs share is not copied."""
+    """`function(params, batch)` for every run, in groups that bound memory; what all runs share is not copied."""
     shared = {k: len(b) > 1 and b.stride(0) == 0 for k, b in batch.items()}
     values = {k: b[0] if shared[k] else b for k, b in batch.items()}
     dims = {k: None if shared[k] else 0 for k in batch}
@@ -138,7 +138,8 @@ def _evaluate(family: TaskFamily, function: Callable[..., Any], flat: Tensor, ba
     def evaluate_one(p: Tensor, b: Batch) -> Any:
         return function(family.spec.unflatten(p), b)
 
-    return vmap(evaluate_one, in_dims=(0, dims))(flat, values)
+    group = max(1, CHUNK_ELEMENTS // sum(b[0].numel() for b in batch.values()))
+    return vmap(evaluate_one, in_dims=(0, dims), chunk_size=group)(flat, values)
 
 
 def _fit_chunk(loop: InnerLoop, seeds: Tensor) -> int:

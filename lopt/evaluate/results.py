@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dacite
-
 from lopt.evaluate.baselines import Tuned
 from lopt.evaluate.statistics import Ratio, Summary, summarize
+from lopt.schema import conform
 
 FORMAT = 1
 FIGURES = {"final": "final loss", "mean": "mean loss", "test_error": "test error"}
@@ -149,6 +148,10 @@ class Comparison:
     environment: dict[str, str]
     format: int = field(default=FORMAT)
 
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ValueError("a comparison needs at least one entry")
+
     @property
     def subject(self) -> Entry:
         """The rule that the report is about."""
@@ -194,30 +197,36 @@ class Comparison:
         found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
         if found != FORMAT:
             raise ValueError(f"expected a comparison of format {FORMAT}, found {found!r}; run the evaluation again")
-        try:
-            return dacite.from_dict(cls, data, dacite.Config(strict=True))
-        except (dacite.DaciteError, TypeError, ValueError) as error:
-            raise ValueError(f"damaged comparison: {error}") from error
+        comparison: Comparison = conform(data, cls, "comparison")
+        return comparison
 
 
-def save_comparisons(comparisons: Sequence[Comparison]) -> bytes:
-    """The content of an evaluation's JSON file."""
-    data = {"comparisons": [c.to_json() for c in comparisons]}
+def save_comparisons(comparisons: Sequence[Comparison], command: str = "") -> bytes:
+    """The content of an evaluation's JSON file; `command` repeats the evaluation."""
+    data = {"command": command, "comparisons": [c.to_json() for c in comparisons]}
     return (json.dumps(data, allow_nan=False) + "\n").encode()
 
 
 def load_comparisons(path: Path) -> list[Comparison]:
-    """The comparisons in an evaluation's JSON file.
+    """The comparisons in an evaluation's JSON file; raises as `load_evaluation` does."""
+    return load_evaluation(path)[0]
+
+
+def load_evaluation(path: Path) -> tuple[list[Comparison], str]:
+    """The comparisons in an evaluation's JSON file, and the command that repeats it ("" in older files).
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not such a file.
     """
     try:
-        parts = json.loads(path.read_bytes())["comparisons"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the JSON of an evaluation ({error!r})") from error
-    return [Comparison.from_json(part) for part in parts]
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError(f"expected an object, found {type(data).__name__}")
+        parts = conform(data.get("comparisons"), list[Any], "comparisons")
+        return [Comparison.from_json(part) for part in parts], conform(data.get("command", ""), str, "command")
+    except ValueError as error:
+        raise ValueError(f"{path} is not the JSON of an evaluation: {error}") from error
 
 
 def display_name(label: str) -> str:

@@ -5,32 +5,52 @@ family = ModuleTask(lambda: nn.Linear(64, 10), F.cross_entropy, (images, labels)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, check_split
 from lopt.tensors import Params, derive_seeds, draw_indices, make_generator
 
 Data = tuple[Tensor, Tensor]
+RawData = tuple[Any, Any] | Dataset[Any]
+
+ADVICE = {
+    r"randomness": "it draws random numbers; set dropout to p=0 or call eval() on the module",
+    r"Batching rule": "nn.RNN, nn.GRU and nn.LSTM cannot be batched over tasks; write the cell with nn.Linear",
+    r"data-dependent|dynamic shape|numpy\(\)": "its steps depend on values; use torch.where, not `if`, item() or numpy",
+    r"in-place|broadcast shape": "it writes into a tensor; make a new one instead",
+    r"to return a (scalar )?Tensor": "loss must return a scalar tensor, one number per batch",
+    r"dtype|scalar type|should be the same": "make the data float32 like the module, class targets int64",
+}
+"""What to do about a failure, by a pattern of torch's message; the first one that fits is given."""
 
 
 class ModuleTask(TaskFamily):
     """Supervised learning with a user's module; tasks differ in their initial weights and their batches.
 
+    Parameters that require gradients (all float32) are learned. Frozen ones and constant buffers are those of one
+    build, the same for all tasks. Module and loss are batched over tasks with `torch.func.vmap`: they must not draw
+    random numbers (dropout), change buffers (batch normalisation's running statistics), branch on values or use fused
+    recurrent layers. One step of two tasks is tried at once to find out.
+
     Args:
         build: makes the module; its weights are drawn from a seeded generator, torch's global one is restored.
         loss: `loss(output, target) -> scalar`, for one batch.
-        data: `(inputs [n, ...], targets [n, ...])`, a map-style `Dataset` of such pairs (read into memory once),
-            or a mapping of split names (`SPLITS`) to either. A single set is divided by `seed`: 80 % train and
-            the rest shared equally by inner_valid, outer_valid and test.
+        data: `(inputs [n, ...], targets [n, ...])` as tensors or arrays, a map-style `Dataset` of such pairs (read
+            into memory once), or a mapping of split names (`SPLITS`) to either. A single set is divided by `seed`:
+            80 % train and the rest shared equally by inner_valid, outer_valid and test.
         batch_size: examples per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
         seed: of the division into splits.
+    Raises:
+        ValueError: the data cannot be divided, or the module cannot be trained on many tasks at once.
     """
 
     name = "module"
@@ -39,7 +59,7 @@ class ModuleTask(TaskFamily):
         self,
         build: Callable[[], nn.Module],
         loss: Callable[[Tensor, Tensor], Tensor],
-        data: Data | Dataset[Any] | Mapping[str, Data | Dataset[Any]],
+        data: RawData | Mapping[str, RawData],
         batch_size: int = 128,
         horizon: int = 100,
         seed: int = 0,
@@ -56,9 +76,7 @@ class ModuleTask(TaskFamily):
         else:
             self.data = _divide(_as_tensors(data), seed)
         self.module = self._build_seeded(0)
-        if any(True for _ in self.module.buffers()):
-            names = [name for name, _ in self.module.named_buffers()]
-            raise ValueError(f"modules with buffers are not supported (stateful layers): {names}")
+        self._try_step()
 
     def _build_seeded(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -68,7 +86,23 @@ class ModuleTask(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """The weights of a freshly built module."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        return {k: p.detach() for k, p in self._build_seeded(seed).named_parameters()}
+        return _trainable(self._build_seeded(seed))
+
+    def _try_step(self) -> None:
+        """What one step and one evaluation of two tasks compute, so that what they cannot is refused here."""
+        weights = _trainable(self.module)
+        if {p.dtype for p in weights.values()} != {torch.float32}:
+            found = {k: p.dtype for k, p in weights.items()} or "none"
+            raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {found}")
+        batch = self.batch({}, derive_seeds(0, "trial", torch.arange(2)))
+        with torch.random.fork_rng(devices=[]), _explain_failure(batch):
+            changed = _find_changed_buffers(self.module, batch["x"][0])
+            if not changed:
+                params = {k: p.expand(2, *p.shape) for k, p in weights.items()}
+                vmap(grad_and_value(self.loss))(params, batch)
+                vmap(self.loss)(params, batch)
+        if changed:
+            raise ValueError(f"forward changes the buffers {changed} (batch norm: set track_running_stats=False)")
 
     def _split(self, split: str) -> Data:
         if check_split(split) not in self.data:
@@ -91,17 +125,50 @@ class ModuleTask(TaskFamily):
         return self.loss_fn(functional_call(self.module, params, (batch["x"],)), batch["y"])
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Accuracy, where the targets are classes."""
-        if batch["y"].is_floating_point():
+        """Accuracy, where targets `[...]` are integers and outputs `[..., classes]`."""
+        y = batch["y"]
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             return {}
         output = functional_call(self.module, params, (batch["x"],))
-        return {"accuracy": (output.argmax(-1) == batch["y"]).float().mean()}
+        if not isinstance(output, Tensor) or output.shape[:-1] != y.shape or output.shape[-1] < 2:
+            return {}
+        return {"accuracy": (output.argmax(-1) == y).float().mean()}
 
 
-def _as_tensors(data: Data | Dataset[Any]) -> Data:
+def _trainable(module: nn.Module) -> Params:
+    """The parameters that require gradients, detached."""
+    return {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
+
+
+def _find_changed_buffers(module: nn.Module, x: Tensor) -> list[str]:
+    """Names of the buffers that a forward pass changes."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    if before:
+        with torch.no_grad():
+            module(x)
+    after = dict(module.named_buffers())
+    return [name for name, buffer in before.items() if not torch.equal(buffer, after[name])]
+
+
+@contextmanager
+def _explain_failure(batch: Batch) -> Iterator[None]:
+    """Turn any error of a user's module or loss into a ValueError that says what was found and what to do."""
+    try:
+        yield
+    except Exception as error:
+        fitting = (advice for pattern, advice in ADVICE.items() if re.search(pattern, str(error)))
+        advice = next(fitting, "it must run under torch.func.vmap and grad")
+        found = ", ".join(f"{k} {v.dtype} {list(v.shape[1:])}" for k, v in batch.items())
+        raise ValueError(
+            f"module and loss fail on batches of two tasks: {advice} (found {found}; "
+            f"{type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
+def _as_tensors(data: RawData) -> Data:
     """Inputs and targets of equal length, reading a `Dataset` once."""
     if isinstance(data, tuple):
-        x, y = data
+        x, y = map(torch.as_tensor, data)
     else:
         pairs = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
         x = torch.stack([torch.as_tensor(pair[0]) for pair in pairs])

@@ -1,0 +1,151 @@
+"""Configurations: what is refused and in which words, what is completed, and what is built."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from lopt.config import RunConfig, load_config, merge, parse_config, parse_override
+from lopt.judge import read_card
+from lopt.names import slugify
+
+RAW: dict[str, Any] = {
+    "name": "tiny",
+    "task": {"name": "quadratic", "dim": 3},
+    "rule": {"name": "lstm", "hidden": 3},
+    "estimator": {"name": "truncated", "num_steps": 3},
+}
+
+
+def build_all(config: RunConfig) -> None:
+    config.build_training_task()
+    config.build_rule()
+    config.build_horizon()
+    config.build_estimator()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rule.output_scale=abc", "rule.output_scale must be a finite number, got 'abc'"),
+        ("rule.output_scale=inf", "rule.output_scale must be a finite number, got inf"),
+        ("rule.hidden=true", "rule.hidden must be a whole number, got True"),
+        ("rule.name=[1]", r"rule.name must be a string, got \[1\]"),
+        ("rule.name=lstn", "rule.name: 'lstn' is unknown. Did you mean lstm"),
+        ("rule.hiden=3", "rule.hiden is unknown to 'lstm'. Did you mean hidden"),
+        ("rule=3", "rule must be a table"),
+        ("task.dim=2.5", "task.dim must be a whole number, got 2.5"),
+        ("task.dim=99999999999999999999", "task.dim must be a whole number"),
+        ("estimator.num_steps=2.5", "estimator.num_steps must be a whole number"),
+        ("estimator.normalize=maybe", "estimator.normalize must be true or false, got 'maybe'"),
+        ("estimator.normalize=1", "estimator.normalize must be true or false, got 1"),
+        ("estimator.task_chunk=1.5", "estimator.task_chunk must be a whole number"),
+        ("estimator.teacher=adam", "estimator.teacher is unknown"),
+        ("horizon.steps=2.5", "horizon.steps must be a whole number"),
+        ("horizon={name='curriculum', stages=[5, 6.5]}", r"horizon.stages\[1\] must be a whole number, got 6.5"),
+        ("horizon={name='curriculum', stages=5}", "horizon.stages must be a list, got 5"),
+        ("random_scaling=nan", "random_scaling must be a finite number, got nan"),
+        ("random_scaling=-1", "random_scaling must be finite and not negative, got -1"),
+        ("trainer.learning_rate=inf", "trainer.learning_rate must be a finite number, got inf"),
+        ("trainer.steps=true", "trainer.steps must be a whole number, got True"),
+        ("trainer.steps=many", "trainer.steps must be a whole number, got 'many'"),
+        ("trainer.stepz=3", "trainer.stepz is unknown. Did you mean steps"),
+        ("trainre.steps=3", "trainre is unknown. Did you mean trainer"),
+        ("imitation.follow=7", "imitation.follow must be from 0 to 1, got 7"),
+        ("imitation.weight=nan", "imitation.weight must be a finite number, got nan"),
+        ("imitation.weight=-1", "imitation.weight must be finite and not negative, got -1"),
+        ("imitation={teacher='adam', options={lr='x'}}", "imitation.teacher.lr must be a finite number, got 'x'"),
+        ("evaluation.seeds=0", "evaluation.seeds must be at least 1, got 0"),
+        ("evaluation.steps=[]", r"evaluation.steps must be one or more numbers of at least 1, got \[\]"),
+        ("evaluation.steps=[5, 0]", r"evaluation.steps must be one or more numbers of at least 1, got \[5, 0\]"),
+        ("evaluation.steps=abc", "evaluation.steps must be a list, got 'abc'"),
+        ("evaluation.variants=[3]", r"evaluation.variants\[0\] must be a table"),
+        ("trainer.steps=3\ntrainer.tasks=5", "an override looks like"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(override: str, words: str) -> None:
+    def build() -> None:
+        raw = deepcopy(RAW)
+        merge(raw, parse_override(override))
+        build_all(parse_config(raw))
+
+    with pytest.raises(ValueError, match=words) as caught:
+        build()
+    assert not re.search("<|generator|object at|Error", str(caught.value))
+
+
+@pytest.mark.parametrize("missing", RAW)
+def test_a_missing_section_is_named(missing: str) -> None:
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        parse_config({key: value for key, value in RAW.items() if key != missing})
+
+
+@pytest.mark.parametrize("raw", [None, [], 3, "x"])
+def test_what_is_no_configuration_is_refused(raw: Any) -> None:
+    with pytest.raises(ValueError, match="must be a table"):
+        parse_config(raw)
+
+
+def test_whole_numbers_pass_as_floats_and_lists_as_tuples() -> None:
+    config = load_config("demo", ["trainer.clip=2"])
+    assert type(config.trainer.clip) is float
+    rule = parse_config(RAW | {"rule": {"name": "linear", "lr": 1, "decays": [0, 0.5]}}).build_rule()
+    assert rule.config == {"decays": [0.0, 0.5], "second_decay": 0.99, "lr": 1.0}
+
+
+@pytest.mark.parametrize("horizon", [{}, {"steps": 50}])
+def test_a_horizon_without_a_name_is_constant(horizon: dict[str, int]) -> None:
+    config = parse_config(RAW | {"horizon": horizon})
+    assert config.horizon == {"name": "constant"} | horizon
+    build_all(config)
+
+
+def test_plain_data_and_back_is_the_same_configuration() -> None:
+    config = load_config("digits-lstm", ["estimator.task_chunk=2", "imitation.teacher=adam"])
+    assert parse_config(config.to_dict()) == config
+    build_all(config)
+
+
+def test_the_teacher_and_its_settings_reach_the_estimator() -> None:
+    imitation = {"teacher": "adam", "options": {"lr": 1}, "weight": 2, "follow": 0.25}
+    estimator: Any = parse_config(RAW | {"imitation": imitation}).build_estimator()
+    assert (estimator.teacher.config["lr"], estimator.imitation, estimator.follow) == (1.0, 2.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [3, {"results": "good"}, {"results": [{"setting": "x"}]}, {"config": 3}, {"config": {}}, {"name": ["x"]}],
+)
+def test_a_card_that_lopt_did_not_write_is_refused(card: Any) -> None:
+    with pytest.raises(ValueError, match=r"card\b"):
+        read_card(card)
+
+
+def test_a_card_may_say_more_and_less_than_lopt_reads() -> None:
+    assert read_card({}).name == ""
+    card = read_card({"name": "mine", "licence": 3, "config": RAW})
+    assert card.config is not None
+    assert (card.name, card.config.task) == ("mine", RAW["task"])
+
+
+@pytest.mark.parametrize(
+    "label", ["a/b/../../../z", "..", "", ".hidden", "a b\\c", "/", "x\0y", "z" * 1000, "\u4e2d" * 300]
+)
+def test_a_slug_is_one_visible_folder(label: str) -> None:
+    slug = slugify(label)
+    assert re.fullmatch(r"\w[\w.-]*", slug)
+    assert len(slug.encode()) < 255
+
+
+def test_long_labels_keep_different_slugs() -> None:
+    assert slugify("z" * 1000 + "a") != slugify("z" * 1000 + "b")
+
+
+def test_options_that_json_cannot_hold_are_no_options() -> None:
+    with pytest.raises(ValueError, match=r"task.data is unknown to 'module'. Known: batch_size"):
+        parse_config(RAW | {"task": {"name": "module", "data": "x"}}).build_task()
+    with pytest.raises(ValueError, match=r"task: module: .*build"):
+        parse_config(RAW | {"task": {"name": "module"}}).build_task()
