@@ -295,11 +295,11 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
         config = load_config("demo", list(overrides))
         trainer = start_run(config, out)
     make_folder(ARCHIVE)
-    console.print("[bold]1. Meta-training:[/] an LSTM learns an update rule by training small networks on digits")
+    console.print("[bold]1. Meta-training:[/] an LSTM learns to train small networks on digits")
     run_trainer(trainer, console)
     console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
     judge_run(config, trainer, console)
-    console.print("\n[bold]3. Using it:[/] an ordinary training loop, another network, one line changed")
+    console.print("\n[bold]3. Using it:[/] another network (64-40-40-10 ReLU, 200 steps), one line changed")
     rule = trainer.rule_path
     for line in train_classifier(rule):
         say(console, f"   {line}")
