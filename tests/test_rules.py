@@ -294,3 +294,10 @@ def test_cosine_schedule_ends_at_zero_and_needs_progress() -> None:
         torch.testing.assert_close(1 - new["w"], torch.full((2,), moved), rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="num_steps"):
         rule.update(grads, params, state)
+
+
+@pytest.mark.parametrize("name", ["lstm", "rnnprop"])
+@pytest.mark.parametrize("hidden", [0, 100_000])
+def test_hidden_width_out_of_range_is_refused_before_anything_is_allocated(name: str, hidden: int) -> None:
+    with pytest.raises(ValueError, match=f"from 1 to 1024, got {hidden}"):
+        RULES[name](hidden=hidden)

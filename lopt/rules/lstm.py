@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lopt.rules.base import Accumulators, ElementwiseRule
 from lopt.tensors import make_generator
 
+MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 STATE = ("h1", "c1", "h2", "c2")
 
 
@@ -31,8 +32,8 @@ class CoordinatewiseLSTM(ElementwiseRule):
 
     def __init__(self, num_features: int, hidden: int, seed: int, **config: object) -> None:
         super().__init__(hidden=hidden, seed=seed, **config)
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        if not 1 <= hidden <= MAX_HIDDEN:
+            raise ValueError(f"hidden must be from 1 to {MAX_HIDDEN}, got {hidden}")
         self.hidden = hidden
         generator = make_generator(seed)
 
