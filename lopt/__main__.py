@@ -61,7 +61,7 @@ def cli() -> None:
 # -- train -------------------------------------------------------------------------------------------------------------
 
 
-@cli.command(epilog=TRAIN_EXAMPLES)
+@cli.command(short_help="Meta-train a rule and judge it.", epilog=TRAIN_EXAMPLES)
 @click.argument("preset", required=False)
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run's folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
@@ -176,7 +176,7 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
 # -- eval --------------------------------------------------------------------------------------------------------------
 
 
-@cli.command(name="eval", epilog=EVAL_EXAMPLES)
+@cli.command(name="eval", short_help="Compare a rule with tuned baselines.", epilog=EVAL_EXAMPLES)
 @click.argument("rule")
 @click.option("--task", help="Task family, see `lopt list tasks`.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
@@ -276,7 +276,7 @@ def make_folder(folder: Path) -> None:
 # -- demo --------------------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command(short_help="Train, judge and use a rule, in minutes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs") / "demo", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the preset `demo`.")
 def demo(out: Path, overrides: tuple[str, ...]) -> None:
@@ -309,7 +309,7 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
 # -- list, inspect, report ---------------------------------------------------------------------------------------------
 
 
-@cli.command(name="list")
+@cli.command(name="list", short_help="List rules, presets, tasks and estimators.")
 @click.argument("what", type=click.Choice(["shipped", "presets", "rules", "tasks", "estimators"]), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(what: str | None, as_json: bool) -> None:
@@ -342,7 +342,7 @@ def list_(what: str | None, as_json: bool) -> None:
         console.print(table, "")
 
 
-@cli.command()
+@cli.command(short_help="Show what a rule is and how it was trained.")
 @click.argument("rule")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(rule: str, as_json: bool) -> None:
@@ -369,7 +369,7 @@ def inspect(rule: str, as_json: bool) -> None:
     Console().print(table)
 
 
-@cli.command()
+@cli.command(short_help="Write the page of an evaluation again.")
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write the HTML page of RUN (a folder with an evaluation) again from its data, and print its tables."""

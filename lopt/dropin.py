@@ -28,7 +28,7 @@ def train_classifier(rule: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _describe(name: str, loss: float, accuracy: float) -> str:
-    return f"{name:<29} train loss {loss:.4f}, test accuracy {accuracy:.1%}"
+    return f"{name:<31} train loss {loss:.4f}, test accuracy {accuracy:.1%}"
 
 
 def _fit(build: Callable[..., torch.optim.Optimizer]) -> tuple[float, float]:
