@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import time
 from typing import Any
@@ -55,7 +54,6 @@ def measure(rule: str, task: str, tasks: int, steps: int, repeats: int, options:
         "per_cpu_second_low": low,
         "per_cpu_second_high": high,
         "per_second": statistics.median(per_wall),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
