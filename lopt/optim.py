@@ -2,43 +2,48 @@
 
     optimizer = lopt.LearnedOptimizer(model.parameters())
 
-The rule is frozen and steps in fp32, whatever the parameters' dtype. On the CPU elementwise rules work through a tensor
-in chunks that stay in the cache; no step needs memory of the model's size.
+The rule is frozen and steps in fp32, whatever the parameters' dtype. It works through a tensor in chunks (see
+`lopt.chunks`); no step needs memory of the model's size.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from math import isfinite
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lopt.checkpoint import fingerprint, load
-from lopt.rules import ElementwiseRule, Rule, State
-from lopt.rules.base import Accumulators
+from lopt.chunks import ChunkedTensor
+from lopt.rules import RULES, Clock, Rule, find_layout, step_tensors
 
 DEFAULT_RULE = "digits-lstm"
-
-CPU_CHUNK = 2 << 20  # bytes of parameters, gradients and state; the best of 0.25 to 32 MiB for LSTM, linear and Adam
-GPU_CHUNK = 256 << 20  # bounds temporary memory; a launch is dear
+ADAMW = "adamw"
+ADAMW_OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class LearnedOptimizer(Optimizer):
     """Optimizes with a learned update rule: `p <- p + lr * step of the rule - lr * weight_decay * p`.
 
+    A group with the option `rule="adamw"` is stepped by AdamW instead: there `lr` is AdamW's own learning rate (1e-3
+    unless the group says otherwise, whatever the optimizer's `lr` is), and `betas` and `eps` are options, too.
+    `lopt.group_parameters` makes such groups from a model.
+
     Args:
-        params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own.
+        params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own. Rules
+            that route by name (celo2: embeddings go to AdamW) need the names.
         rule: a `Rule` (copied), the name of a shipped rule (`lopt.list_rules()`) or the path of a rule file.
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned; rules that adapt to the share of training done need it.
     Raises:
-        ValueError: an option out of range, no parameters, or a rule that cannot be loaded.
+        ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
         FileNotFoundError: there is no such rule file.
     """
 
@@ -53,21 +58,30 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(rule, Rule):
             rule = load(DEFAULT_RULE if rule is None else rule)
         self.rule = deepcopy(rule).float().requires_grad_(False)
-        self._replicas: dict[torch.device, Rule] = {}
+        self._replicas: dict[object, Rule] = {}
+        self._warned = False
         identity = f"{self.rule.name}-{fingerprint(self.rule)}"
         options = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "rule": identity}
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; `lr`, `weight_decay` and `num_steps` may be the group's own.
+        """As `torch.optim.Optimizer.add_param_group`; the options but for another rule may be the group's own.
 
         Raises:
-            ValueError: an option out of range, or the rule of another optimizer.
+            ValueError: an option out of range or missing, or the rule of another optimizer.
         """
         if isinstance(param_group, dict):
+            if param_group.get("rule") == ADAMW:
+                param_group = ADAMW_OPTIONS | param_group
             options = self.defaults | param_group
             _check_options(options)
-            self._check_rule(options)
+            if options["rule"] != ADAMW:
+                self._check_rule(options, expected=self.defaults["rule"])
+            if self.rule.needs_num_steps and options["rule"] != ADAMW and options["num_steps"] is None:
+                raise ValueError(
+                    f"rule {self.rule.name!r} follows a schedule over the whole training: pass num_steps, "
+                    "the number of steps that you are going to make"
+                )
         super().add_param_group(param_group)
 
     @overload
@@ -87,7 +101,6 @@ class LearnedOptimizer(Optimizer):
             What the closure returns.
         Raises:
             RuntimeError: a sparse gradient or a complex parameter; nothing has changed.
-            ValueError: the rule needs `num_steps`.
         """
         result = None
         if closure is not None:
@@ -95,10 +108,8 @@ class LearnedOptimizer(Optimizer):
                 result = closure()
         loss = result if loss is None else loss
         _check_gradients(self.param_groups)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_parameter(p, p.grad, group, loss)
+        for key, steps in self._collect().items():
+            self._step_together(key, steps, loss)
         return result
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -110,8 +121,8 @@ class LearnedOptimizer(Optimizer):
         saved: StateDict = {}
 
         def check(_: Optimizer, final: StateDict) -> None:
-            for group in final["param_groups"]:
-                self._check_rule(group)
+            for found, own in zip(final["param_groups"], self.param_groups, strict=False):  # torch compares the counts
+                self._check_rule(found, expected=own["rule"])
             saved.update(final)
 
         def restore(_: Optimizer) -> None:  # torch has cast the state to the parameters' dtype
@@ -132,113 +143,89 @@ class LearnedOptimizer(Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"rule": self.rule, "_replicas": {}}
+        return super().__getstate__() | {"rule": self.rule, "_replicas": {}, "_warned": self._warned}
 
-    def _check_rule(self, group: dict[str, Any]) -> None:
-        expected, found = self.defaults["rule"], group.get("rule")
+    def _check_rule(self, group: dict[str, Any], expected: str) -> None:
+        found = group.get("rule")
         if found != expected:
             raise ValueError(
                 f"this optimizer runs rule {expected}, but its state or group was made by "
                 f"{found or 'another kind of optimizer'}. Construct it with the same rule file."
             )
 
-    def _rule_on(self, device: torch.device) -> Rule:
-        if device.type == "cpu":
-            return self.rule
-        if device not in self._replicas:
-            self._replicas[device] = deepcopy(self.rule).to(device)
-        return self._replicas[device]
+    def _rule_on(self, device: torch.device, group: dict[str, Any]) -> Rule:
+        """The group's rule with its weights on `device`."""
+        key: tuple[object, ...] = (device,)
+        if group["rule"] == ADAMW:
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            key = (device, beta1, beta2, eps)
+            if key not in self._replicas:
+                self._replicas[key] = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
+                self._replicas[key].to(device).requires_grad_(False)
+        elif key not in self._replicas:
+            self._replicas[key] = self.rule if device.type == "cpu" else deepcopy(self.rule).to(device)
+        return self._replicas[key]
 
-    def _step_parameter(self, p: Tensor, g: Tensor, group: dict[str, Any], loss: Tensor | float | None) -> None:
-        rule, state = self._rule_on(p.device), self.state[p]
-        if not state:
-            fresh = rule.init_state({"": p.detach().float()})
-            state.update({"step": fresh.step, **fresh.accumulators[""]})
-        step = state["step"]
-        acc = {key: value for key, value in state.items() if key != "step"}
-        planned = group["num_steps"]
-        progress = None if planned is None else (step / planned).clamp(max=1)
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if isinstance(rule, ElementwiseRule):
-            _step_chunks(rule, p.detach(), g, acc, step, progress, lr, decay)
-        else:
-            loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=p.device)
-            _step_whole(rule, p.detach(), g, acc, step, loss, progress, lr, decay)
-        step += 1
+    def _collect(self) -> dict[_Together, list[_Step]]:
+        """All parameters with a gradient, by what can be stepped together."""
+        found: dict[_Together, list[_Step]] = {}
+        for group in self.param_groups:
+            names = group.get("param_names", [""] * len(group["params"]))
+            for name, p in zip(names, group["params"], strict=True):
+                if p.grad is not None:
+                    rule = self._rule_on(p.device, group)
+                    rule = rule.delegate(name, find_layout(tuple(p.shape))) or rule
+                    key = _Together(rule, p.device, group["num_steps"] is not None)
+                    found.setdefault(key, []).append(_Step(p, p.grad, group))
+        return found
 
-
-def _step_chunks(
-    rule: ElementwiseRule,
-    p: Tensor,
-    g: Tensor,
-    acc: Accumulators,
-    step: Tensor,
-    progress: Tensor | None,
-    lr: float,
-    decay: float,
-) -> None:
-    """Step `p` and `acc` in place, chunk by chunk; only a tensor that is not contiguous is copied."""
-    if p.numel() == 0:
-        return
-    flat_p, flat_g = p.reshape(-1), g.reshape(-1)
-    flat = {key: a.reshape(*a.shape[: a.ndim - p.ndim], -1) for key, a in acc.items()}
-    own = {key for key, a in flat.items() if a.shape[-1] == p.numel()}  # the others have one number per tensor
-    count, progress = step[None].float(), None if progress is None else progress[None]
-    per_tensor: Accumulators = {}
-    for part in _chunks(p, acc):
-        chunk_p = flat_p[part]
-        chunk_acc = {key: a[..., part] if key in own else a for key, a in flat.items()}
-        delta, new = rule.policy(flat_g[part].float(), chunk_p.float(), chunk_acc, count, progress)
-        _write(chunk_p, delta, lr, decay)
-        for key in own:
-            chunk_acc[key].copy_(new[key])
-        per_tensor = {key: value for key, value in new.items() if key not in own}
-    for key, value in per_tensor.items():
-        flat[key].copy_(value)
-    if not p.is_contiguous():
-        p.copy_(flat_p.view(p.shape))
-
-
-def _step_whole(
-    rule: Rule,
-    p: Tensor,
-    g: Tensor,
-    acc: Accumulators,
-    step: Tensor,
-    loss: Tensor | None,
-    progress: Tensor | None,
-    lr: float,
-    decay: float,
-) -> None:
-    """Step `p` and `acc` in place by a rule that needs the whole tensor at once."""
-    old = p.float()
-    params, state = rule.update({"": g.float()}, {"": old}, State(step, {"": acc}), loss, progress)
-    _write(p, params[""] - old, lr, decay)
-    for key, value in state.accumulators[""].items():
-        acc[key].copy_(value)
+    def _step_together(self, key: _Together, steps: list[_Step], loss: Tensor | float | None) -> None:
+        rule, device, planned = key
+        if rule.needs_loss and loss is None and not self._warned:
+            warnings.warn(
+                f"rule {rule.name!r} reads the training loss, but step() was called without one: what it knows of the "
+                "loss stays as it was. Call step(loss=loss) or step(closure).",
+                stacklevel=5,  # the caller of step
+            )
+            self._warned = True
+        if loss is not None:
+            loss = torch.as_tensor(loss, dtype=torch.float32, device=device).detach().reshape(())
+        counters, tensors, numbers = [], [], []
+        for p, g, group in steps:
+            state = self.state[p]
+            if not state:
+                fresh = rule.init_state({"": p.detach().float()})
+                state.update({"step": fresh.step, **fresh.accumulators[""]})
+            counters.append(state["step"])
+            if p.numel():
+                acc = {name: value for name, value in state.items() if name != "step"}
+                lr, decay = float(group["lr"]), float(group["weight_decay"])
+                tensors.append(ChunkedTensor(rule, p.detach(), g, acc, lr, decay))
+                numbers.append((state["step"], group["num_steps"]))
+        if tensors:
+            clock = Clock(
+                torch.stack([step for step, _ in numbers]),
+                torch.tensor([total for _, total in numbers], device=device) if planned else None,
+            )
+            step_tensors(rule, tensors, loss, clock)
+        for step in counters:
+            step += 1
 
 
-def _write(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
-    """`p + lr * delta - lr * decay * p` in at least fp32, rounded once; with lr 0 not a bit changes."""
-    if lr == 0:
-        return
-    base = p.to(torch.promote_types(p.dtype, torch.float32))
-    if decay:
-        base = base - lr * decay * base
-    p.copy_(torch.add(base, delta, alpha=lr))
+class _Step(NamedTuple):
+    """A parameter to be stepped."""
+
+    p: Tensor
+    g: Tensor
+    group: dict[str, Any]
 
 
-def _chunks(p: Tensor, acc: Accumulators) -> list[slice]:
-    """Slices of the flat `p` that bound what is worked on at once."""
-    count = chunk_length(p, acc)
-    return [slice(start, start + count) for start in range(0, p.numel(), count)]
+class _Together(NamedTuple):
+    """What parameters that are stepped together have in common."""
 
-
-def chunk_length(p: Tensor, acc: Accumulators) -> int:
-    """How many coordinates of `p` (not empty), with gradient and state in fp32, make a chunk: a multiple of 1024."""
-    size = CPU_CHUNK if p.device.type == "cpu" else GPU_CHUNK
-    numbers = 2 + sum(a.numel() for a in acc.values()) / p.numel()
-    return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
+    rule: Rule
+    device: torch.device
+    planned: bool
 
 
 def _copy_to(device: torch.device, value: Any) -> Any:
@@ -253,6 +240,11 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         if not (isfinite(options[name]) and options[name] >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
+    for beta in options.get("betas", ()):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
+    if not options.get("eps", 0) >= 0:
+        raise ValueError(f"eps must be at least 0, got {options['eps']}")
     if options["num_steps"] is not None and not options["num_steps"] >= 1:
         raise ValueError(f"num_steps must be at least 1 or None, got {options['num_steps']}")
 

@@ -197,13 +197,12 @@ class InnerLoop:
             def update(*args: Any) -> Any:
                 return functional_call(self.rule, weights, args)
 
-        progress = slots.step / slots.horizon
         args = (
             self._views(self.rule, grad),
             self._views(self.rule, slots.params),
             slots.state,
             slots.loss,
-            progress.to(slots.params.dtype),
+            slots.horizon,
         )
         if self.checkpoint_update:
             params, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ LAYERS = [
     {"lopt_kernels", "lopt.names"},
     {"lopt.tensors", "lopt.schema"},
     {"lopt.rules", "lopt.tasks"},
-    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint"},
+    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.chunks"},
     {"lopt.estimators", "lopt.optim", "lopt.log"},
     {"lopt.config", "lopt.evaluate"},
     {"lopt.trainer", "lopt.plots", "lopt.judge"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lopt
-from lopt import LearnedOptimizer, checkpoint, optim
-from lopt.rules import RULES, Rule, State
-from lopt.tensors import Params, make_generator
+from lopt import LearnedOptimizer, checkpoint, chunks, optim
+from lopt.rules import RULES, Accumulators, Clock, Elements, Fold, Layout, Means, Rule, State, Visit
+from lopt.tensors import make_generator
 
 CHUNK = 1024  # the smallest chunk
 ROUNDING = 1e-6  # fp32, the same formula; vectorised loops treat the last elements of a chunk in their own way
@@ -34,17 +34,37 @@ class UnitNorm(Rule):
         super().__init__(size=size)
         self.size = nn.Parameter(torch.tensor(size))
 
-    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
-        step = torch.zeros(next(iter(params.values())).shape[:batch_ndim], dtype=torch.int64)
-        return State(step, {name: {"m": torch.zeros_like(p)} for name, p in params.items()})
+    finishes = True
+    row_keys = ("told",)
 
-    def update(
-        self, grads: Params, params: Params, state: State, loss: Tensor | None = None, progress: Tensor | None = None
-    ) -> tuple[Params, State]:
-        size = self.size * (1 if loss is None else 1 + loss) * (1 if progress is None else 1 - progress)
-        m = {name: {"m": 0.9 * state.accumulators[name]["m"] + g} for name, g in grads.items()}
-        new = {name: p - size * m[name]["m"] / (m[name]["m"].norm() + 1e-8) for name, p in params.items()}
-        return new, State(state.step + 1, m)
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        return {"m": torch.zeros_like(p), "told": torch.zeros(*p.shape[: p.ndim - layout.ndim], 2)}
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        told = torch.zeros_like(rows["told"])
+        if loss is not None:
+            told[..., 0] = loss
+        progress = clock.progress(torch.float32)
+        if progress is not None:
+            told[..., 1] = progress
+        return {"told": told}, {"size": self.size * (1 + told[..., 0]) * (1 - told[..., 1])}
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+        return Fold(terms=terms)
+
+    def emit(self, e: Elements, terms: Means) -> Visit:
+        m = 0.9 * e.acc["m"] + e.g
+        return Visit({"m": m}, delta=-m)
+
+    def finish(self, delta: Tensor, terms: Means, layout: Layout) -> Tensor:
+        return terms["size"] * delta / (delta.norm() + 1e-8)
 
 
 def make_rule(name: str) -> Rule:
@@ -64,9 +84,9 @@ def follow(rule: Rule, p: Tensor, grads: list[Tensor], num_steps: int | None = N
     params = {"p": p.detach().clone()}
     state = rule.init_state(params)
     with torch.no_grad():
-        for step, g in enumerate(grads):
-            progress = None if num_steps is None else torch.tensor(min(step / num_steps, 1.0))
-            params, state = rule.update({"p": g}, params, state, None, progress)
+        for g in grads:
+            planned = None if num_steps is None else torch.tensor(num_steps)
+            params, state = rule.update({"p": g}, params, state, None, planned)
     return params["p"], state
 
 
@@ -96,7 +116,7 @@ def rule(request: pytest.FixtureRequest) -> Rule:
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
 @pytest.mark.parametrize("name", [*sorted(RULES), "unit_norm"])
 def test_steps_are_the_rules_own_at_chunk_boundaries(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
     rule = make_rule(name)
     p = nn.Parameter(draw(0, size))
     grads = [draw(1 + i, size) for i in range(3)]
@@ -124,7 +144,7 @@ def test_steps_are_the_rules_own_for_every_shape(rule: Rule, shape: tuple[int, .
 
 
 def test_layout_of_parameter_and_gradient_does_not_matter(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
     dense = draw(0, 48, 4, 3, 3)
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.clone(memory_format=torch.channels_last),
@@ -228,11 +248,13 @@ def test_num_steps_tells_the_rule_how_far_training_is(kind: str) -> None:
 
 
 def test_rule_that_needs_num_steps_says_so() -> None:
-    p = nn.Parameter(torch.ones(2))
-    p.grad = torch.ones(2)
+    p, rule = nn.Parameter(torch.ones(2)), RULES["sgd"](schedule="cosine")
     with pytest.raises(ValueError, match="num_steps"):
-        LearnedOptimizer([p], RULES["sgd"](schedule="cosine")).step()
-    assert p.tolist() == [1.0, 1.0]
+        LearnedOptimizer([p], rule)
+    optimizer = LearnedOptimizer([{"params": [p], "num_steps": 5}], rule)
+    with pytest.raises(ValueError, match="num_steps"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_tensor_lr_and_schedulers_do_as_a_number_set_by_hand() -> None:
@@ -476,14 +498,14 @@ def test_step_on_ten_million_parameters_allocates_no_more_than_chunks(name: str,
     own = [p.detach(), p.grad, *optimizer.state[p].values()]
     with LargestAllocation(*own) as allocation:
         optimizer.step()
-    assert 0 < allocation.largest <= numbers * optim.CPU_CHUNK < 4 * p.numel()
+    assert 0 < allocation.largest <= numbers * chunks.CPU_CHUNK < 4 * p.numel()
 
 
 def test_chunks_shrink_with_the_state_of_a_coordinate() -> None:
     lengths = {}
     for name in ("sgd", "adam", "lstm"):
         p = torch.ones(100_000)
-        lengths[name] = optim.chunk_length(p, RULES[name]().init_state({"": p}).accumulators[""])
+        lengths[name] = chunks.chunk_length(p, RULES[name]().init_state({"": p}).accumulators[""])
     assert lengths == {"sgd": 262144, "adam": 131072, "lstm": 6144}
 
 

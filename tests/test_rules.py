@@ -18,6 +18,7 @@ from lopt.rules import RULES, HandDesigned, Rule, State
 from lopt.tensors import Params, make_generator
 
 SHAPES = {"w": (3, 4), "b": (4,), "s": (), "e": (0, 2), "one": (1, 1)}
+HORIZON = 50  # planned steps
 FORMULA = 1e-5  # the same formula in another order of operations, fp32, over a few steps
 
 
@@ -53,8 +54,8 @@ def run(
     """`steps` updates with gradients that do not depend on the parameters."""
     shapes = {name: tuple(p.shape[len(batch) :]) for name, p in params.items()}
     for step in range(steps):
-        loss, progress = torch.full(batch, 0.5), torch.full(batch, step / steps)
-        params, state = rule(draw(100 + step, *batch, shapes=shapes), params, state, loss, progress)
+        loss, planned = torch.full(batch, 0.5), torch.full(batch, HORIZON)
+        params, state = rule(draw(100 + step, *batch, shapes=shapes), params, state, loss, planned)
     return params, state
 
 
@@ -97,8 +98,8 @@ def test_update_moves_parameters_of_every_shape(rule: Rule) -> None:
 def test_update_changes_none_of_its_arguments(rule: Rule) -> None:
     params = draw(1, 2)
     params, state = run(rule, params, rule.init_state(params, 1), 1, (2,))
-    grads, loss, progress = draw(5, 2), torch.ones(2), torch.ones(2) / 2
-    arguments = tree_map(Tensor.detach, (grads, params, state, loss, progress))
+    grads, loss, planned = draw(5, 2), torch.ones(2), torch.full((2,), HORIZON)
+    arguments = tree_map(Tensor.detach, (grads, params, state, loss, planned))
     before = copy.deepcopy(arguments)
     versions = [x._version for x in tree_flatten(arguments)[0]]
     rule.update(*arguments)
@@ -116,12 +117,14 @@ def test_first_state_is_memory_of_its_own(rule: Rule) -> None:
         assert len(set(pointers)) == len(pointers)
 
 
-def test_accumulators_have_the_shape_of_the_parameter_or_one_number(rule: Rule) -> None:
+def test_accumulators_broadcast_against_the_parameter(rule: Rule) -> None:
     params = draw(1)
     for name, acc in rule.init_state(params).accumulators.items():
-        p = params[name]
-        for a in acc.values():
-            assert a.shape[a.ndim - p.ndim :] in (p.shape, torch.Size([1] * p.ndim))
+        shape = tuple(params[name].shape) or (1,)
+        for key, a in acc.items():
+            if key not in rule.row_keys:
+                assert a.ndim - len(shape) in (0, 1)
+                assert all(ours in (1, theirs) for ours, theirs in zip(a.shape[-len(shape) :], shape, strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -130,7 +133,7 @@ def test_meta_gradient_is_finite_and_not_zero_where_gradients_are_zero(rule: Rul
     state = rule.init_state(params)
     grads = {"w": torch.tensor([[0.0, 1.0, -1e-20], [1e10, 0.0, 1e-3]])}
     for _ in range(steps):
-        params, state = rule.update(grads, params, state, torch.ones(()), torch.tensor(0.25))
+        params, state = rule.update(grads, params, state, torch.ones(()), torch.tensor(HORIZON))
     weights = dict(rule.named_parameters())
     meta = torch.autograd.grad(params["w"].sum(), weights.values(), allow_unused=True)
     found = {name: g for name, g in zip(weights, meta, strict=True) if g is not None}
@@ -149,7 +152,7 @@ def test_batch_of_tasks_at_different_steps_equals_one_task_at_a_time(rule: Rule)
     for task, (params, state) in enumerate(alone):
         for step in range(3):
             grads = {name: g[task] for name, g in draw(100 + step, 3).items()}
-            params, state = rule.update(grads, params, state, torch.tensor(0.5), torch.tensor(step / 3))
+            params, state = rule.update(grads, params, state, torch.tensor(0.5), torch.tensor(HORIZON))
         # batched matrix products may add in another order
         assert_trees_close(tree_map(itemgetter(task), together), (params, state), FORMULA)
 
@@ -184,10 +187,10 @@ def test_elementwise_rules_do_not_see_tensor_boundaries(rule: Rule) -> None:
     flat = {"flat": torch.cat([p.reshape(-1) for p in params.values()])}
     state, flat_state = rule.init_state(params), rule.init_state(flat)
     for step in range(3):
-        grads, progress = draw(100 + step), torch.tensor(step / 3)
-        params, state = rule.update(grads, params, state, None, progress)
+        grads, planned = draw(100 + step), torch.tensor(HORIZON)
+        params, state = rule.update(grads, params, state, None, planned)
         flat_grads = {"flat": torch.cat([g.reshape(-1) for g in grads.values()])}
-        flat, flat_state = rule.update(flat_grads, flat, flat_state, None, progress)
+        flat, flat_state = rule.update(flat_grads, flat, flat_state, None, planned)
     joined = torch.cat([p.reshape(-1) for p in params.values()])
     assert_trees_close(joined, flat["flat"], FORMULA)
 
@@ -196,8 +199,9 @@ def test_order_of_parameters_does_not_matter(rule: Rule) -> None:
     params = draw(1)
     grads = draw(2)
     backwards = dict(reversed(params.items()))
-    new, _ = rule.update(grads, params, rule.init_state(params))
-    other, _ = rule.update(grads, backwards, rule.init_state(backwards))
+    loss, planned = torch.tensor(0.5), torch.tensor(HORIZON)
+    new, _ = rule.update(grads, params, rule.init_state(params), loss, planned)
+    other, _ = rule.update(grads, backwards, rule.init_state(backwards), loss, planned)
     assert_trees_equal({name: other[name] for name in new}, new)
 
 
@@ -206,7 +210,7 @@ def test_missing_gradient_is_a_key_error(rule: Rule) -> None:
     grads = draw(2)
     del grads["b"]
     with pytest.raises(KeyError, match="b"):
-        rule.update(grads, params, rule.init_state(params))
+        rule.update(grads, params, rule.init_state(params), None, torch.tensor(HORIZON))
 
 
 def test_rules_start_the_same_every_time_and_leave_the_global_generator_alone(rule: Rule) -> None:
@@ -285,12 +289,12 @@ def test_hand_designed_rule_equals_torch_over_100_steps(name: str, weight_decay:
                 torch.testing.assert_close(ours[key], p.detach(), rtol=0, atol=1e-5 * largest[key])
 
 
-def test_cosine_schedule_ends_at_zero_and_needs_progress() -> None:
+def test_cosine_schedule_ends_at_zero_and_needs_num_steps() -> None:
     rule = RULES["sgd"](lr=0.1, schedule="cosine")
     params, grads = {"w": torch.ones(2)}, {"w": torch.ones(2)}
     state = rule.init_state(params)
-    for progress, moved in ((0.0, 0.1), (0.5, 0.05), (1.0, 0.0)):
-        new, _ = rule.update(grads, params, state, None, torch.tensor(progress))
+    for step, moved in ((0, 0.1), (5, 0.05), (10, 0.0), (12, 0.0)):
+        new, _ = rule.update(grads, params, state._replace(step=torch.tensor(step)), None, torch.tensor(10))
         torch.testing.assert_close(1 - new["w"], torch.full((2,), moved), rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="num_steps"):
         rule.update(grads, params, state)

@@ -151,10 +151,10 @@ class Spy(type(RULES["sgd"]())):  # type: ignore[misc]
         self.heard: list[tuple[Tensor, Tensor]] = []
 
     def update(
-        self, grads: Params, params: Params, state: State, loss: Tensor, progress: Tensor
+        self, grads: Params, params: Params, state: State, loss: Tensor, num_steps: Tensor
     ) -> tuple[Params, State]:
-        self.heard.append((loss, progress))
-        return super().update(grads, params, state, loss, progress)
+        self.heard.append((loss, state.step / num_steps))
+        return super().update(grads, params, state, loss, num_steps)
 
 
 def test_the_rule_hears_the_present_loss_and_the_progress_of_every_slot() -> None:

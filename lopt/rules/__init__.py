@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from lopt.rules.adam import Adam, AdamW, NAdamW
-from lopt.rules.base import ElementwiseRule, Rule, State
+from lopt.rules.base import (
+    Accumulators,
+    Clock,
+    Elements,
+    ElementwiseRule,
+    Fold,
+    Means,
+    Rule,
+    State,
+    Visit,
+    step_tensors,
+)
 from lopt.rules.hand_designed import HandDesigned
+from lopt.rules.layout import Layout, find_layout
 from lopt.rules.linear import Linear
 from lopt.rules.lstm import LSTM
 from lopt.rules.rmsprop import RMSprop
 from lopt.rules.rnnprop import RNNprop
 from lopt.rules.sgd import SGD, Momentum, Nesterov
+from lopt.rules.small_fc import SmallFC
 
 RULES: dict[str, type[Rule]] = {
     "lstm": LSTM,
     "rnnprop": RNNprop,
     "linear": Linear,
+    "small_fc": SmallFC,
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,
@@ -24,4 +38,19 @@ RULES: dict[str, type[Rule]] = {
     "nadamw": NAdamW,
 }
 
-__all__ = ["RULES", "ElementwiseRule", "HandDesigned", "Rule", "State"]
+__all__ = [
+    "RULES",
+    "Accumulators",
+    "Clock",
+    "Elements",
+    "ElementwiseRule",
+    "Fold",
+    "HandDesigned",
+    "Layout",
+    "Means",
+    "Rule",
+    "State",
+    "Visit",
+    "find_layout",
+    "step_tensors",
+]

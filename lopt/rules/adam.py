@@ -29,7 +29,7 @@ class Adam(HandDesigned):
         hyper = {"beta1": beta1, "beta2": beta2, "eps": eps}
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, **hyper)
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """First and second moment."""
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
@@ -72,9 +72,9 @@ class NAdamW(AdamW):
     name = "nadamw"
     momentum_decay = 4e-3  # torch's default
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """The moments and the running product of the momentum schedule, one number per task."""
-        return super().init_accumulators(p) | {"product": torch.ones_like(p[..., :1])}
+        return super().init_flat(p) | {"product": torch.ones_like(p[..., :1])}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
         """Gradient and momentum mixed by the schedule mu_t = beta1 (1 - 0.96^(0.004 t) / 2)."""

@@ -2,19 +2,39 @@
 
 Rules see tensors with any number of leading batch dimensions (tasks, particles), never tasks or models.
 Meta-weights may carry the same leading dimensions, one set per task, by `torch.func.functional_call`.
+
+A rule is written once, as stages of one step:
+
+    measure       elements      old accumulators -> sums
+    fold_tensors  all tensors   one row of numbers per tensor -> their terms; the recurrent schedulers live here
+    fold_lines    one tensor    means -> accumulators that rows or columns share
+    accumulate    elements      new accumulators -> sums
+    fold          one tensor    means, meta-weights, clock -> the terms of `emit`
+    emit          elements      the step
+    finish        one tensor    the whole step at once (orthogonalisation)
+
+`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; `lopt.optim` runs the same
+stages in place, chunk by chunk.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lopt.rules.layout import Layout, find_layout
 from lopt.tensors import Params
 
 Accumulators = dict[str, Tensor]
+Means = dict[str, Tensor]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class State(NamedTuple):
@@ -22,36 +42,173 @@ class State(NamedTuple):
 
     Attributes:
         step: int64 `[*batch]`, updates made so far. Its shape tells the batch dimensions of all the rest.
-        accumulators: for each parameter name a dict of tensors `[*batch, (features,) *shape]`, or
-            `[*batch, 1, ..., 1]` where one number serves the whole parameter.
+        accumulators: for each parameter name a dict of tensors: `[*batch, (features,) *shape]`, with dimensions of 1
+            where elements share a number, or `[*batch, features]` for the rule's `row_keys`. A scalar has shape (1,).
     """
 
     step: Tensor
     accumulators: dict[str, Accumulators]
 
 
+class Clock(NamedTuple):
+    """How far the training is: `step` updates made so far and `num_steps` planned (or None), both int64 `[*batch]`."""
+
+    step: Tensor
+    num_steps: Tensor | None
+
+    def progress(self, dtype: torch.dtype) -> Tensor | None:
+        """Share of the planned steps that is done, in [0, 1], or None."""
+        return None if self.num_steps is None else (self.step.to(dtype) / self.num_steps.to(dtype)).clamp(max=1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Clock:
+        """`function` of both."""
+        return Clock(function(self.step), None if self.num_steps is None else function(self.num_steps))
+
+
+class Elements(NamedTuple):
+    """A parameter, or a part of it, as the stages on elements see it.
+
+    Attributes:
+        g, p: gradient and parameter `[*batch, *shape]`.
+        acc: accumulators and fields, `[*batch, (features,) *shape or 1s]`.
+        layout: of the whole parameter.
+    """
+
+    g: Tensor
+    p: Tensor
+    acc: Accumulators
+    layout: Layout
+
+
+class Sum(NamedTuple):
+    """A sum over some axes of the elements at hand, which are kept with size 1."""
+
+    value: Tensor
+    axes: tuple[int, ...]
+
+
+class Visit(NamedTuple):
+    """What a stage on elements makes: new accumulators, sums, the additive step."""
+
+    acc: Mapping[str, Tensor] = NOTHING
+    sums: Mapping[str, Sum] = NOTHING
+    delta: Tensor | None = None
+
+
+class Fold(NamedTuple):
+    """What a stage on a tensor's sums makes.
+
+    Attributes:
+        acc: new accumulators.
+        fields: tensors `[*batch, (features,) *shape or 1s]` that the later stages of this step find in `Elements.acc`.
+        terms: all else that the next stage needs.
+    """
+
+    acc: Mapping[str, Tensor] = NOTHING
+    fields: Mapping[str, Tensor] = NOTHING
+    terms: Any = None
+
+
 class Rule(nn.Module, ABC):
-    """A meta-optimizer. Its parameters are the meta-weights; `config` rebuilds it: `RULES[name](**config)`."""
+    """A meta-optimizer. Its parameters are the meta-weights; `config` rebuilds it: `RULES[name](**config)`.
+
+    Attributes:
+        elementwise: the step of an element depends on that element alone.
+        needs_loss: reads the training loss; without it, what depends on it stays as it was.
+        needs_num_steps: cannot run without the planned number of steps.
+        finishes: `finish` is to be called.
+        row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
+        temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
+    """
 
     name: ClassVar[str]
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
+    needs_loss: bool = False
+    needs_num_steps: bool = False
+    finishes: bool = False
+    row_keys: tuple[str, ...] = ()
+    temporaries: int = 0
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = config
 
-    @abstractmethod
-    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
-        """The state before the first step, for parameters `[*batch, *shape]` with `batch_ndim` batch dimensions."""
+    # -- stages --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """The accumulators before the first step of one parameter `[*batch, *layout.shape]`; none is called "step"."""
+
+    def measure(self, e: Elements) -> Visit:
+        """Sums that the step needs before anything is updated."""
+        return Visit()
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """What depends on all n tensors together; called for rules with `row_keys`.
+
+        Args:
+            rows: the accumulators of `row_keys`, `[*batch, n, features]`.
+            means: of `measure`, for each of the n tensors.
+            layouts: of the n tensors.
+            loss: training-batch loss `[*batch, 1]`, or None.
+            clock: `[*batch, 1 or n]`.
+        Returns:
+            New rows, and terms `[*batch, n, ...]` for the tensors' `accumulate` and `fold`.
+        """
+        return {}, {}
+
+    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+        """Accumulators and fields that rows or columns share, from the means of `measure`."""
+        return Fold()
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """New accumulators of the elements and sums over them, given the tensor's terms from `fold_tensors`."""
+        return Visit()
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+        """What `emit` and `finish` use, from the means of `accumulate` and the terms of `fold_tensors`."""
+        return Fold(terms=clock)
+
+    @abstractmethod
+    def emit(self, e: Elements, terms: Any) -> Visit:
+        """The step: the new parameters are `p + delta`."""
+
+    def finish(self, delta: Tensor, terms: Any, layout: Layout) -> Tensor:
+        """The step of a whole tensor, of rules with `finishes`."""
+        return delta
+
+    def delegate(self, name: str, layout: Layout) -> Rule | None:
+        """Another rule for the parameter `name`, if this one is not meant for it."""
+        return None
+
+    # -- whole tensors, purely -----------------------------------------------------------------------------------------
+
+    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
+        """The state before the first step, for parameters `[*batch, *shape]` with `batch_ndim` batch dimensions."""
+        accumulators = {}
+        batch: torch.Size = torch.Size()
+        device = None
+        for name, p in params.items():
+            batch, device = p.shape[:batch_ndim], p.device
+            layout = find_layout(tuple(p.shape[batch_ndim:]))
+            rule = self.delegate(name, layout) or self
+            accumulators[name] = rule.init_accumulators(p.detach().reshape(*batch, *layout.shape), layout)
+        return State(torch.zeros(batch, dtype=torch.int64, device=device), accumulators)
+
     def update(
         self,
         grads: Params,
         params: Params,
         state: State,
         loss: Tensor | None = None,
-        progress: Tensor | None = None,
+        num_steps: Tensor | None = None,
     ) -> tuple[Params, State]:
         """One step of the policy; pure, differentiable in the meta-weights.
 
@@ -60,12 +217,25 @@ class Rule(nn.Module, ABC):
             params: the current parameters.
             state: from `init_state` or the previous call; `state.step` counts from 0.
             loss: training-batch loss `[*batch]`, for rules that read it.
-            progress: step / planned steps in [0, 1], `[*batch]`, for rules that read it.
+            num_steps: planned number of steps, int64 `[*batch]`, for rules that read it.
         Returns:
             New parameters and new state; nothing is modified in place.
         Raises:
             KeyError: a parameter has no gradient (leave the parameter out instead of passing None).
+            ValueError: the rule needs `num_steps` and there is none.
         """
+        clock = Clock(state.step, num_steps)
+        tensors = {
+            name: WholeTensor(grads[name], p, state.accumulators[name], state.step.ndim) for name, p in params.items()
+        }
+        groups: dict[Rule, list[WholeTensor]] = {}
+        for name, tensor in tensors.items():
+            groups.setdefault(self.delegate(name, tensor.layout) or self, []).append(tensor)
+        for rule, members in groups.items():
+            step_tensors(rule, members, loss, clock)
+        new_params = {name: tensor.p.reshape(params[name].shape) for name, tensor in tensors.items()}
+        accumulators = {name: tensor.acc for name, tensor in tensors.items()}
+        return new_params, State(state.step + 1, accumulators)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Params, State]:
         """`update`, under the name that `torch.func.functional_call` calls."""
@@ -75,6 +245,96 @@ class Rule(nn.Module, ABC):
         """One line: the rule's name and configuration."""
         config = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
         return f"{self.name}({config})"
+
+
+class Steppable(Protocol):
+    """One parameter during one step: it owns its memory and how it is walked through."""
+
+    layout: Layout
+    acc: Accumulators
+    batch: tuple[int, ...]
+
+    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
+        """Call the stage on all elements and keep the new accumulators; returns the means that its sums make."""
+
+    def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """Keep new accumulators for good, and fields for the rest of this step."""
+
+    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+        """As `visit`, for the stage whose delta, after `finish`, is added to the parameter."""
+
+
+def step_tensors(rule: Rule, tensors: Sequence[Steppable], loss: Tensor | None, clock: Clock) -> None:
+    """One step of `tensors` under `rule`: all its stages, in their order.
+
+    Args:
+        loss: `[*batch]` or None.
+        clock: `[*batch]`, or `[*batch, n]` where each of the n tensors has its own.
+    Raises:
+        ValueError: the rule needs `num_steps` and there is none.
+    """
+    if not tensors:
+        return
+    if rule.needs_num_steps and clock.num_steps is None:
+        raise ValueError(f"rule {rule.name!r} needs the planned number of steps: pass num_steps")
+    means = [tensor.visit(rule.measure) for tensor in tensors]
+    dim = len(tensors[0].batch)
+    clocks = [clock] * len(tensors)
+    if clock.step.ndim > dim:
+        clocks = [clock.map(lambda x, i=i: x[..., i]) for i in range(len(tensors))]  # type: ignore[misc]
+    else:
+        clock = clock.map(lambda x: x[..., None])
+    terms: Means = {}
+    if rule.row_keys:
+        rows = {key: torch.stack([t.acc[key] for t in tensors], dim) for key in rule.row_keys}
+        layouts = [t.layout for t in tensors]
+        new, terms = rule.fold_tensors(rows, means, layouts, None if loss is None else loss[..., None], clock)
+        for i, tensor in enumerate(tensors):
+            tensor.keep({key: value.select(dim, i) for key, value in new.items()})
+    for i, tensor in enumerate(tensors):
+        own = {key: value.select(dim, i) for key, value in terms.items()}
+        tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout)[:2])
+        features = tensor.visit(partial(rule.accumulate, terms=own))
+        acc, fields, folded = rule.fold(features, tensor.acc, tensor.layout, clocks[i], own)
+        tensor.keep(acc, fields)
+        finish = partial(rule.finish, terms=folded, layout=tensor.layout) if rule.finishes else None
+        tensor.move(partial(rule.emit, terms=folded), finish)
+
+
+class WholeTensor:
+    """A parameter `[*batch, *shape]` stepped at once; nothing is modified in place. See `Steppable`."""
+
+    def __init__(self, g: Tensor, p: Tensor, acc: Accumulators, batch_ndim: int) -> None:
+        self.batch = tuple(p.shape[:batch_ndim])
+        self.layout = find_layout(tuple(p.shape[batch_ndim:]))
+        self.acc = dict(acc)
+        self.fields: Accumulators = {}
+        self.g, self.p = (x.reshape(*self.batch, *self.layout.shape) for x in (g, p))
+
+    def _call(self, stage: Callable[[Elements], Visit]) -> Visit:
+        visit = stage(Elements(self.g, self.p, self.acc | self.fields, self.layout))
+        self.acc |= visit.acc
+        return visit
+
+    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
+        """See `Steppable.visit`."""
+        return {key: s.value / count_elements(s.axes, self.layout) for key, s in self._call(stage).sums.items()}
+
+    def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """See `Steppable.keep`."""
+        self.acc |= acc
+        self.fields |= fields
+
+    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+        """See `Steppable.move`."""
+        delta = self._call(stage).delta
+        assert delta is not None, "`emit` makes the step"
+        self.p = self.p + (delta if finish is None else finish(delta))
+
+
+def count_elements(axes: tuple[int, ...], layout: Layout) -> int:
+    """How many elements a mean over `axes` is taken of; at least 1."""
+    return max(1, prod(layout.shape[axis] for axis in axes))
 
 
 class ElementwiseRule(Rule):
@@ -87,7 +347,7 @@ class ElementwiseRule(Rule):
     elementwise = True
 
     @abstractmethod
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """Accumulators for flat parameters `[*batch, N]`: tensors `[*batch, (features,) N or 1]`."""
 
     @abstractmethod
@@ -98,44 +358,26 @@ class ElementwiseRule(Rule):
 
         Args:
             g, p: gradients and parameters `[*batch, N]`.
-            acc: from `init_accumulators` or the previous call.
+            acc: from `init_flat` or the previous call.
             step: updates made so far, `[*batch, 1]`, in the dtype of `p`.
-            progress: `[*batch, 1]` or None.
+            progress: step / planned steps, `[*batch, 1]`, or None.
         Returns:
             delta `[*batch, N]` (the new parameters are `p + delta`) and the new accumulators.
         """
 
-    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
-        """See `Rule.init_state`."""
-        accumulators = {}
-        batch: torch.Size = torch.Size()
-        device = None
-        for name, p in params.items():
-            batch, shape, device = p.shape[:batch_ndim], p.shape[batch_ndim:], p.device
-            flat = self.init_accumulators(_flatten(p, len(shape)))
-            accumulators[name] = {key: _unflatten(a, shape) for key, a in flat.items()}
-        return State(torch.zeros(batch, dtype=torch.int64, device=device), accumulators)
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """See `Rule.init_accumulators`."""
+        flat = self.init_flat(_flatten(p, layout))
+        return {key: _unflatten(a, layout) for key, a in flat.items()}
 
-    def update(
-        self,
-        grads: Params,
-        params: Params,
-        state: State,
-        loss: Tensor | None = None,
-        progress: Tensor | None = None,
-    ) -> tuple[Params, State]:
-        """See `Rule.update`."""
-        new_params, accumulators = {}, {}
+    def emit(self, e: Elements, terms: Clock) -> Visit:
+        """See `Rule.emit`."""
+        acc = {key: _flatten(a, e.layout) for key, a in e.acc.items()}
+        progress = terms.progress(e.p.dtype)
         progress = None if progress is None else progress[..., None]
-        for name, p in params.items():
-            shape = p.shape[state.step.ndim :]
-            flat = {k: _flatten(a, len(shape)) for k, a in state.accumulators[name].items()}
-            flat_p, flat_g = _flatten(p, len(shape)), _flatten(grads[name], len(shape))
-            step = state.step[..., None].to(p.dtype)
-            delta, flat = self.policy(flat_g, flat_p, flat, step, progress)
-            new_params[name] = (flat_p + delta).reshape(p.shape)
-            accumulators[name] = {key: _unflatten(a, shape) for key, a in flat.items()}
-        return new_params, State(state.step + 1, accumulators)
+        step = terms.step[..., None].to(e.p.dtype)
+        delta, acc = self.policy(_flatten(e.g, e.layout), _flatten(e.p, e.layout), acc, step, progress)
+        return Visit({key: a.reshape(e.acc[key].shape) for key, a in acc.items()}, delta=delta.reshape(e.p.shape))
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -143,12 +385,12 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return (x + 1e-30).sqrt()
 
 
-def _flatten(x: Tensor, ndim: int) -> Tensor:
-    """Merge the last `ndim` dimensions into one (a new one of size 1 when `ndim` is 0)."""
-    return x.reshape(*x.shape[: x.ndim - ndim], -1) if x.numel() else x.flatten(x.ndim - ndim)
+def _flatten(x: Tensor, layout: Layout) -> Tensor:
+    """Merge the parameter's dimensions into one."""
+    return x.flatten(x.ndim - layout.ndim)
 
 
-def _unflatten(x: Tensor, shape: torch.Size) -> Tensor:
+def _unflatten(x: Tensor, layout: Layout) -> Tensor:
     """Undo `_flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
-    per_tensor = x.shape[-1] == 1 and shape.numel() != 1
-    return x.reshape((*x.shape[:-1], *([1] * len(shape) if per_tensor else shape)))
+    shape = layout.shape if x.shape[-1] == prod(layout.shape) else (1,) * layout.ndim
+    return x.reshape(*x.shape[:-1], *shape)

@@ -23,7 +23,7 @@ class HandDesigned(ElementwiseRule):
 
     Args:
         lr: learning rate, the meta-weight `lr`.
-        schedule: "constant", or "cosine" (decays to 0 at progress 1; needs `progress`).
+        schedule: "constant", or "cosine" (decays to 0 at the end of the planned steps).
         weight_decay: decoupled, as in AdamW.
         hyper: other scalars that become meta-weights of their names.
     """
@@ -33,6 +33,7 @@ class HandDesigned(ElementwiseRule):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
         self.schedule = schedule
+        self.needs_num_steps = schedule == "cosine"
         for name, value in {"lr": lr, "weight_decay": weight_decay, **hyper}.items():
             self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
 
@@ -48,15 +49,10 @@ class HandDesigned(ElementwiseRule):
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
     ) -> tuple[Tensor, Accumulators]:
-        """See `ElementwiseRule.policy`.
-
-        Raises:
-            ValueError: the schedule needs `progress` and there is none.
-        """
+        """See `ElementwiseRule.policy`."""
         direction, acc = self.direction(g, acc, step)
         lr: Any = self.hyper("lr")
         if self.schedule == "cosine":
-            if progress is None:
-                raise ValueError(f"{self.name} with schedule='cosine' needs the planned num_steps")
-            lr = lr * (0.5 * (1 + torch.cos(pi * progress.clamp(0, 1))))
+            assert progress is not None, "step_tensors has seen to it"
+            lr = lr * (0.5 * (1 + torch.cos(pi * progress)))
         return -lr * (direction + self.hyper("weight_decay") * p), acc

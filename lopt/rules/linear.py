@@ -38,7 +38,7 @@ class Linear(ElementwiseRule):
         self.decay_logits = nn.Parameter(torch.logit(torch.tensor(decays)))
         self.second_decay_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """Momenta `[..., k, N]` and second moment `[..., N]`."""
         k = self.decay_logits.shape[-1]
         zeros = torch.zeros_like(p)

@@ -52,7 +52,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
             for bias in (self.b1, self.b2):
                 bias[hidden : 2 * hidden] += 1.0
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """Hidden and cell vectors of both layers, `[*batch, hidden, N]` each."""
         zeros = torch.zeros_like(p).unsqueeze(-2)
         return {key: zeros.repeat_interleave(self.hidden, -2) for key in STATE}

@@ -24,7 +24,7 @@ class RMSprop(HandDesigned):
     ) -> None:
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, alpha=alpha, eps=eps)
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """The second moment."""
         return {"v": torch.zeros_like(p)}
 

@@ -46,10 +46,10 @@ class RNNprop(CoordinatewiseLSTM):
         self.w_in = nn.Parameter((torch.rand(hidden, 2, generator=generator) * 2 - 1) * bound)
         self.b_in = nn.Parameter(torch.zeros(hidden))
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """The LSTM's vectors and Adam's moments."""
         moments = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-        return super().init_accumulators(p) | moments
+        return super().init_flat(p) | moments
 
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None

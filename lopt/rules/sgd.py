@@ -17,7 +17,7 @@ class SGD(HandDesigned):
     def __init__(self, lr: float = 0.1, schedule: str = "constant", weight_decay: float = 0.0) -> None:
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay)
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """No memory."""
         return {}
 
@@ -40,7 +40,7 @@ class Momentum(HandDesigned):
     ) -> None:
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, momentum=momentum)
 
-    def init_accumulators(self, p: Tensor) -> Accumulators:
+    def init_flat(self, p: Tensor) -> Accumulators:
         """The momentum buffer."""
         return {"m": torch.zeros_like(p)}
 

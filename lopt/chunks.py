@@ -1,0 +1,130 @@
+"""A parameter stepped in place, chunk by chunk: the stages of a rule without memory of the model's size.
+
+On the CPU a chunk stays in the cache; on a GPU it only bounds temporary memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lopt.rules.base import NOTHING, Accumulators, Elements, Means, Rule, Visit, count_elements
+from lopt.rules.layout import find_layout
+
+CPU_CHUNK = 2 << 20  # bytes of all that a chunk works on; the best of 0.25 to 32 MiB for LSTM, linear and Adam
+GPU_CHUNK = 256 << 20  # bounds temporary memory; a launch is dear
+
+Cut = tuple[slice, ...]
+
+
+class ChunkedTensor:
+    """See `lopt.rules.base.Steppable`. What `acc` holds is updated in place.
+
+    Args:
+        p, g: parameter (not empty) and gradient, of any floating dtype and strides.
+        acc: accumulators in fp32, as `rule.init_accumulators` makes them.
+        lr, decay: the parameter becomes `p + lr * delta - lr * decay * p`.
+    """
+
+    batch: tuple[int, ...] = ()
+
+    def __init__(self, rule: Rule, p: Tensor, g: Tensor, acc: Accumulators, lr: float, decay: float) -> None:
+        self.layout = find_layout(tuple(p.shape))
+        if rule.elementwise and p.is_contiguous():  # boundaries do not matter: cut where it suits the cache
+            ndim, self.layout = self.layout.ndim, find_layout((p.numel(),))
+            acc = {key: a.flatten(a.ndim - ndim) for key, a in acc.items()}
+        self.p, self.g = p.view(self.layout.shape), g.reshape(self.layout.shape)
+        self.acc, self.lr, self.decay = acc, lr, decay
+        self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
+        self.length = chunk_length(self.p, self.fields, rule.temporaries)
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """Slices of the first two dimensions that together cover the parameter."""
+        first, *rest = self.layout.shape
+        inner = prod(rest)
+        if inner <= self.length or not rest:
+            return [(part,) for part in _parts(first, max(1, self.length // inner))]
+        seconds = list(_parts(rest[0], max(1, self.length // prod(rest[1:]))))
+        return [(slice(i, i + 1), part) for i in range(first) for part in seconds]
+
+    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
+        """See `Steppable.visit`."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for cut, visit in self._walk(stage):
+            for key, (value, axes) in visit.sums.items():
+                if key not in sums:
+                    ndim = self.layout.ndim
+                    shape = [1 if axis in axes else self.layout.shape[axis] for axis in self.layout.axes]
+                    sums[key] = value.new_zeros((*value.shape[: value.ndim - ndim], *shape))
+                    counts[key] = count_elements(axes, self.layout)
+                self._cut(sums[key], cut).add_(value)
+        return {key: total.div_(counts[key]) for key, total in sums.items()}
+
+    def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """See `Steppable.keep`."""
+        for key, value in acc.items():
+            self.acc[key].copy_(value)
+        self.fields |= fields
+
+    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+        """See `Steppable.move`."""
+        whole = torch.empty(self.layout.shape, device=self.p.device) if finish else None
+        for cut, visit in self._walk(stage):
+            assert visit.delta is not None, "`emit` makes the step"
+            if whole is None:
+                write_step(self._cut(self.p, cut), visit.delta, self.lr, self.decay)
+            else:
+                self._cut(whole, cut).copy_(visit.delta)
+        if whole is not None and finish is not None:
+            write_step(self.p, finish(whole), self.lr, self.decay)
+
+    def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
+        """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
+        shared: Accumulators = {}
+        for cut in self.cuts:
+            acc = {key: self._cut(a, cut) for key, a in self.fields.items()}
+            visit = stage(Elements(self._cut(self.g, cut).float(), self._cut(self.p, cut).float(), acc, self.layout))
+            if not (visit.acc or visit.sums or visit.delta is not None):
+                return
+            for key, new in visit.acc.items():
+                if self.acc[key].shape[-self.layout.ndim :] == self.layout.shape:
+                    acc[key].copy_(new)
+                else:  # one number for all chunks: they all start from the old one
+                    shared[key] = new
+            yield cut, visit
+        self.keep(shared)
+
+    def _cut(self, x: Tensor, cut: Cut) -> Tensor:
+        """The part of a tensor `[..., *shape]` that belongs to a chunk; dimensions of size 1 are shared."""
+        for axis, part in enumerate(cut):
+            dim = x.ndim - self.layout.ndim + axis
+            if x.shape[dim] != 1:
+                x = x.narrow(dim, part.start, part.stop - part.start)
+        return x
+
+
+def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
+    """`p + lr * delta - lr * decay * p` in at least fp32, rounded once; with lr 0 not a bit changes."""
+    if lr == 0:
+        return
+    base = p.to(torch.promote_types(p.dtype, torch.float32))
+    if decay:
+        base = base - lr * decay * base
+    p.copy_(torch.add(base, delta, alpha=lr))
+
+
+def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
+    """How many coordinates of `p` (not empty), with all that is held for each, make a chunk: a multiple of 1024."""
+    size = CPU_CHUNK if p.device.type == "cpu" else GPU_CHUNK
+    numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / p.numel()
+    return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
+
+
+def _parts(size: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, size)) for start in range(0, size, length))

@@ -1,0 +1,115 @@
+"""The features of small_fc_lopt and its descendants (VeLO, Celo, Celo2): momenta, second moments, factored moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Elements, Fold, Means, Visit
+from lopt.rules.feature_mlp import FeatureMLP
+from lopt.rules.layout import Layout
+
+MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
+FACTORED_DECAYS = (0.9, 0.99, 0.999)
+K = 3
+
+
+class FactoredMLP(FeatureMLP):
+    """Inputs, in this order (Celo's family has the ones in brackets):
+
+    `g, [clip(g, 0.1)], p, m*3, v, m rs*3, rs, g F*3, [g rs], R*3, C*3, rsqrt(R)*3, rsqrt(C)*3, m F*3`
+
+    with momenta m, second moment v, rs = 1/sqrt(v), row and column averages R, C of g^2 and F, which replaces 1/sqrt of
+    the second moment by a row times a column factor. Vectors have one average V per decay for R, C and F.
+
+    Attributes:
+        clips: the family has the features in brackets, and clips gradients to +-1000.
+        rs_eps: added to v in rs.
+        vector_eps: added to V in the m F of vectors.
+    """
+
+    clips: bool = True
+    rs_eps: float = 1e-6
+    vector_eps: float = 0.0
+    second_decay: float = 0.999
+
+    def __init__(self, widths: list[int], seed: int, **config: object) -> None:
+        super().__init__(widths, seed, **config)
+        self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS), persistent=False)
+        self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS), persistent=False)
+        self.register_buffer("second_decays", torch.tensor([self.second_decay]), persistent=False)
+
+    def decays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decays `[3]`, `[1]`, `[3]` of momenta, second moment and factored moments; a batch may come first."""
+        return self.momentum_decays, self.second_decays, self.factored_decays  # type: ignore[return-value]
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Momenta, second moment, and row and column averages (vectors: the averages themselves)."""
+        start = {"m": features.start_averages(p, K, layout.ndim), "v": torch.zeros_like(p)}
+        if layout.factored is None:
+            return start | {"averages": features.start_averages(p, K, layout.ndim)}
+        return start | features.start_lines(p, K, layout)
+
+    def clip(self, g: Tensor) -> Tensor:
+        """The gradient that everything is computed from."""
+        return g.clamp(-1000, 1000) if self.clips else g
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def measure(self, e: Elements) -> Visit:
+        """Row and column sums of g^2."""
+        if e.layout.factored is None:
+            return Visit()
+        return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
+
+    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+        """Row and column averages, and the factors that they make."""
+        if layout.factored is None:
+            return Fold()
+        decays = features.spread(self.decays()[2], layout.ndim)
+        lines = {key: features.average(acc[key], means[key], decays) for key in ("rows", "cols")}
+        return Fold(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """Momenta and second moment, and the features' sums of squares."""
+        ndim, g = e.layout.ndim, self.clip(e.g)
+        momentum, second, factored = (features.spread(decay, ndim) for decay in self.decays())
+        square, lifted = g.square(), features.lift(g, ndim)
+        acc = {
+            "m": features.average(e.acc["m"], lifted, momentum),
+            "v": features.average(e.acc["v"], square, second.squeeze(-ndim - 1)),
+        }
+        if e.layout.factored is None:
+            acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
+        new = e._replace(acc=e.acc | acc)
+        squares = features.sum_squares(self.element_features(new), self.norm_axes(e.layout), e)
+        return Visit(acc, {"squares": squares})
+
+    # -- features ------------------------------------------------------------------------------------------------------
+
+    def element_features(self, e: Elements) -> list[Tensor]:
+        """See `FeatureMLP.element_features`."""
+        ndim = e.layout.ndim
+        g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
+        m, rs = e.acc["m"], (v + self.rs_eps).rsqrt()
+        if e.layout.factored is None:
+            averages = e.acc["averages"]
+            factor, factor_m = (averages + 1e-9).rsqrt(), (averages + self.vector_eps).rsqrt()
+        else:
+            factor = factor_m = e.acc["row_scale"] * e.acc["col_scale"]
+        if self.clips:
+            return [g, g.clamp(-0.1, 0.1), p, m, v, m * rs, rs, g * factor, g * rs, m * factor_m]
+        return [g, p, m, v, m * rs, rs, g * factor, m * factor_m]
+
+    def line_features(self, acc: Accumulators, layout: Layout) -> list[Tensor]:
+        """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
+        keys = ("averages", "averages") if layout.factored is None else ("rows", "cols")
+        return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]
+
+    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+        """See `FeatureMLP.slots`."""
+        lines = 15 if self.clips else 13
+        rows, cols, rs_rows, rs_cols = (list(range(lines + K * i, lines + K * (i + 1))) for i in range(4))
+        end = lines + 5 * K
+        return [*range(lines), *range(end - K, end)], [rows + rs_rows, cols + rs_cols], list(range(end, self.widths[0]))

@@ -1,0 +1,166 @@
+"""Shared core of the rules whose policy is a small MLP on features of each element, normalised per tensor.
+
+Nothing of the size (features x elements) is made but for a chunk: features that rows or columns share enter the first
+layer through their own small products, features that all elements share through its bias, and the normalisation
+through its weights. Layers are feature-major: weights `[out, in]` times features `[in, elements]`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from itertools import pairwise
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.rules.layout import Layout
+from lopt.tensors import make_generator
+
+MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
+MAX_LAYERS = 8
+
+Layer = tuple[Tensor, Tensor]
+"""Weights `[*batch, out, in]` and biases `[*batch, out]`."""
+
+
+class MLPTerms(NamedTuple):
+    """The MLP of one tensor for one step.
+
+    Attributes:
+        layers: the first one on element features, their normalisation folded in, and the others.
+        lines: first-layer weights `[*batch, hidden, k]` of each group of line features that were not applied yet.
+        scale: normalisation of the element features where it is not one number per tensor, else None.
+        line_scales: likewise for `lines`.
+        gain: factor on the step, `[*batch]`.
+    """
+
+    layers: list[Layer]
+    lines: list[Tensor]
+    scale: Tensor | None
+    line_scales: list[Tensor]
+    gain: Tensor
+
+
+class FeatureMLP(Rule):
+    """`delta = -gain * d * exp(exp_mult * a)`, with (d, a) from an MLP with ReLU on normalised features.
+
+    The first layer's inputs are the element features, the line features and the constant ones, in the order that
+    `slots` gives.
+
+    Args:
+        widths: inputs, hidden layers, outputs.
+        seed: of the initial meta-weights: normal, std 1/sqrt(fan_in), cut at two of them; biases 0.
+    """
+
+    norm_eps: float = 1e-5
+    exp_mult: float = 1e-3
+
+    def __init__(self, widths: list[int], seed: int, **config: object) -> None:
+        super().__init__(seed=seed, **config)
+        if not all(1 <= width <= MAX_HIDDEN for width in widths) or len(widths) > MAX_LAYERS + 2:
+            raise ValueError(f"hidden widths must be from 1 to {MAX_HIDDEN}, in 1 to {MAX_LAYERS} layers, got {widths}")
+        self.widths = widths
+        self.temporaries = widths[0] + 2 * max(widths[1:])
+        generator = make_generator(seed)
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
+            std = 1 / sqrt(fan_in)
+            weight = nn.init.trunc_normal_(
+                torch.empty(fan_out, fan_in), std=std, a=-2 * std, b=2 * std, generator=generator
+            )
+            self.register_parameter(f"w{i}", nn.Parameter(weight))
+            self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(fan_out)))
+
+    # -- what a rule says of itself ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def element_features(self, e: Elements) -> list[Tensor]:
+        """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
+
+    def line_features(self, acc: Accumulators, layout: Layout) -> list[Tensor]:
+        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`."""
+        return []
+
+    def constant_features(self, clock: Clock) -> Tensor | None:
+        """Features that all elements share, `[*batch, k]`; not normalised."""
+        return None
+
+    @abstractmethod
+    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+        """The first layer's inputs that are element features, each group of line features, and constant ones."""
+
+    def norm_axes(self, layout: Layout) -> tuple[int, ...]:
+        """The axes over which features are normalised."""
+        return layout.axes
+
+    def layers(self, terms: Means) -> list[Layer]:
+        """The MLP, given the tensor's terms from `fold_tensors`."""
+        return [(getattr(self, f"w{i}"), getattr(self, f"b{i}")) for i in range(1, len(self.widths))]
+
+    @abstractmethod
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """Factor on the step `[*batch]`, given the element features' mean squares `[*batch, k]`."""
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+        """See `Rule.fold`: the first layer, with everything that is not an element's own folded in."""
+        axes, ndim = self.norm_axes(layout), layout.ndim
+        (weight, bias), *rest = self.layers(terms)
+        own, groups, constant = self.slots(layout)
+        shared = self.constant_features(clock)
+        if shared is not None:
+            bias = bias + _multiply(weight[..., constant], shared)
+        scale = torch.rsqrt(means["squares"] + self.norm_eps)
+        first, left_scale = _fold_scale(weight[..., own], scale, ndim)
+        lines, line_scales = [], []
+        for columns, feature in zip(groups, self.line_features(acc, layout), strict=True):
+            square = feature.square().mean(axes, keepdim=True)
+            line, left = _fold_scale(weight[..., columns], torch.rsqrt(square + self.norm_eps), ndim)
+            lines.append(line)
+            line_scales += [] if left is None else [left]
+        squares = means["squares"].flatten(-ndim).mean(-1) if ndim else means["squares"]
+        return Fold(terms=MLPTerms([(first, bias), *rest], lines, left_scale, line_scales, self.gain(squares, terms)))
+
+    def emit(self, e: Elements, terms: MLPTerms) -> Visit:
+        """See `Rule.emit`."""
+        ndim, shape = e.layout.ndim, e.p.shape[e.p.ndim - e.layout.ndim :]
+        x = torch.cat(self.element_features(e), -ndim - 1)
+        if terms.scale is not None:
+            x = x * terms.scale
+        (weight, bias), *rest = terms.layers
+        base = features.spread(bias, ndim)
+        for i, (line, feature) in enumerate(zip(terms.lines, self.line_features(e.acc, e.layout), strict=True)):
+            feature = feature * terms.line_scales[i] if terms.line_scales else feature
+            product = line @ feature.flatten(-ndim)
+            base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
+        x = x.flatten(-ndim)
+        hidden = _add_product(base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), weight, x)
+        for weight, bias in rest:
+            hidden = _add_product(bias[..., None], weight, hidden.relu_())
+        step = hidden[..., 0, :]
+        if self.exp_mult:
+            step = step * torch.exp(self.exp_mult * hidden[..., 1, :])
+        return Visit(delta=(step * -terms.gain[..., None]).reshape(e.p.shape))
+
+
+def _multiply(weight: Tensor, x: Tensor) -> Tensor:
+    """`[*batch, out, in]` times `[*batch, in]`."""
+    return (weight @ x[..., None])[..., 0]
+
+
+def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """`base + weight @ x`."""
+    if weight.ndim == 2 and x.ndim == 2:
+        return torch.addmm(base, weight, x)
+    return base + weight @ x
+
+
+def _fold_scale(weight: Tensor, scale: Tensor, ndim: int) -> tuple[Tensor, Tensor | None]:
+    """Weights `[*batch, out, k]` times scales `[*batch, k, 1...]`; scales that vary within a tensor are handed back."""
+    if scale.shape[scale.ndim - ndim :].numel() != 1:
+        return weight, scale
+    return weight * scale.flatten(-ndim)[..., 0].unsqueeze(-2), None

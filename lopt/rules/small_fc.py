@@ -1,0 +1,66 @@
+"""small_fc_lopt: a tiny MLP on Adafactor-style features, the workhorse of the field.
+
+Source: Metz et al. 2022, arXiv 2203.11860, "AdafacMLPLOpt" in learned_optimization.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lopt.rules import features
+from lopt.rules.base import Clock, Means
+from lopt.rules.factored_mlp import FactoredMLP, K
+
+NUM_FEATURES = 28
+
+
+class SmallFC(FactoredMLP):
+    """39 inputs, `hidden_layers` hidden layers, two outputs (d, a): `p <- p - step_mult d exp(exp_mult a)`.
+
+    The decays are meta-weights, as offsets from their initial values.
+
+    Args:
+        hidden: width of the hidden layers (4 in the source, 32 in PyLO).
+        hidden_layers: number of hidden layers.
+        exp_mult, step_mult: see above (both 0.001 in the source; PyLO has step_mult 0.01).
+        seed: of the initial meta-weights.
+    """
+
+    name = "small_fc"
+    clips = False
+    vector_eps = 1e-6
+
+    def __init__(
+        self,
+        hidden: int = 32,
+        hidden_layers: int = 1,
+        exp_mult: float = 1e-3,
+        step_mult: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
+        widths = [NUM_FEATURES + len(features.TIME_SCALES), *[hidden] * hidden_layers, 2]
+        super().__init__(widths, seed, **config)
+        self.exp_mult, self.step_mult = exp_mult, step_mult
+        self.momentum_offsets = nn.Parameter(torch.zeros(K))
+        self.second_offsets = nn.Parameter(torch.zeros(1))
+        self.factored_offsets = nn.Parameter(torch.zeros(K))
+        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
+
+    def decays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `FactoredMLP.decays`."""
+        momentum, second, factored = super().decays()
+        return (
+            features.learned_decays(self.momentum_offsets, momentum),
+            features.learned_decays(self.second_offsets, second).clamp(0, 1),
+            features.learned_decays(self.factored_offsets, factored).clamp(0, 1),
+        )
+
+    def constant_features(self, clock: Clock) -> Tensor:
+        """The eleven time features."""
+        return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
+
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """`step_mult` for every tensor."""
+        return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)
