@@ -25,7 +25,7 @@ class ChunkedTensor:
     """See `lopt.rules.base.Steppable`. What `acc` holds is updated in place.
 
     Args:
-        p, g: parameter (not empty) and gradient, of any floating dtype and strides.
+        p, g: parameter and gradient, of any floating dtype and strides.
         acc: accumulators in fp32, as `rule.init_accumulators` makes them.
         lr, decay: the parameter becomes `p + lr * delta - lr * decay * p`.
     """
@@ -47,6 +47,8 @@ class ChunkedTensor:
         """Slices of the first two dimensions that together cover the parameter."""
         first, *rest = self.layout.shape
         inner = prod(rest)
+        if self.p.numel() == 0:
+            return [(slice(0, first),)]
         if inner <= self.length or not rest:
             return [(part,) for part in _parts(first, max(1, self.length // inner))]
         seconds = list(_parts(rest[0], max(1, self.length // prod(rest[1:]))))
@@ -120,9 +122,9 @@ def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
 
 
 def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
-    """How many coordinates of `p` (not empty), with all that is held for each, make a chunk: a multiple of 1024."""
+    """How many coordinates of `p`, with all that is held for each, make a chunk: a multiple of 1024."""
     size = CPU_CHUNK if p.device.type == "cpu" else GPU_CHUNK
-    numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / p.numel()
+    numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / max(p.numel(), 1)
     return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
 
 

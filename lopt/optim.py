@@ -190,26 +190,18 @@ class LearnedOptimizer(Optimizer):
             self._warned = True
         if loss is not None:
             loss = torch.as_tensor(loss, dtype=torch.float32, device=device).detach().reshape(())
-        counters, tensors, numbers = [], [], []
+        tensors = []
         for p, g, group in steps:
             state = self.state[p]
             if not state:
                 fresh = rule.init_state({"": p.detach().float()})
                 state.update({"step": fresh.step, **fresh.accumulators[""]})
-            counters.append(state["step"])
-            if p.numel():
-                acc = {name: value for name, value in state.items() if name != "step"}
-                lr, decay = float(group["lr"]), float(group["weight_decay"])
-                tensors.append(ChunkedTensor(rule, p.detach(), g, acc, lr, decay))
-                numbers.append((state["step"], group["num_steps"]))
-        if tensors:
-            clock = Clock(
-                torch.stack([step for step, _ in numbers]),
-                torch.tensor([total for _, total in numbers], device=device) if planned else None,
-            )
-            step_tensors(rule, tensors, loss, clock)
-        for step in counters:
-            step += 1
+            acc = {name: value for name, value in state.items() if name != "step"}
+            tensors.append(ChunkedTensor(rule, p.detach(), g, acc, float(group["lr"]), float(group["weight_decay"])))
+        counters = [self.state[p]["step"] for p, _, _ in steps]
+        totals = torch.tensor([group["num_steps"] for _, _, group in steps], device=device) if planned else None
+        step_tensors(rule, tensors, loss, Clock(torch.stack(counters), totals))
+        torch._foreach_add_(counters, 1)
 
 
 class _Step(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.rules import RULES, Rule
+from lopt.importer import import_rule
+from lopt.rules import Rule
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["matrix_7x5", "matrix_5x9", "square_6x6", "conv_hwio_3x3x4x8", "vector_6", "scalar"]
@@ -30,30 +30,22 @@ def to_torch_layout(x: np.ndarray, batch_ndim: int = 0) -> Tensor:
     return torch.from_numpy(x.transpose(axes + [batch_ndim + i for i in order]).copy())
 
 
-def load_mlp(rule: Rule, golden: dict[str, np.ndarray], prefix: str, weight: str, bias: str) -> None:
-    """Layers stored (in, out) into `w1`, `b1`, ..."""
-    i = 0
-    while f"{prefix}{weight.format(i)}" in golden:
-        getattr(rule, f"w{i + 1}").data = torch.from_numpy(golden[f"{prefix}{weight.format(i)}"].T.copy())
-        getattr(rule, f"b{i + 1}").data = torch.from_numpy(golden[f"{prefix}{bias.format(i)}"])
-        i += 1
+def build(name: str, dtype: torch.dtype = torch.float32) -> Rule:
+    """The rule of a golden file, its meta-weights read as the importer reads released ones."""
+    rule = import_rule(GOLDEN / f"{name}.npz", *FILES[name])
+    return rule.to(dtype)
 
 
-def build_small_fc(golden: dict[str, np.ndarray]) -> Rule:
-    hidden, layers = golden["theta/nn/~/w0"].shape[1], sum("nn/~/w" in key for key in golden) - 1
-    rule = RULES["small_fc"](hidden=hidden, hidden_layers=layers)
-    load_mlp(rule, golden, "theta/nn/~/", "w{}", "b{}")
-    for ours, theirs in (("momentum", "momentum"), ("second", "rms"), ("factored", "adafactor")):
-        getattr(rule, f"{ours}_offsets").data = torch.from_numpy(golden[f"theta/{theirs}_decays"])
-    return rule
-
-
-BUILDERS: dict[str, Callable[[dict[str, np.ndarray]], Rule]] = {
-    "small_fc_h4_l2": build_small_fc,
-    "small_fc_h32_l1": build_small_fc,
+FILES: dict[str, tuple[str, dict[str, object]]] = {
+    "small_fc_h4_l2": ("small_fc", {}),
+    "small_fc_h32_l1": ("small_fc", {}),
+    "mlp_lopt": ("mlp", {}),
+    "celo2": ("celo2", {"step_mult": 0.01, "route": False}),
+    "celo2_base": ("celo2_base", {"step_mult": 0.01}),
+    "velo_h16_b8": ("velo", {}),
 }
 TOLERANCE = 1e-4
-FILES = [(name, case) for name in BUILDERS for case in CASES if not (case == "scalar" and "celo2" in name)]
+RUNS = [(name, case) for name in list(FILES)[:-1] for case in CASES if not (case == "scalar" and "celo2" in name)]
 
 
 def movement_error(ours: list[Tensor], theirs: Tensor, start: Tensor) -> float:
@@ -66,29 +58,64 @@ def movement_error(ours: list[Tensor], theirs: Tensor, start: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "case"), FILES)
+@pytest.mark.parametrize(("name", "case"), RUNS)
 def test_rule_reproduces_the_recorded_trajectory(name: str, case: str, dtype: torch.dtype) -> None:
     golden = read(name)
-    rule = BUILDERS[name](golden).to(dtype)
+    rule = build(name, dtype)
     start = to_torch_layout(golden[f"{case}/p0"])
     params = {"p": start.to(dtype)}
     state, found = rule.init_state(params), []
     for g in to_torch_layout(golden[f"{case}/grads"], 1):
         params, state = rule.update({"p": g.to(dtype)}, params, state)
-        found.append(params["p"].detach())
+        found.append(params["p"].detach().float())
+        params = {"p": found[-1].to(dtype)}  # the recorded parameters were rounded to fp32, too
     error = movement_error(found, to_torch_layout(golden[f"{case}/p"], 1), start)
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "case"), FILES)
+@pytest.mark.parametrize(("name", "case"), RUNS)
 def test_learned_optimizer_reproduces_the_recorded_trajectory(name: str, case: str) -> None:
     golden = read(name)
     start = to_torch_layout(golden[f"{case}/p0"])
     p = nn.Parameter(start.clone())
-    optimizer, found = LearnedOptimizer([p], BUILDERS[name](golden)), []
+    optimizer, found = LearnedOptimizer([p], build(name)), []
     for g in to_torch_layout(golden[f"{case}/grads"], 1):
         p.grad = g
         optimizer.step()
         found.append(p.detach().clone())
     error = movement_error(found, to_torch_layout(golden[f"{case}/p"], 1), start)
     assert error < TOLERANCE
+
+
+# -- VeLO: all tensors at once, and the loss -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_velo_reproduces_the_recorded_trajectory(dtype: torch.dtype) -> None:
+    golden, rule = read("velo_h16_b8"), build("velo_h16_b8", dtype)
+    starts = {case: to_torch_layout(golden[f"all/{case}/p0"]) for case in CASES}
+    params = {case: p.to(dtype) for case, p in starts.items()}
+    state, found = rule.init_state(params), []
+    for step, loss in enumerate(golden["all/loss"]):
+        grads = {case: to_torch_layout(golden[f"all/{case}/grads"], 1)[step].to(dtype) for case in CASES}
+        params, state = rule.update(grads, params, state, torch.tensor(loss, dtype=dtype), torch.tensor(NUM_STEPS))
+        found.append({case: p.detach().float() for case, p in params.items()})
+        params = {case: p.to(dtype) for case, p in found[-1].items()}
+    for case in CASES:
+        recorded = to_torch_layout(golden[f"all/{case}/p"], 1)
+        assert movement_error([p[case] for p in found], recorded, starts[case]) < TOLERANCE
+
+
+def test_velo_reproduces_the_recorded_trajectory_as_an_optimizer() -> None:
+    golden = read("velo_h16_b8")
+    starts = {case: to_torch_layout(golden[f"all/{case}/p0"]) for case in CASES}
+    params = {case: nn.Parameter(p.clone()) for case, p in starts.items()}
+    optimizer, found = LearnedOptimizer(params.items(), build("velo_h16_b8"), num_steps=NUM_STEPS), []
+    for step, loss in enumerate(golden["all/loss"]):
+        for case, p in params.items():
+            p.grad = to_torch_layout(golden[f"all/{case}/grads"], 1)[step]
+        optimizer.step(loss=float(loss))
+        found.append({case: p.detach().clone() for case, p in params.items()})
+    for case in CASES:
+        recorded = to_torch_layout(golden[f"all/{case}/p"], 1)
+        assert movement_error([p[case] for p in found], recorded, starts[case]) < TOLERANCE

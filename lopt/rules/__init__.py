@@ -15,20 +15,34 @@ from lopt.rules.base import (
     Visit,
     step_tensors,
 )
+from lopt.rules.celo import Celo, CeloAdam
+from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.hand_designed import HandDesigned
+from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.linear import Linear
 from lopt.rules.lstm import LSTM
+from lopt.rules.mlp import MLPLOpt
 from lopt.rules.rmsprop import RMSprop
 from lopt.rules.rnnprop import RNNprop
 from lopt.rules.sgd import SGD, Momentum, Nesterov
 from lopt.rules.small_fc import SmallFC
+from lopt.rules.star import Star
+from lopt.rules.velo import VeLO
 
 RULES: dict[str, type[Rule]] = {
     "lstm": LSTM,
     "rnnprop": RNNprop,
     "linear": Linear,
     "small_fc": SmallFC,
+    "mlp": MLPLOpt,
+    "velo": VeLO,
+    "celo": Celo,
+    "celo_adam": CeloAdam,
+    "celo2": Celo2,
+    "celo2_base": Celo2Base,
+    "hierarchical_rnn": HierarchicalRNN,
+    "star": Star,
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,

@@ -119,6 +119,7 @@ class Rule(nn.Module, ABC):
         finishes: `finish` is to be called.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
+        feature_names: the inputs of the policy, in their order, if they have names; for people.
     """
 
     name: ClassVar[str]
@@ -128,6 +129,7 @@ class Rule(nn.Module, ABC):
     finishes: bool = False
     row_keys: tuple[str, ...] = ()
     temporaries: int = 0
+    feature_names: tuple[str, ...] = ()
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

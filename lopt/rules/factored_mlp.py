@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,22 @@ from lopt.rules.layout import Layout
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 K = 3
+RMS_EPS = 1e-9  # of parameter_rms
+NUM_VECTOR_FEATURES = 15  # of Celo2: up to g rs
+FEATURE_NAMES = (
+    *("g", "clip(g, 0.1)", "p"),
+    *(f"m {decay}" for decay in MOMENTUM_DECAYS),
+    "v",
+    *(f"m {decay} rs" for decay in MOMENTUM_DECAYS),
+    "rs = 1/sqrt(v)",
+    *(f"g F {decay}" for decay in FACTORED_DECAYS),
+    "g rs",
+    *(f"row mean of g^2 {decay}" for decay in FACTORED_DECAYS),
+    *(f"column mean of g^2 {decay}" for decay in FACTORED_DECAYS),
+    *(f"1/sqrt(row mean) {decay}" for decay in FACTORED_DECAYS),
+    *(f"1/sqrt(column mean) {decay}" for decay in FACTORED_DECAYS),
+    *(f"m {momentum} F {decay}" for momentum, decay in zip(MOMENTUM_DECAYS, FACTORED_DECAYS, strict=True)),
+)
 
 
 class FactoredMLP(FeatureMLP):
@@ -34,8 +52,10 @@ class FactoredMLP(FeatureMLP):
     vector_eps: float = 0.0
     second_decay: float = 0.999
 
-    def __init__(self, widths: list[int], seed: int, **config: object) -> None:
-        super().__init__(widths, seed, **config)
+    def __init__(
+        self, widths: list[int], seed: int, *, config: Mapping[str, object], bank: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(widths, seed, config=config, bank=bank)
         self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS), persistent=False)
         self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS), persistent=False)
         self.register_buffer("second_decays", torch.tensor([self.second_decay]), persistent=False)
@@ -54,6 +74,10 @@ class FactoredMLP(FeatureMLP):
     def clip(self, g: Tensor) -> Tensor:
         """The gradient that everything is computed from."""
         return g.clamp(-1000, 1000) if self.clips else g
+
+    def parameter_rms(self, mean_squares: Tensor) -> Tensor:
+        """`sqrt(mean p^2 + 1e-9)` `[*batch]`, from the element features' mean squares."""
+        return (mean_squares[..., 2 if self.clips else 1] + RMS_EPS).sqrt()
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -102,7 +126,7 @@ class FactoredMLP(FeatureMLP):
             return [g, g.clamp(-0.1, 0.1), p, m, v, m * rs, rs, g * factor, g * rs, m * factor_m]
         return [g, p, m, v, m * rs, rs, g * factor, m * factor_m]
 
-    def line_features(self, acc: Accumulators, layout: Layout) -> list[Tensor]:
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
         """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
         keys = ("averages", "averages") if layout.factored is None else ("rows", "cols")
         return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]

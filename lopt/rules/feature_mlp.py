@@ -8,6 +8,7 @@ through its weights. Layers are feature-major: weights `[out, in]` times feature
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from itertools import pairwise
 from math import sqrt
 from typing import NamedTuple
@@ -54,13 +55,17 @@ class FeatureMLP(Rule):
     Args:
         widths: inputs, hidden layers, outputs.
         seed: of the initial meta-weights: normal, std 1/sqrt(fan_in), cut at two of them; biases 0.
+        config: what else rebuilds the rule.
+        bank: leading dimensions of all weights, for rules that mix several MLPs.
     """
 
     norm_eps: float = 1e-5
     exp_mult: float = 1e-3
 
-    def __init__(self, widths: list[int], seed: int, **config: object) -> None:
-        super().__init__(seed=seed, **config)
+    def __init__(
+        self, widths: list[int], seed: int, *, config: Mapping[str, object], bank: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(**config, seed=seed)
         if not all(1 <= width <= MAX_HIDDEN for width in widths) or len(widths) > MAX_LAYERS + 2:
             raise ValueError(f"hidden widths must be from 1 to {MAX_HIDDEN}, in 1 to {MAX_LAYERS} layers, got {widths}")
         self.widths = widths
@@ -68,11 +73,10 @@ class FeatureMLP(Rule):
         generator = make_generator(seed)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
             std = 1 / sqrt(fan_in)
-            weight = nn.init.trunc_normal_(
-                torch.empty(fan_out, fan_in), std=std, a=-2 * std, b=2 * std, generator=generator
-            )
+            weight = torch.empty(*bank, fan_out, fan_in)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.register_parameter(f"w{i}", nn.Parameter(weight))
-            self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(fan_out)))
+            self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(*bank, fan_out)))
 
     # -- what a rule says of itself ------------------------------------------------------------------------------------
 
@@ -80,7 +84,7 @@ class FeatureMLP(Rule):
     def element_features(self, e: Elements) -> list[Tensor]:
         """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
 
-    def line_features(self, acc: Accumulators, layout: Layout) -> list[Tensor]:
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
         """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`."""
         return []
 

@@ -13,6 +13,7 @@ from lopt.rules.base import Accumulators, Elements, Sum
 from lopt.rules.layout import Layout
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+TIME_NAMES = tuple(f"tanh(t/{scale:g} - 1)" for scale in TIME_SCALES)
 PROGRESS_CENTERS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 NUM_LOSS_DECAYS = 10
 NUM_LOSS_FEATURES = NUM_LOSS_DECAYS - 1

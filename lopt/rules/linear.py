@@ -32,6 +32,8 @@ class Linear(ElementwiseRule):
     ) -> None:
         super().__init__(decays=list(decays), second_decay=second_decay, lr=lr)
         k = len(decays)
+        raw = ("g", *(f"m_{i}" for i in range(1, k + 1)))
+        self.feature_names = (*raw, *(f"{name} / rms" for name in raw))
         weights = torch.zeros(2 * (k + 1))
         weights[k + 2 + k // 2] = lr
         self.weights = nn.Parameter(weights)

@@ -76,6 +76,7 @@ class LSTM(CoordinatewiseLSTM):
     """
 
     name = "lstm"
+    feature_names = ("log|g| / k", "g e^k, clipped")
 
     def __init__(self, hidden: int = 20, output_scale: float = 0.01, log_bound: float = 5.0, seed: int = 0) -> None:
         super().__init__(2, hidden, seed, output_scale=output_scale, log_bound=log_bound)

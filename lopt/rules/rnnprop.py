@@ -29,6 +29,7 @@ class RNNprop(CoordinatewiseLSTM):
     """
 
     name = "rnnprop"
+    feature_names = ("m / sqrt(v)", "g / sqrt(v)")
 
     def __init__(
         self,

@@ -13,6 +13,12 @@ from lopt.rules.base import Clock, Means
 from lopt.rules.factored_mlp import FactoredMLP, K
 
 NUM_FEATURES = 28
+FEATURE_NAMES = (
+    *("g", "p", "m_1", "m_2", "m_3", "v", "m_1 rs", "m_2 rs", "m_3 rs", "rs", "g F_1", "g F_2", "g F_3"),
+    *(f"{name}_{i}" for name in ("R", "C", "rsqrt R", "rsqrt C") for i in (1, 2, 3)),
+    *("m_1 F_1", "m_2 F_2", "m_3 F_3"),
+    *(f"time {scale:g}" for scale in features.TIME_SCALES),
+)
 
 
 class SmallFC(FactoredMLP):
@@ -28,6 +34,7 @@ class SmallFC(FactoredMLP):
     """
 
     name = "small_fc"
+    feature_names = FEATURE_NAMES
     clips = False
     vector_eps = 1e-6
 
@@ -41,7 +48,7 @@ class SmallFC(FactoredMLP):
     ) -> None:
         config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
         widths = [NUM_FEATURES + len(features.TIME_SCALES), *[hidden] * hidden_layers, 2]
-        super().__init__(widths, seed, **config)
+        super().__init__(widths, seed, config=config)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.momentum_offsets = nn.Parameter(torch.zeros(K))
         self.second_offsets = nn.Parameter(torch.zeros(1))

@@ -1,0 +1,128 @@
+"""Celo: a per-parameter MLP whose steps a learned schedule scales, and Celo-Adam: Adam under such a schedule.
+
+Source: Moudgil et al. 2025, arXiv 2501.12670, with its released code and weights.
+Differs from the source: what has no effect there is left out (a mixing layer, the head over a bank of one MLP and the
+MLP's third output: 1,286 of 37,089 weights of Celo and 1,281 of 36,865 of Celo-Adam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
+from lopt.rules.layout import Layout
+from lopt.rules.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
+from lopt.rules.scheduler import ROW_KEYS, Scheduler
+from lopt.tensors import derive_seeds
+
+STEP_MULT = 1e-3
+
+
+class CeloScheduler(Scheduler):
+    """Progress and loss -> `0.1 exp(w h + b)`, the factor on the step; the same for all tensors of a model."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__(0, width, {"step": 1}, int(derive_seeds(seed, "celo scheduler")))
+
+    def forward(self, rows: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Tensor]:
+        """The new rows and the factors `[*batch, n]`."""
+        assert clock.num_steps is not None, "step_tensors has seen to it"
+        z, rows = self.observe(rows, loss, clock, clock.num_steps)
+        h, rows = self.advance(z, rows, clock.step)
+        return rows, 0.1 * torch.exp(self.read("step", h)[..., 0])
+
+
+class Celo(FactoredMLP):
+    """`p <- p - 0.001 lambda rms(p) d exp(0.001 a)`, with lambda from an LSTM on progress and loss.
+
+    Args:
+        hidden: width of the MLP's two hidden layers.
+        width: of the scheduler's LSTM.
+        seed: of the initial meta-weights.
+    """
+
+    name = "celo"
+    needs_loss = True
+    needs_num_steps = True
+    row_keys = ROW_KEYS
+    feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES)
+
+    def __init__(self, hidden: int = 4, width: int = 64, seed: int = 0) -> None:
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, config={"hidden": hidden, "width": width})
+        self.scheduler = CeloScheduler(width, seed)
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """The MLP's averages and the scheduler's row."""
+        return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """See `Rule.fold_tensors`: the learned schedule."""
+        rows, factor = self.scheduler(rows, loss, clock)
+        return rows, {"factor": factor}
+
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """`0.001 lambda rms(p)`."""
+        return STEP_MULT * terms["factor"] * self.parameter_rms(mean_squares)
+
+
+class CeloAdam(Rule):
+    """`p <- p - 0.001 lambda m_hat / (sqrt(v_hat + 1e-10) + 1e-8)`, with lambda from an LSTM on progress and loss.
+
+    Args:
+        width: of the scheduler's LSTM.
+        beta1, beta2: decays of the moments.
+        seed: of the initial meta-weights.
+    """
+
+    name = "celo_adam"
+    needs_loss = True
+    needs_num_steps = True
+    row_keys = ROW_KEYS
+    feature_names = ("m_hat / sqrt(v_hat)", *SCHEDULER_FEATURES)
+
+    def __init__(self, width: int = 64, beta1: float = 0.9, beta2: float = 0.999, seed: int = 0) -> None:
+        super().__init__(width=width, beta1=beta1, beta2=beta2, seed=seed)
+        self.scheduler = CeloScheduler(width, seed)
+        self.beta1, self.beta2 = beta1, beta2
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Adam's moments and the scheduler's row."""
+        row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """See `Rule.fold_tensors`: the learned schedule."""
+        rows, factor = self.scheduler(rows, loss, clock)
+        return rows, {"factor": factor}
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+        """The step's size, and the two bias corrections, `[*batch, 1...]`."""
+        count = clock.step.to(terms["factor"].dtype) + 1
+        parts = STEP_MULT * terms["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
+        return Fold(terms=[features.spread(part, layout.ndim) for part in parts])
+
+    def emit(self, e: Elements, terms: list[Tensor]) -> Visit:
+        """See `Rule.emit`."""
+        size, correct_m, correct_v = terms
+        m = torch.lerp(e.g, e.acc["m"], self.beta1)
+        v = torch.lerp(e.g.square(), e.acc["v"], self.beta2)
+        return Visit({"m": m, "v": v}, delta=-size * (m * correct_m) / ((v * correct_v + 1e-10).sqrt() + 1e-8))

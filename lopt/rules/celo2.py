@@ -1,0 +1,125 @@
+"""Celo2: a per-parameter MLP whose steps are orthogonalised and scaled to unit size; the schedule is the user's.
+
+Source: Celo2, ICLR 2026, arXiv 2602.19142.
+Differs from the source: the MLP's outputs beyond the first have no effect there and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lopt.rules.adam import AdamW
+from lopt.rules.base import Elements, Means, Rule
+from lopt.rules.factored_mlp import FEATURE_NAMES, NUM_VECTOR_FEATURES, FactoredMLP
+from lopt.rules.feature_mlp import MLPTerms
+from lopt.rules.layout import Layout
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+STEP_EPS = 1e-9
+
+
+class Celo2(FactoredMLP):
+    """`p <- p - step_mult u`: u is the MLP's output, orthogonalised (matrices) and scaled to rms 1.
+
+    A convolution counts as one matrix (in, out) per position of its window. Vectors, scalars and parameters with
+    "embed" in their name are left to AdamW (betas 0.9 and 0.95) with learning rate `step_mult adamw_mult`.
+
+    Args:
+        hidden: width of the MLP's two hidden layers.
+        step_mult: size of the step; 0.001 in meta-training.
+        adamw_mult: of AdamW's learning rate; 20 in meta-training.
+        route: False uses the MLP for every parameter.
+        seed: of the initial meta-weights.
+    """
+
+    name = "celo2"
+    finishes = True
+    orthogonalizes = True
+    rs_eps = 1e-8
+    second_decay = 0.95
+    norm_eps = 1e-9
+    exp_mult = 0.0
+    feature_names = FEATURE_NAMES
+
+    def __init__(
+        self,
+        hidden: int = 8,
+        step_mult: float = 1e-3,
+        adamw_mult: float = 20.0,
+        route: bool = True,
+        seed: int = 0,
+    ) -> None:
+        config = {"hidden": hidden, "step_mult": step_mult, "adamw_mult": adamw_mult, "route": route}
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 1], seed, config=config)
+        self.step_mult = step_mult
+        self.adamw: AdamW | None = None
+        if route:
+            lr = step_mult * adamw_mult
+            self.adamw = AdamW(lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0).requires_grad_(False)
+
+    def delegate(self, name: str, layout: Layout) -> Rule | None:
+        """AdamW for vectors, scalars and embeddings."""
+        return self.adamw if layout.factored is None or "embed" in name else None
+
+    def norm_axes(self, layout: Layout) -> tuple[int, ...]:
+        """Features are normalised per matrix."""
+        return layout.last
+
+    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+        """Vectors have the features up to g rs only."""
+        own, lines, constant = super().slots(layout)
+        return (own[:NUM_VECTOR_FEATURES], [], constant) if layout.factored is None else (own, lines, constant)
+
+    def element_features(self, e: Elements) -> list[Tensor]:
+        """See `FeatureMLP.element_features`."""
+        pieces = super().element_features(e)
+        return pieces[:-1] if e.layout.factored is None else pieces
+
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+        """See `FeatureMLP.line_features`."""
+        return [] if layout.factored is None else super().line_features(acc, layout)
+
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """1: `finish` sets the size."""
+        return mean_squares.new_ones(mean_squares.shape[:-1])
+
+    def finish(self, delta: Tensor, terms: MLPTerms, layout: Layout) -> Tensor:
+        """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
+        if self.orthogonalizes and layout.factored is not None:
+            delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
+        rms = (delta.square().mean(layout.last, keepdim=True) + STEP_EPS).rsqrt()
+        return self.step_mult * rms * delta
+
+
+class Celo2Base(Celo2):
+    """Celo2's MLP for every parameter, not orthogonalised: `p <- p - step_mult u`, u scaled to rms 1.
+
+    Args:
+        hidden, step_mult, seed: as for `Celo2`.
+    """
+
+    name = "celo2_base"
+    orthogonalizes = False
+
+    def __init__(self, hidden: int = 8, step_mult: float = 1e-3, seed: int = 0) -> None:
+        super().__init__(hidden, step_mult, route=False, seed=seed)
+        self.config = {"hidden": hidden, "step_mult": step_mult, "seed": seed}
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Five Newton-Schulz steps towards the nearest orthogonal matrix, for matrices `[..., rows, cols]`.
+
+    Source: Jordan et al. 2024 (Muon).
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-8)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

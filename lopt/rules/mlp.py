@@ -1,0 +1,72 @@
+"""MLPLOpt: an MLP on the gradient, the parameter and six momenta; no second moments at all.
+
+Source: "MLPLOpt" (LOLv2) in learned_optimization, Metz et al. 2022, arXiv 2203.11860.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Clock, Elements, Means, Visit
+from lopt.rules.feature_mlp import FeatureMLP
+from lopt.rules.layout import Layout
+
+DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+
+
+class MLPLOpt(FeatureMLP):
+    """Inputs g, p, m*6 and eleven time features; `p <- p - step_mult d exp(exp_mult a)`.
+
+    Args:
+        hidden: width of the hidden layers.
+        hidden_layers: number of hidden layers.
+        exp_mult, step_mult: see above.
+        seed: of the initial meta-weights.
+    """
+
+    name = "mlp"
+    feature_names = ("g", "p", *(f"m {decay}" for decay in DECAYS), *features.TIME_NAMES)
+
+    def __init__(
+        self,
+        hidden: int = 32,
+        hidden_layers: int = 2,
+        exp_mult: float = 1e-3,
+        step_mult: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
+        self.num_own = 2 + len(DECAYS)
+        super().__init__([len(self.feature_names), *[hidden] * hidden_layers, 2], seed, config=config)
+        self.exp_mult, self.step_mult = exp_mult, step_mult
+        self.register_buffer("decays", torch.tensor(DECAYS), persistent=False)
+        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Six momenta."""
+        return {"m": features.start_averages(p, len(DECAYS), layout.ndim)}
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """Momenta, and the features' sums of squares."""
+        decays = features.spread(self.decays, e.layout.ndim)  # type: ignore[arg-type]
+        acc = {"m": features.average(e.acc["m"], features.lift(e.g, e.layout.ndim), decays)}
+        pieces = self.element_features(e._replace(acc=acc))
+        return Visit(acc, {"squares": features.sum_squares(pieces, e.layout.axes, e)})
+
+    def element_features(self, e: Elements) -> list[Tensor]:
+        """See `FeatureMLP.element_features`."""
+        return [features.lift(e.g, e.layout.ndim), features.lift(e.p, e.layout.ndim), e.acc["m"]]
+
+    def constant_features(self, clock: Clock) -> Tensor:
+        """The eleven time features."""
+        return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
+
+    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+        """See `FeatureMLP.slots`."""
+        return list(range(self.num_own)), [], list(range(self.num_own, self.widths[0]))
+
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """`step_mult` for every tensor."""
+        return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)

@@ -1,0 +1,171 @@
+"""STAR: any rule, made stable by a nominal term beside it, a bound on what it adds, and weight decay.
+
+Source: Harrison, Metz & Sohl-Dickstein 2022, arXiv 2209.11208, "MLPNomLOpt" (adafac_nominal) in learned_optimization.
+Differs from the source: it wraps any rule, so that the factors on nominal term and weight decay are meta-weights
+instead of outputs of the inner network; the averages are its own and bias-corrected, so that it is Adam or
+Adam with aggregated momenta where the residual is 0; the residual is multiplied by the ratio of the recent to the long
+root mean square of the gradient and bounded, where the source divides it by the long one: that is bounded only by
+the eps in it, and an inner rule that is scaled already would be scaled twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt.names import suggest
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit, safe_sqrt
+from lopt.rules.layout import Layout
+
+KEYS = ("nominal_m", "nominal_v", "nominal_recent")
+
+
+class Star(Rule):
+    """`p <- (1 - weight_decay) p - lr mean(m_hat) / rms + residual_scale min(1, recent / rms) tanh(inner / unit)`.
+
+    `rms` is the root of the second moment v_hat, `recent` that of one that forgets as fast as the first momentum:
+    where gradients become small the residual does, too, and it is never larger than `residual_scale`.
+    lr, residual_scale and weight_decay are multiplied by exp of a meta-weight each; 0 stays 0. Decays are learned as
+    logits. The loss and the planned number of steps reach the inner rule.
+
+    Args:
+        inner: name of the inner rule.
+        inner_config: its options.
+        lr: learning rate of the nominal term.
+        residual_scale: the largest step of the residual.
+        residual_unit: the step of the inner rule that counts as large.
+        weight_decay: share of the parameter that a step takes away, whatever lr.
+        momentum_decays: of the momenta that are averaged; (0.9,) makes the nominal term Adam.
+        second_decay: of the second moment.
+        eps: added to `rms`.
+    Raises:
+        ValueError: no such inner rule, options that it does not accept, or one that treats tensors as wholes.
+    """
+
+    name = "star"
+
+    def __init__(
+        self,
+        inner: str = "small_fc",
+        inner_config: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        residual_scale: float = 1e-3,
+        residual_unit: float = 1e-3,
+        weight_decay: float = 1e-5,
+        momentum_decays: tuple[float, ...] = (0.9, 0.99, 0.999),
+        second_decay: float = 0.999,
+        eps: float = 1e-8,
+    ) -> None:
+        made = _build(inner, inner_config or {})
+        factors = {"residual_scale": residual_scale, "lr": lr, "weight_decay": weight_decay}
+        decays = {"momentum_decays": list(momentum_decays), "second_decay": second_decay}
+        super().__init__(
+            inner=inner, inner_config=made.config, residual_unit=residual_unit, eps=eps, **factors, **decays
+        )
+        for key, factor in {**factors, "eps": eps}.items():
+            if not factor >= 0:
+                raise ValueError(f"{key} must be at least 0, got {factor}")
+        if not residual_unit > 0:
+            raise ValueError(f"residual_unit must be above 0, got {residual_unit}")
+        if not momentum_decays or not all(0 < decay < 1 for decay in (*momentum_decays, second_decay)):
+            raise ValueError(f"decays must be above 0 and below 1, at least one of a momentum, got {decays}")
+        self.inner, self.factors, self.residual_unit, self.eps = made, factors, residual_unit, eps
+        self.elementwise, self.row_keys = made.elementwise, made.row_keys
+        self.needs_loss, self.needs_num_steps = made.needs_loss, made.needs_num_steps
+        self.temporaries = made.temporaries + 2 * len(momentum_decays) + 6
+        for key in factors:
+            self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros(())))
+        self.momentum_logits = nn.Parameter(torch.logit(torch.tensor(list(momentum_decays))))
+        self.second_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Those of the inner rule, the momenta, and the long and the recent second moment."""
+        count = len(self.config["momentum_decays"])
+        own = (features.start_averages(p, count, layout.ndim), torch.zeros_like(p), torch.zeros_like(p))
+        return self.inner.init_accumulators(p, layout) | dict(zip(KEYS, own, strict=True))
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def measure(self, e: Elements) -> Visit:
+        """See `Rule.measure`."""
+        return self.inner.measure(_without_nominal(e))
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """See `Rule.fold_tensors`."""
+        return self.inner.fold_tensors(rows, means, layouts, loss, clock)
+
+    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+        """See `Rule.fold_lines`."""
+        return self.inner.fold_lines(means, acc, layout)
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """See `Rule.accumulate`."""
+        return self.inner.accumulate(_without_nominal(e), terms)
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+        """See `Rule.fold`: the inner rule's terms, and the number of this step."""
+        folded = self.inner.fold(means, acc, layout, clock, terms)
+        return folded._replace(terms=(folded.terms, clock.step + 1))
+
+    def emit(self, e: Elements, terms: tuple[Any, Tensor]) -> Visit:
+        """See `Rule.emit`: the inner rule's step becomes the residual."""
+        inner_terms, step = terms
+        ndim = e.layout.ndim
+        visit = self.inner.emit(_without_nominal(e), inner_terms)
+        assert visit.delta is not None, "`emit` makes the step"
+        momenta, long = (features.spread(torch.sigmoid(x), ndim) for x in (self.momentum_logits, self.second_logit))
+        counts = features.spread(step[..., None].to(e.p.dtype), ndim)
+        square, recent = features.lift(e.g.square(), ndim), momenta.narrow(-ndim - 1, 0, 1)
+        m = features.average(e.acc["nominal_m"], features.lift(e.g, ndim), momenta)
+        v = features.average(features.lift(e.acc["nominal_v"], ndim), square, long)
+        u = features.average(features.lift(e.acc["nominal_recent"], ndim), square, recent)
+
+        rms = safe_sqrt(v / (1 - long**counts)) + self.eps
+        nominal = (m / (1 - momenta**counts)).mean(-ndim - 1, keepdim=True) / rms
+        share = (safe_sqrt(u / (1 - recent**counts)) / rms).clamp(max=1)
+        nominal, share, v, u = (x.squeeze(-ndim - 1) for x in (nominal, share, v, u))
+        residual = share * torch.tanh(visit.delta / self.residual_unit)
+        scale, lr, decay = (self._factor(key, ndim) for key in self.factors)
+        delta = scale * residual - lr * nominal - decay * e.p
+        return Visit({**visit.acc, **dict(zip(KEYS, (m, v, u), strict=True))}, delta=delta)
+
+    def _factor(self, key: str, ndim: int) -> Tensor:
+        """A factor `[*batch, 1...]`: its initial value times exp of its meta-weight."""
+        log_change: Tensor = getattr(self, f"log_{key}")
+        return features.spread(self.factors[key] * log_change.exp(), ndim)
+
+
+def _without_nominal(e: Elements) -> Elements:
+    """The elements as the inner rule knows them."""
+    return e._replace(acc={key: a for key, a in e.acc.items() if key not in KEYS})
+
+
+def _build(name: str, config: dict[str, Any]) -> Rule:
+    """The inner rule; ValueError if there is none, or if its step cannot be a residual."""
+    from lopt.rules import RULES  # which lists Star
+
+    if name not in RULES:
+        raise ValueError(f"star cannot wrap {name!r}: there is no such rule. {suggest(name, RULES)}.")
+    if issubclass(RULES[name], Star):
+        raise ValueError("star cannot wrap 'star': the accumulators would have the same names. Give another rule.")
+    try:
+        rule = RULES[name](**config)
+    except TypeError as error:
+        raise ValueError(f"star cannot wrap {name!r} with inner_config {config}: {error}") from error
+    if rule.finishes or type(rule).delegate is not Rule.delegate:
+        raise ValueError(
+            f"star cannot wrap {name!r}: it steps whole tensors or leaves some of them to another rule, which is not "
+            "to be bounded element by element. Wrap a rule without `finish` and `delegate`."
+        )
+    return rule

@@ -1,0 +1,137 @@
+"""VeLO: a bank of per-parameter MLPs, mixed for each tensor by an LSTM that sees all of them.
+
+Source: Metz et al. 2022, arXiv 2211.09760 ("HyperV2" in learned_optimization).
+Differs from the source: what has no effect there is left out (a mixing layer and the MLP's third output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lopt.rules.base import Accumulators, Clock, Elements, Means, Sum, Visit
+from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP, K
+from lopt.rules.feature_mlp import Layer
+from lopt.rules.layout import Layout
+from lopt.rules.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
+from lopt.rules.scheduler import ROW_KEYS, Scheduler
+from lopt.tensors import derive_seeds
+
+STEP_MULT = 1e-3
+BANK_SCALE = 100.0
+MAX_BANK = 4096
+NUM_DIMS = 5  # 0 to 4 dimensions larger than 1, one-hot
+BUGGED_SPAN = 10
+TENSOR_FEATURES = (
+    "log mean v",
+    *(f"{i} dimensions > 1" for i in range(NUM_DIMS)),
+    *(f"log var m {i + 1}" for i in range(K)),
+    *(f"log mean (v - mean m {i + 1})^2" for i in range(K)),
+)
+
+
+class VeLO(FactoredMLP):
+    """`p <- p - 0.001 lambda rms(p) d exp(0.001 a)`; lambda and the MLP's mixture come from the tensor's LSTM row.
+
+    Args:
+        hidden: width of the MLPs' two hidden layers.
+        width: of the LSTM (512 in the release).
+        bank: number of MLPs.
+        bugged_loss_features: the release exists in two variants. True, the source's default: all averages of the loss
+            have a half-life of 10 steps. False: from 10 steps to the planned number of steps.
+        carry_state: False reproduces an early slip of the source, where the LSTM started afresh in every step.
+        seed: of the initial meta-weights.
+    """
+
+    name = "velo"
+    needs_loss = True
+    needs_num_steps = True
+    row_keys = ROW_KEYS
+    feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES, *TENSOR_FEATURES)
+
+    def __init__(
+        self,
+        hidden: int = 4,
+        width: int = 512,
+        bank: int = 256,
+        bugged_loss_features: bool = True,
+        carry_state: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= bank <= MAX_BANK:
+            raise ValueError(f"bank must be from 1 to {MAX_BANK}, got {bank}")
+        flags = {"bugged_loss_features": bugged_loss_features, "carry_state": carry_state}
+        config = {"hidden": hidden, "width": width, "bank": bank, **flags}
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, bank=(bank,), config=config)
+        self.bugged_loss_features, self.carry_state = bugged_loss_features, carry_state
+        heads = {"control": bank, "step": 1}
+        self.scheduler = Scheduler(len(TENSOR_FEATURES), width, heads, int(derive_seeds(seed, "velo scheduler")))
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """The MLP's averages and the tensor's LSTM row."""
+        return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+
+    def measure(self, e: Elements) -> Visit:
+        """Row and column sums of g^2, and moments of the parameter and of the averages before this step."""
+        m, v = e.acc["m"], e.acc["v"]
+        parts = {"p2": e.p.square(), "v": v, "v2": v.square(), "m": m, "m2": m.square()}
+        axes = e.layout.axes
+        sums = {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in parts.items()}
+        return Visit(sums={**super().measure(e).sums, **sums})
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """See `Rule.fold_tensors`: loss buffer, LSTM, and its two heads."""
+        assert clock.num_steps is not None, "step_tensors has seen to it"
+        span = torch.full_like(clock.num_steps, BUGGED_SPAN) if self.bugged_loss_features else clock.num_steps
+        z, rows = self.scheduler.observe(rows, loss, clock, span)
+        described = [_describe_tensor(mean, layout) for mean, layout in zip(means, layouts, strict=True)]
+        z = torch.cat([z, torch.stack(described, -2)], -1)
+        step = clock.step if self.carry_state else torch.zeros_like(clock.step)
+        h, rows = self.scheduler.advance(z, rows, step)
+        read = self.scheduler.read
+        return rows, {"control": read("control", h), "factor": read("step", h)[..., 0]}
+
+    def layers(self, terms: Means) -> list[Layer]:
+        """The bank's weights averaged under the tensor's controls, times 100."""
+        control = terms["control"] * (BANK_SCALE / terms["control"].shape[-1])
+        return [(_mix(control, weight, 2), _mix(control, bias, 1)) for weight, bias in super().layers(terms)]
+
+    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+        """`0.001 lambda rms(p)`."""
+        return STEP_MULT * terms["factor"] * self.parameter_rms(mean_squares)
+
+
+def _mix(control: Tensor, bank: Tensor, ndim: int) -> Tensor:
+    """Weighted sum of the bank: `[*batch, bank]` and `[*batch, bank, *shape]` -> `[*batch, *shape]`."""
+    mixed = (control[..., None, :] @ bank.flatten(-ndim)).squeeze(-2)
+    return mixed.reshape(*mixed.shape[:-1], *bank.shape[-ndim:])
+
+
+def _describe_tensor(means: Means, layout: Layout) -> Tensor:
+    """The twelve `TENSOR_FEATURES` of one tensor, `[*batch, 12]`, with the parameter scaled to rms 1.
+
+    The second variance is taken around the mean of m, not of v: a slip of the source that its weights rely on.
+    """
+    p2, v, v2 = (means[key].flatten(-layout.ndim) for key in ("p2", "v", "v2"))  # [*batch, 1]
+    m, m2 = (means[key].flatten(-layout.ndim)[..., 0] for key in ("m", "m2"))  # [*batch, 3]
+    scale = p2.clamp(min=1e-9).rsqrt()
+    var_m = scale.square() * (m2 - m.square()).clamp(min=0)
+    var_v = scale.square() * (v2 - 2 * v * m + m.square())
+    large = torch.tensor(sum(size > 1 for size in layout.shape), device=v.device)
+    dims = F.one_hot(large.clamp(max=NUM_DIMS), NUM_DIMS + 1)[:NUM_DIMS].to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
+    return torch.cat([_log(scale * v), dims, _log(var_m), _log(var_v)], -1)
+
+
+def _log(x: Tensor) -> Tensor:
+    """`0.5 clip(log(1e-8 + |10 x|), -5, 5)`."""
+    return 0.5 * (1e-8 + (10 * x).abs()).log().clamp(-5, 5)
