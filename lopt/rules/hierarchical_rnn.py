@@ -80,6 +80,13 @@ class HierarchicalRNN(Rule):
         if not lr > 0:
             raise ValueError(f"lr must be above 0, got {lr}")
         self.num_scales = num_scales
+        scales = range(1, num_scales + 1)
+        self.feature_names = (
+            *(f"asinh(m_{i} / rms)" for i in scales),
+            *(f"product of {i} and {i + 1}" for i in scales[:-1]),
+            *(f"log v_{i} - mean" for i in scales),
+            "log rate - mean",
+        )
         inputs = 3 * num_scales
         self.sizes = {"pooled": hidden + inputs, "tensor": tensor_hidden, "global": global_hidden}
         self.hidden = hidden
@@ -150,8 +157,7 @@ class HierarchicalRNN(Rule):
         pooled = rows["pooled"]
         counts = pooled.new_tensor([prod(layout.shape) for layout in layouts])
         started = (clock.step > 0).expand(pooled.shape[:-1])
-        filled = (counts > 0)[:, None]
-        heard = started[..., None] & filled  # [*batch, n, 1]
+        heard = (started & (counts > 0))[..., None]  # [*batch, n, 1]
         some = heard.any(-2, keepdim=True)  # [*batch, 1, 1]
         first_tensor, first_model = self.start2.unsqueeze(-2), self.start3.unsqueeze(-2)
 
@@ -170,8 +176,7 @@ class HierarchicalRNN(Rule):
             "started": started.to(pooled.dtype),
             "log_rate": log_rate.expand(pooled.shape[:-1]),
         }
-        new = {"tensor": tensor, "global": model}
-        return {key: torch.where(filled, value, rows[key]) for key, value in new.items()}, terms
+        return {"tensor": tensor, "global": model.expand_as(rows["global"])}, terms
 
     def accumulate(self, e: Elements, terms: Means) -> Visit:
         """See `Rule.accumulate`: averages and the elements' GRU."""

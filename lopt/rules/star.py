@@ -76,6 +76,7 @@ class Star(Rule):
         self.inner, self.factors, self.residual_unit, self.eps = made, factors, residual_unit, eps
         self.elementwise, self.row_keys = made.elementwise, made.row_keys
         self.needs_loss, self.needs_num_steps = made.needs_loss, made.needs_num_steps
+        self.feature_names = made.feature_names
         self.temporaries = made.temporaries + 2 * len(momentum_decays) + 6
         for key in factors:
             self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros(())))
