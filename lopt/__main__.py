@@ -342,31 +342,33 @@ def list_(what: str | None, as_json: bool) -> None:
         console.print(table, "")
 
 
-@cli.command(short_help="Show what a rule is and how it was trained.")
+@cli.command(short_help="Show what a rule is and does, and how it was trained.")
 @click.argument("rule")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the pictures [default: runs/inspect-RULE].")
+@click.option("--pictures/--no-pictures", default=None, help="Draw them [default: yes; with --json only for --out].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(rule: str, as_json: bool) -> None:
-    """Show what RULE is: configuration, size, state per parameter, and its training card."""
-    from lopt.inspection import inspect_rule
-    from lopt.log import flatten_dict
+def inspect(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -> None:
+    """Show what RULE is (configuration, size, state, training card) and draw what it does."""
+    from lopt.inspection import find_horizon, inspect_rule, print_facts
+    from lopt.names import slugify
+    from lopt.portrait import probe_rule, write_portrait
 
-    _, learned, card = open_rule(rule)
-    facts = {**inspect_rule(learned), "card": card}
+    path, learned, card = open_rule(rule)
+    label = card.get("name") or path.stem
+    folder = out or RUNS / slugify(f"inspect {label}")
+    draws = pictures or (pictures is None and (out is not None or not as_json))
+    if draws:
+        make_folder(folder)
+    facts, console = inspect_rule(learned), Console(stderr=as_json)
     if as_json:
-        click.echo(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    for key, value in flatten_dict(facts).items():
-        if not key.startswith("card.config.") and key != "card.results":
-            table.add_row(escape(key), escape(str(value)))
-    for result in card.get("results", []):
-        losses = {figure: result[figure] for figure in ("final", "mean")}
-        text = "; ".join(
-            f"{k} loss {v['rule']} (best tuned: {v['best_tuned_name']} {v['best_tuned']})" for k, v in losses.items()
-        )
-        table.add_row(escape(result["setting"]), escape(text))
-    Console().print(table)
+        click.echo(json.dumps({**facts, "card": card}))
+    else:
+        print_facts(facts, card, console)
+    if draws:
+        with console.status("probing and drawing"):
+            written = write_portrait(folder, probe_rule(learned, label, find_horizon(card)))
+        for name, picture in written.items():
+            say(console, f"{name:>16}  {picture}")
 
 
 @cli.command(short_help="Write the page of an evaluation again.")

@@ -147,5 +147,6 @@ def test_unpickling_and_evaluating_are_found_in_any_spelling(source: str, found:
 
 
 def test_harmless_code_is_not_taken_for_unpickling() -> None:
-    source = "import torch, numpy as np\ntorch.load(path, weights_only=True)\nmodel.eval()\nnp.load(path, allow_pickle=False)\nself.load(path)"
+    source = "import torch, numpy as np\ntorch.load(path, weights_only=True)\n"
+    source += "model.eval()\nnp.load(path, allow_pickle=False)\nself.load(path)"
     assert find_unsafe(source) == []

@@ -130,7 +130,20 @@ def test_inspect_counts_meta_weights_and_state(run) -> None:  # type: ignore[no-
     facts = json.loads(run("inspect", "lstm.safetensors", "--json").out)
     assert facts["meta_weights"] == 5141  # Andrychowicz et al. 2016
     assert facts["state_bytes_per_parameter"] == 320
-    assert "5141" in run("inspect", "lstm.safetensors").out
+    assert "5141" in run("inspect", "lstm.safetensors", "--no-pictures").out
+    assert not Path("runs").exists()
+
+
+def test_inspect_draws_what_the_rule_does_and_says_where(run, in_folder: Path) -> None:  # type: ignore[no-untyped-def]
+    result = run("inspect", "linear.safetensors")
+    assert result.status == 0, result.err
+    names = {"gradient.png", "map.png", "jump.png", "noise.png", "schedule.png"}
+    folder = Path("runs/inspect-my-linear-rule")
+    assert {path.name for path in folder.iterdir()} == names
+    assert all(str(folder / name) in result.out for name in names)
+    asked = run("inspect", "linear.safetensors", "--json", "--out", "drawn")
+    assert json.loads(asked.out)["state_bytes"] == {"4096": 16, "64x64": 16, "1024x1024": 16}
+    assert {path.name for path in Path("drawn").iterdir()} == names
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)])
@@ -189,6 +202,7 @@ def write_pickle(path: str) -> None:
         (["eval", "adam.safetensors", "--task", "quadratic"], "'adam'.*baseline is called so"),
         (["eval", "linear.safetensors", "--task", "module"], "module"),
         (["inspect", "bomb.safetensors"], "pickle"),
+        (["inspect", "linear.safetensors", "--out", "tiny.toml"], "tiny.toml"),
         (["report", "nowhere"], "no evaluation in nowhere"),
     ],
 )
@@ -249,8 +263,8 @@ def test_evaluations_with_other_settings_go_to_other_folders_and_remember_their_
 )
 def test_a_foreign_card_is_ignored_with_a_note(run, card: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
     lopt.save(RULES["linear"](), "foreign.safetensors", card)
-    for command in (["inspect"], ["eval"]):
-        result = run(*command, "foreign.safetensors", *(QUICK if command == ["eval"] else []))
+    for command, options in (("inspect", ["--no-pictures"]), ("eval", QUICK)):
+        result = run(command, "foreign.safetensors", *options)
         assert result.status == 0, result.err
         assert "card of foreign.safetensors is not understood" in result.err
     assert [p.name[:12] for p in Path("runs").glob("eval-*")] == ["eval-foreign"]
