@@ -1,4 +1,4 @@
-"""`python -m bench meta | soak`: speed of the programs of this project, as tables and JSON."""
+"""`python -m bench meta | soak | step`: speed of the programs of this project, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from bench.meta import meta
 from bench.soak import soak
+from bench.step import step
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,6 +16,7 @@ def cli() -> None:
 
 cli.add_command(meta)
 cli.add_command(soak)
+cli.add_command(step)
 
 if __name__ == "__main__":
     cli(prog_name="python -m bench")
