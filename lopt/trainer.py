@@ -179,7 +179,7 @@ class Trainer:
         begin = time.perf_counter()
         estimate = self.estimator.estimate(self.loop, self.slots)
         self.slots = estimate.slots
-        for name, weight in self.rule.named_parameters():
+        for name, weight in self.rule.meta_weights().items():
             weight.grad = estimate.gradient[name]
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), self.config.clip)
         rate = self.learning_rate()

@@ -134,7 +134,7 @@ def test_meta_gradient_is_finite_and_not_zero_where_gradients_are_zero(rule: Rul
     grads = {"w": torch.tensor([[0.0, 1.0, -1e-20], [1e10, 0.0, 1e-3]])}
     for _ in range(steps):
         params, state = rule.update(grads, params, state, torch.ones(()), torch.tensor(HORIZON))
-    weights = {name: w for name, w in rule.named_parameters() if w.requires_grad}
+    weights = rule.meta_weights()
     meta = torch.autograd.grad(params["w"].sum(), weights.values(), allow_unused=True)
     found = {name: g for name, g in zip(weights, meta, strict=True) if g is not None}
     assert all(bool(g.isfinite().all()) for g in found.values())

@@ -96,7 +96,8 @@ class Backprop(Estimator):
         count = len(slots.ids)
         size = self.task_chunk or count
         parts, healthy = [], torch.ones(count, dtype=torch.bool)
-        totals = [torch.zeros_like(w) for w in loop.rule.parameters()]
+        weights = loop.rule.meta_weights()
+        totals = [torch.zeros_like(w) for w in weights.values()]
         sums: dict[str, float] = dict.fromkeys(("loss", "meta_loss", "imitation_loss"), 0.0)
         finished = 0
         for begin in range(0, count, size):
@@ -119,14 +120,13 @@ class Backprop(Estimator):
             parts.append(loop.restart(sick.ids, sick.episode + 1))
         joined = join_slots(parts)
         scale = 1 / max(alive, 1)
-        names = [name for name, _ in loop.rule.named_parameters()]
         metrics = {key: value * scale if alive else float("nan") for key, value in sums.items()} | {
             "skipped_slots": float(count - alive),
             "finished_tasks": float(finished),
             "inner_steps": float(num_steps * count),
         }
         return Estimate(
-            {name: total * scale for name, total in zip(names, totals, strict=True)},
+            {name: total * scale for name, total in zip(weights, totals, strict=True)},
             select_slots(joined, joined.ids.argsort()),
             metrics,
         )
@@ -155,7 +155,7 @@ class Backprop(Estimator):
     def _differentiate(self, rule: Rule, window: Window) -> list[Tensor]:
         """Gradient of the tasks' summed objectives in the meta-weights."""
         total = self._objective(window).sum() + self.imitation * window.imitation.mean(0).sum()
-        weights = list(rule.parameters())
+        weights = list(rule.meta_weights().values())
         if not total.requires_grad:
             return [torch.zeros_like(w) for w in weights]
         gradients = torch.autograd.grad(total, weights, allow_unused=True)

@@ -239,6 +239,10 @@ class Rule(nn.Module, ABC):
         accumulators = {name: tensor.acc for name, tensor in tensors.items()}
         return new_params, State(state.step + 1, accumulators)
 
+    def meta_weights(self) -> dict[str, nn.Parameter]:
+        """The meta-weights that are learned, by name: parameters with `requires_grad`."""
+        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Params, State]:
         """`update`, under the name that `torch.func.functional_call` calls."""
         return self.update(*args, **kwargs)
