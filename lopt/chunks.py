@@ -12,10 +12,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lopt.rules.base import NOTHING, Accumulators, Elements, Means, Rule, Visit, count_elements
+from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Means, Rule, Visit, count_elements
 from lopt.rules.layout import find_layout
 
-CPU_CHUNK = 2 << 20  # bytes of all that a chunk works on; the best of 0.25 to 32 MiB for LSTM, linear and Adam
+# Bytes of parameters, gradients and state: the best of 0.25 to 32 MiB for LSTM, linear and Adam; and with the rule's
+# temporaries counted: the best of 2 to 64 MiB for the MLPs on features.
+CPU_CHUNK, CPU_CHUNK_WITH_TEMPORARIES = 2 << 20, 16 << 20
 GPU_CHUNK = 256 << 20  # bounds temporary memory; a launch is dear
 
 Cut = tuple[slice, ...]
@@ -74,17 +76,20 @@ class ChunkedTensor:
             self.acc[key].copy_(value)
         self.fields |= fields
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
         """See `Steppable.move`."""
-        whole = torch.empty(self.layout.shape, device=self.p.device) if finish else None
+        if finish is None:
+            for cut, visit in self._walk(stage):
+                assert visit.delta is not None, "`emit` makes the step"
+                write_step(self._cut(self.p, cut), visit.delta, self.lr, self.decay)
+            return
+        whole = torch.empty(self.layout.shape, device=self.p.device)
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`emit` makes the step"
-            if whole is None:
-                write_step(self._cut(self.p, cut), visit.delta, self.lr, self.decay)
-            else:
-                self._cut(whole, cut).copy_(visit.delta)
-        if whole is not None and finish is not None:
-            write_step(self.p, finish(whole), self.lr, self.decay)
+            self._cut(whole, cut).copy_(visit.delta)
+        whole, factor = finish(whole)
+        for cut in self.cuts:
+            write_step(self._cut(self.p, cut), self._cut(whole, cut) * self._cut(factor, cut), self.lr, self.decay)
 
     def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
         """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
@@ -123,7 +128,8 @@ def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
 
 def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
     """How many coordinates of `p`, with all that is held for each, make a chunk: a multiple of 1024."""
-    size = CPU_CHUNK if p.device.type == "cpu" else GPU_CHUNK
+    size = CPU_CHUNK_WITH_TEMPORARIES if temporaries else CPU_CHUNK
+    size = size if p.device.type == "cpu" else GPU_CHUNK
     numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / max(p.numel(), 1)
     return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
 

@@ -131,6 +131,7 @@ def test_scale_of_the_gradient_does_not_matter() -> None:
 
 def test_optimizer_steps_as_update_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     rule, grads = make_rule(), [draw(step) for step in range(1, 6)]
     params = {name: nn.Parameter(p) for name, p in draw(0).items()}
     optimizer = LearnedOptimizer(params.values(), rule)

@@ -64,8 +64,8 @@ class UnitNorm(Rule):
         m = 0.9 * e.acc["m"] + e.g
         return Visit({"m": m}, delta=-m)
 
-    def finish(self, delta: Tensor, terms: Means, layout: Layout) -> Tensor:
-        return terms["size"] * delta / (delta.norm() + 1e-8)
+    def finish(self, delta: Tensor, terms: Means, layout: Layout) -> tuple[Tensor, Tensor]:
+        return delta, (terms["size"] / (delta.norm() + 1e-8)).reshape([1] * delta.ndim)
 
 
 def make_rule(name: str) -> Rule:
@@ -119,6 +119,7 @@ def rule(request: pytest.FixtureRequest) -> Rule:
 @pytest.mark.parametrize("name", [*sorted(RULES), "unit_norm"])
 def test_steps_are_the_rules_own_at_chunk_boundaries(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     rule = make_rule(name)
     p = nn.Parameter(draw(0, size))
     grads = [draw(1 + i, size) for i in range(3)]
@@ -148,6 +149,7 @@ def test_steps_are_the_rules_own_for_every_shape(rule: Rule, shape: tuple[int, .
 
 def test_layout_of_parameter_and_gradient_does_not_matter(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     dense = draw(0, 48, 4, 3, 3)
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.clone(memory_format=torch.channels_last),

@@ -116,6 +116,7 @@ def test_residual_vanishes_with_the_gradient() -> None:
 @pytest.mark.parametrize("inner", STAGED)
 def test_optimizer_steps_as_update_chunk_by_chunk(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     star = Star(inner)
     assert star.elementwise == (inner == "lstm")
     params = {name: nn.Parameter(p) for name, p in draw(0).items()}

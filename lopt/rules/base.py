@@ -34,6 +34,7 @@ from lopt.tensors import Params
 
 Accumulators = dict[str, Tensor]
 Means = dict[str, Tensor]
+Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -182,9 +183,9 @@ class Rule(nn.Module, ABC):
     def emit(self, e: Elements, terms: Any) -> Visit:
         """The step: the new parameters are `p + delta`."""
 
-    def finish(self, delta: Tensor, terms: Any, layout: Layout) -> Tensor:
-        """The step of a whole tensor, of rules with `finishes`."""
-        return delta
+    def finish(self, delta: Tensor, terms: Any, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The step of a whole tensor and a factor `[*batch, *shape or 1s]` on it, of rules with `finishes`."""
+        raise NotImplementedError(f"{self.name} has no finish")
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
         """Another rule for the parameter `name`, if this one is not meant for it."""
@@ -266,7 +267,7 @@ class Steppable(Protocol):
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
         """Keep new accumulators for good, and fields for the rest of this step."""
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
         """As `visit`, for the stage whose delta, after `finish`, is added to the parameter."""
 
 
@@ -331,11 +332,14 @@ class WholeTensor:
         self.acc |= acc
         self.fields |= fields
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Callable[[Tensor], Tensor] | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
         """See `Steppable.move`."""
         delta = self._call(stage).delta
         assert delta is not None, "`emit` makes the step"
-        self.p = self.p + (delta if finish is None else finish(delta))
+        if finish is not None:
+            delta, factor = finish(delta)
+            delta = delta * factor
+        self.p = self.p + delta
 
 
 def count_elements(axes: tuple[int, ...], layout: Layout) -> int:

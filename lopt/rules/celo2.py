@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lopt.rules.adam import AdamW
-from lopt.rules.base import Elements, Means, Rule
+from lopt.rules.base import Elements, Means, Rule, count_elements
 from lopt.rules.factored_mlp import FEATURE_NAMES, NUM_VECTOR_FEATURES, FactoredMLP
 from lopt.rules.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
@@ -87,12 +87,13 @@ class Celo2(FactoredMLP):
         """1: `finish` sets the size."""
         return mean_squares.new_ones(mean_squares.shape[:-1])
 
-    def finish(self, delta: Tensor, terms: MLPTerms, layout: Layout) -> Tensor:
+    def finish(self, delta: Tensor, terms: MLPTerms, layout: Layout) -> tuple[Tensor, Tensor]:
         """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
         if self.orthogonalizes and layout.factored is not None:
             delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
-        rms = (delta.square().mean(layout.last, keepdim=True) + STEP_EPS).rsqrt()
-        return self.step_mult * rms * delta
+        count = count_elements(layout.last, layout)
+        square = torch.linalg.vector_norm(delta, dim=layout.last, keepdim=True).square() / count
+        return delta, self.step_mult * (square + STEP_EPS).rsqrt()
 
 
 class Celo2Base(Celo2):

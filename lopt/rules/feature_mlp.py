@@ -142,7 +142,11 @@ class FeatureMLP(Rule):
             product = line @ feature.flatten(-ndim)
             base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
         x = x.flatten(-ndim)
-        hidden = _add_product(base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), weight, x)
+        base = base.expand(*base.shape[:-ndim], *shape).flatten(-ndim)
+        if terms.lines and not torch.is_grad_enabled() and weight.ndim == 2:
+            hidden = base.addmm_(weight, x)  # the sum of the line terms is ours
+        else:
+            hidden = _add_product(base, weight, x)
         for weight, bias in rest:
             hidden = _add_product(bias[..., None], weight, hidden.relu_())
         step = hidden[..., 0, :]
