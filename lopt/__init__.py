@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Any
 from lopt.checkpoint import VERSION as __version__
 from lopt.checkpoint import list_rules, load, load_card, save
 from lopt.optim import LearnedOptimizer
+from lopt.routing import group_parameters
 
 if TYPE_CHECKING:
     from lopt.trainer import Trainer
 
-__all__ = ["LearnedOptimizer", "Trainer", "__version__", "list_rules", "load", "load_card", "save"]
+__all__ = [
+    "LearnedOptimizer",
+    "Trainer",
+    "__version__",
+    "group_parameters",
+    "list_rules",
+    "load",
+    "load_card",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

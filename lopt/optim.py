@@ -25,15 +25,14 @@ from lopt.rules import RULES, Clock, Rule, find_layout, step_tensors
 
 DEFAULT_RULE = "digits-lstm"
 ADAMW = "adamw"
-ADAMW_OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class LearnedOptimizer(Optimizer):
     """Optimizes with a learned update rule: `p <- p + lr * step of the rule - lr * weight_decay * p`.
 
-    A group with the option `rule="adamw"` is stepped by AdamW instead: there `lr` is AdamW's own learning rate (1e-3
-    unless the group says otherwise, whatever the optimizer's `lr` is), and `betas` and `eps` are options, too.
-    `lopt.group_parameters` makes such groups from a model.
+    A group with the option `rule="adamw"` is stepped by AdamW instead: there `lr` is AdamW's own learning rate, and
+    `betas` and `eps` are options, too. What the group does not say is the optimizer's `lr` times 1e-3, (0.9, 0.999) and
+    1e-8, or what the rule has in their place (`Rule.adamw_options`). `lopt.group_parameters` makes such groups.
 
     Args:
         params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own. Rules
@@ -72,7 +71,8 @@ class LearnedOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             if param_group.get("rule") == ADAMW:
-                param_group = ADAMW_OPTIONS | param_group
+                defaults = dict(self.rule.adamw_options)
+                param_group = defaults | {"lr": float(self.defaults["lr"]) * defaults["lr"]} | param_group
             options = self.defaults | param_group
             _check_options(options)
             if options["rule"] != ADAMW:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"lopt_kernels", "lopt.names"},
+    {"lopt_kernels", "lopt.names", "lopt.routing"},
     {"lopt.tensors", "lopt.schema"},
     {"lopt.rules", "lopt.tasks"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.chunks", "lopt.importer", "lopt.probes"},

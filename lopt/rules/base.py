@@ -120,6 +120,7 @@ class Rule(nn.Module, ABC):
         finishes: `finish` is to be called.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
+        adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
         feature_names: the inputs of the policy, in their order, if they have names; for people.
     """
 
@@ -130,6 +131,7 @@ class Rule(nn.Module, ABC):
     finishes: bool = False
     row_keys: tuple[str, ...] = ()
     temporaries: int = 0
+    adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
     feature_names: tuple[str, ...] = ()
 
     def __init__(self, **config: Any) -> None:

@@ -20,13 +20,15 @@ from lopt.rules.layout import Layout
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 STEP_EPS = 1e-9
+BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
+EMBEDDINGS = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
 
 
 class Celo2(FactoredMLP):
     """`p <- p - step_mult u`: u is the MLP's output, orthogonalised (matrices) and scaled to rms 1.
 
-    A convolution counts as one matrix (in, out) per position of its window. Vectors, scalars and parameters with
-    "embed" in their name are left to AdamW (betas 0.9 and 0.95) with learning rate `step_mult adamw_mult`.
+    A convolution counts as one matrix (in, out) per position of its window. Vectors, scalars and parameters that
+    an embedding's name gives away are left to AdamW (betas 0.9 and 0.95) with learning rate `step_mult adamw_mult`.
 
     Args:
         hidden: width of the MLP's two hidden layers.
@@ -56,14 +58,15 @@ class Celo2(FactoredMLP):
         config = {"hidden": hidden, "step_mult": step_mult, "adamw_mult": adamw_mult, "route": route}
         super().__init__([len(FEATURE_NAMES), hidden, hidden, 1], seed, config=config)
         self.step_mult = step_mult
+        self.adamw_options = {"lr": step_mult * adamw_mult, "betas": BETAS, "eps": EPS}
         self.adamw: AdamW | None = None
         if route:
-            lr = step_mult * adamw_mult
-            self.adamw = AdamW(lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0).requires_grad_(False)
+            self.adamw = AdamW(step_mult * adamw_mult, *BETAS, EPS, weight_decay=0.0).requires_grad_(False)
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
         """AdamW for vectors, scalars and embeddings."""
-        return self.adamw if layout.factored is None or "embed" in name else None
+        embeds = "embed" in name or any(part in EMBEDDINGS for part in name.split("."))
+        return self.adamw if layout.factored is None or embeds else None
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
         """Features are normalised per matrix."""

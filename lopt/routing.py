@@ -1,0 +1,48 @@
+"""Which parameters a learned rule gets and which AdamW gets.
+
+Rules such as Celo2 are meant for the matrices inside a network; vectors, embeddings and the layers at its two ends are
+better left to AdamW (as with Muon, Jordan et al. 2024).
+
+    optimizer = lopt.LearnedOptimizer(lopt.group_parameters(model, adamw=["head.*"]), "celo2.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def group_parameters(model: nn.Module, adamw: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+    """The named parameters of `model` in two groups: the rule's, and AdamW's with the option `rule="adamw"`.
+
+    AdamW gets parameters with fewer than two dimensions (biases, norms, scalars), those of embedding modules, and those
+    whose name matches a pattern. A parameter that two modules share counts as an embedding if one of them is one.
+    Frozen parameters are left out.
+
+    Args:
+        adamw: more patterns of names for AdamW, as in file names: "head.*", "*.patch_embed.*".
+        options: of the group that the rule gets.
+    Returns:
+        One or two groups for `LearnedOptimizer`, in the order of the model's parameters.
+    Raises:
+        ValueError: a pattern matches no parameter, or nothing can be trained.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("the model has no parameters that require gradients")
+    for pattern in adamw:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(f"no parameter matches {pattern!r}; the first are {', '.join(list(named)[:4])}")
+    embedded = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
+    mine: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
+    for name, p in named.items():
+        routed = p.ndim < 2 or id(p) in embedded or any(fnmatchcase(name, pattern) for pattern in adamw)
+        (rest if routed else mine).append((name, p))
+    groups: list[dict[str, Any]] = [{"params": mine, **options}] if mine else []
+    return groups + ([{"params": rest, "rule": "adamw"}] if rest else [])
