@@ -1,4 +1,4 @@
-"""The command line: `lopt demo | train | eval | list | inspect | report`. Wiring only: parse, build, call, print."""
+"""The command line: `lopt demo | train | eval | import | list | inspect | report`. Wiring only."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 try:
     import click
@@ -20,16 +19,7 @@ except ImportError as missing:
     sys.exit(f"lopt: the command line needs the extra 'train' ({missing}): pip install 'lopt[train]'")
 
 import lopt
-
-if TYPE_CHECKING:
-    from lopt.config import RunConfig
-    from lopt.evaluate import Comparison
-    from lopt.judge import Setting
-    from lopt.rules import Rule
-    from lopt.trainer import Trainer
-
-RUNS = Path("runs")
-ARCHIVE = RUNS / "baselines"
+from lopt.console import ARCHIVE, RUNS, compare_all, judge_run, make_folder, open_rule, run_trainer, say, show
 
 TRAIN_EXAMPLES = """
 \b
@@ -49,6 +39,16 @@ Examples:
 
 RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task, --set and --steps
 it is judged on all settings that its training card names.
+"""
+
+IMPORT_EXAMPLES = """
+\b
+Examples:
+  lopt import celo.theta.state --rule celo -o celo.safetensors --licence MIT --source "arXiv 2501.12670"
+  lopt import small_fc.pth --rule small_fc -o small_fc.safetensors --set step_mult=0.01
+  lopt import theta.npz --rule velo -o velo.safetensors --set bugged_loss_features=false --name my-velo
+
+FILE is flax msgpack, a numpy .npz archive or what torch.save wrote of a dict of tensors; no code in it is executed.
 """
 
 
@@ -102,75 +102,6 @@ def train(
         result["results"] = judge_run(config, trainer, console)
     if as_json:
         click.echo(json.dumps(result))
-
-
-def run_trainer(trainer: Trainer, console: Console) -> None:
-    """Train with a progress bar; on a signal say how to resume and exit with 130."""
-    from lopt.progress import TrainingProgress
-    from lopt.runs import resume_command
-    from lopt.trainer import Interrupted
-
-    console.print(escape(f"{trainer.rule.describe()}\n  on {trainer.family.describe()}"), soft_wrap=True)
-    try:
-        with TrainingProgress(console, trainer) as progress:
-            trainer.run(progress.update)
-    except Interrupted:
-        hint = resume_command(trainer.rule_path.parent)
-        say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
-        sys.exit(130)
-    say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: unbroken, so that it can be copied, and without markup."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
-    """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
-    from lopt.judge import list_settings, summarize_results
-    from lopt.runs import resume_command
-
-    rules, settings, seeds = {config.name: trainer.build_best()}, list_settings(config), config.evaluation.seeds
-    try:
-        comparisons = compare_all(rules, settings, console, num_seeds=seeds, archive=ARCHIVE)
-    except KeyboardInterrupt:
-        hint = resume_command(trainer.rule_path.parent)
-        say(console, f"stopped while judging; the rule is trained: {trainer.rule_path}\ngo on with the judging: {hint}")
-        sys.exit(130)
-    trainer.card["results"] = summarize_results(comparisons)
-    trainer.save_rule()
-    show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
-    return trainer.card["results"]  # type: ignore[no-any-return]
-
-
-def compare_all(
-    rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
-) -> list[Comparison]:
-    """`lopt.evaluate.compare` on every setting, telling what goes on."""
-    from lopt.evaluate import compare
-
-    comparisons = []
-    with console.status("") as status:
-
-        def tell(setting: str, search: str) -> None:
-            status.update(escape(f"{setting}: tuning {search}"))
-
-        for title, family, steps in settings:
-            name = title or family.describe()
-            status.update(escape(f"evaluating {name}"))
-            comparisons += [compare(rules, family, steps, title=title, on_search=partial(tell, name), **options)]
-    return comparisons
-
-
-def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
-    """Print the tables, write report, pictures and JSON, and say where they are."""
-    from lopt.report import print_table, write_report
-
-    for comparison in comparisons:
-        print_table(comparison, console)
-    for name, path in write_report(folder, comparisons, command=command).items():
-        say(console, f"{name:>16}  {path}")
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------
@@ -244,35 +175,6 @@ def evaluate(
         click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))
 
 
-def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
-    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card.
-
-    A card that is not understood is left out, with a note.
-    """
-    from lopt.judge import read_card
-
-    path = Path(name)
-    if path.is_dir():
-        path = path / "rule.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
-        name = str(path)
-    rule, card = lopt.load(name), lopt.load_card(name)
-    try:
-        read_card(card)
-    except ValueError as error:
-        click.echo(f"lopt: note: the training card of {name} is not understood and ignored: {error}", err=True)
-        card = {}
-    return path, rule, card
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, so that one that cannot be written is known before work is done for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
-
-
 # -- demo --------------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +206,53 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
     for line in train_classifier(rule):
         say(console, f"   {line}")
     say(console, f'\n   opt = lopt.LearnedOptimizer(model.parameters(), rule="{rule}")')
+
+
+# -- import ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(name="import", short_help="Make a rule file of released weights.", epilog=IMPORT_EXAMPLES)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--rule", required=True, help="What the weights are of: small_fc, mlp, velo, celo, celo2, ...")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="OUT.safetensors.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the rule; repeatable.")
+@click.option("--name", help="What tables and pictures call it [default: the rule's name].")
+@click.option("--licence", default="not stated", show_default=True, help="Of the weights.")
+@click.option("--source", help="Where the weights are from, such as a paper or an address.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+def import_(
+    file: Path,
+    rule: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    name: str | None,
+    licence: str,
+    source: str | None,
+    force: bool,
+) -> None:
+    """Make a rule file of FILE, the released weights of a learned optimizer."""
+    from lopt.config import merge, parse_override
+    from lopt.importer import build_rule, count_learned
+    from lopt.judge import check_label
+    from lopt.weights import read_weights
+
+    if out.suffix != ".safetensors":
+        raise click.UsageError(f"-o: a rule file is called *.safetensors, got {out}")
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists already: choose another -o, or overwrite it with --force")
+    options: dict[str, Any] = {}
+    for override in overrides:
+        merge(options, parse_override(override))
+    weights = read_weights(file)
+    learned = build_rule(weights, rule, options)
+    card = {"name": check_label(name or rule), "kind": "imported", "licence": licence}
+    card |= {"source": source} if source else {}
+    card |= {"file": file.name, "sha256": weights.checksum}
+    make_folder(out.parent)
+    kept, found = count_learned(learned), weights.count_taken()
+    click.echo(f"{learned.describe()}: {kept} meta-weights, {lopt.save(learned, out, card)}")
+    if found > kept:
+        click.echo(f"{found - kept} weights of {file.name} have no effect and were left out")
 
 
 # -- list, inspect, report ---------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing"},
-    {"lopt.tensors", "lopt.schema"},
+    {"lopt.tensors", "lopt.schema", "lopt.weights"},
     {"lopt.rules", "lopt.tasks"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.chunks", "lopt.importer", "lopt.probes"},
     {"lopt.estimators", "lopt.optim", "lopt.log"},
     {"lopt.config", "lopt.evaluate"},
     {"lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},
-    {"lopt.portrait"},
+    {"lopt.portrait", "lopt.console"},
     {"lopt.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import lopt
-from lopt.__main__ import cli, main
+from lopt.__main__ import cli
 from lopt.rules import RULES
 
 TINY = """
@@ -45,23 +44,6 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tiny.toml").write_text(TINY)
     lopt.save(RULES["linear"](), "linear.safetensors", {"name": "my linear rule"})
     return tmp_path
-
-
-class Result:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    def run_command(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["lopt", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run_command
 
 
 def test_train_makes_a_rule_that_the_optimizer_loads(run, in_folder: Path) -> None:  # type: ignore[no-untyped-def]

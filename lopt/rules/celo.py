@@ -1,8 +1,8 @@
 """Celo: a per-parameter MLP whose steps a learned schedule scales, and Celo-Adam: Adam under such a schedule.
 
 Source: Moudgil et al. 2025, arXiv 2501.12670, with its released code and weights.
-Differs from the source: what has no effect there is left out (a mixing layer, the head over a bank of one MLP and the
-MLP's third output: 1,286 of 37,089 weights of Celo and 1,281 of 36,865 of Celo-Adam).
+Differs from the source: what has no effect there is left out: a mixing layer (1,216 of the 36,865 weights of
+Celo-Adam), and in Celo also the head over a bank of one MLP and the MLP's third output (1,286 of 37,089).
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""What several commands do: train, judge, compare and tell of it on a console; open rules; make folders."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+import lopt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lopt.config import RunConfig
+    from lopt.evaluate import Comparison
+    from lopt.judge import Setting
+    from lopt.rules import Rule
+    from lopt.trainer import Trainer
+
+RUNS = Path("runs")
+ARCHIVE = RUNS / "baselines"
+
+
+def run_trainer(trainer: Trainer, console: Console) -> None:
+    """Train with a progress bar; on a signal say how to resume and exit with 130."""
+    from lopt.progress import TrainingProgress
+    from lopt.runs import resume_command
+    from lopt.trainer import Interrupted
+
+    console.print(escape(f"{trainer.rule.describe()}\n  on {trainer.family.describe()}"), soft_wrap=True)
+    try:
+        with TrainingProgress(console, trainer) as progress:
+            trainer.run(progress.update)
+    except Interrupted:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
+        sys.exit(130)
+    say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: unbroken, so that it can be copied, and without markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
+    """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
+    from lopt.judge import list_settings, summarize_results
+    from lopt.runs import resume_command
+
+    rules, settings, seeds = {config.name: trainer.build_best()}, list_settings(config), config.evaluation.seeds
+    try:
+        comparisons = compare_all(rules, settings, console, num_seeds=seeds, archive=ARCHIVE)
+    except KeyboardInterrupt:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped while judging; the rule is trained: {trainer.rule_path}\ngo on with the judging: {hint}")
+        sys.exit(130)
+    trainer.card["results"] = summarize_results(comparisons)
+    trainer.save_rule()
+    show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
+    return trainer.card["results"]  # type: ignore[no-any-return]
+
+
+def compare_all(
+    rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
+) -> list[Comparison]:
+    """`lopt.evaluate.compare` on every setting, telling what goes on."""
+    from lopt.evaluate import compare
+
+    comparisons = []
+    with console.status("") as status:
+
+        def tell(setting: str, search: str) -> None:
+            status.update(escape(f"{setting}: tuning {search}"))
+
+        for title, family, steps in settings:
+            name = title or family.describe()
+            status.update(escape(f"evaluating {name}"))
+            comparisons += [compare(rules, family, steps, title=title, on_search=partial(tell, name), **options)]
+    return comparisons
+
+
+def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
+    """Print the tables, write report, pictures and JSON, and say where they are."""
+    from lopt.report import print_table, write_report
+
+    for comparison in comparisons:
+        print_table(comparison, console)
+    for name, path in write_report(folder, comparisons, command=command).items():
+        say(console, f"{name:>16}  {path}")
+
+
+def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
+    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card.
+
+    A card that is not understood is left out, with a note.
+    """
+    from lopt.judge import read_card
+
+    path = Path(name)
+    if path.is_dir():
+        path = path / "rule.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
+        name = str(path)
+    rule, card = lopt.load(name), lopt.load_card(name)
+    try:
+        read_card(card)
+    except ValueError as error:
+        click.echo(f"lopt: note: the training card of {name} is not understood and ignored: {error}", err=True)
+        card = {}
+    return path, rule, card
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, so that one that cannot be written is known before work is done for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
