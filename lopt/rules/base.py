@@ -346,7 +346,7 @@ class WholeTensor:
 
 def count_elements(axes: tuple[int, ...], layout: Layout) -> int:
     """How many elements a mean over `axes` is taken of; at least 1."""
-    return max(1, prod(layout.shape[axis] for axis in axes))
+    return max(1, prod([layout.shape[axis] for axis in axes]))  # a list: torch.compile does not take generators here
 
 
 class ElementwiseRule(Rule):
