@@ -65,6 +65,8 @@ def list_options(constructor: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _is_plain(kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        return True
     if get_origin(kind) in (list, tuple, Union, UnionType):
         return all(_is_plain(part) for part in get_args(kind) if part not in (NoneType, ...))
     return kind in PLAIN
