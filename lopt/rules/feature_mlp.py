@@ -35,14 +35,14 @@ class MLPTerms(NamedTuple):
         layers: the first one on element features, their normalisation folded in, and the others.
         lines: first-layer weights `[*batch, hidden, k]` of each group of line features that were not applied yet.
         scale: normalisation of the element features where it is not one number per tensor, else None.
-        line_scales: likewise for `lines`.
+        line_scales: likewise, one for each of `lines`.
         gain: factor on the step, `[*batch]`.
     """
 
     layers: list[Layer]
     lines: list[Tensor]
     scale: Tensor | None
-    line_scales: list[Tensor]
+    line_scales: list[Tensor | None]
     gain: Tensor
 
 
@@ -125,7 +125,7 @@ class FeatureMLP(Rule):
             square = feature.square().mean(axes, keepdim=True)
             line, left = _fold_scale(weight[..., columns], torch.rsqrt(square + self.norm_eps), ndim)
             lines.append(line)
-            line_scales += [] if left is None else [left]
+            line_scales.append(left)
         squares = means["squares"].flatten(-ndim).mean(-1) if ndim else means["squares"]
         return Fold(terms=MLPTerms([(first, bias), *rest], lines, left_scale, line_scales, self.gain(squares, terms)))
 
@@ -137,13 +137,14 @@ class FeatureMLP(Rule):
             x = x * terms.scale
         (weight, bias), *rest = terms.layers
         base = features.spread(bias, ndim)
-        for i, (line, feature) in enumerate(zip(terms.lines, self.line_features(e.acc, e.layout), strict=True)):
-            feature = feature * terms.line_scales[i] if terms.line_scales else feature
+        shared = self.line_features(e.acc, e.layout)
+        for line, scale, feature in zip(terms.lines, terms.line_scales, shared, strict=True):
+            feature = feature if scale is None else feature * scale
             product = line @ feature.flatten(-ndim)
             base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
         x = x.flatten(-ndim)
         base = base.expand(*base.shape[:-ndim], *shape).flatten(-ndim)
-        if terms.lines and not torch.is_grad_enabled() and weight.ndim == 2:
+        if terms.lines and not torch.is_grad_enabled() and weight.ndim == x.ndim == 2:
             hidden = base.addmm_(weight, x)  # the sum of the line terms is ours
         else:
             hidden = _add_product(base, weight, x)
