@@ -6,7 +6,7 @@ On the CPU a chunk stays in the cache; on a GPU it only bounds temporary memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 import torch
@@ -19,6 +19,8 @@ from lopt.rules.layout import find_layout
 # temporaries counted: the best of 2 to 64 MiB for the MLPs on features.
 CPU_CHUNK, CPU_CHUNK_WITH_TEMPORARIES = 2 << 20, 16 << 20
 GPU_CHUNK = 256 << 20  # bounds temporary memory; a launch is dear
+
+HEAP_BLOCK = 31 << 20  # just below the largest block that glibc learns from
 
 Cut = tuple[slice, ...]
 
@@ -42,6 +44,8 @@ class ChunkedTensor:
         self.p, self.g = p.view(self.layout.shape), g.reshape(self.layout.shape)
         self.acc, self.lr, self.decay = acc, lr, decay
         self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
+        if p.device.type == "cpu":
+            keep_heap()
         self.length = chunk_length(self.p, self.fields, rule.temporaries)
 
     @cached_property
@@ -114,6 +118,17 @@ class ChunkedTensor:
             if x.shape[dim] != 1:
                 x = x.narrow(dim, part.start, part.stop - part.start)
         return x
+
+
+@cache
+def keep_heap() -> None:
+    """Let glibc keep the memory of a chunk's temporaries for the next chunk, once per process.
+
+    It hands freed memory back to the system above a threshold that it learns from the largest block freed so far; below
+    that, every chunk would fault all its pages in again: up to three times the time of a step. Elsewhere this does
+    nothing.
+    """
+    torch.empty(HEAP_BLOCK, dtype=torch.uint8)  # freed at once, never touched
 
 
 def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
