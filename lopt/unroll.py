@@ -80,7 +80,7 @@ class InnerLoop:
         family: where tasks come from.
         seed: names all random draws.
         horizon: draws the number of steps of new tasks (the family's own by default).
-        order: 1 feeds the rule constant gradients (Andrychowicz et al. 2016), 2 differentiates through them.
+        order: 1 feeds the rule constant gradients and losses (Andrychowicz et al. 2016), 2 differentiates through them.
         checkpoint_update: recompute the rule's update in backward instead of storing its activations.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
@@ -188,7 +188,7 @@ class InnerLoop:
     def _join(self, rule: Rule, params: Params) -> Tensor:
         return params["flat"] if rule.elementwise else self.family.spec.flatten(params)
 
-    def _update(self, slots: Slots, grad: Tensor) -> tuple[Tensor, State]:
+    def _update(self, slots: Slots) -> tuple[Tensor, State]:
         """The rule's step for all slots."""
         update: Callable[..., Any] = self.update or self.rule
         if self.meta_weights is not None:
@@ -198,7 +198,7 @@ class InnerLoop:
                 return functional_call(self.rule, weights, args)
 
         args = (
-            self._views(self.rule, grad),
+            self._views(self.rule, slots.grad),
             self._views(self.rule, slots.params),
             slots.state,
             slots.loss,
@@ -229,8 +229,7 @@ class InnerLoop:
         Returns:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
-        grad = self._differentiable_grad(slots) if self.order == 2 else slots.grad
-        params, state = self._update(slots, grad)
+        params, state = self._update(self._attach(slots) if self.order == 2 else slots)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(slots, params)
@@ -246,12 +245,12 @@ class InnerLoop:
         surrogate = value + (grad * (params - params.detach())).sum(-1)
         return slots, surrogate, imitation
 
-    def _differentiable_grad(self, slots: Slots) -> Tensor:
-        """The gradient at `slots.params` as a function of them, for second order."""
+    def _attach(self, slots: Slots) -> Slots:
+        """The slots with loss and gradient as functions of `slots.params`, for second order."""
         params = slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
         loss = vmap(self._flat_loss())(params, self.batch(slots))
         (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=True)
-        return grad
+        return slots._replace(loss=loss, grad=grad)
 
     # -- many steps --------------------------------------------------------------------------------
 

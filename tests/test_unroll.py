@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lopt.rules import RULES, State
+from lopt.rules import RULES, Clock, Elements, Fold, Layout, Rule, State, Visit
 from lopt.tasks import TASKS
 from lopt.tensors import Params
 from lopt.unroll import InnerLoop, join_slots, select_slots
@@ -181,3 +181,47 @@ def test_second_order_refuses_a_compiled_update() -> None:
     rule = RULES["lstm"]()
     with pytest.raises(ValueError, match=r"order=2.*compile"):
         InnerLoop(rule, TASKS["quadratic"](), 0, order=2, update=rule.update)
+
+
+class LossScaled(Rule):
+    """A gradient step times the loss."""
+
+    name = "loss_scaled"
+    needs_loss = True
+    row_keys = ("count",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = nn.Parameter(torch.tensor(0.01, dtype=torch.float64))
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Params:
+        return {"count": torch.zeros(*p.shape[: p.ndim - layout.ndim], 1)}
+
+    def fold_tensors(
+        self, rows: Params, means: object, layouts: object, loss: Tensor | None, clock: Clock
+    ) -> tuple[Params, Params]:
+        assert loss is not None
+        return {}, {"size": self.lr * loss.expand(rows["count"].shape[:-1])}
+
+    def fold(self, means: object, acc: object, layout: Layout, clock: Clock, terms: Params) -> Fold:
+        return Fold(terms=terms["size"].reshape(*terms["size"].shape, *[1] * layout.ndim))
+
+    def emit(self, e: Elements, terms: Tensor) -> Visit:
+        return Visit(delta=-terms * e.g)
+
+
+def test_second_order_goes_through_the_loss_that_the_rule_reads() -> None:
+    rule, family = LossScaled(), TASKS["quadratic"](dim=3)
+
+    def end() -> Tensor:
+        loop = InnerLoop(rule, family, 0, constant(9), order=2)
+        slots = loop.start(torch.arange(2))
+        slots = slots._replace(params=slots.params.double(), task={k: v.double() for k, v in slots.task.items()})
+        return loop.unroll(slots, 3).losses[-1].sum()
+
+    (slope,) = torch.autograd.grad(end(), [rule.lr])
+    h, ends = 1e-6, []
+    for side in (h, -2 * h):
+        rule.lr.data += side
+        ends.append(end().detach())
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=0)
