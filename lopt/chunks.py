@@ -1,12 +1,14 @@
-"""A parameter stepped in place, chunk by chunk: the stages of a rule without memory of the model's size.
+"""A parameter stepped in place, chunk by chunk: the stages of a rule without temporaries of the model's size.
 
-On the CPU a chunk stays in the cache; on a GPU it only bounds temporary memory.
+On the CPU a chunk stays in the cache; on a GPU it only bounds temporary memory. A rule with `finish` needs memory for
+the steps of one whole tensor at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
+from itertools import product
 from math import prod
 
 import torch
@@ -40,7 +42,7 @@ class ChunkedTensor:
         self.layout = find_layout(tuple(p.shape))
         if rule.elementwise and p.is_contiguous():  # boundaries do not matter: cut where it suits the cache
             ndim, self.layout = self.layout.ndim, find_layout((p.numel(),))
-            acc = {key: a.flatten(a.ndim - ndim) for key, a in acc.items()}
+            acc = {key: a.view(*a.shape[: a.ndim - ndim], -1) for key, a in acc.items()}
         self.p, self.g = p.view(self.layout.shape), g.reshape(self.layout.shape)
         self.acc, self.lr, self.decay = acc, lr, decay
         self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
@@ -50,15 +52,14 @@ class ChunkedTensor:
 
     @cached_property
     def cuts(self) -> list[Cut]:
-        """Slices of the first two dimensions that together cover the parameter."""
-        first, *rest = self.layout.shape
-        inner = prod(rest)
+        """Slices of the first dimensions that together cover the parameter."""
+        shape = self.layout.shape
         if self.p.numel() == 0:
-            return [(slice(0, first),)]
-        if inner <= self.length or not rest:
-            return [(part,) for part in _parts(first, max(1, self.length // inner))]
-        seconds = list(_parts(rest[0], max(1, self.length // prod(rest[1:]))))
-        return [(slice(i, i + 1), part) for i in range(first) for part in seconds]
+            return [(slice(0, shape[0]),)]
+        axis = next(i for i in range(len(shape)) if prod(shape[i + 1 :]) <= self.length)
+        parts = list(_parts(shape[axis], max(1, self.length // prod(shape[axis + 1 :]))))
+        before = product(*(_parts(size, 1) for size in shape[:axis]))
+        return [(*index, part) for index in before for part in parts]
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Means:
         """See `Steppable.visit`."""
@@ -128,7 +129,7 @@ def keep_heap() -> None:
     that, every chunk would fault all its pages in again: up to three times the time of a step. Elsewhere this does
     nothing.
     """
-    torch.empty(HEAP_BLOCK, dtype=torch.uint8)  # freed at once, never touched
+    torch.empty(HEAP_BLOCK, dtype=torch.uint8, device="cpu")  # freed at once, never touched
 
 
 def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:

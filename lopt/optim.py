@@ -3,7 +3,7 @@
     optimizer = lopt.LearnedOptimizer(model.parameters())
 
 The rule is frozen and steps in fp32, whatever the parameters' dtype. It works through a tensor in chunks (see
-`lopt.chunks`); no step needs memory of the model's size.
+`lopt.chunks`); a step needs no memory of the model's size, but rules with `finish` need some for one tensor at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lopt.rules import RULES, Clock, Rule, find_layout, step_tensors
 
 DEFAULT_RULE = "digits-lstm"
 ADAMW = "adamw"
+MAX_REPLICAS = 64
 
 
 class LearnedOptimizer(Optimizer):
@@ -96,7 +97,7 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: computes the loss and the gradients.
-            loss: the training loss, for rules that read it; by default what the closure returns.
+            loss: the training loss, one number, for rules that read it; by default what the closure returns.
         Returns:
             What the closure returns.
         Raises:
@@ -108,21 +109,24 @@ class LearnedOptimizer(Optimizer):
                 result = closure()
         loss = result if loss is None else loss
         _check_gradients(self.param_groups)
-        for key, steps in self._collect().items():
-            self._step_together(key, steps, loss)
+        for (rule, device), steps in self._collect().items():
+            with torch.autocast(device.type, enabled=False):
+                self._step_together(rule, device, steps, loss if rule.needs_loss else None)
         return result
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
 
         Raises:
-            ValueError: the state was made under other meta-weights, or for other groups; nothing has changed.
+            ValueError: the state was made under other meta-weights, for other groups or for other parameters; nothing
+                has changed.
         """
         saved: StateDict = {}
 
         def check(_: Optimizer, final: StateDict) -> None:
             for found, own in zip(final["param_groups"], self.param_groups, strict=False):  # torch compares the counts
                 self._check_rule(found, expected=own["rule"])
+                self._check_shapes(found, own, final["state"])
             saved.update(final)
 
         def restore(_: Optimizer) -> None:  # torch has cast the state to the parameters' dtype
@@ -153,6 +157,28 @@ class LearnedOptimizer(Optimizer):
                 f"{found or 'another kind of optimizer'}. Construct it with the same rule file."
             )
 
+    def _check_shapes(self, found: dict[str, Any], own: dict[str, Any], states: dict[Any, Any]) -> None:
+        """Raise unless every saved state has the entries and shapes that its parameter's rule makes."""
+        names = found.get("param_names", own.get("param_names", [""] * len(own["params"])))
+        for key, name, p in zip(found["params"], names, own["params"], strict=False):
+            saved = {k: list(v.shape) for k, v in states.get(key, {}).items() if isinstance(v, Tensor)}
+            rule = self._rule_for(name, p, own)
+            fresh = rule.init_state({"": torch.empty(p.shape, device="meta")}).accumulators[""]
+            expected = {"step": [], **{k: list(v.shape) for k, v in fresh.items()}}
+            wrong = sorted(k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k))
+            if saved and wrong:
+                theirs, ours = (shapes.get(wrong[0], "absent") for shapes in (saved, expected))
+                raise ValueError(
+                    f"the state of parameter {name or key!r} does not fit it: its {wrong[0]!r} is {theirs}, but {ours} "
+                    f"where rule {rule.name!r} steps shape {list(p.shape)}. Construct both optimizers with the same "
+                    "parameters in the same order, and with names in both or in neither."
+                )
+
+    def _rule_for(self, name: str, p: Tensor, group: dict[str, Any]) -> Rule:
+        """The rule that steps a parameter, with its weights on the parameter's device."""
+        rule = self._rule_on(p.device, group)
+        return rule.delegate(name, find_layout(tuple(p.shape))) or rule
+
     def _rule_on(self, device: torch.device, group: dict[str, Any]) -> Rule:
         """The group's rule with its weights on `device`."""
         key: tuple[object, ...] = (device,)
@@ -160,27 +186,26 @@ class LearnedOptimizer(Optimizer):
             (beta1, beta2), eps = group["betas"], group["eps"]
             key = (device, beta1, beta2, eps)
             if key not in self._replicas:
+                if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
+                    self._replicas.clear()
                 self._replicas[key] = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
                 self._replicas[key].to(device).requires_grad_(False)
         elif key not in self._replicas:
             self._replicas[key] = self.rule if device.type == "cpu" else deepcopy(self.rule).to(device)
         return self._replicas[key]
 
-    def _collect(self) -> dict[_Together, list[_Step]]:
-        """All parameters with a gradient, by what can be stepped together."""
-        found: dict[_Together, list[_Step]] = {}
+    def _collect(self) -> dict[tuple[Rule, torch.device], list[_Step]]:
+        """All parameters with a gradient, by what steps them and where."""
+        found: dict[tuple[Rule, torch.device], list[_Step]] = {}
         for group in self.param_groups:
             names = group.get("param_names", [""] * len(group["params"]))
             for name, p in zip(names, group["params"], strict=True):
                 if p.grad is not None:
-                    rule = self._rule_on(p.device, group)
-                    rule = rule.delegate(name, find_layout(tuple(p.shape))) or rule
-                    key = _Together(rule, p.device, group["num_steps"] is not None)
-                    found.setdefault(key, []).append(_Step(p, p.grad, group))
+                    rule = self._rule_for(name, p, group)
+                    found.setdefault((rule, p.device), []).append(_Step(p, p.grad, group))
         return found
 
-    def _step_together(self, key: _Together, steps: list[_Step], loss: Tensor | float | None) -> None:
-        rule, device, planned = key
+    def _step_together(self, rule: Rule, device: torch.device, steps: list[_Step], loss: Tensor | float | None) -> None:
         if rule.needs_loss and loss is None and not self._warned:
             warnings.warn(
                 f"rule {rule.name!r} reads the training loss, but step() was called without one: what it knows of the "
@@ -189,7 +214,10 @@ class LearnedOptimizer(Optimizer):
             )
             self._warned = True
         if loss is not None:
-            loss = torch.as_tensor(loss, dtype=torch.float32, device=device).detach().reshape(())
+            loss = torch.as_tensor(loss, dtype=torch.float32, device=device).detach()
+            if loss.numel() != 1:
+                raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
+            loss = loss.reshape(())
         tensors = []
         for p, g, group in steps:
             state = self.state[p]
@@ -197,10 +225,16 @@ class LearnedOptimizer(Optimizer):
                 fresh = rule.init_state({"": p.detach().float()})
                 state.update({"step": fresh.step, **fresh.accumulators[""]})
             acc = {name: value for name, value in state.items() if name != "step"}
-            tensors.append(ChunkedTensor(rule, p.detach(), g, acc, float(group["lr"]), float(group["weight_decay"])))
+            lr, decay = float(group["lr"]), float(group["weight_decay"]) * rule.decay_scale
+            tensors.append(ChunkedTensor(rule, p.detach(), g, acc, lr, decay))
         counters = [self.state[p]["step"] for p, _, _ in steps]
-        totals = torch.tensor([group["num_steps"] for _, _, group in steps], device=device) if planned else None
-        step_tensors(rule, tensors, loss, Clock(torch.stack(counters), totals))
+        clock = Clock(torch.stack(counters), None)
+        if rule.needs_num_steps:
+            # a tensor that had no gradient at times is as far in the run as the others with the same plan
+            totals = torch.tensor([group["num_steps"] for _, _, group in steps], device=device)
+            same = totals[:, None] == totals
+            clock = Clock(clock.step, totals, (same * clock.step).amax(-1))
+        step_tensors(rule, tensors, loss, clock)
         torch._foreach_add_(counters, 1)
 
 
@@ -212,16 +246,8 @@ class _Step(NamedTuple):
     group: dict[str, Any]
 
 
-class _Together(NamedTuple):
-    """What parameters that are stepped together have in common."""
-
-    rule: Rule
-    device: torch.device
-    planned: bool
-
-
 def _copy_to(device: torch.device, value: Any) -> Any:
-    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+    return value.detach().to(device, copy=True).contiguous() if isinstance(value, Tensor) else value
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
-def group_parameters(model: nn.Module, adamw: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+def group_parameters(model: nn.Module, adamw: str | Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
     """The named parameters of `model` in two groups: the rule's, and AdamW's with the option `rule="adamw"`.
 
     AdamW gets parameters with fewer than two dimensions (biases, norms, scalars), those of embedding modules, and those
@@ -25,7 +25,7 @@ def group_parameters(model: nn.Module, adamw: Sequence[str] = (), **options: Any
     Frozen parameters are left out.
 
     Args:
-        adamw: more patterns of names for AdamW, as in file names: "head.*", "*.patch_embed.*".
+        adamw: a pattern, or more, of names for AdamW, as in file names: "head.*", "*.patch_embed.*".
         options: of the group that the rule gets.
     Returns:
         One or two groups for `LearnedOptimizer`, in the order of the model's parameters.
@@ -35,14 +35,15 @@ def group_parameters(model: nn.Module, adamw: Sequence[str] = (), **options: Any
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("the model has no parameters that require gradients")
-    for pattern in adamw:
+    patterns = [adamw] if isinstance(adamw, str) else adamw
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(f"no parameter matches {pattern!r}; the first are {', '.join(list(named)[:4])}")
     embedded = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
     mine: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
     for name, p in named.items():
-        routed = p.ndim < 2 or id(p) in embedded or any(fnmatchcase(name, pattern) for pattern in adamw)
+        routed = p.ndim < 2 or id(p) in embedded or any(fnmatchcase(name, pattern) for pattern in patterns)
         (rest if routed else mine).append((name, p))
     groups: list[dict[str, Any]] = [{"params": mine, **options}] if mine else []
     return groups + ([{"params": rest, "rule": "adamw"}] if rest else [])

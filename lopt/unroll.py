@@ -216,7 +216,7 @@ class InnerLoop:
         assert isinstance(slots.teacher_state, State)
         with torch.no_grad():
             grads, params_now = (self._views(self.teacher, x) for x in (slots.grad, slots.params))
-            taught, state = self.teacher.update(grads, params_now, slots.teacher_state, slots.loss)
+            taught, state = self.teacher.update(grads, params_now, slots.teacher_state, slots.loss, slots.horizon)
         target = self._join(self.teacher, taught)
         distance = 0.5 * (params - target).square().mean(-1)
         seeds = derive_seeds(self.seed, "follow", slots.ids, slots.episode)

@@ -77,5 +77,5 @@ def test_released_weights_train_digits_as_published(
     runs = np.array([train(rule, widths, seed) for seed in range(SEEDS)])
     found = runs.mean(0)
     assert final / 200 < found[0] < 10 * final
-    assert abs(found[1] - accuracy) < 0.8  # percent; one image is 0.28
-    assert abs(found[2] / mean - 1) < 0.06
+    assert abs(found[1] - accuracy) < 0.5  # percent; one image is 0.28
+    assert abs(found[2] - mean) < 0.003

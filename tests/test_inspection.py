@@ -98,7 +98,7 @@ def test_losses_that_are_told_fall_stay_and_rise() -> None:
 def test_every_rule_can_be_inspected_and_probed(name: str) -> None:
     rule = build(name)
     facts = inspect_rule(rule)
-    assert facts["meta_weights"] == sum(p.numel() for p in rule.parameters())
+    assert facts["meta_weights"] == sum(p.numel() for p in rule.meta_weights().values())
     steps = [
         *probes.probe_gradient(rule, SIZES[:2]).values(),
         probes.probe_map(rule, SCALES, 4, 2).steps,

@@ -31,9 +31,11 @@ class UnitNorm(Rule):
 
     name = "unit_norm"
 
-    def __init__(self, size: float = 0.1) -> None:
-        super().__init__(size=size)
+    def __init__(self, size: float = 0.1, planned: bool = False, reads_loss: bool = False) -> None:
+        super().__init__(size=size, planned=planned, reads_loss=reads_loss)
+        self.needs_loss = reads_loss
         self.size = nn.Parameter(torch.tensor(size))
+        self.needs_num_steps = planned
 
     finishes = True
     row_keys = ("told",)
@@ -54,7 +56,7 @@ class UnitNorm(Rule):
             told[..., 0] = loss
         progress = clock.progress(torch.float32)
         if progress is not None:
-            told[..., 1] = progress
+            told[..., 1] = progress.clamp(max=1)
         return {"told": told}, {"size": self.size * (1 + told[..., 0]) * (1 - told[..., 1])}
 
     def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
@@ -240,7 +242,7 @@ def test_groups_have_options_of_their_own() -> None:
 
 @pytest.mark.parametrize("kind", ["elementwise", "whole"])
 def test_num_steps_tells_the_rule_how_far_training_is(kind: str) -> None:
-    rule = RULES["sgd"](lr=0.1, schedule="cosine") if kind == "elementwise" else UnitNorm()
+    rule = RULES["sgd"](lr=0.1, schedule="cosine") if kind == "elementwise" else UnitNorm(planned=True)
     short, long = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     grads = [torch.ones(2)] * 6  # beyond the end of the short plan, where progress stays 1
     optimizer = LearnedOptimizer([{"params": [short], "num_steps": 4}, {"params": [long]}], rule, num_steps=8)
@@ -405,11 +407,11 @@ def test_loss_reaches_rules_that_read_it_from_closure_or_argument() -> None:
     for name, loss in {"none": None, "number": 2.0, "tensor": torch.tensor(2.0, requires_grad=True)}.items():
         p = nn.Parameter(torch.zeros(4))
         p.grad = grads
-        assert LearnedOptimizer([p], UnitNorm(0.1)).step(loss=loss) is None
+        assert LearnedOptimizer([p], UnitNorm(0.1, reads_loss=True)).step(loss=loss) is None
         moved[name] = p.norm().item()
     p = nn.Parameter(torch.zeros(4))
     p.grad = grads
-    LearnedOptimizer([p], UnitNorm(0.1)).step(lambda: 2.0)
+    LearnedOptimizer([p], UnitNorm(0.1, reads_loss=True)).step(lambda: 2.0)
     moved["closure"] = p.norm().item()
     expected = {"none": 0.1, "number": 0.3, "tensor": 0.3, "closure": 0.3}
     assert moved == pytest.approx(expected, rel=1e-5)

@@ -227,3 +227,101 @@ def test_rules_that_do_not_read_the_loss_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(RULES["celo2"](), [None, None])
+
+
+def test_value_of_a_closure_is_not_looked_at_by_rules_that_do_not_read_the_loss() -> None:
+    params = make_params((2, 2))
+    params[0].grad = torch.ones(2, 2)
+    assert LearnedOptimizer(params, RULES["adam"]()).step(lambda: (1.0, 2.0)) == (1.0, 2.0)  # type: ignore[arg-type, return-value]
+
+
+def test_loss_that_is_not_one_number_is_refused() -> None:
+    params = make_params((2, 2))
+    params[0].grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"one number, got shape \[2\]"):
+        LearnedOptimizer(params, RULES["celo"](), num_steps=9).step(loss=torch.ones(2))
+
+
+@pytest.mark.parametrize("name", READS_LOSS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_does_not_spoil_the_later_steps(name: str, bad: float) -> None:
+    params, _ = run(RULES[name](), [bad, 3.0, bad, 2.0, 1.0])
+    assert all(bool(p.isfinite().all()) for p in params)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_tensor_that_seldom_has_a_gradient_follows_the_schedule_of_the_run() -> None:
+    always, seldom = make_params((3, 2), (3, 2))
+    optimizer = LearnedOptimizer([always, seldom], RULES["sgd"](lr=0.1, schedule="cosine"), num_steps=10)
+    for step in range(10):
+        always.grad = torch.ones(3, 2)
+        seldom.grad = torch.ones(3, 2) if step == 9 else None
+        before = seldom.detach().clone(), always.detach().clone()
+        optimizer.step()
+    torch.testing.assert_close(seldom - before[0], always - before[1], rtol=1e-3, atol=0)
+    assert int(optimizer.state[seldom]["step"]) == 1
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_autocast_does_not_change_a_step(name: str) -> None:
+    rule, results = RULES[name](), []
+    for enabled in (False, True):
+        params = make_params((3, 4), (5,))
+        optimizer = LearnedOptimizer(params, rule, num_steps=9)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for i in range(3):
+                step_with_seed(optimizer, params, i, 0.5)
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_decay_of_celo2_is_in_units_of_the_learning_rate_of_the_step(flagged: bool) -> None:
+    """`p <- p - lr (u + decay p)`, where lr has the rule's step_mult, or AdamW's rate, within."""
+
+    def step(decay: float) -> list[Tensor]:
+        matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+        groups = [{"params": [matrix]}, {"params": [vector]} | ({"rule": "adamw"} if flagged else {})]
+        optimizer = LearnedOptimizer(
+            groups, RULES["celo2"](step_mult=0.01, adamw_mult=20.0), lr=0.5, weight_decay=decay
+        )
+        for p in (matrix, vector):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return [matrix.detach(), vector.detach()]
+
+    lost = [without - decayed for without, decayed in zip(step(0.0), step(0.1), strict=True)]
+    torch.testing.assert_close(lost[0], torch.full((2, 2), 0.5 * 0.01 * 0.1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(lost[1], torch.full((2,), 0.5 * 0.2 * 0.1), rtol=1e-3, atol=0)
+
+
+def still_params(values: list[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(value) for value in values]
+
+
+def test_state_of_another_owner_is_refused_before_anything_changes() -> None:
+    values = [draw(1, 4, 3), draw(2, 3, 3)]
+    unnamed = LearnedOptimizer(still_params(values), RULES["celo2"]())
+    step_with(unnamed, unnamed.param_groups[0]["params"])
+    named = LearnedOptimizer(zip(["embed.weight", "w"], still_params(values), strict=True), RULES["celo2"]())
+    with pytest.raises(
+        ValueError, match=r"'embed\.weight' does not fit it: .* rule 'adamw' .* names in both or in neither"
+    ):
+        named.load_state_dict(unnamed.state_dict())
+    assert not named.state
+
+
+def test_state_of_a_channels_last_parameter_goes_on_in_a_dense_one() -> None:
+    rule, starts = RULES["star"](inner="linear"), draw(3, 4, 3, 2, 2)
+    dense, strided = (
+        nn.Parameter(starts.clone(memory_format=f)) for f in (torch.contiguous_format, torch.channels_last)
+    )
+    optimizers = [LearnedOptimizer([p], rule) for p in (dense, strided)]
+    for p, optimizer in zip((dense, strided), optimizers, strict=True):
+        step_with(optimizer, [p])
+    strided.data = strided.data.contiguous()
+    for p, optimizer in zip((dense, strided), optimizers, strict=True):
+        step_with(optimizer, [p], 4)
+    torch.testing.assert_close(dense, strided, rtol=1e-5, atol=1e-6 * float(dense.detach().abs().max()))

@@ -7,7 +7,6 @@ from lopt.rules.base import (
     Accumulators,
     Clock,
     Elements,
-    ElementwiseRule,
     Fold,
     Means,
     Rule,
@@ -17,6 +16,7 @@ from lopt.rules.base import (
 )
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
+from lopt.rules.elementwise import ElementwiseRule
 from lopt.rules.hand_designed import HandDesigned
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt.rules.base import Accumulators, safe_sqrt
+from lopt.rules.base import Accumulators
+from lopt.rules.elementwise import safe_sqrt
 from lopt.rules.hand_designed import HandDesigned
 
 

@@ -13,8 +13,8 @@ A rule is written once, as stages of one step:
     emit          elements      the step
     finish        one tensor    the whole step at once (orthogonalisation)
 
-`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; `lopt.optim` runs the same
-stages in place, chunk by chunk.
+`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; `lopt.chunks` runs the same
+stages in place, part by part.
 """
 
 from __future__ import annotations
@@ -52,18 +52,26 @@ class State(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """How far the training is: `step` updates made so far and `num_steps` planned (or None), both int64 `[*batch]`."""
+    """How far the training is; all int64 `[*batch]`.
+
+    Attributes:
+        step: updates that the tensor has had.
+        num_steps: updates that are planned, or None.
+        run_step: updates that the run has had, which are more where a tensor had no gradient at times; None: `step`.
+    """
 
     step: Tensor
     num_steps: Tensor | None
+    run_step: Tensor | None = None
 
     def progress(self, dtype: torch.dtype) -> Tensor | None:
-        """Share of the planned steps that is done, in [0, 1], or None."""
-        return None if self.num_steps is None else (self.step.to(dtype) / self.num_steps.to(dtype)).clamp(max=1)
+        """Share of the planned steps that the run has made (above 1 beyond the plan), or None."""
+        step = self.step if self.run_step is None else self.run_step
+        return None if self.num_steps is None else step.to(dtype) / self.num_steps.to(dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Clock:
-        """`function` of both."""
-        return Clock(function(self.step), None if self.num_steps is None else function(self.num_steps))
+        """`function` of all that is known."""
+        return Clock(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
 class Elements(NamedTuple):
@@ -120,6 +128,7 @@ class Rule(nn.Module, ABC):
         finishes: `finish` is to be called.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
+        decay_scale: factor on the user's weight decay, for rules whose `lr` has a step size of its own within.
         adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
         feature_names: the inputs of the policy, in their order, if they have names; for people.
     """
@@ -131,6 +140,7 @@ class Rule(nn.Module, ABC):
     finishes: bool = False
     row_keys: tuple[str, ...] = ()
     temporaries: int = 0
+    decay_scale: float = 1.0
     adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
     feature_names: tuple[str, ...] = ()
 
@@ -204,7 +214,7 @@ class Rule(nn.Module, ABC):
             batch, device = p.shape[:batch_ndim], p.device
             layout = find_layout(tuple(p.shape[batch_ndim:]))
             rule = self.delegate(name, layout) or self
-            accumulators[name] = rule.init_accumulators(p.detach().reshape(*batch, *layout.shape), layout)
+            accumulators[name] = rule.init_accumulators(p.detach().contiguous().reshape(*batch, *layout.shape), layout)
         return State(torch.zeros(batch, dtype=torch.int64, device=device), accumulators)
 
     def update(
@@ -347,62 +357,3 @@ class WholeTensor:
 def count_elements(axes: tuple[int, ...], layout: Layout) -> int:
     """How many elements a mean over `axes` is taken of; at least 1."""
     return max(1, prod([layout.shape[axis] for axis in axes]))  # a list: torch.compile does not take generators here
-
-
-class ElementwiseRule(Rule):
-    """A rule whose step for one coordinate depends on that coordinate alone.
-
-    It never sees tensor boundaries, so the caller may hand it whole tensors, a flat vector of all parameters or
-    cache-sized chunks, with the same result.
-    """
-
-    elementwise = True
-
-    @abstractmethod
-    def init_flat(self, p: Tensor) -> Accumulators:
-        """Accumulators for flat parameters `[*batch, N]`: tensors `[*batch, (features,) N or 1]`."""
-
-    @abstractmethod
-    def policy(
-        self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
-    ) -> tuple[Tensor, Accumulators]:
-        """The additive step for flat coordinates.
-
-        Args:
-            g, p: gradients and parameters `[*batch, N]`.
-            acc: from `init_flat` or the previous call.
-            step: updates made so far, `[*batch, 1]`, in the dtype of `p`.
-            progress: step / planned steps, `[*batch, 1]`, or None.
-        Returns:
-            delta `[*batch, N]` (the new parameters are `p + delta`) and the new accumulators.
-        """
-
-    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """See `Rule.init_accumulators`."""
-        flat = self.init_flat(_flatten(p, layout))
-        return {key: _unflatten(a, layout) for key, a in flat.items()}
-
-    def emit(self, e: Elements, terms: Clock) -> Visit:
-        """See `Rule.emit`."""
-        acc = {key: _flatten(a, e.layout) for key, a in e.acc.items()}
-        progress = terms.progress(e.p.dtype)
-        progress = None if progress is None else progress[..., None]
-        step = terms.step[..., None].to(e.p.dtype)
-        delta, acc = self.policy(_flatten(e.g, e.layout), _flatten(e.p, e.layout), acc, step, progress)
-        return Visit({key: a.reshape(e.acc[key].shape) for key, a in acc.items()}, delta=delta.reshape(e.p.shape))
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of a non-negative tensor whose derivative is finite at 0 (a pixel that is always 0 has v = 0)."""
-    return (x + 1e-30).sqrt()
-
-
-def _flatten(x: Tensor, layout: Layout) -> Tensor:
-    """Merge the parameter's dimensions into one."""
-    return x.flatten(x.ndim - layout.ndim)
-
-
-def _unflatten(x: Tensor, layout: Layout) -> Tensor:
-    """Undo `_flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
-    shape = layout.shape if x.shape[-1] == prod(layout.shape) else (1,) * layout.ndim
-    return x.reshape(*x.shape[:-1], *shape)

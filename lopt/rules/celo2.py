@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lopt.rules.adam import AdamW
 from lopt.rules.base import Elements, Means, Rule, count_elements
-from lopt.rules.factored_mlp import FEATURE_NAMES, NUM_VECTOR_FEATURES, FactoredMLP
+from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
 
@@ -21,14 +21,17 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 STEP_EPS = 1e-9
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
-EMBEDDINGS = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
+EMBEDDING_NAMES = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
 
 
 class Celo2(FactoredMLP):
-    """`p <- p - step_mult u`: u is the MLP's output, orthogonalised (matrices) and scaled to rms 1.
+    """`p <- p - step_mult (u + weight_decay p)`: u is the MLP's output, orthogonalised (matrices) and scaled to rms 1.
 
     A convolution counts as one matrix (in, out) per position of its window. Vectors, scalars and parameters that
     an embedding's name gives away are left to AdamW (betas 0.9 and 0.95) with learning rate `step_mult adamw_mult`.
+
+    "embed" anywhere in a name counts, as in the source: route=False, and groups of your own, where that is too much.
+    With step_mult 1, `lr` and `weight_decay` of the optimizer are those of the paper.
 
     Args:
         hidden: width of the MLP's two hidden layers.
@@ -59,23 +62,25 @@ class Celo2(FactoredMLP):
         super().__init__([len(FEATURE_NAMES), hidden, hidden, 1], seed, config=config)
         self.step_mult = step_mult
         self.adamw_options = {"lr": step_mult * adamw_mult, "betas": BETAS, "eps": EPS}
+        self.decay_scale = step_mult
         self.adamw: AdamW | None = None
         if route:
             self.adamw = AdamW(step_mult * adamw_mult, *BETAS, EPS, weight_decay=0.0).requires_grad_(False)
+            self.adamw.decay_scale = step_mult * adamw_mult
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
         """AdamW for vectors, scalars and embeddings."""
-        embeds = "embed" in name or any(part in EMBEDDINGS for part in name.split("."))
+        embeds = "embed" in name or any(part in EMBEDDING_NAMES for part in name.split("."))
         return self.adamw if layout.factored is None or embeds else None
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
         """Features are normalised per matrix."""
         return layout.last
 
-    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """Vectors have the features up to g rs only."""
         own, lines, constant = super().slots(layout)
-        return (own[:NUM_VECTOR_FEATURES], [], constant) if layout.factored is None else (own, lines, constant)
+        return (own[:1], [], constant) if layout.factored is None else (own, lines, constant)
 
     def element_features(self, e: Elements) -> list[Tensor]:
         """See `FeatureMLP.element_features`."""
@@ -120,10 +125,11 @@ def orthogonalize(x: Tensor) -> Tensor:
     Source: Jordan et al. 2024 (Muon).
     """
     a, b, c = NEWTON_SCHULZ
-    tall = x.shape[-2] > x.shape[-1]
+    shape, tall = x.shape, x.shape[-2] > x.shape[-1]
+    x = x.flatten(0, -3) if x.ndim > 2 else x[None]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-8)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)

@@ -16,7 +16,6 @@ MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 K = 3
 RMS_EPS = 1e-9  # of parameter_rms
-NUM_VECTOR_FEATURES = 15  # of Celo2: up to g rs
 FEATURE_NAMES = (
     *("g", "clip(g, 0.1)", "p"),
     *(f"m {decay}" for decay in MOMENTUM_DECAYS),
@@ -131,9 +130,8 @@ class FactoredMLP(FeatureMLP):
         keys = ("averages", "averages") if layout.factored is None else ("rows", "cols")
         return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]
 
-    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """See `FeatureMLP.slots`."""
-        lines = 15 if self.clips else 13
-        rows, cols, rs_rows, rs_cols = (list(range(lines + K * i, lines + K * (i + 1))) for i in range(4))
-        end = lines + 5 * K
-        return [*range(lines), *range(end - K, end)], [rows + rs_rows, cols + rs_cols], list(range(end, self.widths[0]))
+        start = 15 if self.clips else 13
+        rows, cols, rs_rows, rs_cols, last = (slice(start + K * i, start + K * (i + 1)) for i in range(5))
+        return [slice(start), last], [[rows, rs_rows], [cols, rs_cols]], slice(last.stop, None)

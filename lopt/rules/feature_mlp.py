@@ -33,16 +33,12 @@ class MLPTerms(NamedTuple):
 
     Attributes:
         layers: the first one on element features, their normalisation folded in, and the others.
-        lines: first-layer weights `[*batch, hidden, k]` of each group of line features that were not applied yet.
-        scale: normalisation of the element features where it is not one number per tensor, else None.
-        line_scales: likewise, one for each of `lines`.
+        lines: first-layer weights `[*batch, hidden, k]` of each group of line features, likewise.
         gain: factor on the step, `[*batch]`.
     """
 
     layers: list[Layer]
     lines: list[Tensor]
-    scale: Tensor | None
-    line_scales: list[Tensor | None]
     gain: Tensor
 
 
@@ -93,7 +89,7 @@ class FeatureMLP(Rule):
         return None
 
     @abstractmethod
-    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """The first layer's inputs that are element features, each group of line features, and constant ones."""
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
@@ -115,31 +111,35 @@ class FeatureMLP(Rule):
         axes, ndim = self.norm_axes(layout), layout.ndim
         (weight, bias), *rest = self.layers(terms)
         own, groups, constant = self.slots(layout)
+        fields: Accumulators = {}  # normalisation that is not one number per tensor
         shared = self.constant_features(clock)
         if shared is not None:
             bias = bias + _multiply(weight[..., constant], shared)
-        scale = torch.rsqrt(means["squares"] + self.norm_eps)
-        first, left_scale = _fold_scale(weight[..., own], scale, ndim)
-        lines, line_scales = [], []
-        for columns, feature in zip(groups, self.line_features(acc, layout), strict=True):
-            square = feature.square().mean(axes, keepdim=True)
-            line, left = _fold_scale(weight[..., columns], torch.rsqrt(square + self.norm_eps), ndim)
-            lines.append(line)
-            line_scales.append(left)
-        squares = means["squares"].flatten(-ndim).mean(-1) if ndim else means["squares"]
-        return Fold(terms=MLPTerms([(first, bias), *rest], lines, left_scale, line_scales, self.gain(squares, terms)))
+        squares = {"scale": means["squares"]}
+        for i, feature in enumerate(self.line_features(acc, layout)):
+            squares[f"scale {i}"] = feature.square().mean(axes, keepdim=True)
+        first, *lines = (torch.cat([weight[..., part] for part in parts], -1) for parts in (own, *groups))
+        folded = []
+        for part, (key, square) in zip((first, *lines), squares.items(), strict=True):
+            scale = (square + self.norm_eps).rsqrt()
+            if scale.shape[scale.ndim - ndim :].numel() == 1:
+                part = part * scale.flatten(-ndim)[..., 0].unsqueeze(-2)
+            else:
+                fields[key] = scale
+            folded.append(part)
+        gain = self.gain(means["squares"].flatten(-ndim).mean(-1), terms)
+        return Fold(fields=fields, terms=MLPTerms([(folded[0], bias), *rest], folded[1:], gain))
 
     def emit(self, e: Elements, terms: MLPTerms) -> Visit:
         """See `Rule.emit`."""
         ndim, shape = e.layout.ndim, e.p.shape[e.p.ndim - e.layout.ndim :]
         x = torch.cat(self.element_features(e), -ndim - 1)
-        if terms.scale is not None:
-            x = x * terms.scale
+        if "scale" in e.acc:
+            x = x * e.acc["scale"]
         (weight, bias), *rest = terms.layers
         base = features.spread(bias, ndim)
-        shared = self.line_features(e.acc, e.layout)
-        for line, scale, feature in zip(terms.lines, terms.line_scales, shared, strict=True):
-            feature = feature if scale is None else feature * scale
+        for i, (line, feature) in enumerate(zip(terms.lines, self.line_features(e.acc, e.layout), strict=True)):
+            feature = feature * e.acc[f"scale {i}"] if f"scale {i}" in e.acc else feature
             product = line @ feature.flatten(-ndim)
             base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
         x = x.flatten(-ndim)
@@ -166,10 +166,3 @@ def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     if weight.ndim == 2 and x.ndim == 2:
         return torch.addmm(base, weight, x)
     return base + weight @ x
-
-
-def _fold_scale(weight: Tensor, scale: Tensor, ndim: int) -> tuple[Tensor, Tensor | None]:
-    """Weights `[*batch, out, k]` times scales `[*batch, k, 1...]`; scales that vary within a tensor are handed back."""
-    if scale.shape[scale.ndim - ndim :].numel() != 1:
-        return weight, scale
-    return weight * scale.flatten(-ndim)[..., 0].unsqueeze(-2), None

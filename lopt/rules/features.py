@@ -122,7 +122,11 @@ def loss_decays(num_steps: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def update_loss_buffer(buffer: Accumulators, loss: Tensor | None, decays: Tensor) -> Accumulators:
-    """The buffer after `loss` `[...]`, which is capped at twice the largest average; without a loss, as it was."""
+    """The buffer after `loss` `[...]`, which is capped at twice the largest average.
+
+    Without a loss the buffer stays as it was. So it does after one that makes it infinite or NaN (differs from the
+    source, where all later steps are NaN, too).
+    """
     if loss is None:
         return buffer
     count = buffer["loss_count"]
@@ -131,7 +135,9 @@ def update_loss_buffer(buffer: Accumulators, loss: Tensor | None, decays: Tensor
     cap = 2 * torch.where(count == 0, loss, largest).abs()
     mean = average(buffer["loss_mean"], torch.minimum(loss, cap), decays)
     lowest = torch.minimum(buffer["loss_min"], _correct(mean, decays, count + 1))
-    return {"loss_mean": mean, "loss_min": lowest, "loss_count": count + 1}
+    new = {"loss_mean": mean, "loss_min": lowest, "loss_count": count + 1}
+    finite = mean.isfinite().all(-1, keepdim=True)
+    return {key: torch.where(finite, value, buffer[key]) for key, value in new.items()}
 
 
 def loss_features(buffer: Accumulators, decays: Tensor) -> Tensor:

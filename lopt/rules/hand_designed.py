@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt.rules.base import Accumulators, ElementwiseRule
+from lopt.rules.base import Accumulators
+from lopt.rules.elementwise import ElementwiseRule
 
 SCHEDULES = ("constant", "cosine")
 
@@ -54,5 +55,5 @@ class HandDesigned(ElementwiseRule):
         lr: Any = self.hyper("lr")
         if self.schedule == "cosine":
             assert progress is not None, "step_tensors has seen to it"
-            lr = lr * (0.5 * (1 + torch.cos(pi * progress)))
+            lr = lr * (0.5 * (1 + torch.cos(pi * progress.clamp(max=1))))
         return -lr * (direction + self.hyper("weight_decay") * p), acc

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lopt.rules.base import Accumulators, ElementwiseRule, safe_sqrt
+from lopt.rules.base import Accumulators
+from lopt.rules.elementwise import ElementwiseRule, safe_sqrt
 
 EPS = 1e-8
 

@@ -13,7 +13,8 @@ from lopt_kernels.lstm import LSTMWeights
 from lopt_kernels.lstm import reference as lstm_step
 from torch import Tensor, nn
 
-from lopt.rules.base import Accumulators, ElementwiseRule
+from lopt.rules.base import Accumulators
+from lopt.rules.elementwise import ElementwiseRule
 from lopt.tensors import make_generator
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared

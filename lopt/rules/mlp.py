@@ -14,6 +14,7 @@ from lopt.rules.feature_mlp import FeatureMLP
 from lopt.rules.layout import Layout
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+NUM_OWN = 2 + len(DECAYS)
 
 
 class MLPLOpt(FeatureMLP):
@@ -38,7 +39,6 @@ class MLPLOpt(FeatureMLP):
         seed: int = 0,
     ) -> None:
         config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
-        self.num_own = 2 + len(DECAYS)
         super().__init__([len(self.feature_names), *[hidden] * hidden_layers, 2], seed, config=config)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.register_buffer("decays", torch.tensor(DECAYS), persistent=False)
@@ -63,9 +63,9 @@ class MLPLOpt(FeatureMLP):
         """The eleven time features."""
         return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
 
-    def slots(self, layout: Layout) -> tuple[list[int], list[list[int]], list[int]]:
+    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """See `FeatureMLP.slots`."""
-        return list(range(self.num_own)), [], list(range(self.num_own, self.widths[0]))
+        return [slice(NUM_OWN)], [], slice(NUM_OWN, None)
 
     def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
         """`step_mult` for every tensor."""

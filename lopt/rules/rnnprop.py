@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.rules.base import Accumulators, safe_sqrt
+from lopt.rules.base import Accumulators
+from lopt.rules.elementwise import safe_sqrt
 from lopt.rules.lstm import CoordinatewiseLSTM
 from lopt.tensors import derive_seeds, make_generator
 

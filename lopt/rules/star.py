@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lopt.names import suggest
 from lopt.rules import features
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit, safe_sqrt
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.rules.elementwise import safe_sqrt
 from lopt.rules.layout import Layout
 
 KEYS = ("nominal_m", "nominal_v", "nominal_recent")

@@ -76,9 +76,10 @@ class VeLO(FactoredMLP):
 
     def measure(self, e: Elements) -> Visit:
         """Row and column sums of g^2, and moments of the parameter and of the averages before this step."""
-        m, v = e.acc["m"], e.acc["v"]
-        parts = {"p2": e.p.square(), "v": v, "v2": v.square(), "m": m, "m2": m.square()}
-        axes = e.layout.axes
+        axes, parts = e.layout.axes, {"p2": e.p.square()}
+        for key in ("m", "v"):  # in float64, as variances are differences of these
+            x = e.acc[key].double()
+            parts |= {key: x, f"{key}2": x.square()}
         sums = {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in parts.items()}
         return Visit(sums={**super().measure(e).sums, **sums})
 
@@ -125,8 +126,9 @@ def _describe_tensor(means: Means, layout: Layout) -> Tensor:
     p2, v, v2 = (means[key].flatten(-layout.ndim) for key in ("p2", "v", "v2"))  # [*batch, 1]
     m, m2 = (means[key].flatten(-layout.ndim)[..., 0] for key in ("m", "m2"))  # [*batch, 3]
     scale = p2.clamp(min=1e-9).rsqrt()
-    var_m = scale.square() * (m2 - m.square()).clamp(min=0)
-    var_v = scale.square() * (v2 - 2 * v * m + m.square())
+    var_m = scale.square() * (m2 - m.square()).clamp(min=0).to(p2.dtype)
+    var_v = scale.square() * (v2 - 2 * v * m + m.square()).to(p2.dtype)
+    v = v.to(p2.dtype)
     large = torch.tensor(sum(size > 1 for size in layout.shape), device=v.device)
     dims = F.one_hot(large.clamp(max=NUM_DIMS), NUM_DIMS + 1)[:NUM_DIMS].to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
     return torch.cat([_log(scale * v), dims, _log(var_m), _log(var_v)], -1)
