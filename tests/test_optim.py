@@ -402,6 +402,7 @@ def test_closure_runs_with_gradients_and_its_value_comes_back() -> None:
     assert optimizer.step() is None
 
 
+@pytest.mark.filterwarnings("ignore:rule 'unit_norm' reads the training loss")
 def test_loss_reaches_rules_that_read_it_from_closure_or_argument() -> None:
     grads, moved = torch.ones(4), {}
     for name, loss in {"none": None, "number": 2.0, "tensor": torch.tensor(2.0, requires_grad=True)}.items():
