@@ -37,28 +37,13 @@ class CeloScheduler(Scheduler):
         return rows, 0.1 * torch.exp(self.read("step", h)[..., 0])
 
 
-class Celo(FactoredMLP):
-    """`p <- p - 0.001 lambda rms(p) d exp(0.001 a)`, with lambda from an LSTM on progress and loss.
+class Scheduled(Rule):
+    """A rule whose steps the scheduler scales: its terms have `factor`, lambda `[*batch]`."""
 
-    Args:
-        hidden: width of the MLP's two hidden layers.
-        width: of the scheduler's LSTM.
-        seed: of the initial meta-weights.
-    """
-
-    name = "celo"
     needs_loss = True
     needs_num_steps = True
     row_keys = ROW_KEYS
-    feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES)
-
-    def __init__(self, hidden: int = 4, width: int = 64, seed: int = 0) -> None:
-        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, config={"hidden": hidden, "width": width})
-        self.scheduler = CeloScheduler(width, seed)
-
-    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """The MLP's averages and the scheduler's row."""
-        return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+    scheduler: CeloScheduler
 
     def fold_tensors(
         self,
@@ -72,12 +57,33 @@ class Celo(FactoredMLP):
         rows, factor = self.scheduler(rows, loss, clock)
         return rows, {"factor": factor}
 
+
+class Celo(Scheduled, FactoredMLP):
+    """`p <- p - 0.001 lambda rms(p) d exp(0.001 a)`, with lambda from an LSTM on progress and loss.
+
+    Args:
+        hidden: width of the MLP's two hidden layers.
+        width: of the scheduler's LSTM.
+        seed: of the initial meta-weights.
+    """
+
+    name = "celo"
+    feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES)
+
+    def __init__(self, hidden: int = 4, width: int = 64, seed: int = 0) -> None:
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, config={"hidden": hidden, "width": width})
+        self.scheduler = CeloScheduler(width, seed)
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """The MLP's averages and the scheduler's row."""
+        return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+
     def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
         """`0.001 lambda rms(p)`."""
         return STEP_MULT * terms["factor"] * self.parameter_rms(mean_squares)
 
 
-class CeloAdam(Rule):
+class CeloAdam(Scheduled):
     """`p <- p - 0.001 lambda m_hat / (sqrt(v_hat + 1e-10) + 1e-8)`, with lambda from an LSTM on progress and loss.
 
     Args:
@@ -87,9 +93,6 @@ class CeloAdam(Rule):
     """
 
     name = "celo_adam"
-    needs_loss = True
-    needs_num_steps = True
-    row_keys = ROW_KEYS
     feature_names = ("m_hat / sqrt(v_hat)", *SCHEDULER_FEATURES)
 
     def __init__(self, width: int = 64, beta1: float = 0.9, beta2: float = 0.999, seed: int = 0) -> None:
@@ -101,18 +104,6 @@ class CeloAdam(Rule):
         """Adam's moments and the scheduler's row."""
         row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
-
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`: the learned schedule."""
-        rows, factor = self.scheduler(rows, loss, clock)
-        return rows, {"factor": factor}
 
     def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
         """The step's size, and the two bias corrections, `[*batch, 1...]`."""

@@ -16,6 +16,7 @@ MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 K = 3
 RMS_EPS = 1e-9  # of parameter_rms
+CLIPS_NAMES = ("clip(g, 0.1)", "g rs")  # the features that small_fc_lopt does not have
 FEATURE_NAMES = (
     *("g", "clip(g, 0.1)", "p"),
     *(f"m {decay}" for decay in MOMENTUM_DECAYS),

@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 from lopt.rules import features
 from lopt.rules.base import Clock, Means
-from lopt.rules.factored_mlp import FactoredMLP, K
+from lopt.rules.factored_mlp import CLIPS_NAMES, FactoredMLP, K
+from lopt.rules.factored_mlp import FEATURE_NAMES as FAMILY_NAMES
 
-NUM_FEATURES = 28
-FEATURE_NAMES = (
-    *("g", "p", "m_1", "m_2", "m_3", "v", "m_1 rs", "m_2 rs", "m_3 rs", "rs", "g F_1", "g F_2", "g F_3"),
-    *(f"{name}_{i}" for name in ("R", "C", "rsqrt R", "rsqrt C") for i in (1, 2, 3)),
-    *("m_1 F_1", "m_2 F_2", "m_3 F_3"),
-    *(f"time {scale:g}" for scale in features.TIME_SCALES),
-)
+FEATURE_NAMES = (*(name for name in FAMILY_NAMES if name not in CLIPS_NAMES), *features.TIME_NAMES)
 
 
 class SmallFC(FactoredMLP):
@@ -47,7 +42,7 @@ class SmallFC(FactoredMLP):
         seed: int = 0,
     ) -> None:
         config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
-        widths = [NUM_FEATURES + len(features.TIME_SCALES), *[hidden] * hidden_layers, 2]
+        widths = [len(FEATURE_NAMES), *[hidden] * hidden_layers, 2]
         super().__init__(widths, seed, config=config)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.momentum_offsets = nn.Parameter(torch.zeros(K))
