@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import product
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Means, Rule, Visit, count_elements
+from lopt.apply import Apply
+from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Rule, Sum, Visit
 from lopt.rules.layout import find_layout
+
+if TYPE_CHECKING:
+    from lopt.sharding import Shard
 
 # Bytes of parameters, gradients and state: the best of 0.25 to 32 MiB for LSTM, linear and Adam; and with the rule's
 # temporaries counted: the best of 2 to 64 MiB for the MLPs on features.
@@ -28,24 +33,40 @@ Cut = tuple[slice, ...]
 
 
 class ChunkedTensor:
-    """See `lopt.rules.base.Steppable`. What `acc` holds is updated in place.
+    """One parameter, or this process's part of it. See `lopt.rules.base.Steppable`; `acc` is updated in place.
 
     Args:
         p, g: parameter and gradient, of any floating dtype and strides.
         acc: accumulators in fp32, as `rule.init_accumulators` makes them.
-        lr, decay: the parameter becomes `p + lr * delta - lr * decay * p`.
+        extra: what belongs to `apply.transform`.
+        apply: how the step is added.
+        shard: where `p` lies in the whole parameter, if it is a part.
     """
 
     batch: tuple[int, ...] = ()
+    count: int | None = None
 
-    def __init__(self, rule: Rule, p: Tensor, g: Tensor, acc: Accumulators, lr: float, decay: float) -> None:
-        self.layout = find_layout(tuple(p.shape))
+    def __init__(
+        self,
+        rule: Rule,
+        p: Tensor,
+        g: Tensor,
+        acc: Accumulators,
+        apply: Apply,
+        extra: Accumulators | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.layout = find_layout(tuple(p.shape)) if shard is None else shard.layout
+        self.shard, self.apply, self.extra = shard, apply, extra or {}
         if rule.elementwise and p.is_contiguous():  # boundaries do not matter: cut where it suits the cache
-            ndim, self.layout = self.layout.ndim, find_layout((p.numel(),))
-            acc = {key: a.view(*a.shape[: a.ndim - ndim], -1) for key, a in acc.items()}
-        self.p, self.g = p.view(self.layout.shape), g.reshape(self.layout.shape)
-        self.acc, self.lr, self.decay = acc, lr, decay
+            ndim, self.layout, self.shard = self.layout.ndim, find_layout((p.numel(),)), None
+            acc, self.extra = (
+                {key: a.view(*a.shape[: a.ndim - ndim], -1) for key, a in x.items()} for x in (acc, self.extra)
+            )
+        self.shape = self.layout.shape if self.shard is None else self.shard.shape
+        self.p, self.g, self.acc = p.view(self.shape), g.reshape(self.shape), acc
         self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
+        self.whole = set(rule.line_keys)  # of these and the fields, every process holds all
         if p.device.type == "cpu":
             keep_heap()
         self.length = chunk_length(self.p, self.fields, rule.temporaries)
@@ -53,71 +74,94 @@ class ChunkedTensor:
     @cached_property
     def cuts(self) -> list[Cut]:
         """Slices of the first dimensions that together cover the parameter."""
-        shape = self.layout.shape
         if self.p.numel() == 0:
-            return [(slice(0, shape[0]),)]
-        axis = next(i for i in range(len(shape)) if prod(shape[i + 1 :]) <= self.length)
-        parts = list(_parts(shape[axis], max(1, self.length // prod(shape[axis + 1 :]))))
-        before = product(*(_parts(size, 1) for size in shape[:axis]))
+            return [(slice(0, self.shape[0]),)]
+        axis = next(i for i in range(len(self.shape)) if prod(self.shape[i + 1 :]) <= self.length)
+        parts = list(_parts(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
+        before = product(*(_parts(size, 1) for size in self.shape[:axis]))
         return [(*index, part) for index in before for part in parts]
 
-    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
+    def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """See `Steppable.visit`."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        sums: dict[str, Sum] = {}
         for cut, visit in self._walk(stage):
             for key, (value, axes) in visit.sums.items():
                 if key not in sums:
                     ndim = self.layout.ndim
-                    shape = [1 if axis in axes else self.layout.shape[axis] for axis in self.layout.axes]
-                    sums[key] = value.new_zeros((*value.shape[: value.ndim - ndim], *shape))
-                    counts[key] = count_elements(axes, self.layout)
-                self._cut(sums[key], cut).add_(value)
-        return {key: total.div_(counts[key]) for key, total in sums.items()}
+                    shape = [1 if axis in axes else self.shape[axis] for axis in self.layout.axes]
+                    sums[key] = Sum(value.new_zeros((*value.shape[: value.ndim - ndim], *shape)), axes)
+                self._cut(sums[key].value, cut).add_(value)
+        return sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
         """See `Steppable.keep`."""
         for key, value in acc.items():
-            self.acc[key].copy_(value)
+            self.acc[key].copy_(self.apply.merge(value, self.acc[key]))
         self.fields |= fields
+        self.whole |= fields.keys()
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
         """See `Steppable.move`."""
-        if finish is None:
+        if finish is None and self.apply.transform is None:
             for cut, visit in self._walk(stage):
                 assert visit.delta is not None, "`emit` makes the step"
-                write_step(self._cut(self.p, cut), visit.delta, self.lr, self.decay)
+                self._write(cut, visit.delta)
             return
-        whole = torch.empty(self.layout.shape, device=self.p.device)
+        delta = torch.empty(self.shape, device=self.p.device)
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`emit` makes the step"
-            self._cut(whole, cut).copy_(visit.delta)
-        whole, factor = finish(whole)
+            self._cut(delta, cut).copy_(visit.delta)
+        factor = delta.new_ones([1] * self.layout.ndim)
+        if finish is not None:
+            delta, factor = finish(delta if self.shard is None else self.shard.gather(delta))
+            if self.shard is not None:
+                delta, factor = self.shard.take(delta), self.shard.take(factor)
+        if self.apply.transform is not None:
+            delta, extra = self.apply.transform(delta * factor, self.apply.read(self.g), self.extra)
+            factor = delta.new_ones([1] * self.layout.ndim)
+            for key, value in extra.items():
+                self.extra[key].copy_(self.apply.merge(value, self.extra[key]))
         for cut in self.cuts:
-            write_step(self._cut(self.p, cut), self._cut(whole, cut) * self._cut(factor, cut), self.lr, self.decay)
+            self._write(cut, self._cut(delta, cut) * self._cut(factor, cut))
+
+    def _write(self, cut: Cut, delta: Tensor) -> None:
+        p = self._cut(self.p, cut)
+        p.copy_(self.apply.move(p, delta, self._count_before(cut)))
+
+    def _count_before(self, cut: Cut) -> int:
+        """How many elements come before a chunk."""
+        return sum(part.start * prod(self.shape[axis + 1 :]) for axis, part in enumerate(cut))
 
     def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
         """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
         shared: Accumulators = {}
         for cut in self.cuts:
-            acc = {key: self._cut(a, cut) for key, a in self.fields.items()}
-            visit = stage(Elements(self._cut(self.g, cut).float(), self._cut(self.p, cut).float(), acc, self.layout))
+            acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
+            g, p = self.apply.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
+            visit = stage(Elements(g, p, acc, self.layout))
             if not (visit.acc or visit.sums or visit.delta is not None):
                 return
             for key, new in visit.acc.items():
-                if self.acc[key].shape[-self.layout.ndim :] == self.layout.shape:
-                    acc[key].copy_(new)
+                if self.acc[key].shape[-self.layout.ndim :] == self.shape:
+                    acc[key].copy_(self.apply.merge(new, acc[key]))
                 else:  # one number for all chunks: they all start from the old one
                     shared[key] = new
             yield cut, visit
         self.keep(shared)
 
-    def _cut(self, x: Tensor, cut: Cut) -> Tensor:
-        """The part of a tensor `[..., *shape]` that belongs to a chunk; dimensions of size 1 are shared."""
+    def _cut(self, x: Tensor, cut: Cut, whole: bool = False) -> Tensor:
+        """The part of a tensor `[..., *shape]` that belongs to a chunk; dimensions of size 1 are shared.
+
+        Args:
+            whole: it has the shape of the whole parameter, of which this process may have a part.
+        """
+        offset = self.shard.offset if whole and self.shard is not None else None
+        if offset is not None:
+            cut = (*cut, *(slice(0, size) for size in self.shape[len(cut) :]))
         for axis, part in enumerate(cut):
             dim = x.ndim - self.layout.ndim + axis
             if x.shape[dim] != 1:
-                x = x.narrow(dim, part.start, part.stop - part.start)
+                x = x.narrow(dim, part.start + (offset[axis] if offset else 0), part.stop - part.start)
         return x
 
 
@@ -130,16 +174,6 @@ def keep_heap() -> None:
     nothing.
     """
     torch.empty(HEAP_BLOCK, dtype=torch.uint8, device="cpu")  # freed at once, never touched
-
-
-def write_step(p: Tensor, delta: Tensor, lr: float, decay: float) -> None:
-    """`p + lr * delta - lr * decay * p` in at least fp32, rounded once; with lr 0 not a bit changes."""
-    if lr == 0:
-        return
-    base = p.to(torch.promote_types(p.dtype, torch.float32))
-    if decay:
-        base = base - lr * decay * base
-    p.copy_(torch.add(base, delta, alpha=lr))
 
 
 def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:

@@ -7,7 +7,8 @@ the best so far is all it remembers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class HorizonSchedule(ABC):
         """Index of the present stage; always 0 for schedules that have none."""
         return 0
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The longest horizon that it can draw."""
+
     @abstractmethod
     def __call__(self, seeds: Tensor) -> Tensor:
         """Horizons `[T]` int64 for tasks with the given seeds `[T]`."""
@@ -46,6 +52,11 @@ class Constant(HorizonSchedule):
 
     def __init__(self, steps: int = 100) -> None:
         self.steps = _positive("steps", steps)
+
+    @property
+    def longest(self) -> int:
+        """See `HorizonSchedule`."""
+        return self.steps
 
     def __call__(self, seeds: Tensor) -> Tensor:
         """See `HorizonSchedule`."""
@@ -61,6 +72,11 @@ class LogUniform(HorizonSchedule):
         self.low, self.high = _positive("low", low), _positive("high", high)
         if high < low:
             raise ValueError(f"high must be at least low, got low={low} and high={high}")
+
+    @property
+    def longest(self) -> int:
+        """See `HorizonSchedule`."""
+        return self.high
 
     def __call__(self, seeds: Tensor) -> Tensor:
         """See `HorizonSchedule`."""
@@ -93,6 +109,11 @@ class Curriculum(HorizonSchedule):
         """Index into `stages`; the last one is never left."""
         return min(self.improved // self.improvements, len(self.stages) - 1)
 
+    @property
+    def longest(self) -> int:
+        """See `HorizonSchedule`."""
+        return self.stages[-1]
+
     def __call__(self, seeds: Tensor) -> Tensor:
         """See `HorizonSchedule`."""
         return torch.full_like(seeds, self.stages[self.stage])
@@ -109,3 +130,13 @@ HORIZONS: dict[str, type[HorizonSchedule]] = {
     "log_uniform": LogUniform,
     "curriculum": Curriculum,
 }
+
+
+def find_longest(card: Mapping[str, Any]) -> int | None:
+    """The longest run that a rule was trained on, if its card tells."""
+    section: Any = card.get("horizon")
+    try:
+        schedule = HORIZONS[section["name"]](**{key: value for key, value in section.items() if key != "name"})
+    except (KeyError, TypeError, ValueError):  # a card without one, or written by hand
+        return None
+    return schedule.longest

@@ -2,38 +2,57 @@
 
     optimizer = lopt.LearnedOptimizer(model.parameters())
 
-The rule is frozen and steps in fp32, whatever the parameters' dtype. It works through a tensor in chunks (see
-`lopt.chunks`); a step needs no memory of the model's size, but rules with `finish` need some for one tensor at a time.
+The rule is frozen and steps in fp32, whatever the parameters' dtype. Small tensors of equal shape are stepped together
+(`lopt.buckets`), large ones in chunks (`lopt.chunks`); a step needs no memory of the model's size, but rules with
+`finish`, and the guard, need some for one tensor at a time.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
-from math import isfinite
-from typing import Any, NamedTuple, cast, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lopt.checkpoint import fingerprint, load
-from lopt.chunks import ChunkedTensor
-from lopt.rules import RULES, Clock, Rule, find_layout, step_tensors
+from lopt.checkpoint import fingerprint, load, load_card
+from lopt.engine import SEED, STEP, Member, Unit, init_accumulators, make_member, make_units, step_units
+from lopt.horizons import find_longest
+from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend
+from lopt.rules import RULES, Rule, find_layout
+from lopt.tensors import derive_seeds
 
 DEFAULT_RULE = "digits-lstm"
-ADAMW = "adamw"
 MAX_REPLICAS = 64
+
+
+class Report(NamedTuple):
+    """What has happened to an optimizer since it was made; see `LearnedOptimizer.report`.
+
+    Attributes:
+        steps: calls of `step`, with those before a resume.
+        skipped: steps of single parameters that were left out because their gradients were not finite.
+    """
+
+    steps: int
+    skipped: int
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps; skipped for gradients that are not finite: {self.skipped}"
 
 
 class LearnedOptimizer(Optimizer):
     """Optimizes with a learned update rule: `p <- p + lr * step of the rule - lr * weight_decay * p`.
 
-    A group with the option `rule="adamw"` is stepped by AdamW instead: there `lr` is AdamW's own learning rate, and
-    `betas` and `eps` are options, too. What the group does not say is the optimizer's `lr` times 1e-3, (0.9, 0.999) and
-    1e-8, or what the rule has in their place (`Rule.adamw_options`). `lopt.group_parameters` makes such groups.
+    A group with the option `rule="adamw"` is stepped by AdamW instead: there `lr` is AdamW's own learning rate, by
+    default the optimizer's `lr` times 1e-3, or times what the rule has in its place (`Rule.adamw_options`).
+    `lopt.group_parameters` makes such groups.
+
+    Options that may be a group's own: lr, weight_decay, num_steps, betas, eps, maximize, foreach, capturable.
 
     Args:
         params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own. Rules
@@ -42,6 +61,15 @@ class LearnedOptimizer(Optimizer):
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned; rules that adapt to the share of training done need it.
+        betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
+        maximize: ascend instead of descending.
+        foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together.
+        capturable: as in torch; has no effect, as all state is on the parameters' device and `step` waits for nothing.
+        nonfinite: what becomes of a gradient with NaN or infinite entries. "skip": its parameter and state stay as they
+            are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError.
+        stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
+        backend: "torch", "triton" or "auto". What runs and why is `optimizer.backend`.
+        reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it.
     Raises:
         ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
         FileNotFoundError: there is no such rule file.
@@ -54,14 +82,41 @@ class LearnedOptimizer(Optimizer):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         num_steps: int | None = None,
+        *,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
+        backend: str = "auto",
+        reduce_loss: bool = True,
     ) -> None:
+        self.horizon: int | None = None
         if not isinstance(rule, Rule):
-            rule = load(DEFAULT_RULE if rule is None else rule)
+            source = DEFAULT_RULE if rule is None else rule
+            rule, self.horizon = load(source), find_longest(load_card(source))
         self.rule = deepcopy(rule).float().requires_grad_(False)
+        self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
+        self.stochastic_rounding, self.reduce_loss = stochastic_rounding, reduce_loss
+        self.backend: Backend = choose_backend(backend, self.rule.name)
+        self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
-        self._warned = False
-        identity = f"{self.rule.name}-{fingerprint(self.rule)}"
-        options = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "rule": identity}
+        self._steps: int | None = None  # calls of `step`; None: to be read from the state
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._warned: set[str] = set()
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "num_steps": num_steps,
+            "rule": f"{self.rule.name}-{fingerprint(self.rule)}",
+            "betas": betas or self.rule.adamw_options["betas"],
+            "eps": self.rule.adamw_options["eps"] if eps is None else eps,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+        }
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -72,10 +127,9 @@ class LearnedOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             if param_group.get("rule") == ADAMW:
-                defaults = dict(self.rule.adamw_options)
-                param_group = defaults | {"lr": float(self.defaults["lr"]) * defaults["lr"]} | param_group
+                param_group = {"lr": self.defaults["lr"] * self.rule.adamw_options["lr"]} | param_group
             options = self.defaults | param_group
-            _check_options(options)
+            check_options(options)
             if options["rule"] != ADAMW:
                 self._check_rule(options, expected=self.defaults["rule"])
             if self.rule.needs_num_steps and options["rule"] != ADAMW and options["num_steps"] is None:
@@ -95,6 +149,9 @@ class LearnedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None, *, loss: Tensor | float | None = None) -> float | None:
         """One step of all parameters that have a gradient, in place; gradients are left as they are.
 
+        A step with learning rates of 0 and gradients of 0 makes the state of an optimizer that has none and nothing
+        else: so torch.distributed.checkpoint prepares an optimizer for loading.
+
         Args:
             closure: computes the loss and the gradients.
             loss: the training loss, one number, for rules that read it; by default what the closure returns.
@@ -107,15 +164,29 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        loss = result if loss is None else loss
-        _check_gradients(self.param_groups)
-        for (rule, device), steps in self._collect().items():
+        check_gradients(self.param_groups)
+        only_state = not torch.compiler.is_compiling() and not self.state and _is_rehearsal(self.param_groups)
+        units = self._make_units()
+        if only_state:
+            return result
+        loss = self._share_loss(result if loss is None else loss, units)
+        for (index, device), own in units.items():
+            rule = self._rules[index]
+            heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
             with torch.autocast(device.type, enabled=False):
-                self._step_together(rule, device, steps, loss if rule.needs_loss else None)
+                skipped = step_units(rule, own, heard, self.nonfinite, None, rule.decay_scale)
+            self._skipped[device].add_(skipped)
+        self._count_step()
         return result
+
+    def report(self) -> Report:
+        """What has happened so far; waits for the device."""
+        return Report(self._find_steps(), sum(int(count) for count in self._skipped.values()))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
+
+        Where both sides have names, a group's state is given to the parameters of the same names, in whatever order.
 
         Raises:
             ValueError: the state was made under other meta-weights, for other groups or for other parameters; nothing
@@ -123,11 +194,14 @@ class LearnedOptimizer(Optimizer):
         """
         saved: StateDict = {}
 
-        def check(_: Optimizer, final: StateDict) -> None:
-            for found, own in zip(final["param_groups"], self.param_groups, strict=False):  # torch compares the counts
+        def check(_: Optimizer, final: StateDict) -> StateDict:
+            groups = [dict(group) for group in final["param_groups"]]
+            for found, own in zip(groups, self.param_groups, strict=False):  # torch compares the counts
                 self._check_rule(found, expected=own["rule"])
+                _match_names(found, own)
                 self._check_shapes(found, own, final["state"])
-            saved.update(final)
+            saved.update(final, param_groups=groups)
+            return saved
 
         def restore(_: Optimizer) -> None:  # torch has cast the state to the parameters' dtype
             keys = [key for group in saved["param_groups"] for key in group["params"]]
@@ -135,6 +209,10 @@ class LearnedOptimizer(Optimizer):
             for key, p in zip(keys, params, strict=True):
                 if key in saved["state"]:
                     self.state[p] = {k: _copy_to(p.device, v) for k, v in saved["state"][key].items()}
+            for group in self.param_groups:  # of an earlier version, or of a step that was compiled
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._steps = None
 
         hooks = (
             self.register_load_state_dict_pre_hook(check),  # after the user's own hooks
@@ -147,7 +225,8 @@ class LearnedOptimizer(Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"rule": self.rule, "_replicas": {}, "_warned": self._warned}
+        own = {key: value for key, value in self.__dict__.items() if key not in HOOKS}
+        return own | super().__getstate__() | {"_rules": [], "_replicas": {}}
 
     def _check_rule(self, group: dict[str, Any], expected: str) -> None:
         found = group.get("rule")
@@ -164,15 +243,19 @@ class LearnedOptimizer(Optimizer):
             saved = {k: list(v.shape) for k, v in states.get(key, {}).items() if isinstance(v, Tensor)}
             rule = self._rule_for(name, p, own)
             fresh = rule.init_state({"": torch.empty(p.shape, device="meta")}).accumulators[""]
-            expected = {"step": [], **{k: list(v.shape) for k, v in fresh.items()}}
+            expected = {STEP: [], **{k: list(v.shape) for k, v in fresh.items()}}
+            if self._rounds(p):
+                expected[SEED] = []
             wrong = sorted(k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k))
             if saved and wrong:
                 theirs, ours = (shapes.get(wrong[0], "absent") for shapes in (saved, expected))
                 raise ValueError(
                     f"the state of parameter {name or key!r} does not fit it: its {wrong[0]!r} is {theirs}, but {ours} "
                     f"where rule {rule.name!r} steps shape {list(p.shape)}. Construct both optimizers with the same "
-                    "parameters in the same order, and with names in both or in neither."
+                    "options and parameters in the same order, and with names in both or in neither."
                 )
+
+    # -- rules ---------------------------------------------------------------------------------------------------------
 
     def _rule_for(self, name: str, p: Tensor, group: dict[str, Any]) -> Rule:
         """The rule that steps a parameter, with its weights on the parameter's device."""
@@ -188,97 +271,152 @@ class LearnedOptimizer(Optimizer):
             if key not in self._replicas:
                 if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
                     self._replicas.clear()
+                    self._rules.clear()
                 self._replicas[key] = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
                 self._replicas[key].to(device).requires_grad_(False)
         elif key not in self._replicas:
             self._replicas[key] = self.rule if device.type == "cpu" else deepcopy(self.rule).to(device)
         return self._replicas[key]
 
-    def _collect(self) -> dict[tuple[Rule, torch.device], list[_Step]]:
-        """All parameters with a gradient, by what steps them and where."""
-        found: dict[tuple[Rule, torch.device], list[_Step]] = {}
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _make_units(self) -> dict[tuple[int, torch.device], list[Unit]]:
+        """All parameters with a gradient, divided into units, by the rule that steps them and where."""
+        units: dict[tuple[int, torch.device], list[Unit]] = {}
         for group in self.param_groups:
-            names = group.get("param_names", [""] * len(group["params"]))
-            for name, p in zip(names, group["params"], strict=True):
-                if p.grad is not None:
-                    rule = self._rule_for(name, p, group)
-                    found.setdefault((rule, p.device), []).append(_Step(p, p.grad, group))
-        return found
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            values: list[Tensor] = []
+            plans: list[tuple[str, int, tuple[str, ...]]] = []
+            self._init_group(group, params, grads, values, plans)
+            found: dict[tuple[int, torch.device], list[Member]] = {}
+            start = 0
+            for p, g, (name, index, keys) in zip(params, grads, plans, strict=True):
+                state = dict(zip(keys, values[start : start + len(keys)], strict=True))
+                start += len(keys)
+                found.setdefault((index, p.device), []).append(make_member(name, p, g, state))
+            for key, members in found.items():
+                units.setdefault(key, []).extend(make_units(self._rules[key[0]], members, group))
+        return units
 
-    def _step_together(self, rule: Rule, device: torch.device, steps: list[_Step], loss: Tensor | float | None) -> None:
-        if rule.needs_loss and loss is None and not self._warned:
-            warnings.warn(
-                f"rule {rule.name!r} reads the training loss, but step() was called without one: what it knows of the "
-                "loss stays as it was. Call step(loss=loss) or step(closure).",
-                stacklevel=5,  # the caller of step
-            )
-            self._warned = True
-        if loss is not None:
-            loss = torch.as_tensor(loss, dtype=torch.float32, device=device).detach()
-            if loss.numel() != 1:
-                raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
-            loss = loss.reshape(())
-        tensors = []
-        for p, g, group in steps:
-            state = self.state[p]
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        values: list[Tensor],
+        plans: list[tuple[str, int, tuple[str, ...]]],
+    ) -> None:
+        """Append a group's parameters with gradients, and all their state, made where there is none.
+
+        Under `torch.compile`, which knows this method by its name, it runs while the step is being traced. A plan is a
+        parameter's name, the index of its rule in `_rules` and the names of its state's `values`.
+        """
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            if p.grad is None:
+                continue
+            rule, state = self._rule_for(name, p, group), self.state[p]
             if not state:
-                fresh = rule.init_state({"": p.detach().float()})
-                state.update({"step": fresh.step, **fresh.accumulators[""]})
-            acc = {name: value for name, value in state.items() if name != "step"}
-            lr, decay = float(group["lr"]), float(group["weight_decay"]) * rule.decay_scale
-            tensors.append(ChunkedTensor(rule, p.detach(), g, acc, lr, decay))
-        counters = [self.state[p]["step"] for p, _, _ in steps]
-        clock = Clock(torch.stack(counters), None)
-        if rule.needs_num_steps:
-            # a tensor that had no gradient at times is as far in the run as the others with the same plan
-            totals = torch.tensor([group["num_steps"] for _, _, group in steps], device=device)
-            same = totals[:, None] == totals
-            clock = Clock(clock.step, totals, (same * clock.step).amax(-1))
-        step_tensors(rule, tensors, loss, clock)
-        torch._foreach_add_(counters, 1)
+                self._init_state(rule, p, state)
+            if rule not in self._rules:
+                self._rules.append(rule)
+                self._skipped.setdefault(p.device, torch.zeros((), dtype=torch.int64, device=p.device))
+            params.append(p)
+            grads.append(p.grad)
+            values.extend(state.values())
+            plans.append((name, self._rules.index(rule), tuple(state)))
+
+    def _init_state(self, rule: Rule, p: Tensor, state: dict[str, Tensor]) -> None:
+        """A parameter's state before its first step."""
+        with torch.no_grad():
+            state[STEP] = torch.zeros((), dtype=torch.int64, device=p.device)
+            if self._rounds(p):
+                position = [id(q) for group in self.param_groups for q in group["params"]].index(id(p))
+                state[SEED] = derive_seeds(0, "stochastic rounding", position).to(p.device)
+            state.update(init_accumulators(rule, p.detach()))
+
+    def _rounds(self, p: Tensor) -> bool:
+        return self.stochastic_rounding and p.dtype == torch.bfloat16
+
+    def _share_loss(
+        self, loss: Tensor | float | None, units: dict[tuple[int, torch.device], list[Unit]]
+    ) -> Tensor | float | None:
+        """The loss that rules read: the mean over all processes."""
+        if not self.rule.needs_loss:
+            return None
+        if loss is None:
+            self._warn_once(
+                f"rule {self.rule.name!r} reads the training loss, but step() was called without one: what it knows of "
+                "the loss stays as it was. Call step(loss=loss) or step(closure)."
+            )
+            return None
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.reduce_loss and distributed and torch.distributed.get_world_size() > 1:
+            devices = [device for _, device in units] or [self.param_groups[0]["params"][0].device]
+            loss = _to_scalar(loss, devices[0]).clone()
+            torch.distributed.all_reduce(loss)
+            loss /= torch.distributed.get_world_size()
+        return loss
+
+    def _count_step(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._steps = self._find_steps() + 1
+        if self.horizon is not None and self._steps == self.horizon + 1:
+            self._warn_once(
+                f"this run goes beyond the {self.horizon} steps on which rule {self.rule.name!r} was trained (its "
+                "card's horizon): watch the loss, or use guard=True, which falls back to AdamW where that is better."
+            )
+
+    def _find_steps(self) -> int:
+        if self._steps is None:  # once, after loading
+            self._steps = max((int(state[STEP]) for state in self.state.values() if STEP in state), default=0)
+        return self._steps
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=6)
 
 
-class _Step(NamedTuple):
-    """A parameter to be stepped."""
+HOOKS = tuple(key for key in vars(torch.optim.SGD([torch.zeros(1)])) if key.endswith("_hooks"))
 
-    p: Tensor
-    g: Tensor
-    group: dict[str, Any]
+
+def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether all learning rates and gradients are 0."""
+    if any(group["lr"] != 0 for group in groups):
+        return False
+    return not any(bool(p.grad.any()) for group in groups for p in group["params"] if p.grad is not None)
+
+
+def _to_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
+    """fp32 `[]`."""
+    if isinstance(loss, Tensor):
+        return loss.detach().to(device, torch.float32).reshape(())
+    return torch.full((), float(loss), device=device)
 
 
 def _copy_to(device: torch.device, value: Any) -> Any:
     return value.detach().to(device, copy=True).contiguous() if isinstance(value, Tensor) else value
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for options out of range."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
-    for name in ("lr", "weight_decay"):
-        if not (isfinite(options[name]) and options[name] >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
-    for beta in options.get("betas", ()):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
-    if not options.get("eps", 0) >= 0:
-        raise ValueError(f"eps must be at least 0, got {options['eps']}")
-    if options["num_steps"] is not None and not options["num_steps"] >= 1:
-        raise ValueError(f"num_steps must be at least 1 or None, got {options['num_steps']}")
+def _match_names(found: dict[str, Any], own: dict[str, Any]) -> None:
+    """Reorder a saved group's parameters as the own ones, where both have names and these are the same.
 
-
-def _check_gradients(groups: list[dict[str, Any]]) -> None:
-    """Raise RuntimeError for parameters with a gradient that cannot be stepped."""
-    for p in (cast(Tensor, p) for group in groups for p in group["params"]):
-        if p.grad is None:
-            continue
-        if p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"LearnedOptimizer does not support sparse gradients (a parameter of shape {list(p.shape)} has one). "
-                "Set sparse=False in its module, or give that parameter an optimizer of its own."
-            )
-        if p.is_complex():
-            raise RuntimeError(
-                f"LearnedOptimizer does not support complex parameters (one of shape {list(p.shape)}). "
-                "Make the parameter real and use torch.view_as_complex in the model."
-            )
+    Raises:
+        ValueError: they have other names.
+    """
+    if not ("param_names" in found and "param_names" in own):
+        return
+    theirs, ours = found["param_names"], own["param_names"]
+    if sorted(theirs) != sorted(ours):
+        missing = sorted(set(ours) - set(theirs)) or sorted(set(theirs) - set(ours))
+        raise ValueError(
+            f"the state's group has other parameters than this optimizer's: {missing[0]!r} is in one of them only. "
+            "Construct both optimizers with the same groups."
+        )
+    keys = dict(zip(theirs, found["params"], strict=True))
+    found["params"], found["param_names"] = [keys[name] for name in ours], list(ours)

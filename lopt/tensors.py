@@ -82,14 +82,25 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     key = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
     for counter in counters:
-        key = _mix(key + _GOLDEN * (torch.as_tensor(counter, dtype=torch.int64) + 1))
+        key = fold_in(key, torch.as_tensor(counter, dtype=torch.int64))
     return key
+
+
+def fold_in(seeds: Tensor, counters: Tensor) -> Tensor:
+    """Independent seeds for every counter: int64 tensors that broadcast."""
+    return _mix(seeds + _GOLDEN * (counters + 1))
 
 
 def draw_uniform(seeds: Tensor, count: int) -> Tensor:
     """`count` float64 numbers in [0, 1) for each seed: int64 `[...]` -> `[..., count]`."""
     lanes = torch.arange(1, count + 1, device=seeds.device)
     return _shift_right(_mix(seeds[..., None] + _GOLDEN * lanes), 11).double() * 2.0**-53
+
+
+def draw_bits(seeds: Tensor, first: int, count: int, bits: int) -> Tensor:
+    """`bits` random bits as int64 in [0, 2^bits) for lanes `first` onwards of each seed: `[...]` -> `[..., count]`."""
+    lanes = torch.arange(first + 1, first + count + 1, device=seeds.device)
+    return _shift_right(_mix(seeds[..., None] + _GOLDEN * lanes), 64 - bits)
 
 
 def draw_indices(seeds: Tensor, count: int, high: int) -> Tensor:

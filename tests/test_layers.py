@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"lopt_kernels", "lopt.names", "lopt.routing"},
+    {"lopt_kernels", "lopt.names", "lopt.routing", "lopt.options"},
     {"lopt.tensors", "lopt.schema", "lopt.weights"},
     {"lopt.rules", "lopt.tasks"},
-    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.chunks", "lopt.importer", "lopt.probes"},
-    {"lopt.estimators", "lopt.optim", "lopt.log"},
-    {"lopt.config", "lopt.evaluate"},
-    {"lopt.trainer", "lopt.plots", "lopt.judge"},
+    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.apply", "lopt.sharding", "lopt.importer", "lopt.probes"},
+    {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.log"},
+    {"lopt.config", "lopt.evaluate", "lopt.engine"},
+    {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},
     {"lopt.portrait", "lopt.console"},
     {"lopt.__main__"},

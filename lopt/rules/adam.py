@@ -75,7 +75,7 @@ class NAdamW(AdamW):
 
     def init_flat(self, p: Tensor) -> Accumulators:
         """The moments and the running product of the momentum schedule, one number per task."""
-        return super().init_flat(p) | {"product": torch.ones_like(p[..., :1])}
+        return super().init_flat(p) | {"product": p.new_ones(*p.shape[:-1], 1)}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
         """Gradient and momentum mixed by the schedule mu_t = beta1 (1 - 0.96^(0.004 t) / 2)."""

@@ -127,6 +127,7 @@ class Rule(nn.Module, ABC):
         needs_num_steps: cannot run without the planned number of steps.
         finishes: `finish` is to be called.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
+        line_keys: accumulators that rows or columns share; they start at 0.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
         decay_scale: factor on the user's weight decay, for rules whose `lr` has a step size of its own within.
         adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
@@ -139,6 +140,7 @@ class Rule(nn.Module, ABC):
     needs_num_steps: bool = False
     finishes: bool = False
     row_keys: tuple[str, ...] = ()
+    line_keys: tuple[str, ...] = ()
     temporaries: int = 0
     decay_scale: float = 1.0
     adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
@@ -170,8 +172,8 @@ class Rule(nn.Module, ABC):
 
         Args:
             rows: the accumulators of `row_keys`, `[*batch, n, features]`.
-            means: of `measure`, for each of the n tensors.
-            layouts: of the n tensors.
+            means: of `measure`, `[*batch, count, ...]` for each tensor or group of `count` equal ones; n in all.
+            layouts: of these groups.
             loss: training-batch loss `[*batch, 1]`, or None.
             clock: `[*batch, 1 or n]`.
         Returns:
@@ -267,14 +269,22 @@ class Rule(nn.Module, ABC):
 
 
 class Steppable(Protocol):
-    """One parameter during one step: it owns its memory and how it is walked through."""
+    """One parameter, or several of equal shape, during one step: it owns its memory and how it is walked through.
+
+    Attributes:
+        layout: of the whole parameter, of which a process may hold a part.
+        acc: accumulators, `[*batch, ...]`.
+        batch: leading dimensions of all its tensors.
+        count: how many parameters it holds, in the last of the `batch` dimensions; None: one, without a dimension.
+    """
 
     layout: Layout
     acc: Accumulators
     batch: tuple[int, ...]
+    count: int | None
 
-    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
-        """Call the stage on all elements and keep the new accumulators; returns the means that its sums make."""
+    def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
+        """Call the stage on all elements that are here and keep the new accumulators; returns the sums."""
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
         """Keep new accumulators for good, and fields for the rest of this step."""
@@ -283,12 +293,27 @@ class Steppable(Protocol):
         """As `visit`, for the stage whose delta, after `finish`, is added to the parameter."""
 
 
-def step_tensors(rule: Rule, tensors: Sequence[Steppable], loss: Tensor | None, clock: Clock) -> None:
+def divide_sums(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]]) -> list[Means]:
+    """The means of tensors that are wholly here."""
+    return [
+        {key: total.value / count_elements(total.axes, tensor.layout) for key, total in own.items()}
+        for tensor, own in zip(tensors, sums, strict=True)
+    ]
+
+
+def step_tensors(
+    rule: Rule,
+    tensors: Sequence[Steppable],
+    loss: Tensor | None,
+    clock: Clock,
+    to_means: Callable[[Sequence[Steppable], Sequence[Mapping[str, Sum]]], list[Means]] = divide_sums,
+) -> None:
     """One step of `tensors` under `rule`: all its stages, in their order.
 
     Args:
         loss: `[*batch]` or None.
-        clock: `[*batch]`, or `[*batch, n]` where each of the n tensors has its own.
+        clock: `[*batch]`, or `[*batch, n]` where each of the n parameters has its own.
+        to_means: makes means of the sums; twice per step, so that sums over processes are two collectives.
     Raises:
         ValueError: the rule needs `num_steps` and there is none.
     """
@@ -296,25 +321,41 @@ def step_tensors(rule: Rule, tensors: Sequence[Steppable], loss: Tensor | None, 
         return
     if rule.needs_num_steps and clock.num_steps is None:
         raise ValueError(f"rule {rule.name!r} needs the planned number of steps: pass num_steps")
-    means = [tensor.visit(rule.measure) for tensor in tensors]
-    dim = len(tensors[0].batch)
+    dim = len(tensors[0].batch) - (tensors[0].count is not None)
+    starts = [0]
+    for tensor in tensors:
+        starts.append(starts[-1] + (tensor.count or 1))
+
+    def lift(i: int, x: Tensor) -> Tensor:
+        """One tensor's `[*batch, ...]` -> `[*batch, count, ...]`."""
+        return x.unsqueeze(dim) if tensors[i].count is None else x
+
+    def take(i: int, x: Tensor) -> Tensor:
+        """One tensor's part of all parameters' `[*batch, n, ...]`; the inverse of `lift`."""
+        count = tensors[i].count
+        return x.select(dim, starts[i]) if count is None else x.narrow(dim, starts[i], count)
+
+    indices = range(len(tensors))
     clocks = [clock] * len(tensors)
     if clock.step.ndim > dim:
-        clocks = [clock.map(lambda x, i=i: x[..., i]) for i in range(len(tensors))]  # type: ignore[misc]
+        clocks = [clock.map(partial(take, i)) for i in indices]
     else:
         clock = clock.map(lambda x: x[..., None])
+    means = to_means(tensors, [tensor.visit(rule.measure) for tensor in tensors])
     terms: Means = {}
     if rule.row_keys:
-        rows = {key: torch.stack([t.acc[key] for t in tensors], dim) for key in rule.row_keys}
-        layouts = [t.layout for t in tensors]
-        new, terms = rule.fold_tensors(rows, means, layouts, None if loss is None else loss[..., None], clock)
-        for i, tensor in enumerate(tensors):
-            tensor.keep({key: value.select(dim, i) for key, value in new.items()})
+        rows = {key: torch.cat([lift(i, tensors[i].acc[key]) for i in indices], dim) for key in rule.row_keys}
+        lifted = [{key: lift(i, value) for key, value in means[i].items()} for i in indices]
+        layouts = [tensor.layout for tensor in tensors]
+        new, terms = rule.fold_tensors(rows, lifted, layouts, None if loss is None else loss[..., None], clock)
+        for i in indices:
+            tensors[i].keep({key: take(i, value) for key, value in new.items()})
+    own = [{key: take(i, value) for key, value in terms.items()} for i in indices]
     for i, tensor in enumerate(tensors):
-        own = {key: value.select(dim, i) for key, value in terms.items()}
         tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout)[:2])
-        features = tensor.visit(partial(rule.accumulate, terms=own))
-        acc, fields, folded = rule.fold(features, tensor.acc, tensor.layout, clocks[i], own)
+    means = to_means(tensors, [tensors[i].visit(partial(rule.accumulate, terms=own[i])) for i in indices])
+    for i, tensor in enumerate(tensors):
+        acc, fields, folded = rule.fold(means[i], tensor.acc, tensor.layout, clocks[i], own[i])
         tensor.keep(acc, fields)
         finish = partial(rule.finish, terms=folded, layout=tensor.layout) if rule.finishes else None
         tensor.move(partial(rule.emit, terms=folded), finish)
@@ -322,6 +363,8 @@ def step_tensors(rule: Rule, tensors: Sequence[Steppable], loss: Tensor | None, 
 
 class WholeTensor:
     """A parameter `[*batch, *shape]` stepped at once; nothing is modified in place. See `Steppable`."""
+
+    count: int | None = None
 
     def __init__(self, g: Tensor, p: Tensor, acc: Accumulators, batch_ndim: int) -> None:
         self.batch = tuple(p.shape[:batch_ndim])
@@ -335,9 +378,9 @@ class WholeTensor:
         self.acc |= visit.acc
         return visit
 
-    def visit(self, stage: Callable[[Elements], Visit]) -> Means:
+    def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """See `Steppable.visit`."""
-        return {key: s.value / count_elements(s.axes, self.layout) for key, s in self._call(stage).sums.items()}
+        return self._call(stage).sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
         """See `Steppable.keep`."""
@@ -346,12 +389,16 @@ class WholeTensor:
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
         """See `Steppable.move`."""
+        self.p = self.p + self.make_delta(stage, finish)
+
+    def make_delta(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Tensor:
+        """The step `[*batch, *shape]`."""
         delta = self._call(stage).delta
         assert delta is not None, "`emit` makes the step"
         if finish is not None:
             delta, factor = finish(delta)
             delta = delta * factor
-        self.p = self.p + delta
+        return delta
 
 
 def count_elements(axes: tuple[int, ...], layout: Layout) -> int:

@@ -48,6 +48,7 @@ class FactoredMLP(FeatureMLP):
     """
 
     clips: bool = True
+    line_keys = ("rows", "cols")
     rs_eps: float = 1e-6
     vector_eps: float = 0.0
     second_decay: float = 0.999
@@ -107,8 +108,12 @@ class FactoredMLP(FeatureMLP):
         if e.layout.factored is None:
             acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
         new = e._replace(acc=e.acc | acc)
-        squares = features.sum_squares(self.element_features(new), self.norm_axes(e.layout), e)
-        return Visit(acc, {"squares": squares})
+        axes = self.norm_axes(e.layout)
+        sums = {"squares": features.sum_squares(self.element_features(new), axes, e)}
+        if e.layout.factored is None:  # a vector's averages are its elements' own, and both groups of lines
+            lines = [features.sum_squares([feature], axes, e) for feature in self.line_features(acc, e.layout)[:1]]
+            sums |= {f"squares {i}": total for total in lines for i in range(2)}
+        return Visit(acc, sums)
 
     # -- features ------------------------------------------------------------------------------------------------------
 

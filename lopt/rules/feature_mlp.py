@@ -81,7 +81,10 @@ class FeatureMLP(Rule):
         """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
-        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`."""
+        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`.
+
+        `accumulate` sums the squares of group i, as "squares i", where they are elements' own.
+        """
         return []
 
     def constant_features(self, clock: Clock) -> Tensor | None:
@@ -117,7 +120,8 @@ class FeatureMLP(Rule):
             bias = bias + _multiply(weight[..., constant], shared)
         squares = {"scale": means["squares"]}
         for i, feature in enumerate(self.line_features(acc, layout)):
-            squares[f"scale {i}"] = feature.square().mean(axes, keepdim=True)
+            key = f"squares {i}"
+            squares[f"scale {i}"] = means[key] if key in means else feature.square().mean(axes, keepdim=True)
         first, *lines = (torch.cat([weight[..., part] for part in parts], -1) for parts in (own, *groups))
         folded = []
         for part, (key, square) in zip((first, *lines), squares.items(), strict=True):

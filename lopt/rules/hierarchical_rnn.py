@@ -155,7 +155,8 @@ class HierarchicalRNN(Rule):
         A tensor at its first step starts from the learned initial values and has nothing to tell yet.
         """
         pooled = rows["pooled"]
-        counts = pooled.new_tensor([prod(layout.shape) for layout in layouts])
+        rates = [m["log_rate"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)]  # [*batch, count]
+        counts = torch.cat([torch.full_like(r, prod(x.shape)) for r, x in zip(rates, layouts, strict=True)], -1)
         started = (clock.step > 0).expand(pooled.shape[:-1])
         heard = (started & (counts > 0))[..., None]  # [*batch, n, 1]
         some = heard.any(-2, keepdim=True)  # [*batch, 1, 1]
@@ -168,8 +169,7 @@ class HierarchicalRNN(Rule):
         told = self._cell(3, _mean(tensor, heard).mT, model.mT, None).mT
         model = torch.where(some, told, model)
 
-        own = torch.stack([m["log_rate"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)], -1)
-        log_rate = (own * counts).sum(-1, keepdim=True) / counts.sum().clamp(min=1)
+        log_rate = (torch.cat(rates, -1) * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
         terms = {
             "bias": _project(self.w_2to1, tensor) + _project(self.w_3to1, model),
             "start": torch.where(started[..., None], 0.0, self.start1.unsqueeze(-2)),

@@ -75,7 +75,7 @@ class Star(Rule):
         if not momentum_decays or not all(0 < decay < 1 for decay in (*momentum_decays, second_decay)):
             raise ValueError(f"decays must be above 0 and below 1, at least one of a momentum, got {decays}")
         self.inner, self.factors, self.residual_unit, self.eps = made, factors, residual_unit, eps
-        self.elementwise, self.row_keys = made.elementwise, made.row_keys
+        self.elementwise, self.row_keys, self.line_keys = made.elementwise, made.row_keys, made.line_keys
         self.needs_loss, self.needs_num_steps = made.needs_loss, made.needs_num_steps
         self.feature_names = made.feature_names
         self.temporaries = made.temporaries + 2 * len(momentum_decays) + 6

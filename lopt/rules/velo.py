@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lopt.rules.base import Accumulators, Clock, Elements, Means, Sum, Visit
 from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP, K
@@ -96,7 +95,7 @@ class VeLO(FactoredMLP):
         span = torch.full_like(clock.num_steps, BUGGED_SPAN) if self.bugged_loss_features else clock.num_steps
         z, rows = self.scheduler.observe(rows, loss, clock, span)
         described = [_describe_tensor(mean, layout) for mean, layout in zip(means, layouts, strict=True)]
-        z = torch.cat([z, torch.stack(described, -2)], -1)
+        z = torch.cat([z, torch.cat(described, -2)], -1)
         step = clock.step if self.carry_state else torch.zeros_like(clock.step)
         h, rows = self.scheduler.advance(z, rows, step)
         read = self.scheduler.read
@@ -119,18 +118,18 @@ def _mix(control: Tensor, bank: Tensor, ndim: int) -> Tensor:
 
 
 def _describe_tensor(means: Means, layout: Layout) -> Tensor:
-    """The twelve `TENSOR_FEATURES` of one tensor, `[*batch, 12]`, with the parameter scaled to rms 1.
+    """The twelve `TENSOR_FEATURES` of equal tensors, `[*batch, count, 12]`, with the parameters scaled to rms 1.
 
     The second variance is taken around the mean of m, not of v: a slip of the source that its weights rely on.
     """
-    p2, v, v2 = (means[key].flatten(-layout.ndim) for key in ("p2", "v", "v2"))  # [*batch, 1]
-    m, m2 = (means[key].flatten(-layout.ndim)[..., 0] for key in ("m", "m2"))  # [*batch, 3]
+    p2, v, v2 = (means[key].flatten(-layout.ndim) for key in ("p2", "v", "v2"))  # [*batch, count, 1]
+    m, m2 = (means[key].flatten(-layout.ndim)[..., 0] for key in ("m", "m2"))  # [*batch, count, 3]
     scale = p2.clamp(min=1e-9).rsqrt()
     var_m = scale.square() * (m2 - m.square()).clamp(min=0).to(p2.dtype)
     var_v = scale.square() * (v2 - 2 * v * m + m.square()).to(p2.dtype)
     v = v.to(p2.dtype)
-    large = torch.tensor(sum(size > 1 for size in layout.shape), device=v.device)
-    dims = F.one_hot(large.clamp(max=NUM_DIMS), NUM_DIMS + 1)[:NUM_DIMS].to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
+    large = sum(size > 1 for size in layout.shape)
+    dims = (torch.arange(NUM_DIMS, device=v.device) == large).to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
     return torch.cat([_log(scale * v), dims, _log(var_m), _log(var_v)], -1)
 
 

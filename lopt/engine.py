@@ -1,0 +1,216 @@
+"""One step of many parameters under one rule: divides them into units, and runs the rule's stages on these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.apply import Apply, Transform
+from lopt.buckets import Bucket
+from lopt.chunks import ChunkedTensor, chunk_length
+from lopt.rules import Clock, Rule, step_tensors
+from lopt.rules.base import Steppable, divide_sums
+from lopt.tensors import fold_in
+
+if TYPE_CHECKING:
+    from lopt.sharding import Shard
+
+STEP, SEED = "step", "seed"  # what a parameter's state holds beside the rule's accumulators
+GUARD = "guard_"  # the beginning of the names of what the guard keeps there
+NOT_THE_RULES = (STEP, SEED, GUARD)
+
+
+class Member(NamedTuple):
+    """A parameter that is to be stepped: its tensors are this process's part, `shard` tells of what."""
+
+    name: str
+    p: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+    shard: Shard | None
+
+    def pick(self, extra: bool) -> dict[str, Tensor]:
+        """The rule's accumulators, or (extra) those of the guard."""
+        prefix = GUARD if extra else NOT_THE_RULES
+        return {key: value for key, value in self.state.items() if key.startswith(prefix) == extra}
+
+
+class Unit(NamedTuple):
+    """Parameters that are stepped as one: k equal ones with gradients `[k, *shape]`, or a single one."""
+
+    members: Sequence[Member]
+    g: Tensor
+    group: Mapping[str, Any]
+
+    @property
+    def together(self) -> bool:
+        """Whether there is a dimension for the members."""
+        return len(self.members) > 1 or torch.compiler.is_compiling()
+
+
+def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Member:
+    """A member; of DTensors this process's part."""
+    if not _is_sharded(p):
+        return Member(name, p, g, state, None)
+    sharding = _sharding()
+    local = {key: sharding.to_local(value) for key, value in state.items()}
+    return Member(name, sharding.to_local(p), sharding.to_local(g, like=p), local, sharding.Shard(p))
+
+
+def init_accumulators(rule: Rule, p: Tensor) -> dict[str, Tensor]:
+    """A parameter's accumulators before its first step."""
+    if not _is_sharded(p):
+        return rule.init_state({"": p.float()}).accumulators[""]
+    result: dict[str, Tensor] = _sharding().init_accumulators(rule, p)
+    return result
+
+
+def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) -> Iterator[Unit]:
+    """Divide the members of a group into units: equal small tensors together, as many as make a chunk."""
+    compiling = torch.compiler.is_compiling()  # the compiler fuses: no chunks
+    alike: dict[tuple[object, ...], list[Member]] = {}
+    for member in members:
+        if member.shard is not None or (group["foreach"] is False and not compiling):
+            yield Unit([member], member.g, group)
+        else:
+            alike.setdefault((member.p.shape, member.p.dtype, member.g.dtype), []).append(member)
+    for equal in alike.values():
+        first, size = equal[0], len(equal)
+        if not compiling:
+            size = chunk_length(first.p, first.pick(extra=False), rule.temporaries) // max(1, first.p.numel())
+        for start in range(0, len(equal), max(1, size)):
+            part = equal[start : start + max(1, size)]
+            unit = Unit(part, part[0].g, group)
+            yield unit._replace(g=torch.stack([member.g for member in part])) if unit.together else unit
+
+
+def step_units(
+    rule: Rule,
+    units: Sequence[Unit],
+    loss: Tensor | None,
+    nonfinite: str,
+    guard: Callable[[Unit, Tensor], Transform] | None,
+    decay_scale: float,
+) -> Tensor | int:
+    """One step of all units, in place.
+
+    Args:
+        loss: `[]` or None.
+        nonfinite: "skip", "sanitize" or "raise".
+        guard: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
+        decay_scale: factor on the weight decay.
+    Returns:
+        How many parameters were skipped for gradients that are not finite.
+    Raises:
+        RuntimeError: one of them is not finite, and `nonfinite` is "raise"; nothing has changed.
+    """
+    live = None if nonfinite == "sanitize" else _find_live(units)
+    if nonfinite == "raise" and live is not None and not bool(live.all()):
+        members = [member for unit in units for member in unit.members]
+        names = [member.name or f"of shape {list(member.p.shape)}" for member in members]
+        bad = [name for name, fine in zip(names, live.tolist(), strict=True) if not fine]
+        raise RuntimeError(
+            f"the gradient of {len(bad)} parameters has NaN or infinite entries, the first is {bad[0]}; "
+            "nothing was changed (nonfinite='raise')"
+        )
+    counters = [member.state[STEP] for unit in units for member in unit.members]
+    steps = torch.stack(counters)
+    tensors: list[Steppable] = []
+    start = 0
+    for unit in units:
+        place = slice(start, start + len(unit.members)) if unit.together else start
+        start += len(unit.members)
+        apply = Apply(
+            lr=_read_lr(unit.group["lr"], unit.g.device),
+            decay=float(unit.group["weight_decay"]) * decay_scale,
+            maximize=unit.group["maximize"],
+            sanitize=nonfinite == "sanitize",
+            live=None if live is None else live[place],
+            seeds=_make_seeds(unit, steps[place]),
+            transform=None if guard is None else guard(unit, steps[place]),
+        )
+        tensors.append(_make_tensor(rule, unit, apply))
+    clock = Clock(steps, None)
+    if rule.needs_num_steps:
+        plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
+        clock = Clock(steps, *_read_plans(steps, plans))
+    sharded = any(unit.members[0].shard is not None for unit in units)
+    step_tensors(rule, tensors, loss, clock, _sharding().to_means if sharded else divide_sums)
+    if live is None:
+        torch._foreach_add_(counters, 1)
+        return 0
+    torch._foreach_copy_(counters, list((steps + live).unbind(0)))
+    skipped: Tensor = (~live).sum()
+    return skipped
+
+
+def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
+    accs = [member.pick(extra=False) for member in unit.members]
+    extras = [member.pick(extra=True) for member in unit.members] if apply.transform is not None else []
+    if unit.together:
+        return Bucket([member.p for member in unit.members], unit.g, accs, apply, extras)
+    member = unit.members[0]
+    return ChunkedTensor(rule, member.p, unit.g, accs[0], apply, extras[0] if extras else {}, member.shard)
+
+
+def _find_live(units: Sequence[Unit]) -> Tensor | None:
+    """Which gradients are finite on all processes, bool `[n]`; None where all are known to be."""
+    finite = torch.cat([_check_finite(unit) for unit in units])
+    shards = [member.shard for unit in units for member in unit.members]
+    if any(shards):
+        bad = list((~finite).float().unbind(0))
+        finite = torch.stack(_sharding().add_up(bad, shards)) == 0
+    known = finite.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, to ask is to wait
+    return None if known and bool(finite.all()) else finite
+
+
+def _check_finite(unit: Unit) -> Tensor:
+    """Bool `[k]`; a maximum needs no temporary memory of the gradient's size."""
+    g = unit.g.detach().reshape(len(unit.members), -1)
+    if g.shape[1] == 0:
+        return torch.ones(len(g), dtype=torch.bool, device=g.device)
+    largest: Tensor = torch.linalg.vector_norm(g, float("inf"), dim=1)
+    return largest.isfinite()
+
+
+def _read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number where it can be had without waiting for a device, else a tensor of no dimension."""
+    if not isinstance(lr, Tensor):
+        return float(lr)
+    if lr.device.type == "cpu" and not torch.compiler.is_compiling():
+        return float(lr)
+    return lr.detach().reshape(()).to(device)
+
+
+def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
+    """Seeds of this step's stochastic rounding, if it is on."""
+    if SEED not in unit.members[0].state:
+        return None
+    seeds = [member.state[SEED] for member in unit.members]
+    return fold_in(torch.stack(seeds) if unit.together else seeds[0], steps)
+
+
+def _read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Planned steps and the run's steps so far, int64 `[n]`.
+
+    A tensor that had no gradient at times is as far in the run as the others with the same plan.
+    """
+    if len(set(plans)) == 1:
+        return torch.full_like(steps, plans[0]), steps.amax().expand_as(steps)
+    totals = torch.cat([steps.new_full((1,), plan) for plan in plans])
+    return totals, ((totals[:, None] == totals) * steps).amax(-1)
+
+
+def _is_sharded(p: Any) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(p, "placements")
+
+
+def _sharding() -> Any:
+    """The module, whose import takes a second; there are DTensors, so most of it is paid already."""
+    import lopt.sharding
+
+    return lopt.sharding

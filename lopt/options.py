@@ -1,0 +1,75 @@
+"""The options of `LearnedOptimizer`, checked at the boundary."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ADAMW = "adamw"
+BACKENDS = ("auto", "torch", "triton")
+
+
+class Backend(NamedTuple):
+    """What computes the steps, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+def choose(name: str, value: str, known: Iterable[str]) -> str:
+    """The value, if it is one of those known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def choose_backend(wanted: str, rule: str) -> Backend:
+    """The backend that runs; a warning where it is not the one asked for."""
+    choose("backend", wanted, BACKENDS)
+    if wanted == "torch":
+        return Backend("torch", "asked for")
+    reason = f"there is no fused Triton step for rule {rule!r} yet"
+    if wanted == "triton":
+        warnings.warn(f"backend='triton' falls back to torch: {reason}", stacklevel=3)
+    return Backend("torch", reason)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a group's options out of range."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+    for name in ("lr", "weight_decay", "eps"):
+        if not (isfinite(options[name]) and options[name] >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
+    if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {options['betas']}")
+    if options["num_steps"] is not None and not options["num_steps"] >= 1:
+        raise ValueError(f"num_steps must be at least 1 or None, got {options['num_steps']}")
+
+
+def check_gradients(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError for parameters with a gradient that cannot be stepped."""
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"LearnedOptimizer does not support sparse gradients (a parameter of shape {list(p.shape)} has "
+                    "one). Set sparse=False in its module, or give that parameter an optimizer of its own."
+                )
+            if p.is_complex():
+                raise RuntimeError(
+                    f"LearnedOptimizer does not support complex parameters (one of shape {list(p.shape)}). "
+                    "Make the parameter real and use torch.view_as_complex in the model."
+                )

@@ -1,0 +1,146 @@
+"""Parameters of which every process holds a part: DTensors, as `fully_shard` and tensor parallelism make them.
+
+A rule's stages run on the local parts. Their sums are added up over the processes, twice per step for all parameters
+together, so that a sharded step equals the unsharded one. State of the parameter's shape is sharded as the parameter;
+what rows, columns or the whole tensor share is held by every process. Whole-tensor stages (`finish`) gather the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lopt.rules.base import Accumulators, Means, Rule, Steppable, Sum, divide_sums
+from lopt.rules.layout import find_layout
+
+
+class Shard:
+    """Where this process's part of a DTensor lies in the whole.
+
+    Attributes:
+        layout: of the whole parameter.
+        shape: of the part; a scalar counts as a vector of one element.
+        offset: of the part's first element in the whole.
+    Raises:
+        RuntimeError: a placement other than `Shard` and `Replicate`.
+    """
+
+    def __init__(self, p: DTensor) -> None:
+        for placement in p.placements:
+            if type(placement) not in (ShardPlacement, Replicate):
+                raise RuntimeError(
+                    f"LearnedOptimizer does not support the placement {placement} of a parameter of shape "
+                    f"{list(p.shape)}; it supports Shard and Replicate. Redistribute the parameter."
+                )
+        self.mesh, self.placements = p.device_mesh, p.placements
+        self.layout = find_layout(tuple(p.shape))
+        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        self.shape, self.offset = tuple(shape) or (1,), tuple(offset) or (0,)
+
+    @cached_property
+    def mesh_dims(self) -> tuple[int, ...]:
+        """The mesh's dimensions over which the parameter is sharded."""
+        return tuple(dim for dim, placement in enumerate(self.placements) if isinstance(placement, ShardPlacement))
+
+    def take(self, x: Tensor) -> Tensor:
+        """The part of a tensor `[..., *shape of the whole]` that is here; dimensions of size 1 are shared."""
+        for axis in self.layout.axes:
+            if x.shape[axis] != 1:
+                x = x.narrow(axis, self.offset[axis], self.shape[axis])
+        return x
+
+    def wrap(self, local: Tensor) -> DTensor:
+        """A DTensor `[..., *shape of the whole]` of which this process has the part `local`."""
+        extra = local.ndim - len(self.shape)
+        shape = torch.Size((*local.shape[:extra], *self.layout.shape))
+        placements: list[Placement] = [
+            ShardPlacement(p.dim % self.layout.ndim + extra) if isinstance(p, ShardPlacement) else p
+            for p in self.placements
+        ]
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole tensor, from every process's part."""
+        return self.wrap(local).full_tensor()
+
+    def place(self, total: Sum) -> Tensor:
+        """A sum over this process's elements, with zeros where the rows or columns of other processes are."""
+        value, axes = total
+        shape = [1 if axis in axes else self.layout.shape[axis] for axis in self.layout.axes]
+        whole = value.new_zeros(*value.shape[: value.ndim - self.layout.ndim], *shape)
+        part = whole
+        for axis in self.layout.axes:
+            if axis not in axes:
+                part = part.narrow(axis, self.offset[axis], self.shape[axis])
+        part.copy_(value)
+        return whole
+
+
+def to_local(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """This process's part of a DTensor, placed as another one; other tensors as they are."""
+    if isinstance(x, DTensor) and isinstance(like, DTensor) and x.placements != like.placements:
+        x = x.redistribute(like.device_mesh, like.placements)
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def add_up(values: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
+    """Sums over the processes that share each tensor: one collective per mesh dimension and dtype for all of them."""
+    result = list(values)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (value, shard) in enumerate(zip(values, shards, strict=True)):
+        if shard is not None and shard.mesh_dims:
+            groups.setdefault((shard.mesh, shard.mesh_dims, value.dtype), []).append(i)
+    for indices in groups.values():
+        flat = torch.cat([values[i].reshape(-1) for i in indices])
+        shard = shards[indices[0]]
+        assert shard is not None
+        for dim in shard.mesh_dims:
+            dist.all_reduce(flat, group=shard.mesh.get_group(dim))
+        pieces = torch.split(flat, [values[i].numel() for i in indices])
+        for i, piece in zip(indices, pieces, strict=True):
+            result[i] = piece.view(values[i].shape)
+    return result
+
+
+def to_means(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]]) -> list[Means]:
+    """As `lopt.rules.base.divide_sums`, with the sums of shards added up over their processes."""
+    shards = [getattr(tensor, "shard", None) for tensor in tensors]
+    if not any(shards):
+        return divide_sums(tensors, sums)
+    flat = [(i, key) for i, own in enumerate(sums) for key in own]
+    values = [sums[i][key].value if (s := shards[i]) is None else s.place(sums[i][key]) for i, key in flat]
+    totals = add_up(values, [shards[i] for i, _ in flat])
+    whole: list[dict[str, Sum]] = [{} for _ in sums]
+    for (i, key), total in zip(flat, totals, strict=True):
+        whole[i][key] = sums[i][key]._replace(value=total)
+    return divide_sums(tensors, whole)
+
+
+def init_accumulators(rule: Rule, p: Tensor) -> Accumulators:
+    """What `rule.init_accumulators` makes for the whole parameter, of which every process has its part.
+
+    Elements' own state becomes a DTensor sharded as the parameter; what is shared is a plain tensor on every process.
+    """
+    shard = Shard(cast(DTensor, p))
+    whole = rule.init_accumulators(torch.empty(shard.layout.shape, device="meta"), shard.layout)
+    local = to_local(p.detach()).float().contiguous().view(shard.shape)
+    own = rule.init_accumulators(local, shard.layout._replace(shape=shard.shape))
+    result: Accumulators = {}
+    for key, value in own.items():
+        shape = whole[key].shape
+        if key in rule.line_keys:
+            result[key] = value.new_zeros(shape)
+        elif key not in rule.row_keys and shape[len(shape) - shard.layout.ndim :] == shard.layout.shape:
+            result[key] = shard.wrap(value)
+        else:
+            result[key] = value
+    return result
