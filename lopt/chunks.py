@@ -60,9 +60,7 @@ class ChunkedTensor:
         self.shard, self.apply, self.extra = shard, apply, extra or {}
         if rule.elementwise and p.is_contiguous():  # boundaries do not matter: cut where it suits the cache
             ndim, self.layout, self.shard = self.layout.ndim, find_layout((p.numel(),)), None
-            acc, self.extra = (
-                {key: a.view(*a.shape[: a.ndim - ndim], -1) for key, a in x.items()} for x in (acc, self.extra)
-            )
+            acc, self.extra = ({key: _flatten(a, ndim) for key, a in x.items()} for x in (acc, self.extra))
         self.shape = self.layout.shape if self.shard is None else self.shard.shape
         self.p, self.g, self.acc = p.view(self.shape), g.reshape(self.shape), acc
         self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
@@ -182,6 +180,11 @@ def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
     size = size if p.device.type == "cpu" else GPU_CHUNK
     numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / max(p.numel(), 1)
     return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
+
+
+def _flatten(a: Tensor, ndim: int) -> Tensor:
+    """`[..., *shape]` with `ndim` dimensions of the parameter -> `[..., N]`; one number per tensor as it is."""
+    return a.view(*a.shape[: a.ndim - ndim], -1) if a.ndim >= ndim else a
 
 
 def _parts(size: int, length: int) -> Iterator[slice]:

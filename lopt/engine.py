@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt import guard
 from lopt.apply import Apply, Transform
 from lopt.buckets import Bucket
 from lopt.chunks import ChunkedTensor, chunk_length
-from lopt.rules import Clock, Rule, step_tensors
+from lopt.rules import Clock, Layout, Rule, find_layout, step_tensors
 from lopt.rules.base import Steppable, divide_sums
 from lopt.tensors import fold_in
 
@@ -60,12 +61,19 @@ def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Me
     return Member(name, sharding.to_local(p), sharding.to_local(g, like=p), local, sharding.Shard(p))
 
 
-def init_accumulators(rule: Rule, p: Tensor) -> dict[str, Tensor]:
-    """A parameter's accumulators before its first step."""
-    if not _is_sharded(p):
-        return rule.init_state({"": p.float()}).accumulators[""]
-    result: dict[str, Tensor] = _sharding().init_accumulators(rule, p)
-    return result
+def init_accumulators(rule: Rule, p: Tensor, guarded: bool) -> dict[str, Tensor]:
+    """A parameter's accumulators, and what the guard keeps for it, before its first step."""
+    if _is_sharded(p):
+        init = _sharding().init_parts
+        result: dict[str, Tensor] = init(rule.init_accumulators, p, rule.row_keys, rule.line_keys)
+        return result | (init(_init_guard, p, (), ()) if guarded else {})
+    result = rule.init_state({"": p.float()}).accumulators[""]
+    layout = find_layout(tuple(p.shape))
+    return result | (_init_guard(p.reshape(layout.shape), layout) if guarded else {})
+
+
+def _init_guard(p: Tensor, layout: Layout) -> dict[str, Tensor]:
+    return guard.init_state(p)
 
 
 def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) -> Iterator[Unit]:
@@ -92,7 +100,7 @@ def step_units(
     units: Sequence[Unit],
     loss: Tensor | None,
     nonfinite: str,
-    guard: Callable[[Unit, Tensor], Transform] | None,
+    transforms: Callable[[Unit, Tensor], Transform | None],
     decay_scale: float,
 ) -> Tensor | int:
     """One step of all units, in place.
@@ -100,7 +108,7 @@ def step_units(
     Args:
         loss: `[]` or None.
         nonfinite: "skip", "sanitize" or "raise".
-        guard: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
+        transforms: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
         decay_scale: factor on the weight decay.
     Returns:
         How many parameters were skipped for gradients that are not finite.
@@ -130,7 +138,7 @@ def step_units(
             sanitize=nonfinite == "sanitize",
             live=None if live is None else live[place],
             seeds=_make_seeds(unit, steps[place]),
-            transform=None if guard is None else guard(unit, steps[place]),
+            transform=transforms(unit, steps[place]),
         )
         tensors.append(_make_tensor(rule, unit, apply))
     clock = Clock(steps, None)
@@ -202,6 +210,14 @@ def _read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:
         return torch.full_like(steps, plans[0]), steps.amax().expand_as(steps)
     totals = torch.cat([steps.new_full((1,), plan) for plan in plans])
     return totals, ((totals[:, None] == totals) * steps).amax(-1)
+
+
+def add_up(x: Tensor, shard: Shard | None) -> Tensor:
+    """The sum over the processes that share a tensor."""
+    if shard is None:
+        return x
+    total: Tensor = _sharding().add_up([x], [shard])[0]
+    return total
 
 
 def _is_sharded(p: Any) -> bool:

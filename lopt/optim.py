@@ -12,15 +12,20 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lopt.apply import Transform
 from lopt.checkpoint import fingerprint, load, load_card
-from lopt.engine import SEED, STEP, Member, Unit, init_accumulators, make_member, make_units, step_units
+from lopt.engine import SEED, STEP, Member, Unit, add_up, init_accumulators, make_member, make_units, step_units
+from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
 from lopt.horizons import find_longest
 from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend
 from lopt.rules import RULES, Rule, find_layout
@@ -36,13 +41,27 @@ class Report(NamedTuple):
     Attributes:
         steps: calls of `step`, with those before a resume.
         skipped: steps of single parameters that were left out because their gradients were not finite.
+        clipped: steps of single parameters that the guard shortened.
+        failures: losses that made the guard undo steps of the rule.
+        fallbacks: times that AdamW took over.
+        returns: times that the rule took over again.
+        adamw_steps: steps that AdamW made in place of the rule.
     """
 
     steps: int
     skipped: int
+    clipped: int
+    failures: int
+    fallbacks: int
+    returns: int
+    adamw_steps: int
 
     def __str__(self) -> str:
-        return f"{self.steps} steps; skipped for gradients that are not finite: {self.skipped}"
+        return (
+            f"{self.steps} steps; left out, as gradients were not finite: {self.skipped}; shortened: {self.clipped}; "
+            f"guard: {self.adamw_steps} steps by AdamW, which took over {self.fallbacks} times and gave back "
+            f"{self.returns} times; undone: {self.failures} times"
+        )
 
 
 class LearnedOptimizer(Optimizer):
@@ -67,6 +86,8 @@ class LearnedOptimizer(Optimizer):
         capturable: as in torch; has no effect, as all state is on the parameters' device and `step` waits for nothing.
         nonfinite: what becomes of a gradient with NaN or infinite entries. "skip": its parameter and state stay as they
             are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError.
+        guard: True or `GuardOptions`: clips steps and falls back to AdamW where the loss, passed to `step`, shows that
+            the rule fails; see `lopt.guard`. 12 bytes per parameter. Reads the loss on the host in every step.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
         backend: "torch", "triton" or "auto". What runs and why is `optimizer.backend`.
         reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it.
@@ -89,6 +110,7 @@ class LearnedOptimizer(Optimizer):
         foreach: bool | None = None,
         capturable: bool = False,
         nonfinite: str = "skip",
+        guard: bool | GuardOptions = False,
         stochastic_rounding: bool = False,
         backend: str = "auto",
         reduce_loss: bool = True,
@@ -103,8 +125,9 @@ class LearnedOptimizer(Optimizer):
         self.backend: Backend = choose_backend(backend, self.rule.name)
         self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
-        self._steps: int | None = None  # calls of `step`; None: to be read from the state
-        self._skipped: dict[torch.device, Tensor] = {}
+        self._steps: int | None = 0  # calls of `step`; None: to be read from the state
+        self.guard = Guard(guard if isinstance(guard, GuardOptions) else GuardOptions()) if guard else None
+        self._tally: dict[torch.device, Tensor] = {}  # skipped and clipped, int64 [2]
         self._warned: set[str] = set()
         options = {
             "lr": lr,
@@ -116,6 +139,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
+            "guard": None,
         }
         super().__init__(params, options)
 
@@ -169,19 +193,23 @@ class LearnedOptimizer(Optimizer):
         units = self._make_units()
         if only_state:
             return result
+        self._count_step()
         loss = self._share_loss(result if loss is None else loss, units)
+        if self.guard is not None and self._undoes(loss):
+            return result
         for (index, device), own in units.items():
             rule = self._rules[index]
             heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
-            with torch.autocast(device.type, enabled=False):
-                skipped = step_units(rule, own, heard, self.nonfinite, None, rule.decay_scale)
-            self._skipped[device].add_(skipped)
-        self._count_step()
+            with _without_autocast(device.type):
+                skipped = step_units(rule, own, heard, self.nonfinite, self._make_transform, self._scale_decay(rule))
+            self._tally[device][0].add_(skipped)
         return result
 
     def report(self) -> Report:
         """What has happened so far; waits for the device."""
-        return Report(self._find_steps(), sum(int(count) for count in self._skipped.values()))
+        skipped, clipped = torch.stack([tally.cpu() for tally in self._tally.values()] or [torch.zeros(2)]).sum(0)
+        counts = {key: getattr(self.guard, key, 0) for key in Report._fields[3:]}
+        return Report(self._find_steps(), int(skipped), int(clipped), **counts)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
@@ -195,8 +223,10 @@ class LearnedOptimizer(Optimizer):
         saved: StateDict = {}
 
         def check(_: Optimizer, final: StateDict) -> StateDict:
-            groups = [dict(group) for group in final["param_groups"]]
-            for found, own in zip(groups, self.param_groups, strict=False):  # torch compares the counts
+            pairs = zip(final["param_groups"], self.param_groups, strict=False)  # torch compares the counts
+            groups = [{key: own[key] for key in own if key != "param_names"} | group for group, own in pairs]
+            groups += final["param_groups"][len(groups) :]
+            for found, own in zip(groups, self.param_groups, strict=False):
                 self._check_rule(found, expected=own["rule"])
                 _match_names(found, own)
                 self._check_shapes(found, own, final["state"])
@@ -209,10 +239,9 @@ class LearnedOptimizer(Optimizer):
             for key, p in zip(keys, params, strict=True):
                 if key in saved["state"]:
                     self.state[p] = {k: _copy_to(p.device, v) for k, v in saved["state"][key].items()}
-            for group in self.param_groups:  # of an earlier version, or of a step that was compiled
-                for key, value in self.defaults.items():
-                    group.setdefault(key, value)
             self._steps = None
+            if self.guard is not None and (memory := self.param_groups[0]["guard"]) is not None:
+                self.guard.load(memory)
 
         hooks = (
             self.register_load_state_dict_pre_hook(check),  # after the user's own hooks
@@ -246,6 +275,10 @@ class LearnedOptimizer(Optimizer):
             expected = {STEP: [], **{k: list(v.shape) for k, v in fresh.items()}}
             if self._rounds(p):
                 expected[SEED] = []
+            if self.guard is not None:
+                expected |= {
+                    k: list(v.shape) for k, v in init_state(torch.empty(p.shape or (1,), device="meta")).items()
+                }
             wrong = sorted(k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k))
             if saved and wrong:
                 theirs, ours = (shapes.get(wrong[0], "absent") for shapes in (saved, expected))
@@ -313,7 +346,8 @@ class LearnedOptimizer(Optimizer):
         parameter's name, the index of its rule in `_rules` and the names of its state's `values`.
         """
         names = group.get("param_names", [""] * len(group["params"]))
-        for name, p in zip(names, group["params"], strict=True):
+        # by name, so that matrix products over all tensors do not depend on the order in which they were given
+        for name, p in sorted(zip(names, group["params"], strict=True), key=itemgetter(0)):
             if p.grad is None:
                 continue
             rule, state = self._rule_for(name, p, group), self.state[p]
@@ -321,7 +355,7 @@ class LearnedOptimizer(Optimizer):
                 self._init_state(rule, p, state)
             if rule not in self._rules:
                 self._rules.append(rule)
-                self._skipped.setdefault(p.device, torch.zeros((), dtype=torch.int64, device=p.device))
+                self._tally.setdefault(p.device, torch.zeros(2, dtype=torch.int64, device=p.device))
             params.append(p)
             grads.append(p.grad)
             values.extend(state.values())
@@ -334,7 +368,7 @@ class LearnedOptimizer(Optimizer):
             if self._rounds(p):
                 position = [id(q) for group in self.param_groups for q in group["params"]].index(id(p))
                 state[SEED] = derive_seeds(0, "stochastic rounding", position).to(p.device)
-            state.update(init_accumulators(rule, p.detach()))
+            state.update(init_accumulators(rule, p.detach(), guarded=self.guard is not None))
 
     def _rounds(self, p: Tensor) -> bool:
         return self.stochastic_rounding and p.dtype == torch.bfloat16
@@ -343,12 +377,13 @@ class LearnedOptimizer(Optimizer):
         self, loss: Tensor | float | None, units: dict[tuple[int, torch.device], list[Unit]]
     ) -> Tensor | float | None:
         """The loss that rules read: the mean over all processes."""
-        if not self.rule.needs_loss:
+        if not (self.rule.needs_loss or self.guard):
             return None
         if loss is None:
+            reader = "the guard" if self.guard else f"rule {self.rule.name!r}"
             self._warn_once(
-                f"rule {self.rule.name!r} reads the training loss, but step() was called without one: what it knows of "
-                "the loss stays as it was. Call step(loss=loss) or step(closure)."
+                f"{reader} reads the training loss, but step() was called without one: what it knows of the loss stays "
+                "as it was. Call step(loss=loss) or step(closure)."
             )
             return None
         if isinstance(loss, Tensor) and loss.numel() != 1:
@@ -360,6 +395,47 @@ class LearnedOptimizer(Optimizer):
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
         return loss
+
+    # -- guard ---------------------------------------------------------------------------------------------------------
+
+    def _undoes(self, loss: Tensor | float | None) -> bool:
+        """Let the guard hear the loss and take or put back its snapshot; whether it did the latter."""
+        assert self.guard is not None
+        self.guard.observe(None if loss is None else float(loss))
+        for group in self.param_groups:
+            group["guard"] = self.guard.state()
+            for p in group["params"]:
+                if p in self.state and (self.guard.save or self.guard.restore):
+                    member = make_member("", p, p, self.state[p])
+                    part = member.p.view(member.state["guard_p"].shape)
+                    if self.guard.restore:
+                        restore(part, member.state, member.state[STEP])
+                    else:
+                        save(part, member.state)
+        return self.guard.restore
+
+    def _make_transform(self, unit: Unit, steps: Tensor) -> Transform | None:
+        """What the guard makes of a unit's steps; AdamW's own groups are left alone."""
+        if self.guard is None or unit.group["rule"] == ADAMW:
+            return None
+        guard, group, shard = self.guard, unit.group, unit.members[0].shard
+
+        def transform(delta: Tensor, g: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            lr = self.rule.adamw_options["lr"]
+            reduce = partial(add_up, shard=shard)
+            betas, eps = group["betas"], group["eps"]
+            delta, state, clipped = apply(delta, g, state, steps, guard.share, lr, betas, eps, guard.options, reduce)
+            self._tally[g.device][1].add_(clipped)
+            return delta, state
+
+        return transform
+
+    def _scale_decay(self, rule: Rule) -> float:
+        """Factor on the weight decay: the rule's and AdamW's, in the guard's shares."""
+        share = 1.0 if self.guard is None else self.guard.share
+        return share * rule.decay_scale + (1 - share) * float(self.rule.adamw_options["lr"])
+
+    # -- counts and warnings -------------------------------------------------------------------------------------------
 
     def _count_step(self) -> None:
         if torch.compiler.is_compiling():
@@ -385,6 +461,11 @@ class LearnedOptimizer(Optimizer):
 HOOKS = tuple(key for key in vars(torch.optim.SGD([torch.zeros(1)])) if key.endswith("_hooks"))
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
 def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
     """Whether all learning rates and gradients are 0."""
     if any(group["lr"] != 0 for group in groups):
@@ -396,7 +477,7 @@ def _to_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
     """fp32 `[]`."""
     if isinstance(loss, Tensor):
         return loss.detach().to(device, torch.float32).reshape(())
-    return torch.full((), float(loss), device=device)
+    return torch.full((), float(loss), dtype=torch.float32, device=device)
 
 
 def _copy_to(device: torch.device, value: Any) -> Any:

@@ -47,7 +47,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for a group's options out of range."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+        raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
     for name in ("lr", "weight_decay", "eps"):
         if not (isfinite(options[name]) and options[name] >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")

@@ -7,7 +7,7 @@ what rows, columns or the whole tensor share is held by every process. Whole-ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import cast
 
@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lopt.rules.base import Accumulators, Means, Rule, Steppable, Sum, divide_sums
-from lopt.rules.layout import find_layout
+from lopt.rules.base import Accumulators, Means, Steppable, Sum, divide_sums
+from lopt.rules.layout import Layout, find_layout
 
 
 class Shard:
@@ -125,21 +125,26 @@ def to_means(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]]) ->
     return divide_sums(tensors, whole)
 
 
-def init_accumulators(rule: Rule, p: Tensor) -> Accumulators:
-    """What `rule.init_accumulators` makes for the whole parameter, of which every process has its part.
+def init_parts(
+    make: Callable[[Tensor, Layout], Accumulators], p: Tensor, shared: Sequence[str], lines: Sequence[str]
+) -> Accumulators:
+    """What `make(p, layout)` makes for the whole parameter, of which every process has its part.
 
     Elements' own state becomes a DTensor sharded as the parameter; what is shared is a plain tensor on every process.
+
+    Args:
+        shared: keys of what belongs to the tensor as a whole.
+        lines: keys of what rows or columns share; zeros at first.
     """
     shard = Shard(cast(DTensor, p))
-    whole = rule.init_accumulators(torch.empty(shard.layout.shape, device="meta"), shard.layout)
-    local = to_local(p.detach()).float().contiguous().view(shard.shape)
-    own = rule.init_accumulators(local, shard.layout._replace(shape=shard.shape))
+    whole = make(torch.empty(shard.layout.shape, device="meta"), shard.layout)
+    local = to_local(p).float().contiguous().view(shard.shape)
     result: Accumulators = {}
-    for key, value in own.items():
+    for key, value in make(local, shard.layout._replace(shape=shard.shape)).items():
         shape = whole[key].shape
-        if key in rule.line_keys:
+        if key in lines:
             result[key] = value.new_zeros(shape)
-        elif key not in rule.row_keys and shape[len(shape) - shard.layout.ndim :] == shard.layout.shape:
+        elif key not in shared and tuple(shape[len(shape) - shard.layout.ndim :]) == shard.layout.shape:
             result[key] = shard.wrap(value)
         else:
             result[key] = value

@@ -14,7 +14,7 @@ LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing", "lopt.options"},
     {"lopt.tensors", "lopt.schema", "lopt.weights"},
     {"lopt.rules", "lopt.tasks"},
-    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.apply", "lopt.sharding", "lopt.importer", "lopt.probes"},
+    {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.apply", "lopt.sharding", "lopt.guard", "lopt.importer", "lopt.probes"},
     {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},

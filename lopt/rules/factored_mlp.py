@@ -15,6 +15,8 @@ from lopt.rules.layout import Layout
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 K = 3
+CLIP = 1000.0  # of Celo's family
+LARGEST = 1e7  # beyond it the mean of v^2 = g^4 is not finite in fp32 for large tensors
 RMS_EPS = 1e-9  # of parameter_rms
 CLIPS_NAMES = ("clip(g, 0.1)", "g rs")  # the features that small_fc_lopt does not have
 FEATURE_NAMES = (
@@ -39,7 +41,8 @@ class FactoredMLP(FeatureMLP):
     `g, [clip(g, 0.1)], p, m*3, v, m rs*3, rs, g F*3, [g rs], R*3, C*3, rsqrt(R)*3, rsqrt(C)*3, m F*3`
 
     with momenta m, second moment v, rs = 1/sqrt(v), row and column averages R, C of g^2 and F, which replaces 1/sqrt of
-    the second moment by a row times a column factor. Vectors have one average V per decay for R, C and F.
+    the second moment by a row times a column factor. Vectors have one average V per decay for R, C and F. Differs from
+    the source: where it does not clip gradients, they are clipped to +-1e7, so that their fourth powers stay finite.
 
     Attributes:
         clips: the family has the features in brackets, and clips gradients to +-1000.
@@ -74,7 +77,8 @@ class FactoredMLP(FeatureMLP):
 
     def clip(self, g: Tensor) -> Tensor:
         """The gradient that everything is computed from."""
-        return g.clamp(-1000, 1000) if self.clips else g
+        bound = CLIP if self.clips else LARGEST
+        return g.clamp(-bound, bound)
 
     def parameter_rms(self, mean_squares: Tensor) -> Tensor:
         """`sqrt(mean p^2 + 1e-9)` `[*batch]`, from the element features' mean squares."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 
 class Layout(NamedTuple):
     """The roles of a parameter's axes. Axes are negative, so that batch dimensions in front do not matter.
@@ -39,12 +41,18 @@ class Layout(NamedTuple):
         return tuple(range(-self.ndim, 0))
 
 
-@cache
 def find_layout(shape: tuple[int, ...]) -> Layout:
     """The layout of a parameter of the given torch shape."""
+    return _make_layout(shape) if torch.compiler.is_compiling() else _find_layout(shape)  # it traces through no cache
+
+
+def _make_layout(shape: tuple[int, ...]) -> Layout:
     if len(shape) < 2:
         return Layout(shape or (1,), None, (-1,))
     n = len(shape)
     source = [*range(2 - n, 0), 1 - n, -n]  # spatial..., in, out
     by_size = sorted(source, key=lambda axis: shape[axis])  # stable: of equal sizes the later one counts as larger
     return Layout(shape, (by_size[-1], by_size[-2]), (1 - n, -n))
+
+
+_find_layout = cache(_make_layout)
