@@ -23,6 +23,7 @@ class Apply(NamedTuple):
         lr: the parameter becomes `p + lr * delta - lr * decay * p`; a number or a tensor of one element.
         decay: see above.
         maximize: the gradient is negated.
+        unscale: factor on the gradient, `[]`: what takes a gradient scaler's factor out.
         sanitize: NaN and infinite entries of the gradient count as 0.
         live: bool `[]` or `[k]`: False leaves parameter and state as they are, bit for bit. None: all live.
         seeds: int64 `[]` or `[k]`: bf16 parameters are rounded up or down at random, with these seeds for this step.
@@ -32,6 +33,7 @@ class Apply(NamedTuple):
     lr: float | Tensor
     decay: float
     maximize: bool = False
+    unscale: Tensor | None = None
     sanitize: bool = False
     live: Tensor | None = None
     seeds: Tensor | None = None
@@ -40,6 +42,8 @@ class Apply(NamedTuple):
     def read(self, g: Tensor) -> Tensor:
         """The gradient in fp32, as rules shall see it; finite numbers where it is not live."""
         g = g.float()
+        if self.unscale is not None:
+            g = g * self.unscale
         if self.sanitize:
             g = g.nan_to_num(0.0, 0.0, 0.0)
         if self.live is not None:

@@ -52,6 +52,18 @@ class Unit(NamedTuple):
         return len(self.members) > 1 or torch.compiler.is_compiling()
 
 
+class Scaled(NamedTuple):
+    """What `torch.amp.GradScaler` says of the gradients, on their device.
+
+    Attributes:
+        unscale: factor that takes its scale out, fp32 `[]`; None: they are not scaled.
+        found_inf: not 0 if one of them is not finite, `[]` or `[1]`.
+    """
+
+    unscale: Tensor | None
+    found_inf: Tensor
+
+
 def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Member:
     """A member; of DTensors this process's part."""
     if not _is_sharded(p):
@@ -102,6 +114,7 @@ def step_units(
     nonfinite: str,
     transforms: Callable[[Unit, Tensor], Transform | None],
     decay_scale: float,
+    amp: Scaled | None = None,
 ) -> Tensor | int:
     """One step of all units, in place.
 
@@ -110,13 +123,17 @@ def step_units(
         nonfinite: "skip", "sanitize" or "raise".
         transforms: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
         decay_scale: factor on the weight decay.
+        amp: what a gradient scaler says of the gradients, which then are not looked at here.
     Returns:
         How many parameters were skipped for gradients that are not finite.
     Raises:
         RuntimeError: one of them is not finite, and `nonfinite` is "raise"; nothing has changed.
     """
-    live = None if nonfinite == "sanitize" else _find_live(units)
-    if nonfinite == "raise" and live is not None and not bool(live.all()):
+    if amp is not None:
+        live: Tensor | None = (amp.found_inf == 0).reshape(()).expand(sum(len(unit.members) for unit in units))
+    else:
+        live = None if nonfinite == "sanitize" else _find_live(units)
+    if nonfinite == "raise" and amp is None and live is not None and not bool(live.all()):
         members = [member for unit in units for member in unit.members]
         names = [member.name or f"of shape {list(member.p.shape)}" for member in members]
         bad = [name for name, fine in zip(names, live.tolist(), strict=True) if not fine]
@@ -124,6 +141,12 @@ def step_units(
             f"the gradient of {len(bad)} parameters has NaN or infinite entries, the first is {bad[0]}; "
             "nothing was changed (nonfinite='raise')"
         )
+    skipped: Tensor | int = 0
+    if amp is None and live is not None and _is_known(live):
+        flags = live.tolist()
+        units, skipped, live = _keep_live(units, flags), len(flags) - sum(flags), None
+        if not units:
+            return skipped
     counters = [member.state[STEP] for unit in units for member in unit.members]
     steps = torch.stack(counters)
     tensors: list[Steppable] = []
@@ -135,6 +158,7 @@ def step_units(
             lr=_read_lr(unit.group["lr"], unit.g.device),
             decay=float(unit.group["weight_decay"]) * decay_scale,
             maximize=unit.group["maximize"],
+            unscale=None if amp is None else amp.unscale,
             sanitize=nonfinite == "sanitize",
             live=None if live is None else live[place],
             seeds=_make_seeds(unit, steps[place]),
@@ -149,10 +173,9 @@ def step_units(
     step_tensors(rule, tensors, loss, clock, _sharding().to_means if sharded else divide_sums)
     if live is None:
         torch._foreach_add_(counters, 1)
-        return 0
+        return skipped
     torch._foreach_copy_(counters, list((steps + live).unbind(0)))
-    skipped: Tensor = (~live).sum()
-    return skipped
+    return (~live).sum()
 
 
 def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
@@ -171,8 +194,27 @@ def _find_live(units: Sequence[Unit]) -> Tensor | None:
     if any(shards):
         bad = list((~finite).float().unbind(0))
         finite = torch.stack(_sharding().add_up(bad, shards)) == 0
-    known = finite.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, to ask is to wait
-    return None if known and bool(finite.all()) else finite
+    return None if _is_known(finite) and bool(finite.all()) else finite
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether a tensor can be looked at without waiting for a device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _keep_live(units: Sequence[Unit], flags: Sequence[bool]) -> list[Unit]:
+    """The units without the members whose flags are False, as if these had no gradient."""
+    kept = []
+    start = 0
+    for unit in units:
+        indices = [i for i in range(len(unit.members)) if flags[start + i]]
+        start += len(unit.members)
+        members = [unit.members[i] for i in indices]
+        if len(members) == len(unit.members):
+            kept.append(unit)
+        elif members:
+            kept.append(Unit(members, unit.g[indices] if len(members) > 1 else members[0].g, unit.group))
+    return kept
 
 
 def _check_finite(unit: Unit) -> Tensor:

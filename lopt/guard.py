@@ -64,7 +64,7 @@ class GuardOptions:
     max_window: int = 128
     progress: float = 1.0
     patience: int = 256
-    cooldown: int = 12
+    cooldown: int = 14
     max_cooldown: int = 20_000
 
     def __post_init__(self) -> None:
@@ -84,6 +84,8 @@ class Guard:
     snapshot back and make no step, because the gradient belongs to other parameters; if `save`, take a snapshot; step
     with `share`.
 
+    Args:
+        num_steps: planned losses, if known: then no trial of the rule begins that could not be undone before the end.
     Attributes:
         share: of the learned rule in the next step; 1 is the rule alone, 0 is AdamW alone.
         save, restore: see above.
@@ -93,8 +95,9 @@ class Guard:
         adamw_steps: steps that AdamW made.
     """
 
-    def __init__(self, options: GuardOptions | None = None) -> None:
-        self.options = options or GuardOptions()
+    def __init__(self, options: GuardOptions | None = None, num_steps: int | None = None) -> None:
+        self.options, self.num_steps = options or GuardOptions(), num_steps
+        self._seen = 0
         self.save = self.restore = False
         self.share = 1.0
         self.failures = self.fallbacks = self.returns = self.adamw_steps = 0
@@ -140,6 +143,7 @@ class Guard:
         return [getattr(self, name) for name in _SCALARS]
 
     def _decide(self, loss: float) -> None:
+        self._seen += 1
         if self._level != self._level and isfinite(loss):  # the first
             self._first = self._level = loss
             self._last, self._deviation = loss, FIRST_DEVIATION * abs(loss)
@@ -230,12 +234,12 @@ class Guard:
                 self._return(after)
             else:
                 self._begin_turn()
-        elif self._left <= 0:
+        elif self._left <= 0 and (self.num_steps is None or self._seen + 2 * self.options.max_window <= self.num_steps):
             self._trial = True
             self._window = max(self.options.window, min(self._turn // self.options.cooldown, self.options.max_window))
             self._return(after)
         else:
-            self._window = min(2 * self._window, self.options.max_window, self._left)
+            self._window = min(2 * self._window, self.options.max_window, max(self._left, self.options.window))
             self._mark(after)
 
     def _fall_back(self, compare: bool) -> None:
@@ -263,6 +267,7 @@ class Guard:
 
 
 _SCALARS = (
+    "_seen",
     "share",
     "failures",
     "fallbacks",

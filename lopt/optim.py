@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lopt.apply import Transform
 from lopt.checkpoint import fingerprint, load, load_card
-from lopt.engine import SEED, STEP, Member, Unit, add_up, init_accumulators, make_member, make_units, step_units
+from lopt.engine import SEED, STEP, Member, Scaled, Unit, add_up, init_accumulators, make_member, make_units, step_units
 from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
 from lopt.horizons import find_longest
 from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend
@@ -58,9 +58,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps; left out, as gradients were not finite: {self.skipped}; shortened: {self.clipped}; "
-            f"guard: {self.adamw_steps} steps by AdamW, which took over {self.fallbacks} times and gave back "
-            f"{self.returns} times; undone: {self.failures} times"
+            f"{self.steps} steps; skipped for gradients that are not finite: {self.skipped}; clipped: {self.clipped}; "
+            f"undone: {self.failures}; AdamW took over {self.fallbacks} times for {self.adamw_steps} steps in all and "
+            f"gave back {self.returns} times"
         )
 
 
@@ -85,16 +85,20 @@ class LearnedOptimizer(Optimizer):
         foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together.
         capturable: as in torch; has no effect, as all state is on the parameters' device and `step` waits for nothing.
         nonfinite: what becomes of a gradient with NaN or infinite entries. "skip": its parameter and state stay as they
-            are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError.
+            are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError. (On a
+            GPU, which is not waited for, a skipped tensor counts as one with gradient 0 in rules that look at all.)
         guard: True or `GuardOptions`: clips steps and falls back to AdamW where the loss, passed to `step`, shows that
             the rule fails; see `lopt.guard`. 12 bytes per parameter. Reads the loss on the host in every step.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
         backend: "torch", "triton" or "auto". What runs and why is `optimizer.backend`.
-        reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it.
+        reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it
+            and the guard; then all processes have to call `step`, all with a loss or all without.
     Raises:
         ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
         FileNotFoundError: there is no such rule file.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to us: no waiting
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class LearnedOptimizer(Optimizer):
         reduce_loss: bool = True,
     ) -> None:
         self.horizon: int | None = None
+        self._given = rule
         if not isinstance(rule, Rule):
             source = DEFAULT_RULE if rule is None else rule
             rule, self.horizon = load(source), find_longest(load_card(source))
@@ -150,6 +155,7 @@ class LearnedOptimizer(Optimizer):
             ValueError: an option out of range or missing, or the rule of another optimizer.
         """
         if isinstance(param_group, dict):
+            param_group = self._name_rule(param_group)
             if param_group.get("rule") == ADAMW:
                 param_group = {"lr": self.defaults["lr"] * self.rule.adamw_options["lr"]} | param_group
             options = self.defaults | param_group
@@ -189,6 +195,8 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         check_gradients(self.param_groups)
+        if self._is_skipped_on_host():
+            return result
         only_state = not torch.compiler.is_compiling() and not self.state and _is_rehearsal(self.param_groups)
         units = self._make_units()
         if only_state:
@@ -201,7 +209,8 @@ class LearnedOptimizer(Optimizer):
             rule = self._rules[index]
             heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
             with _without_autocast(device.type):
-                skipped = step_units(rule, own, heard, self.nonfinite, self._make_transform, self._scale_decay(rule))
+                decay, amp = self._scale_decay(rule), self._read_scaler(device)
+                skipped = step_units(rule, own, heard, self.nonfinite, self._make_transform, decay, amp)
             self._tally[device][0].add_(skipped)
         return result
 
@@ -224,7 +233,9 @@ class LearnedOptimizer(Optimizer):
 
         def check(_: Optimizer, final: StateDict) -> StateDict:
             pairs = zip(final["param_groups"], self.param_groups, strict=False)  # torch compares the counts
-            groups = [{key: own[key] for key in own if key != "param_names"} | group for group, own in pairs]
+            groups = [
+                {key: own[key] for key in own if key not in ("rule", "param_names")} | group for group, own in pairs
+            ]
             groups += final["param_groups"][len(groups) :]
             for found, own in zip(groups, self.param_groups, strict=False):
                 self._check_rule(found, expected=own["rule"])
@@ -256,6 +267,16 @@ class LearnedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key not in HOOKS}
         return own | super().__getstate__() | {"_rules": [], "_replicas": {}}
+
+    def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group with the rule's identity in place of what the constructor was given.
+
+        ZeroRedundancyOptimizer puts the constructor's keywords into our groups, before every step.
+        """
+        given = group.get("rule")
+        if given is not None and (given is self._given or (not isinstance(given, Rule) and given == self._given)):
+            return group | {"rule": self.defaults["rule"]}
+        return group
 
     def _check_rule(self, group: dict[str, Any], expected: str) -> None:
         found = group.get("rule")
@@ -317,6 +338,8 @@ class LearnedOptimizer(Optimizer):
         """All parameters with a gradient, divided into units, by the rule that steps them and where."""
         units: dict[tuple[int, torch.device], list[Unit]] = {}
         for group in self.param_groups:
+            if group["rule"] not in (self.defaults["rule"], ADAMW):
+                group.update(self._name_rule(group))
             params: list[Tensor] = []
             grads: list[Tensor] = []
             values: list[Tensor] = []
@@ -395,6 +418,18 @@ class LearnedOptimizer(Optimizer):
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
         return loss
+
+    def _read_scaler(self, device: torch.device) -> Scaled | None:
+        """What a gradient scaler has left for this step in the attributes `found_inf` and `grad_scale`."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return None
+        return Scaled(None if scale is None else scale.to(device).float().reciprocal(), found_inf.to(device))
+
+    def _is_skipped_on_host(self) -> bool:
+        """Whether a gradient scaler says so where asking costs no waiting."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0)
 
     # -- guard ---------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Shard:
         for placement in p.placements:
             if type(placement) not in (ShardPlacement, Replicate):
                 raise RuntimeError(
-                    f"LearnedOptimizer does not support the placement {placement} of a parameter of shape "
+                    f"LearnedOptimizer does not support the placement {placement!r} of a parameter of shape "
                     f"{list(p.shape)}; it supports Shard and Replicate. Redistribute the parameter."
                 )
         self.mesh, self.placements = p.device_mesh, p.placements
