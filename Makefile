@@ -10,7 +10,7 @@ demo: .venv/ready
 test: lint
 	$(BIN)/pytest
 
-test-slow: .venv/ready
+test-slow: .venv/examples-ready
 	$(BIN)/pytest -m slow
 
 lint: .venv/ready
@@ -24,6 +24,10 @@ bench: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/examples-ready: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples]'
 	touch $@
 
 clean:
