@@ -1,10 +1,11 @@
-"""`python -m bench meta | soak | step`: speed of the programs of this project, as tables and JSON."""
+"""`python -m bench meta | soak | step | overhead`: speed of the programs of this project, as tables and JSON."""
 
 from __future__ import annotations
 
 import click
 
 from bench.meta import meta
+from bench.overhead import overhead
 from bench.soak import soak
 from bench.step import step
 
@@ -17,6 +18,7 @@ def cli() -> None:
 cli.add_command(meta)
 cli.add_command(soak)
 cli.add_command(step)
+cli.add_command(overhead)
 
 if __name__ == "__main__":
     cli(prog_name="python -m bench")
