@@ -44,7 +44,7 @@ FILES: dict[str, tuple[str, dict[str, object]]] = {
     "celo2_base": ("celo2_base", {"step_mult": 0.01}),
     "velo_h16_b8": ("velo", {}),
 }
-TOLERANCE = 2e-5  # asked for: 1e-4, and 1e-3 with orthogonalisation
+TOLERANCE = 5e-5  # of the movement; VeLO on one thread comes to 2.5e-5, all others stay below 2e-5
 RUNS = [(name, case) for name in list(FILES)[:-1] for case in CASES if not (case == "scalar" and "celo2" in name)]
 
 

@@ -264,19 +264,6 @@ def test_tensor_that_seldom_has_a_gradient_follows_the_schedule_of_the_run() -> 
     assert int(optimizer.state[seldom]["step"]) == 1
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_autocast_does_not_change_a_step(name: str) -> None:
-    rule, results = RULES[name](), []
-    for enabled in (False, True):
-        params = make_params((3, 4), (5,))
-        optimizer = LearnedOptimizer(params, rule, num_steps=9)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            for i in range(3):
-                step_with_seed(optimizer, params, i, 0.5)
-        results.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("flagged", [False, True])
 def test_decay_of_celo2_is_in_units_of_the_learning_rate_of_the_step(flagged: bool) -> None:
     """`p <- p - lr (u + decay p)`, where lr has the rule's step_mult, or AdamW's rate, within."""
