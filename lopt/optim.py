@@ -131,7 +131,8 @@ class LearnedOptimizer(Optimizer):
         self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
-        self.guard = Guard(guard if isinstance(guard, GuardOptions) else GuardOptions()) if guard else None
+        guard_options = guard if isinstance(guard, GuardOptions) else GuardOptions()
+        self.guard = Guard(guard_options, num_steps) if guard else None
         self._tally: dict[torch.device, Tensor] = {}  # skipped and clipped, int64 [2]
         self._warned: set[str] = set()
         options = {
