@@ -111,7 +111,7 @@ def step_units(
     rule: Rule,
     units: Sequence[Unit],
     loss: Tensor | None,
-    nonfinite: str,
+    sanitize: bool,
     transforms: Callable[[Unit, Tensor], Transform | None],
     decay_scale: float,
     amp: Scaled | None = None,
@@ -120,27 +120,17 @@ def step_units(
 
     Args:
         loss: `[]` or None.
-        nonfinite: "skip", "sanitize" or "raise".
+        sanitize: NaN and infinite entries of gradients count as 0; otherwise such gradients are skipped.
         transforms: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
         decay_scale: factor on the weight decay.
         amp: what a gradient scaler says of the gradients, which then are not looked at here.
     Returns:
         How many parameters were skipped for gradients that are not finite.
-    Raises:
-        RuntimeError: one of them is not finite, and `nonfinite` is "raise"; nothing has changed.
     """
     if amp is not None:
         live: Tensor | None = (amp.found_inf == 0).reshape(()).expand(sum(len(unit.members) for unit in units))
     else:
-        live = None if nonfinite == "sanitize" else _find_live(units)
-    if nonfinite == "raise" and amp is None and live is not None and not bool(live.all()):
-        members = [member for unit in units for member in unit.members]
-        names = [member.name or f"of shape {list(member.p.shape)}" for member in members]
-        bad = [name for name, fine in zip(names, live.tolist(), strict=True) if not fine]
-        raise RuntimeError(
-            f"the gradient of {len(bad)} parameters has NaN or infinite entries, the first is {bad[0]}; "
-            "nothing was changed (nonfinite='raise')"
-        )
+        live = None if sanitize else _find_live(units)
     skipped: Tensor | int = 0
     if amp is None and live is not None and _is_known(live):
         flags = live.tolist()
@@ -159,7 +149,7 @@ def step_units(
             decay=float(unit.group["weight_decay"]) * decay_scale,
             maximize=unit.group["maximize"],
             unscale=None if amp is None else amp.unscale,
-            sanitize=nonfinite == "sanitize",
+            sanitize=sanitize,
             live=None if live is None else live[place],
             seeds=_make_seeds(unit, steps[place]),
             transform=transforms(unit, steps[place]),
@@ -178,6 +168,20 @@ def step_units(
     return (~live).sum()
 
 
+def check_finite(units: Sequence[Unit]) -> None:
+    """Raise RuntimeError, naming a parameter, if a gradient is not finite; waits for the device."""
+    live = _find_live(units) if units else None
+    if live is None or bool(live.all()):
+        return
+    members = [member for unit in units for member in unit.members]
+    names = [member.name or f"of shape {list(member.p.shape)}" for member in members]
+    bad = [name for name, fine in zip(names, live.tolist(), strict=True) if not fine]
+    raise RuntimeError(
+        f"the gradient of {len(bad)} parameters has NaN or infinite entries, the first is {bad[0]}; "
+        "nothing was changed (nonfinite='raise')"
+    )
+
+
 def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
     accs = [member.pick(extra=False) for member in unit.members]
     extras = [member.pick(extra=True) for member in unit.members] if apply.transform is not None else []
@@ -189,7 +193,7 @@ def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
 
 def _find_live(units: Sequence[Unit]) -> Tensor | None:
     """Which gradients are finite on all processes, bool `[n]`; None where all are known to be."""
-    finite = torch.cat([_check_finite(unit) for unit in units])
+    finite = torch.cat([_are_finite(unit) for unit in units])
     shards = [member.shard for unit in units for member in unit.members]
     if any(shards):
         bad = list((~finite).float().unbind(0))
@@ -217,12 +221,15 @@ def _keep_live(units: Sequence[Unit], flags: Sequence[bool]) -> list[Unit]:
     return kept
 
 
-def _check_finite(unit: Unit) -> Tensor:
+def _are_finite(unit: Unit) -> Tensor:
     """Bool `[k]`; a maximum needs no temporary memory of the gradient's size."""
-    g = unit.g.detach().reshape(len(unit.members), -1)
-    if g.shape[1] == 0:
-        return torch.ones(len(g), dtype=torch.bool, device=g.device)
-    largest: Tensor = torch.linalg.vector_norm(g, float("inf"), dim=1)
+    g, count = unit.g.detach(), len(unit.members)
+    if g.numel() == 0:
+        return torch.ones(count, dtype=torch.bool, device=g.device)
+    if unit.together:
+        largest: Tensor = torch.linalg.vector_norm(g.reshape(count, -1), float("inf"), dim=1)
+    else:
+        largest = torch.linalg.vector_norm(g, float("inf")).reshape(1)
     return largest.isfinite()
 
 

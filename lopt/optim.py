@@ -24,7 +24,19 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lopt.apply import Transform
 from lopt.checkpoint import fingerprint, load, load_card
-from lopt.engine import SEED, STEP, Member, Scaled, Unit, add_up, init_accumulators, make_member, make_units, step_units
+from lopt.engine import (
+    SEED,
+    STEP,
+    Member,
+    Scaled,
+    Unit,
+    add_up,
+    check_finite,
+    init_accumulators,
+    make_member,
+    make_units,
+    step_units,
+)
 from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
 from lopt.horizons import find_longest
 from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend
@@ -202,6 +214,9 @@ class LearnedOptimizer(Optimizer):
         units = self._make_units()
         if only_state:
             return result
+        if self.nonfinite == "raise" and not hasattr(self, "found_inf"):
+            for device in {device for _, device in units}:
+                check_finite([unit for key, own in units.items() if key[1] == device for unit in own])
         self._count_step()
         loss = self._share_loss(result if loss is None else loss, units)
         if self.guard is not None and self._undoes(loss):
@@ -211,7 +226,7 @@ class LearnedOptimizer(Optimizer):
             heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
             with _without_autocast(device.type):
                 decay, amp = self._scale_decay(rule), self._read_scaler(device)
-                skipped = step_units(rule, own, heard, self.nonfinite, self._make_transform, decay, amp)
+                skipped = step_units(rule, own, heard, self.nonfinite == "sanitize", self._make_transform, decay, amp)
             self._tally[device][0].add_(skipped)
         return result
 
@@ -412,6 +427,10 @@ class LearnedOptimizer(Optimizer):
             return None
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
+        try:
+            loss = loss if isinstance(loss, Tensor) else float(loss)
+        except TypeError:
+            raise ValueError(f"the loss must be one number, got a {type(loss).__name__}; pass step(loss=...)") from None
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.reduce_loss and distributed and torch.distributed.get_world_size() > 1:
             devices = [device for _, device in units] or [self.param_groups[0]["params"][0].device]
