@@ -82,4 +82,4 @@ class Apply(NamedTuple):
 
 def _spread(mask: Tensor, like: Tensor) -> Tensor:
     """`[]` or `[k]` -> `[1...]` or `[k, 1...]`."""
-    return mask.reshape(*mask.shape, *[1] * (like.ndim - mask.ndim))
+    return mask.reshape((*mask.shape, *[1] * (like.ndim - mask.ndim)))

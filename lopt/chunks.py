@@ -105,7 +105,7 @@ class ChunkedTensor:
                 assert visit.delta is not None, "`emit` makes the step"
                 self._write(cut, visit.delta)
             return
-        delta = torch.empty(self.shape, device=self.p.device)
+        delta = torch.empty(self.shape, dtype=torch.float32, device=self.p.device)
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`emit` makes the step"
             self._cut(delta, cut).copy_(visit.delta)

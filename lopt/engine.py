@@ -40,10 +40,9 @@ class Member(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Parameters that are stepped as one: k equal ones with gradients `[k, *shape]`, or a single one."""
+    """Parameters that are stepped as one: k equal ones, or a single one."""
 
     members: Sequence[Member]
-    g: Tensor
     group: Mapping[str, Any]
 
     @property
@@ -77,7 +76,9 @@ def init_accumulators(rule: Rule, p: Tensor, guarded: bool) -> dict[str, Tensor]
     """A parameter's accumulators, and what the guard keeps for it, before its first step."""
     if _is_sharded(p):
         init = _sharding().init_parts
-        result: dict[str, Tensor] = init(rule.init_accumulators, p, rule.row_keys, rule.line_keys)
+        result: dict[str, Tensor] = init(
+            lambda part, layout: rule.init_accumulators(part.float(), layout), p, rule.row_keys, rule.line_keys
+        )
         return result | (init(_init_guard, p, (), ()) if guarded else {})
     result = rule.init_state({"": p.float()}).accumulators[""]
     layout = find_layout(tuple(p.shape))
@@ -94,7 +95,7 @@ def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) 
     alike: dict[tuple[object, ...], list[Member]] = {}
     for member in members:
         if member.shard is not None or (group["foreach"] is False and not compiling):
-            yield Unit([member], member.g, group)
+            yield Unit([member], group)
         else:
             alike.setdefault((member.p.shape, member.p.dtype, member.g.dtype), []).append(member)
     for equal in alike.values():
@@ -102,9 +103,7 @@ def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) 
         if not compiling:
             size = chunk_length(first.p, first.pick(extra=False), rule.temporaries) // max(1, first.p.numel())
         for start in range(0, len(equal), max(1, size)):
-            part = equal[start : start + max(1, size)]
-            unit = Unit(part, part[0].g, group)
-            yield unit._replace(g=torch.stack([member.g for member in part])) if unit.together else unit
+            yield Unit(equal[start : start + max(1, size)], group)
 
 
 def step_units(
@@ -113,7 +112,7 @@ def step_units(
     loss: Tensor | None,
     sanitize: bool,
     transforms: Callable[[Unit, Tensor], Transform | None],
-    decay_scale: float,
+    decay_scale: Callable[[Unit], float],
     amp: Scaled | None = None,
 ) -> Tensor | int:
     """One step of all units, in place.
@@ -122,7 +121,7 @@ def step_units(
         loss: `[]` or None.
         sanitize: NaN and infinite entries of gradients count as 0; otherwise such gradients are skipped.
         transforms: makes `Apply.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
-        decay_scale: factor on the weight decay.
+        decay_scale: factor on a unit's weight decay.
         amp: what a gradient scaler says of the gradients, which then are not looked at here.
     Returns:
         How many parameters were skipped for gradients that are not finite.
@@ -145,8 +144,8 @@ def step_units(
         place = slice(start, start + len(unit.members)) if unit.together else start
         start += len(unit.members)
         apply = Apply(
-            lr=_read_lr(unit.group["lr"], unit.g.device),
-            decay=float(unit.group["weight_decay"]) * decay_scale,
+            lr=_read_lr(unit.group["lr"], steps.device),
+            decay=float(unit.group["weight_decay"]) * decay_scale(unit),
             maximize=unit.group["maximize"],
             unscale=None if amp is None else amp.unscale,
             sanitize=sanitize,
@@ -186,9 +185,10 @@ def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
     accs = [member.pick(extra=False) for member in unit.members]
     extras = [member.pick(extra=True) for member in unit.members] if apply.transform is not None else []
     if unit.together:
-        return Bucket([member.p for member in unit.members], unit.g, accs, apply, extras)
+        params, grads = [member.p for member in unit.members], [member.g for member in unit.members]
+        return Bucket(params, grads, accs, apply, extras)
     member = unit.members[0]
-    return ChunkedTensor(rule, member.p, unit.g, accs[0], apply, extras[0] if extras else {}, member.shard)
+    return ChunkedTensor(rule, member.p, member.g, accs[0], apply, extras[0] if extras else {}, member.shard)
 
 
 def _find_live(units: Sequence[Unit]) -> Tensor | None:
@@ -213,23 +213,20 @@ def _keep_live(units: Sequence[Unit], flags: Sequence[bool]) -> list[Unit]:
     for unit in units:
         indices = [i for i in range(len(unit.members)) if flags[start + i]]
         start += len(unit.members)
-        members = [unit.members[i] for i in indices]
-        if len(members) == len(unit.members):
-            kept.append(unit)
-        elif members:
-            kept.append(Unit(members, unit.g[indices] if len(members) > 1 else members[0].g, unit.group))
+        if indices:
+            kept.append(unit._replace(members=[unit.members[i] for i in indices]))
     return kept
 
 
 def _are_finite(unit: Unit) -> Tensor:
     """Bool `[k]`; a maximum needs no temporary memory of the gradient's size."""
-    g, count = unit.g.detach(), len(unit.members)
-    if g.numel() == 0:
-        return torch.ones(count, dtype=torch.bool, device=g.device)
+    grads = [member.g for member in unit.members]
+    if grads[0].numel() == 0:
+        return torch.ones(len(grads), dtype=torch.bool, device=grads[0].device)
     if unit.together:
-        largest: Tensor = torch.linalg.vector_norm(g.reshape(count, -1), float("inf"), dim=1)
+        largest: Tensor = torch.linalg.vector_norm(torch.stack(grads).view(len(grads), -1), float("inf"), dim=1)
     else:
-        largest = torch.linalg.vector_norm(g, float("inf")).reshape(1)
+        largest = torch.linalg.vector_norm(grads[0], float("inf")).reshape(1)
     return largest.isfinite()
 
 
@@ -247,7 +244,9 @@ def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
     if SEED not in unit.members[0].state:
         return None
     seeds = [member.state[SEED] for member in unit.members]
-    return fold_in(torch.stack(seeds) if unit.together else seeds[0], steps)
+    now = fold_in(torch.stack(seeds) if unit.together else seeds[0], steps)
+    shard = unit.members[0].shard
+    return now if shard is None else fold_in(now, sum(shard.offset))
 
 
 def _read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:

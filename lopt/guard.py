@@ -301,16 +301,16 @@ def init_state(p: Tensor, batch_ndim: int = 0) -> Accumulators:
     Args:
         batch_ndim: 1 if the first dimension counts parameters.
     Returns:
-        "guard_m", "guard_v" (AdamW's moments) and "guard_p" (the snapshot), fp32 like `p`; "guard_norm" (the running
-        norm of the steps; 0: not yet) fp32 and "guard_start" (the step from which the moments count) int64, `[]` or
-        `[k]`.
+        "guard_m", "guard_v" (AdamW's moments) fp32 and "guard_p" (the snapshot) in at least fp32, like `p`;
+        "guard_norm" (the running norm of the steps; 0: not yet) fp32 and "guard_start" (the step from which the moments
+        count) int64, `[]` or `[k]`.
     """
     batch = p.shape[:batch_ndim]
     m = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
     return {
         "guard_m": m,
         "guard_v": torch.zeros_like(m),
-        "guard_p": m + p.detach(),
+        "guard_p": p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous(),
         "guard_norm": torch.zeros(batch, dtype=torch.float32, device=p.device),
         "guard_start": torch.zeros(batch, dtype=torch.int64, device=p.device),
     }

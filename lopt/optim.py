@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -39,7 +39,7 @@ from lopt.engine import (
 )
 from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
 from lopt.horizons import find_longest
-from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend
+from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend, read_guard
 from lopt.rules import RULES, Rule, find_layout
 from lopt.tensors import derive_seeds
 
@@ -48,12 +48,13 @@ MAX_REPLICAS = 64
 
 
 class Report(NamedTuple):
-    """What has happened to an optimizer since it was made; see `LearnedOptimizer.report`.
+    """What has happened to an optimizer; see `LearnedOptimizer.report`.
 
     Attributes:
-        steps: calls of `step`, with those before a resume.
-        skipped: steps of single parameters that were left out because their gradients were not finite.
-        clipped: steps of single parameters that the guard shortened.
+        steps: updates of the parameter that has had the most, with those before a resume.
+        skipped: steps of single parameters that were left out because their gradients were not finite, since the
+            optimizer was made.
+        clipped: steps of single parameters that the guard shortened, likewise.
         failures: losses that made the guard undo steps of the rule.
         fallbacks: times that AdamW took over.
         returns: times that the rule took over again.
@@ -94,13 +95,16 @@ class LearnedOptimizer(Optimizer):
         num_steps: how many steps are planned; rules that adapt to the share of training done need it.
         betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
         maximize: ascend instead of descending.
-        foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together.
-        capturable: as in torch; has no effect, as all state is on the parameters' device and `step` waits for nothing.
+        foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together (they
+            must not overlap in memory).
+        capturable: GradScaler leaves unscaling and skipping to the optimizer, which waits for nothing, so that such a
+            step can be captured, too (Lightning refuses to clip then). Else it has no effect: all state is on the
+            parameters' device, and `step` never waits for it.
         nonfinite: what becomes of a gradient with NaN or infinite entries. "skip": its parameter and state stay as they
             are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError. (On a
             GPU, which is not waited for, a skipped tensor counts as one with gradient 0 in rules that look at all.)
-        guard: True or `GuardOptions`: clips steps and falls back to AdamW where the loss, passed to `step`, shows that
-            the rule fails; see `lopt.guard`. 12 bytes per parameter. Reads the loss on the host in every step.
+        guard: True, `GuardOptions` or a dictionary of them: clips steps, and falls back to AdamW where the loss, passed
+            to `step`, shows that the rule fails; see `lopt.guard`. 12 bytes per parameter. Reads the loss on the host.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
         backend: "torch", "triton" or "auto". What runs and why is `optimizer.backend`.
         reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it
@@ -109,8 +113,6 @@ class LearnedOptimizer(Optimizer):
         ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
         FileNotFoundError: there is no such rule file.
     """
-
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to us: no waiting
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class LearnedOptimizer(Optimizer):
         foreach: bool | None = None,
         capturable: bool = False,
         nonfinite: str = "skip",
-        guard: bool | GuardOptions = False,
+        guard: bool | GuardOptions | Mapping[str, Any] = False,
         stochastic_rounding: bool = False,
         backend: str = "auto",
         reduce_loss: bool = True,
@@ -138,13 +140,15 @@ class LearnedOptimizer(Optimizer):
             rule, self.horizon = load(source), find_longest(load_card(source))
         self.rule = deepcopy(rule).float().requires_grad_(False)
         self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
+        if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
+            self._step_supports_amp_scaling = True
         self.stochastic_rounding, self.reduce_loss = stochastic_rounding, reduce_loss
         self.backend: Backend = choose_backend(backend, self.rule.name)
         self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
-        guard_options = guard if isinstance(guard, GuardOptions) else GuardOptions()
-        self.guard = Guard(guard_options, num_steps) if guard else None
+        self._guard_options, self._num_steps = read_guard(guard), num_steps
+        self.guard = self._make_guard()
         self._tally: dict[torch.device, Tensor] = {}  # skipped and clipped, int64 [2]
         self._warned: set[str] = set()
         options = {
@@ -157,7 +161,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
-            "guard": None,
+            "guard_memory": None,
         }
         super().__init__(params, options)
 
@@ -225,7 +229,7 @@ class LearnedOptimizer(Optimizer):
             rule = self._rules[index]
             heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
             with _without_autocast(device.type):
-                decay, amp = self._scale_decay(rule), self._read_scaler(device)
+                decay, amp = partial(self._scale_decay, rule=rule), self._read_scaler(device)
                 skipped = step_units(rule, own, heard, self.nonfinite == "sanitize", self._make_transform, decay, amp)
             self._tally[device][0].add_(skipped)
         return result
@@ -234,7 +238,7 @@ class LearnedOptimizer(Optimizer):
         """What has happened so far; waits for the device."""
         skipped, clipped = torch.stack([tally.cpu() for tally in self._tally.values()] or [torch.zeros(2)]).sum(0)
         counts = {key: getattr(self.guard, key, 0) for key in Report._fields[3:]}
-        return Report(self._find_steps(), int(skipped), int(clipped), **counts)
+        return Report(self._read_steps(), int(skipped), int(clipped), **counts)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
@@ -267,7 +271,8 @@ class LearnedOptimizer(Optimizer):
                 if key in saved["state"]:
                     self.state[p] = {k: _copy_to(p.device, v) for k, v in saved["state"][key].items()}
             self._steps = None
-            if self.guard is not None and (memory := self.param_groups[0]["guard"]) is not None:
+            self.guard = self._make_guard()
+            if self.guard is not None and (memory := self.param_groups[0]["guard_memory"]) is not None:
                 self.guard.load(memory)
 
         hooks = (
@@ -281,7 +286,7 @@ class LearnedOptimizer(Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in self.__dict__.items() if key not in HOOKS}
+        own = {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
         return own | super().__getstate__() | {"_rules": [], "_replicas": {}}
 
     def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -339,9 +344,6 @@ class LearnedOptimizer(Optimizer):
             (beta1, beta2), eps = group["betas"], group["eps"]
             key = (device, beta1, beta2, eps)
             if key not in self._replicas:
-                if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
-                    self._replicas.clear()
-                    self._rules.clear()
                 self._replicas[key] = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
                 self._replicas[key].to(device).requires_grad_(False)
         elif key not in self._replicas:
@@ -353,6 +355,9 @@ class LearnedOptimizer(Optimizer):
     def _make_units(self) -> dict[tuple[int, torch.device], list[Unit]]:
         """All parameters with a gradient, divided into units, by the rule that steps them and where."""
         units: dict[tuple[int, torch.device], list[Unit]] = {}
+        if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
+            self._replicas.clear()
+            self._rules.clear()
         for group in self.param_groups:
             if group["rule"] not in (self.defaults["rule"], ADAMW):
                 group.update(self._name_rule(group))
@@ -391,7 +396,7 @@ class LearnedOptimizer(Optimizer):
                 continue
             rule, state = self._rule_for(name, p, group), self.state[p]
             if not state:
-                self._init_state(rule, p, state)
+                self._init_state(rule, name, p, state)
             if rule not in self._rules:
                 self._rules.append(rule)
                 self._tally.setdefault(p.device, torch.zeros(2, dtype=torch.int64, device=p.device))
@@ -400,13 +405,13 @@ class LearnedOptimizer(Optimizer):
             values.extend(state.values())
             plans.append((name, self._rules.index(rule), tuple(state)))
 
-    def _init_state(self, rule: Rule, p: Tensor, state: dict[str, Tensor]) -> None:
+    def _init_state(self, rule: Rule, name: str, p: Tensor, state: dict[str, Tensor]) -> None:
         """A parameter's state before its first step."""
         with torch.no_grad():
             state[STEP] = torch.zeros((), dtype=torch.int64, device=p.device)
             if self._rounds(p):
                 position = [id(q) for group in self.param_groups for q in group["params"]].index(id(p))
-                state[SEED] = derive_seeds(0, "stochastic rounding", position).to(p.device)
+                state[SEED] = derive_seeds(0, f"stochastic rounding of {name or position}").to(p.device)
             state.update(init_accumulators(rule, p.detach(), guarded=self.guard is not None))
 
     def _rounds(self, p: Tensor) -> bool:
@@ -453,12 +458,16 @@ class LearnedOptimizer(Optimizer):
 
     # -- guard ---------------------------------------------------------------------------------------------------------
 
+    def _make_guard(self) -> Guard | None:
+        """A guard that has heard nothing yet, if there is to be one."""
+        return None if self._guard_options is None else Guard(self._guard_options, self._num_steps)
+
     def _undoes(self, loss: Tensor | float | None) -> bool:
         """Let the guard hear the loss and take or put back its snapshot; whether it did the latter."""
         assert self.guard is not None
         self.guard.observe(None if loss is None else float(loss))
         for group in self.param_groups:
-            group["guard"] = self.guard.state()
+            group["guard_memory"] = self.guard.state()
             for p in group["params"]:
                 if p in self.state and (self.guard.save or self.guard.restore):
                     member = make_member("", p, p, self.state[p])
@@ -485,10 +494,11 @@ class LearnedOptimizer(Optimizer):
 
         return transform
 
-    def _scale_decay(self, rule: Rule) -> float:
-        """Factor on the weight decay: the rule's and AdamW's, in the guard's shares."""
-        share = 1.0 if self.guard is None else self.guard.share
-        return share * rule.decay_scale + (1 - share) * float(self.rule.adamw_options["lr"])
+    def _scale_decay(self, unit: Unit, rule: Rule) -> float:
+        """Factor on a unit's weight decay: the rule's and AdamW's, in the guard's shares."""
+        if self.guard is None or unit.group["rule"] == ADAMW:
+            return rule.decay_scale
+        return self.guard.share * rule.decay_scale + (1 - self.guard.share) * float(self.rule.adamw_options["lr"])
 
     # -- counts and warnings -------------------------------------------------------------------------------------------
 
@@ -496,7 +506,7 @@ class LearnedOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             return
         self._steps = self._find_steps() + 1
-        if self.horizon is not None and self._steps == self.horizon + 1:
+        if self.horizon is not None and self._steps > self.horizon:
             self._warn_once(
                 f"this run goes beyond the {self.horizon} steps on which rule {self.rule.name!r} was trained (its "
                 "card's horizon): watch the loss, or use guard=True, which falls back to AdamW where that is better."
@@ -504,16 +514,17 @@ class LearnedOptimizer(Optimizer):
 
     def _find_steps(self) -> int:
         if self._steps is None:  # once, after loading
-            self._steps = max((int(state[STEP]) for state in self.state.values() if STEP in state), default=0)
+            self._steps = self._read_steps()
         return self._steps
+
+    def _read_steps(self) -> int:
+        """The most updates that a parameter has had; waits for the device."""
+        return max((int(state[STEP]) for state in self.state.values() if STEP in state), default=0)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
-
-
-HOOKS = tuple(key for key in vars(torch.optim.SGD([torch.zeros(1)])) if key.endswith("_hooks"))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

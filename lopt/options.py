@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lopt.guard import GuardOptions
 
 ADAMW = "adamw"
 BACKENDS = ("auto", "torch", "triton")
@@ -43,18 +46,43 @@ def choose_backend(wanted: str, rule: str) -> Backend:
     return Backend("torch", reason)
 
 
+def read_guard(given: bool | GuardOptions | Mapping[str, Any]) -> GuardOptions | None:
+    """The guard's options, or None for no guard.
+
+    Raises:
+        ValueError: something else, an unknown option or one out of range.
+    """
+    if isinstance(given, GuardOptions):
+        return given
+    if isinstance(given, bool):
+        return GuardOptions() if given else None
+    try:
+        return GuardOptions(**given)
+    except TypeError as error:
+        raise ValueError(f"guard must be True, False, GuardOptions or a dictionary of them, got {given!r}") from error
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for a group's options out of range."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
     for name in ("lr", "weight_decay", "eps"):
-        if not (isfinite(options[name]) and options[name] >= 0):
+        if not (_is_number(options[name]) and isfinite(options[name]) and options[name] >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
-    if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {options['betas']}")
-    if options["num_steps"] is not None and not options["num_steps"] >= 1:
-        raise ValueError(f"num_steps must be at least 1 or None, got {options['num_steps']}")
+    betas = options["betas"]
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+        raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {betas}")
+    num_steps = options["num_steps"]
+    if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
+        raise ValueError(f"num_steps must be at least 1 and whole, or None, got {num_steps}")
+    for name in ("maximize", "foreach", "capturable"):
+        if options[name] not in (True, False, None):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | Tensor)
 
 
 def check_gradients(groups: Iterable[Mapping[str, Any]]) -> None:

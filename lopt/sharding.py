@@ -138,7 +138,7 @@ def init_parts(
     """
     shard = Shard(cast(DTensor, p))
     whole = make(torch.empty(shard.layout.shape, device="meta"), shard.layout)
-    local = to_local(p).float().contiguous().view(shard.shape)
+    local = to_local(p).contiguous().view(shard.shape)
     result: Accumulators = {}
     for key, value in make(local, shard.layout._replace(shape=shard.shape)).items():
         shape = whole[key].shape

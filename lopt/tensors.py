@@ -86,8 +86,8 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
     return key
 
 
-def fold_in(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Independent seeds for every counter: int64 tensors that broadcast."""
+def fold_in(seeds: Tensor, counters: Tensor | int) -> Tensor:
+    """Independent seeds for every counter: int64, broadcast."""
     return _mix(seeds + _GOLDEN * (counters + 1))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lopt import LearnedOptimizer
+from lopt.rules import RULES
 
 BAD_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("lr", -1.0, "lr|learning rate"),
@@ -32,7 +33,7 @@ BAD_VALUES_OF_OURS: tuple[tuple[str, Any, str], ...] = (
 )
 GROUP_KEYS = {
     *("params", "lr", "weight_decay", "num_steps", "rule"),
-    *("betas", "eps", "maximize", "foreach", "capturable", "guard"),
+    *("betas", "eps", "maximize", "foreach", "capturable", "guard_memory"),
 }
 
 
@@ -256,3 +257,28 @@ def test_backend_names_what_runs_and_why(case: Case) -> None:
     assert optimizer.backend.name == name
     assert reason == optimizer.backend.reason != ""
     assert case.make(make_params(), backend="torch").backend.name == "torch"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guard": "no"}, "guard must be True, False, GuardOptions"),
+        ({"guard": {"clips": 3}}, "guard must be .* got {'clips': 3}"),
+        ({"guard": {"clip": 0.0}}, "guard option clip must be"),
+        ({"num_steps": 1.5}, "num_steps must be at least 1 and whole"),
+        ({"maximize": "no"}, "maximize must be True or False, got 'no'"),
+        ({"lr": None}, "lr must be finite"),
+        ({"eps": "x"}, "eps must be finite"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_type_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer([nn.Parameter(torch.ones(1))], RULES["sgd"](), **options)
+
+
+def test_guard_takes_a_dictionary_of_its_options() -> None:
+    optimizer = LearnedOptimizer([nn.Parameter(torch.ones(1))], RULES["sgd"](), guard={"clip": 3.0})
+    assert optimizer.guard is not None
+    assert optimizer.guard.options.clip == 3.0

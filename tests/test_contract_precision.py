@@ -25,6 +25,9 @@ from contract_cases import (
 from torch import nn
 from torch.optim import Optimizer
 
+from lopt import LearnedOptimizer
+from lopt.rules import RULES
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LSTM = LEARNED[0]
 
@@ -290,3 +293,24 @@ def test_gradient_that_was_set_to_zero_is_not_a_missing_one(case: Case) -> None:
     assert float(optimizers[0].state[p]["step"]) == 1
     assert not is_same(p.detach(), q.detach())
     assert_same(q.detach(), draw(0, 6, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("guard", [False, True], ids=["", "guarded"])
+def test_default_dtype_does_not_change_a_bit(dtype: torch.dtype, guard: bool) -> None:
+    """Of rules that hold the step of a whole tensor, too."""
+    results = []
+    rule = RULES["celo2"]()
+    for default in (torch.float32, dtype):
+        params = make_params([(6, 5), (5,), (6, 5), (4, 3, 2, 2), (40, 30)])
+        for p in params:
+            p.grad = p.detach().clone()
+        optimizer = LearnedOptimizer(params, rule, guard=guard)
+        torch.set_default_dtype(default)
+        try:
+            for _ in range(2):
+                optimizer.step(loss=1.0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(clone(params))
+    assert_same(*results)

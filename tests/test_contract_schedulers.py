@@ -25,8 +25,12 @@ from contract_cases import (
     make_params,
     run_steps,
 )
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
+
+from lopt import LearnedOptimizer
+from lopt.rules import RULES
 
 STEPS = 8
 PEAK = 2.0  # of the schedulers that set the rate themselves, in units of the case's rate
@@ -200,3 +204,19 @@ def test_training_goes_on_from_averaged_weights(case: Case) -> None:
     case.step(optimizer)
     assert_moved(model.parameters(), before)
     assert all(float(optimizer.state[p]["step"]) == 4 for p in model.parameters())
+
+
+def test_schedule_on_betas_longer_than_the_optimizer_keeps_rules_for_does_not_mix_them_up() -> None:
+    """OneCycle changes AdamW's betas in every step; the rule's own group is stepped as without them."""
+    results = []
+    for routed in (True, False):
+        w, b = nn.Parameter(torch.ones(6, 5)), nn.Parameter(torch.ones(5))
+        groups: list[dict[str, Any]] = [{"params": [w]}] + ([{"params": [b], "rule": "adamw"}] if routed else [])
+        optimizer = LearnedOptimizer(groups, RULES["small_fc"]())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1.0, 1e-3][: len(groups)], total_steps=150)
+        for _ in range(149):
+            w.grad, b.grad = torch.ones(6, 5), torch.ones(5)
+            optimizer.step()
+            scheduler.step()
+        results.append(w.detach())
+    assert torch.equal(*results)

@@ -349,10 +349,11 @@ SABOTAGES = ("all x100", "out x100", "out flipped", "all flipped", "out x100+all
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("kind", SABOTAGES)
-@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [*((kind, 200) for kind in SABOTAGES), ("out flipped", 1000), ("all x100", 1000)]
+)
 def test_a_sabotaged_rule_ends_near_adamw(network: str, kind: str, steps: int) -> None:
-    for seed in range(5):
+    for seed in range(3):
         reference = train(*NETWORKS[network], seed, steps, None)
         assert train(*NETWORKS[network], seed, steps, sabotage(kind), guard=True) <= 1.3 * reference
 
@@ -367,17 +368,15 @@ def test_without_the_guard_a_flipped_rule_diverges(network: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("steps", [1000, 2000])
-def test_ten_horizons_end_no_worse_than_adamw(network: str, steps: int) -> None:
-    for seed in range(5):
-        reference = train(*NETWORKS[network], seed, steps, None)
-        assert train(*NETWORKS[network], seed, steps, "digits-lstm", guard=True) <= 1.1 * reference
+def test_ten_horizons_end_no_worse_than_adamw(network: str) -> None:
+    for seed in range(3):
+        reference = train(*NETWORKS[network], seed, 1000, None)
+        assert train(*NETWORKS[network], seed, 1000, "digits-lstm", guard=True) <= 1.1 * reference
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("steps", [100, 200])
-def test_an_intact_rule_pays_little(network: str, steps: int) -> None:
-    for seed in range(5):
-        bare = train(*NETWORKS[network], seed, steps, "digits-lstm")
-        assert train(*NETWORKS[network], seed, steps, "digits-lstm", guard=True) <= 1.05 * bare
+def test_an_intact_rule_pays_little_within_its_horizon() -> None:
+    for network in NETWORKS:
+        for seed in range(3):
+            bare = train(*NETWORKS[network], seed, 100, "digits-lstm")
+            assert train(*NETWORKS[network], seed, 100, "digits-lstm", guard=True) <= 1.05 * bare

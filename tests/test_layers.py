@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard"}  # what the optimizer is made of
 LAYERS = [
-    {"lopt_kernels", "lopt.names", "lopt.routing", "lopt.options"},
+    {"lopt_kernels", "lopt.names", "lopt.routing"},
     {"lopt.tensors", "lopt.schema", "lopt.weights"},
     {"lopt.rules", "lopt.tasks"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
-    {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.log"},
+    {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},

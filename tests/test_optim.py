@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lopt
+from bench.memory import measure_allocations
 from lopt import LearnedOptimizer, checkpoint, chunks, optim
 from lopt.rules import RULES, Accumulators, Clock, Elements, Fold, Layout, Means, Rule, State, Visit
 from lopt.tensors import make_generator
@@ -56,7 +58,7 @@ class UnitNorm(Rule):
             told[..., 1] = progress.clamp(max=1)
         return {"told": told}, {"size": self.size * (1 + told[..., 0]) * (1 - told[..., 1])}
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         return Fold(terms=terms)
 
     def emit(self, e: Elements, terms: Means) -> Visit:
@@ -360,6 +362,21 @@ def test_step_on_ten_million_parameters_allocates_no_more_than_chunks(name: str,
     with LargestAllocation(*own) as allocation:
         optimizer.step()
     assert 0 < allocation.largest <= numbers * chunks.CPU_CHUNK < 4 * p.numel()
+
+
+@pytest.mark.parametrize("name", ["adamw", "small_fc", "celo"])
+def test_step_of_many_small_tensors_needs_no_memory_of_the_models_size(name: str) -> None:
+    peaks = []
+    for number in (200, 600):
+        params = [nn.Parameter(torch.ones(64, 64)) for _ in range(number)]
+        for p in params:
+            p.grad = torch.ones(64, 64)
+        optimizer = LearnedOptimizer(params, RULES[name](), num_steps=10)
+        optimizer.step(loss=1.0)
+        held = [*params, *(p.grad for p in params if p.grad is not None)]
+        held += [x for state in optimizer.state.values() for x in state.values()]
+        peaks.append(measure_allocations(partial(optimizer.step, loss=1.0), held, torch.device("cpu"))[0])
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_chunks_shrink_with_the_state_of_a_coordinate() -> None:

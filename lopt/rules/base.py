@@ -181,7 +181,7 @@ class Rule(nn.Module, ABC):
         """
         return {}, {}
 
-    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
         """Accumulators and fields that rows or columns share, from the means of `measure`."""
         return Fold()
 
@@ -189,7 +189,7 @@ class Rule(nn.Module, ABC):
         """New accumulators of the elements and sums over them, given the tensor's terms from `fold_tensors`."""
         return Visit()
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """What `emit` and `finish` use, from the means of `accumulate` and the terms of `fold_tensors`."""
         return Fold(terms=clock)
 
@@ -279,9 +279,11 @@ class Steppable(Protocol):
     """
 
     layout: Layout
-    acc: Accumulators
     batch: tuple[int, ...]
     count: int | None
+
+    @property
+    def acc(self) -> Mapping[str, Tensor]: ...
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """Call the stage on all elements that are here and keep the new accumulators; returns the sums."""
@@ -341,7 +343,9 @@ def step_tensors(
         clocks = [clock.map(partial(take, i)) for i in indices]
     else:
         clock = clock.map(lambda x: x[..., None])
-    means = to_means(tensors, [tensor.visit(rule.measure) for tensor in tensors])
+    nothing: Mapping[str, Sum] = {}
+    measures, accumulates = type(rule).measure is not Rule.measure, type(rule).accumulate is not Rule.accumulate
+    means = to_means(tensors, [tensor.visit(rule.measure) if measures else nothing for tensor in tensors])
     terms: Means = {}
     if rule.row_keys:
         rows = {key: torch.cat([lift(i, tensors[i].acc[key]) for i in indices], dim) for key in rule.row_keys}
@@ -353,7 +357,8 @@ def step_tensors(
     own = [{key: take(i, value) for key, value in terms.items()} for i in indices]
     for i, tensor in enumerate(tensors):
         tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout)[:2])
-    means = to_means(tensors, [tensors[i].visit(partial(rule.accumulate, terms=own[i])) for i in indices])
+    stages = [partial(rule.accumulate, terms=own[i]) for i in indices]
+    means = to_means(tensors, [tensors[i].visit(stages[i]) if accumulates else nothing for i in indices])
     for i, tensor in enumerate(tensors):
         acc, fields, folded = rule.fold(means[i], tensor.acc, tensor.layout, clocks[i], own[i])
         tensor.keep(acc, fields)

@@ -7,7 +7,7 @@ Celo-Adam), and in Celo also the head over a bank of one MLP and the MLP's third
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class CeloAdam(Scheduled):
         row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """The step's size, and the two bias corrections, `[*batch, 1...]`."""
         count = clock.step.to(terms["factor"].dtype) + 1
         parts = STEP_MULT * terms["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)

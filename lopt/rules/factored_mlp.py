@@ -92,7 +92,7 @@ class FactoredMLP(FeatureMLP):
             return Visit()
         return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
 
-    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
         """Row and column averages, and the factors that they make."""
         if layout.factored is None:
             return Fold()

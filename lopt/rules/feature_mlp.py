@@ -109,7 +109,7 @@ class FeatureMLP(Rule):
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """See `Rule.fold`: the first layer, with everything that is not an element's own folded in."""
         axes, ndim = self.norm_axes(layout), layout.ndim
         (weight, bias), *rest = self.layers(terms)

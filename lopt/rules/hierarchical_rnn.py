@@ -10,7 +10,7 @@ untrained rule follows the momenta; no attention (gradients at another point tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log, prod, sqrt
 
 import torch
@@ -201,7 +201,7 @@ class HierarchicalRNN(Rule):
             {key: Sum(features.spread(a, len(shape[-ndim:])), e.layout.axes) for key, a in sums.items()},
         )
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """See `Rule.fold`: what the tensor's GRU will see, and 1 / rms of the directions."""
         pooled, squares = (means[key].flatten(-layout.ndim)[..., 0] for key in ("pooled", "squares"))
         return Fold({"pooled": pooled}, terms=(squares + 1e-16).rsqrt())

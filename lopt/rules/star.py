@@ -10,7 +10,7 @@ the eps in it, and an inner rule that is scaled already would be scaled twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Star(Rule):
         """See `Rule.fold_tensors`."""
         return self.inner.fold_tensors(rows, means, layouts, loss, clock)
 
-    def fold_lines(self, means: Means, acc: Accumulators, layout: Layout) -> Fold:
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
         """See `Rule.fold_lines`."""
         return self.inner.fold_lines(means, acc, layout)
 
@@ -115,7 +115,7 @@ class Star(Rule):
         """See `Rule.accumulate`."""
         return self.inner.accumulate(_without_nominal(e), terms)
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """See `Rule.fold`: the inner rule's terms, and the number of this step."""
         folded = self.inner.fold(means, acc, layout, clock, terms)
         return folded._replace(terms=(folded.terms, clock.step + 1))
