@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from lopt import LearnedOptimizer
 from lopt.rules import RULES
+from lopt.tensors import make_generator
 
 pytestmark = pytest.mark.slow
 
@@ -245,3 +246,19 @@ def test_layer_scale_of_timm_groups_reaches_the_step() -> None:
     assert [group["lr"] for group in opt.param_groups] == scales
     assert len(set(scales)) == 4  # Flatten has no parameters
     assert all((group["weight_decay"] > 0) == (group["params"][0].ndim > 1) for group in opt.param_groups)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, LearnedOptimizer])
+def test_lightning_clips_in_mixed_precision(optimizer: Callable[..., Optimizer], tmp_path: Path) -> None:
+    """It refuses optimizers that unscale gradients by themselves."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    module = load_example("lightning_module").Classifier(optimizer)
+    images, classes = torch.randn(256, 64, generator=make_generator(0)), torch.arange(256) % 10
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, classes), batch_size=32)
+    before = [p.detach().clone() for p in module.parameters()]
+    mixed = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    options = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    lightning.Trainer(plugins=[mixed], gradient_clip_val=1.0, enable_checkpointing=False, **options).fit(module, loader)
+    assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))

@@ -7,7 +7,8 @@ the bias's initial value).
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ except ImportError:  # the reference needs torch only
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STATE_NAMES = ("h1", "c1", "h2", "c2")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-BLOCK = 64  # coordinates per program
+TILE = {torch.float32: 16, torch.bfloat16: 64}  # coordinates at once: what the registers hold without spills
+BLOCK = 64  # coordinates per program of the kernels that update parameters
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 MAX_WIDTH = 64  # of x and of the hidden vectors: wider tiles do not fit the registers
 
@@ -83,7 +85,7 @@ if triton is not None:
         return tl.where(x < 0, t, 1.0) / (1 + t)
 
     @triton.jit
-    def _tanh(x):
+    def tanh(x):
         t = tl.exp(-2 * tl.abs(x))
         far = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
         s = x * x
@@ -106,14 +108,54 @@ if triton is not None:
 
     @triton.jit
     def _lstm_cell(x, h, c, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-        i = _gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION)
-        f = _gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION)
-        g = _gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION)
-        o = _gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION)
-        c = _sigmoid(f) * c + _sigmoid(i) * _tanh(g)
+        c = _sigmoid(_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION)) * c  # f; in this order few gates are alive
+        i = _sigmoid(_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
+        c += i * tanh(_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
+        o = _sigmoid(_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
         in_unit = tl.arange(0, h.shape[0]) < H
-        h = _sigmoid(o) * _tanh(c)
-        return tl.where(in_unit[:, None], h, 0.0), c  # 0 * inf made NaN of padded rows
+        return tl.where(in_unit[:, None], o * tanh(c), 0.0), c  # 0 * inf made NaN of padded rows
+
+    @triton.jit
+    def count_tiles(size, block, BLOCK: tl.constexpr, TILES: tl.constexpr):
+        """How many of a program's tiles have columns: the last block of a segment may have fewer."""
+        count = TILES  # known for one tile: the loop goes
+        if TILES > 1:
+            count = tl.minimum(tl.cdiv(size - block * (BLOCK * TILES), BLOCK), TILES).to(tl.int32)
+        return count
+
+    @triton.jit
+    def run_layers(
+        x,  # [PF, BLOCK]
+        state,  # pointers to (h1, c1, h2, c2), [H, N] each
+        new_state,
+        column,  # [BLOCK]
+        in_column,
+        num_coordinates,  # N
+        weights,  # pointers, in the order of LSTMWeights
+        F: tl.constexpr,
+        H: tl.constexpr,
+        PH: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Both layers for some columns: stores their new state and returns the output `[BLOCK]`."""
+        h1_ptr, c1_ptr, h2_ptr, c2_ptr = state
+        new_h1_ptr, new_c1_ptr, new_h2_ptr, new_c2_ptr = new_state
+        w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
+        unit = tl.arange(0, PH).to(tl.int64)
+        at = (unit * num_coordinates)[:, None] + column  # [PH, BLOCK]
+        mask = (unit < H)[:, None] & in_column
+        h = tl.load(h1_ptr + at, mask, 0.0).to(tl.float32)
+        c = tl.load(c1_ptr + at, mask, 0.0).to(tl.float32)
+        h1, c = _lstm_cell(x, h, c, w_ih1, w_hh1, b1, F, H, PRECISION)
+        tl.store(new_h1_ptr + at, h1.to(new_h1_ptr.dtype.element_ty), mask)
+        tl.store(new_c1_ptr + at, c.to(new_c1_ptr.dtype.element_ty), mask)
+        h = tl.load(h2_ptr + at, mask, 0.0).to(tl.float32)
+        c = tl.load(c2_ptr + at, mask, 0.0).to(tl.float32)
+        h2, c = _lstm_cell(h1, h, c, w_ih2, w_hh2, b2, H, H, PRECISION)
+        tl.store(new_h2_ptr + at, h2.to(new_h2_ptr.dtype.element_ty), mask)
+        tl.store(new_c2_ptr + at, c.to(new_c2_ptr.dtype.element_ty), mask)
+        w = tl.load(w_out + unit, unit < H, 0.0)
+        return tl.sum(w[:, None] * h2, axis=0) + tl.load(b_out)
 
     @triton.jit
     def _lstm_kernel(
@@ -146,26 +188,12 @@ if triton is not None:
         column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         in_column = column < num_coordinates
         feature = tl.arange(0, PF).to(tl.int64)
-        unit = tl.arange(0, PH).to(tl.int64)
         x_at = (feature * num_coordinates)[:, None] + column
-        at = (unit * num_coordinates)[:, None] + column  # [PH, BLOCK]
-        mask = (unit < H)[:, None] & in_column
-
         x = tl.load(x_ptr + x_at, (feature < F)[:, None] & in_column, 0.0)
-        h1 = tl.load(h1_ptr + at, mask, 0.0).to(tl.float32)
-        c1 = tl.load(c1_ptr + at, mask, 0.0).to(tl.float32)
-        h2 = tl.load(h2_ptr + at, mask, 0.0).to(tl.float32)
-        c2 = tl.load(c2_ptr + at, mask, 0.0).to(tl.float32)
-
-        h1, c1 = _lstm_cell(x, h1, c1, w_ih1, w_hh1, b1, F, H, PRECISION)
-        tl.store(new_h1_ptr + at, h1.to(new_h1_ptr.dtype.element_ty), mask)
-        tl.store(new_c1_ptr + at, c1.to(new_c1_ptr.dtype.element_ty), mask)
-        h2, c2 = _lstm_cell(h1, h2, c2, w_ih2, w_hh2, b2, H, H, PRECISION)
-        tl.store(new_h2_ptr + at, h2.to(new_h2_ptr.dtype.element_ty), mask)
-        tl.store(new_c2_ptr + at, c2.to(new_c2_ptr.dtype.element_ty), mask)
-
-        w = tl.load(w_out + unit, unit < H, 0.0)
-        out = tl.sum(w[:, None] * h2, axis=0) + tl.load(b_out)
+        state = (h1_ptr, c1_ptr, h2_ptr, c2_ptr)
+        new_state = (new_h1_ptr, new_c1_ptr, new_h2_ptr, new_c2_ptr)
+        weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out)
+        out = run_layers(x, state, new_state, column, in_column, num_coordinates, weights, F, H, PH, PRECISION)
         tl.store(out_ptr + column, out, in_column)
 
 
@@ -197,24 +225,24 @@ def launch(
         out = x.new_empty(x.shape[-1]), (h1, c1, h2, c2)
     else:
         _check_out(out, x, state)
-    grid = (triton.cdiv(x.shape[-1], BLOCK),)  # Triton launches nothing for an empty grid
+    grid = (triton.cdiv(x.shape[-1], TILE[state[0].dtype]),)  # Triton launches nothing for an empty grid
     with torch.cuda.device_of(x):
         _lstm_kernel[grid](
             *(x, *state, *weights, out[0], *out[1], x.shape[-1]),
-            **_constexprs(x.shape[0], state[0].shape[0], state[0].dtype),
+            **constexprs(x.shape[0], state[0].shape[0], state[0].dtype),
             **OPTIONS,
         )
     return out
 
 
-def _constexprs(num_features: int, hidden: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """The kernel's compile-time constants for a state of `dtype`."""
+def constexprs(num_features: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time constants of the kernels that call `run_layers`, for a state of `dtype`."""
     padded = {
         "PF": max(16, triton.next_power_of_2(num_features)),
         "PH": max(16, triton.next_power_of_2(hidden)),
     }
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    return {"F": num_features, "H": hidden, **padded, "BLOCK": BLOCK, "PRECISION": precision}
+    return {"F": num_features, "H": hidden, **padded, "BLOCK": TILE[dtype], "PRECISION": precision}
 
 
 def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:
@@ -237,10 +265,7 @@ def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:
     _check_tensor("x", x, (features, count), torch.float32, x)
     for name, tensor in zip(STATE_NAMES, state, strict=True):
         _check_tensor(name, tensor, (hidden, count), state[0].dtype, x)
-    gates = 4 * hidden
-    first, later, bias = (gates, features), (gates, hidden), (gates,)
-    shapes = (first, later, bias, later, later, bias, (1, hidden), (1,))
-    for name, tensor, shape in zip(LSTMWeights._fields, weights, shapes, strict=True):
+    for name, tensor, shape in zip(LSTMWeights._fields, weights, weight_shapes(features, hidden), strict=True):
         _check_tensor(name, tensor, shape, torch.float32, x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *weights)):
         raise ValueError(
@@ -285,6 +310,54 @@ def _check_backend(x: Tensor) -> None:
         )
 
 
+def check_stacks(op: str, weights: LSTMWeights, num_features: int) -> None:
+    """`weights` are stacks `[K, ...]` of meta-weights for `num_features`, whose layers fit the registers.
+
+    Raises:
+        ValueError: they are not.
+    """
+    hidden, count = weights.w_hh1.shape[-1], len(weights.w_hh1)
+    if not 1 <= hidden <= MAX_WIDTH:
+        raise ValueError(f"{op} kernel: H must be 1 to {MAX_WIDTH}, got {hidden}. Use the reference.")
+    for name, stack, shape in zip(LSTMWeights._fields, weights, weight_shapes(num_features, hidden), strict=True):
+        if stack.shape != (count, *shape):
+            raise ValueError(f"{op} kernel: {name} must have shape {[count, *shape]}, got {list(stack.shape)}.")
+
+
+def weight_shapes(num_features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of `LSTMWeights`."""
+    gates = 4 * hidden
+    later, bias = (gates, hidden), (gates,)
+    return (gates, num_features), later, bias, later, later, bias, (1, hidden), (1,)
+
+
+def draw_weights(num_features: int, hidden: int, generator: torch.Generator, device: torch.device) -> LSTMWeights:
+    """Random meta-weights with which some gates saturate."""
+    drawn = [torch.randn(s, generator=generator, device=generator.device) for s in weight_shapes(num_features, hidden)]
+    return LSTMWeights(*((w * hidden**-0.5).to(device) for w in drawn))
+
+
+def draw_state(
+    num_coordinates: int, hidden: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> State:
+    """A state in the middle of a run; rows and columns differ in scale."""
+    vectors = [draw_scaled(hidden, num_coordinates, generator) for _ in STATE_NAMES]
+    h1, c1, h2, c2 = (
+        (v.tanh() if name.startswith("h") else v).to(device, dtype)
+        for name, v in zip(STATE_NAMES, vectors, strict=True)
+    )
+    return h1, c1, h2, c2
+
+
+def draw_scaled(rows: int, num_coordinates: int, generator: torch.Generator) -> Tensor:
+    """Numbers `[rows, N]`; rows and columns differ in scale by orders."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    return draw(rows, num_coordinates) * 10 ** (draw(rows, 1) + draw(num_coordinates) - 1)
+
+
 def sample(
     num_coordinates: int,
     generator: torch.Generator,
@@ -304,21 +377,9 @@ def sample(
     Returns:
         `{"x": [F, N], "state": 4 tensors [H, N], "weights": LSTMWeights}`.
     """
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
-
-    def draw_scaled(rows: int) -> Tensor:
-        return draw(rows, num_coordinates) * 10 ** (draw(rows, 1) + draw(num_coordinates) - 1)
-
-    x = draw_scaled(num_features).to(device)
-    vectors = [draw_scaled(hidden) for _ in STATE_NAMES]
-    state = [v.tanh() if name.startswith("h") else v for name, v in zip(STATE_NAMES, vectors, strict=True)]
-    gates = 4 * hidden
-    shapes = [(gates, num_features), (gates, hidden), (gates,)]
-    shapes += [(gates, hidden), (gates, hidden), (gates,), (1, hidden), (1,)]
-    weights = LSTMWeights(*((draw(*shape) * hidden**-0.5).to(device) for shape in shapes))
-    return {"x": x, "state": tuple(s.to(device, dtype) for s in state), "weights": weights}
+    x = draw_scaled(num_features, num_coordinates, generator).to(device)
+    state = draw_state(num_coordinates, hidden, generator, dtype, device)
+    return {"x": x, "state": state, "weights": draw_weights(num_features, hidden, generator, device)}
 
 
 def bytes_moved(num_coordinates: int, num_features: int = 2, hidden: int = 20, state_bytes: int = 4) -> int:
@@ -327,25 +388,29 @@ def bytes_moved(num_coordinates: int, num_features: int = 2, hidden: int = 20, s
     `state_bytes` is the size of one number of the state.
     """
     per_coordinate = 4 * num_features + 2 * 4 * hidden * state_bytes + 4
-    num_weights = 4 * hidden * (num_features + 3 * hidden + 2) + hidden + 1
-    return num_coordinates * per_coordinate + 4 * num_weights
+    return num_coordinates * per_coordinate + 4 * count_weights(num_features, hidden)
+
+
+def count_weights(num_features: int, hidden: int) -> int:
+    """How many numbers `LSTMWeights` has."""
+    return sum(prod(shape) for shape in weight_shapes(num_features, hidden))
 
 
 def compile_source(dtype: torch.dtype, num_features: int = 2, hidden: int = 20) -> CompileSource:
     """The kernel specialised to a state of `dtype` and the given F and H."""
-    constexprs = _constexprs(num_features, hidden, dtype)
+    constants = constexprs(num_features, hidden, dtype)
     state = "*fp32" if dtype == torch.float32 else "*bf16"
     vectors = {"h1_ptr", "c1_ptr", "h2_ptr", "c2_ptr"}
     vectors |= {f"new_{name}" for name in vectors}
     signature = {}
     for name in _lstm_kernel.arg_names:
-        if name in constexprs:
+        if name in constants:
             signature[name] = "constexpr"
         elif name == "num_coordinates":
             signature[name] = "i32"
         else:
             signature[name] = state if name in vectors else "*fp32"
-    return CompileSource(_lstm_kernel, signature, constexprs, OPTIONS)
+    return CompileSource(_lstm_kernel, signature, constants, OPTIONS)
 
 
 OP = Op(

@@ -22,7 +22,7 @@ class CompileSource:
 
     kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, int | str]
+    constexprs: dict[str, Any]
     options: dict[str, Any]
 
 
@@ -41,6 +41,7 @@ class Op:
         compile_source: dtype of the state -> the kernel specialised to what `sample` draws.
         state_dtypes: what the state may be.
         block: coordinates per program.
+        launch_segments: the same in place for all segments of a table in one launch, if the op updates parameters.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Op:
     compile_source: Callable[[torch.dtype], CompileSource]
     state_dtypes: tuple[torch.dtype, ...]
     block: int
+    launch_segments: Callable[..., Any] | None = None

@@ -1,0 +1,251 @@
+"""How a step reaches memory: gradients are read in fp32, parameters are written once, skipped segments not at all.
+
+The formulas are those of `lopt.apply.Apply`, with one number per segment. A kernel that updates parameters calls
+`load_gradient`, then `store_parameter`, under `if is_live(...)`; its reference calls `read_gradient` and
+`move_parameter`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt_kernels.op import CompileSource
+from lopt_kernels.segments import ALIGNMENT, Segment, Segments, by_elements
+
+try:
+    import triton
+    import triton.language as tl
+
+    from lopt_kernels.segments import TRITON_TYPES
+except ImportError:  # references need torch only
+    triton = None
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+NUMBERS = ("beta1", "beta2", "rest1", "rest2", "output_scale", "log_bound", "inverse_bound")  # arguments of kernels
+HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
+
+# splitmix64 (Steele et al. 2014), signed, as in lopt.tensors
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio
+MIX_1 = -0x40A7B892E31B1A47
+MIX_2 = -0x6B2FB644ECCEEE15
+
+
+class Terms(NamedTuple):
+    """The numbers of `lopt.apply.Apply`, float32 `[n]` each, one per segment.
+
+    Attributes:
+        lr: the parameter becomes `p + lr * delta - lr * decay * p`; with 0 not a bit of it changes.
+        decay: see above.
+        grad_scale: factor on the gradient: 1, negative to maximise, times what takes a gradient scaler's factor out.
+    """
+
+    lr: Tensor
+    decay: Tensor
+    grad_scale: Tensor
+
+
+def read_gradient(g: Tensor, terms: Terms, sanitize: bool = False) -> Tensor:
+    """The gradient `[N]` as rules see it, in fp32; `sanitize`: what is not finite counts as 0."""
+    g = g.float() * terms.grad_scale
+    return torch.where(g.isfinite(), g, 0.0) if sanitize else g
+
+
+def move_parameter(p: Tensor, delta: Tensor, terms: Terms, seeds: Tensor | None = None) -> Tensor:
+    """The parameter `[N]` after the step: in fp32, rounded once: at random if bf16 with `seeds`, int64 `[1]`."""
+    base = p.float()
+    rate = terms.lr * terms.decay
+    new = torch.where(rate == 0, base, base - rate * base) + terms.lr * delta
+    if seeds is not None and p.dtype == torch.bfloat16:
+        noise = draw_bits(seeds, p.numel()).to(torch.int32)
+        bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
+        new = torch.where(new.isfinite(), bits.view(torch.float32), new)
+    return torch.where(terms.lr == 0, p, new.to(p.dtype))
+
+
+def draw_bits(seeds: Tensor, count: int) -> Tensor:
+    """`HALF_BITS` random bits for each of `count` coordinates, int64: `lopt.tensors.draw_bits`."""
+    x = seeds + GOLDEN * torch.arange(1, count + 1, device=seeds.device)
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return _shift_right(x ^ _shift_right(x, 31), 64 - HALF_BITS)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_terms(device: torch.device) -> Terms:
+    """Terms of one segment, none of them neutral."""
+    return Terms(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
+
+
+def launch_flat(
+    launch_segments: Callable[..., None],
+    block: int,
+    p: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Any,
+    terms: Terms,
+    step: Tensor,
+    out: tuple[Tensor, tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """An op's `launch`, for one flat parameter: its `launch_segments` on copies of `p` and `state`.
+
+    Args:
+        p, g, state, weights, terms, step: as the op's `reference` takes them.
+        out: contiguous tensors to write to, new ones by default; they may be p and the state themselves.
+    Returns:
+        The new p and state.
+    """
+    if out is None:
+        out = torch.empty_like(p), tuple(torch.empty_like(s) for s in state)
+    new_p, new_state = out
+    for new, old in zip((new_p, *new_state), (p, *state), strict=True):
+        new.copy_(old)
+    segments = Segments([Segment((new_p, g, *new_state), (p.numel(),))], by_elements(block))
+    stacks = type(weights)(*(w[None] for w in weights))
+    live = torch.ones(1, dtype=torch.bool, device=p.device)
+    launch_segments(segments, stacks, terms, live, step.long())
+    return out
+
+
+def check_launch(op: str, segments: Segments, stacks: Any, terms: Terms, live: Tensor, **others: Tensor | None) -> None:
+    """The tensors beside the table are what every kernel takes.
+
+    Args:
+        op: its name, for messages.
+        stacks: a NamedTuple of float32 meta-weights, `[K, ...]` each, for `segments.num_indices` <= K.
+        live: bool `[n]`.
+        others: int64 `[n]` or None.
+    Raises:
+        ValueError: a shape, dtype, device or layout that the kernels do not take.
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
+    device = segments.table.device
+    for name, stack in stacks._asdict().items():
+        if stack.dtype != torch.float32 or stack.device != device or not stack.is_contiguous():
+            raise ValueError(
+                f"{op} kernel: {name} must be contiguous torch.float32 on {device}, got {stack.dtype} on "
+                f"{stack.device}, strides {stack.stride()}. Convert it."
+            )
+        if len(stack) < segments.num_indices:
+            raise ValueError(
+                f"{op} kernel: a segment has slot {segments.num_indices - 1}, {name} is a stack of {len(stack)}. "
+                "Give every slot its meta-weights."
+            )
+    numbers = [(name, x, torch.float32) for name, x in terms._asdict().items()]
+    numbers += [("live", live, torch.bool), *((key, x, torch.int64) for key, x in others.items() if x is not None)]
+    for name, x, dtype in numbers:
+        if x.dtype != dtype or x.shape != (segments.num_segments,) or x.device != device or not x.is_contiguous():
+            raise ValueError(
+                f"{op} kernel: {name} must be contiguous {dtype} [{segments.num_segments}] on {device}, got {x.dtype} "
+                f"{list(x.shape)} on {x.device}. One number per segment."
+            )
+    if triton is None:
+        raise RuntimeError(f"{op} kernel: Triton is not installed. Install it, or use the reference.")
+    if device.type != "cuda" and isinstance(load_gradient, triton.JITFunction):
+        raise RuntimeError(
+            f"{op} kernel: tensors are on {device} and Triton needs a GPU. Use the reference, or set "
+            "TRITON_INTERPRET=1 before triton is imported."
+        )
+
+
+def check_dtypes(op: str, segments: Segments, state_dtypes: tuple[torch.dtype, ...], num_states: int) -> None:
+    """The segments' tensors are a parameter, a gradient and `num_states` tensors of one dtype.
+
+    Raises:
+        ValueError: they are not.
+    """
+    p, g, *states = segments.dtypes
+    found = len(states) == num_states and len(set(states)) == 1 and states[0] in state_dtypes
+    if not (found and p in PARAMETER_DTYPES and g in (p, torch.float32)):
+        raise ValueError(
+            f"{op} kernel: a segment's tensors must be a parameter (one of {PARAMETER_DTYPES}), its gradient (the same "
+            f"or torch.float32) and {num_states} state tensors (all one of {state_dtypes}), got {segments.dtypes}."
+        )
+
+
+def type_constexprs(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """Compile-time constants P_TYPE, G_TYPE and S_TYPE from the dtypes of parameter, gradient and state."""
+    return dict(zip(("P_TYPE", "G_TYPE", "S_TYPE"), (TRITON_TYPES[dtype] for dtype in dtypes[:3]), strict=True))
+
+
+def compile_source(
+    kernel: Any,
+    dtypes: tuple[torch.dtype, ...],
+    columns: int,
+    seeded: bool,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> CompileSource:
+    """A kernel specialised to parameter, gradient and state of these dtypes, aligned, as in a large model.
+
+    Args:
+        columns: of its table.
+        seeded: with stochastic rounding.
+        constants: its compile-time constants beyond those of dtypes and table.
+        options: of the compiler.
+    """
+    table = {"COLUMNS": columns, "ALIGN": ALIGNMENT, "MULTIPLE": ALIGNMENT, "SANITIZE": False}
+    constants = table | type_constexprs(dtypes) | constants | ({} if seeded else {"seeds": None})
+    types = dict.fromkeys(("table", "starts", "steps_ptr", "seeds"), "*i64")
+    types |= {"num_segments": "i32", "live_ptr": "*i1", **dict.fromkeys(NUMBERS, "fp32")}
+    types |= dict.fromkeys(constants, "constexpr")
+    return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants, options)
+
+
+if triton is not None:
+    _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
+    _TOP_BITS = tl.constexpr(64 - HALF_BITS)
+    _KEPT = tl.constexpr(-(1 << HALF_BITS))
+
+    @triton.jit
+    def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
+        """`read_gradient` of the elements `at`."""
+        x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
+        if SANITIZE:
+            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+        return x
+
+    @triton.jit
+    def store_parameter(p, at, mask, base, delta, lr, decay, seeds, segment):
+        """`move_parameter` of the elements `at`, whose values were `base`; `seeds` int64 `[n]` or None."""
+        rate = lr * decay
+        new = tl.where(rate == 0, base, base - rate * base) + lr * delta
+        if seeds is not None:
+            noise = _draw_bits(tl.load(seeds + segment), at).to(tl.int32)
+            bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
+            new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
+        if lr != 0:
+            tl.store(p + at, new.to(p.dtype.element_ty), mask)
+
+    @triton.jit
+    def _draw_bits(seed, at):  # at: int64
+        x = seed + _GOLDEN * (at + 1)
+        x = (x ^ _shift_right_logical(x, 30)) * _MIX_1
+        x = (x ^ _shift_right_logical(x, 27)) * _MIX_2
+        return _shift_right_logical(x ^ _shift_right_logical(x, 31), _TOP_BITS)
+
+    @triton.jit
+    def _shift_right_logical(x, BITS: tl.constexpr):
+        return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)
+
+    @triton.jit
+    def power(base, exponent):
+        """base^exponent for fp32 and non-negative int64, exact to fp32's last bit: bias corrections are 1 minus it."""
+        square = tl.cast(base, tl.float32).to(tl.float64)
+        result = tl.full((), 1.0, tl.float64)
+        while exponent > 0:
+            result = tl.where((exponent & 1) == 1, result * square, result)
+            square = square * square
+            exponent = exponent >> 1
+        return result.to(tl.float32)

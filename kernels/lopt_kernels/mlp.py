@@ -1,0 +1,588 @@
+"""The MLP of one element from its features to its step, and the write of the parameter.
+
+Source: Metz et al. 2022, arXiv 2203.11860. The normalisation of the features is folded into the first layer's weights
+and all that is the same for a whole tensor into its bias (`lopt.rules.feature_mlp`), so that each segment has a first
+layer of its own. In a matrix what a column contributes is kept while a program walks down the rows, and what a row
+contributes is computed once for all its columns.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
+# ruff: noqa: RUF005, SIM102, SIM109 (Triton concatenates tuples, and tests constants apart from values)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt_kernels import apply, features
+from lopt_kernels.apply import Terms
+from lopt_kernels.features import LINE_FEATURES, Family, Tensors
+from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.segments import ALIGNMENT, Segments
+
+try:
+    import triton
+    import triton.language as tl
+
+    from lopt_kernels.apply import load_gradient, store_parameter
+    from lopt_kernels.features import (
+        FIRST,
+        FIRST_SCALE,
+        OUT,
+        SECOND,
+        SECOND_SCALE,
+        STRIDED,
+        VECTOR,
+        WIDE,
+        G,
+        M,
+        P,
+        V,
+        clip,
+        find_elements,
+        find_lengths,
+        find_tile,
+        load_several,
+        make_factors,
+        make_features,
+        make_line_features,
+    )  # fmt: skip
+    from lopt_kernels.segments import TRITON_TYPES, find_row, load_pointer
+except ImportError:  # the reference needs torch only
+    triton = None
+
+BLOCK, STEPS = 128, 64  # elements that a program takes at once, and how often: one per thread, more of them spill
+DOT_BLOCK, DOT_STEPS = 128, 64  # the same where tensor cores multiply
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+DOT_HIDDEN = 16  # from this width on tensor cores are used
+MAX_HIDDEN = 128  # wider tiles do not fit the registers
+PRECISIONS = ("ieee", "tf32", "bf16")
+
+
+class MLPWeights(NamedTuple):
+    """The MLPs of n segments for one step, float32.
+
+    Attributes:
+        first: first layer `[n, hidden, I]` with the normalisation folded in; inputs: F element features, 6 of the first
+            line, 6 of the second, see `Family`; without lines what their weights are does not matter.
+        bias: its bias `[n, hidden]`, with constant features folded in.
+        rest: weights `[out, in]` and bias of each further layer, one behind the other, `[n or 1, R]`.
+        gain: factor on the step `[n]`.
+    """
+
+    first: Tensor
+    bias: Tensor
+    rest: Tensor
+    gain: Tensor
+
+
+class Shape(NamedTuple):
+    """What the kernel is compiled for beside the family: widths, outputs, and `exp_mult` (0: the step is d alone).
+
+    Attributes:
+        hidden: width of the hidden layers.
+        layers: how many hidden layers, at least 1.
+        outputs: 1 (d) or 2 (d, a).
+        exp_mult: the step is `-gain d exp(exp_mult a)`.
+    """
+
+    hidden: int
+    layers: int = 1
+    outputs: int = 2
+    exp_mult: float = 1e-3
+
+    @property
+    def num_rest(self) -> int:
+        """R, the numbers of all layers but the first."""
+        return (self.layers - 1) * self.hidden * (self.hidden + 1) + self.outputs * (self.hidden + 1)
+
+
+def reference(
+    t: Tensors,
+    weights: MLPWeights,
+    terms: Terms,
+    family: Family,
+    shape: Shape,
+    sanitize: bool = False,
+    delta: bool = False,
+) -> Tensor:
+    """One parameter's part of the launch; pure.
+
+    Args:
+        t: with the new accumulators.
+        weights: of its segments, n = `t.groups`.
+        terms: `[1]` each.
+        sanitize: entries of g that are not finite count as 0.
+        delta: return the step in float32 `[*shape]` instead.
+    Returns:
+        The new parameter `[*shape]`.
+    """
+    x = features.all_features(t, terms, family, sanitize).movedim(1, 0)  # [n, F or I, N]
+    h = weights.first[..., : x.shape[1]] @ x + weights.bias[..., None]
+    start = 0
+    for width in [shape.hidden] * (shape.layers - 1) + [shape.outputs]:
+        middle, end = start + width * shape.hidden, start + width * (shape.hidden + 1)
+        w, b = weights.rest[:, start:middle], weights.rest[:, middle:end]
+        h = w.reshape(-1, width, shape.hidden) @ h.relu() + b[..., None]
+        start = end
+    step = h[:, 0]
+    if shape.exp_mult:
+        step = step * torch.exp(shape.exp_mult * h[:, 1])
+    step = (step * -weights.gain[:, None]).T.reshape(t.p.shape)
+    return step if delta else apply.move_parameter(t.p, step, terms)
+
+
+if triton is not None:
+    WIDE_, STRIDED_, VECTOR_ = (tl.constexpr(x) for x in (WIDE, STRIDED, VECTOR))
+    NUM_KINDS_ = tl.constexpr(features.NUM_KINDS)
+    INTERPRETED_ = tl.constexpr(not isinstance(find_row, triton.JITFunction))
+    LINE_FEATURES_ = tl.constexpr(LINE_FEATURES)
+
+    @triton.jit
+    def _relu(x):
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+    # -- plain multiplications: layers are tuples of vectors [BLOCK] --
+
+    @triton.jit
+    def _multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+        """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH."""
+        out = ()
+        for j in tl.static_range(WIDTH):
+            acc = base[j]
+            for k in tl.static_range(COUNT):
+                acc += x[k] * tl.load(w + j * STRIDE + k)
+            out = out + (acc,)
+        return out
+
+    @triton.jit
+    def _load_numbers(b, COUNT: tl.constexpr):
+        """COUNT numbers as a tuple."""
+        out = ()
+        for j in tl.static_range(COUNT):
+            out = out + (tl.load(b + j),)
+        return out
+
+    @triton.jit
+    def _finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr):
+        """The layers after the first product: a tuple of outputs."""
+        for layer in tl.static_range(LAYERS):
+            active = ()
+            for j in tl.static_range(H):
+                active = active + (_relu(h[j]),)
+            if layer + 1 < LAYERS:
+                h = _multiply(active, _load_numbers(rest + H * H, H), rest, H, H, H)
+                rest += H * (H + 1)
+            else:
+                h = _multiply(active, _load_numbers(rest + OUTPUTS * H, OUTPUTS), rest, H, H, OUTPUTS)
+        return h
+
+    # -- tensor cores: layers are tiles [BLOCK, HP] --
+
+    @triton.jit
+    def _stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
+        """COUNT vectors [BLOCK] as [BLOCK, PADDED], zeros behind them."""
+        y = x
+        for _ in tl.static_range(PADDED - COUNT):
+            y = y + (tl.zeros_like(x[0]),)
+        for level in tl.static_range(1, 10):
+            if (PADDED >> level) > 0:
+                joined = ()
+                for i in tl.static_range(PADDED >> level):
+                    joined = joined + (tl.join(y[i], y[i + (PADDED >> level)]),)
+                y = joined
+        return tl.reshape(y[0], [x[0].shape[0], PADDED])
+
+    @triton.jit
+    def _dot(x, w, acc, PRECISION: tl.constexpr):
+        if PRECISION == "bf16":
+            x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
+            if INTERPRETED_:  # its tl.dot takes the bits of bf16 for integers
+                return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+            else:
+                return tl.dot(x, w, acc)
+        else:
+            return tl.dot(x, w, acc, input_precision=PRECISION)
+
+    @triton.jit
+    def _load_tile(
+        w, ROWS: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, HP: tl.constexpr
+    ):
+        """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded: [PADDED, HP]."""
+        k, j = tl.arange(0, PADDED), tl.arange(0, HP).to(tl.int64)
+        return tl.load(w + j * STRIDE + k[:, None], (j < ROWS) & (k < COUNT)[:, None], 0.0)
+
+    @triton.jit
+    def _load_column(w, ROWS: tl.constexpr, STRIDE: tl.constexpr, HP: tl.constexpr):
+        j = tl.arange(0, HP).to(tl.int64)
+        return tl.load(w + j * STRIDE, j < ROWS, 0.0)
+
+    @triton.jit
+    def _load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, HP: tl.constexpr):
+        """Tiles and biases of the hidden layers after the first, then weights and bias of each output."""
+        tiles = ()
+        for _ in tl.static_range(LAYERS - 1):
+            tiles = tiles + (_load_tile(rest, H, H, H, HP, HP), _load_column(rest + H * H, H, 1, HP))
+            rest += H * (H + 1)
+        for i in tl.static_range(OUTPUTS):
+            tiles = tiles + (_load_column(rest + i * H, H, 1, HP), tl.load(rest + OUTPUTS * H + i))
+        return tiles
+
+    @triton.jit
+    def _finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
+        """The layers after the first product: a tuple of outputs [BLOCK]."""
+        for layer in tl.static_range(LAYERS - 1):
+            base = tl.zeros_like(h) + tiles[2 * layer + 1][None, :]
+            h = _dot(_relu(h), tiles[2 * layer], base, PRECISION)
+        h = _relu(h)
+        out = ()
+        for i in tl.static_range(OUTPUTS):
+            w, b = tiles[2 * (LAYERS - 1 + i)], tiles[2 * (LAYERS - 1 + i) + 1]
+            out = out + (tl.sum(h * w[None, :], axis=1) + b,)
+        return out
+
+    # -- one program --
+
+    @triton.jit
+    def _move(
+        row, local, segment, terms, live, seeds, first_weights, bias, rest, gain,
+        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
+        MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
+        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
+        H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
+        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        lr, decay, scale = terms
+        p_ptr, g_ptr = load_pointer(row, P, P_TYPE, ALIGN), load_pointer(row, G, G_TYPE, ALIGN)
+        m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
+        first_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
+        second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
+        first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
+        second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
+        numel, first_length, second_length = find_lengths(row, SIZES)
+        start, stop, lane = find_tile(row, local, SIZES, KIND, BLOCK, STEPS)
+
+        # inputs that are an element's own here: all but those of a matrix's lines
+        COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
+        PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
+        if DOT:
+            w_first = _load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
+            tiles = _load_rest(rest, H, LAYERS, OUTPUTS, HP)
+            base = tl.zeros([BLOCK, HP], tl.float32) + _load_column(bias, H, 1, HP)[None, :]
+        else:
+            base = _load_numbers(bias, H)
+        columns = ()
+        if KIND == WIDE_:
+            inside = lane < second_length
+            columns = load_several(second_scale_ptr, lane, inside, second_length, 3)
+            of_columns = make_line_features(load_several(second_ptr, lane, inside, second_length, 3))
+            if DOT:
+                for k in tl.static_range(LINE_FEATURES_):
+                    w = _load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
+                    base += of_columns[k][:, None] * w[None, :]
+            else:
+                base = _multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
+
+        for step in range(start, stop):
+            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, BLOCK)
+            g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
+            p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
+            m = load_several(m_ptr, at, mask, numel, MOMENTA)
+            v, factor, factor_m, first = g, m, m, m
+            if FACTORED:
+                v = tl.load(v_ptr + at, mask, 0.0)
+                second = columns
+                if KIND == VECTOR_:
+                    first = load_several(first_ptr, at, mask, numel, 3)
+                    second = first
+                elif KIND == STRIDED_:
+                    first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
+                    second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
+                else:
+                    first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
+                factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
+            x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
+            if KIND == VECTOR_:
+                own = make_line_features(first)
+                x = x + own + own
+            elif KIND == STRIDED_:
+                x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
+                x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
+            shared = base
+            if KIND == WIDE_:
+                line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
+                of_row = make_line_features(line)
+                if DOT:
+                    total = tl.zeros([HP], tl.float32)
+                    for k in tl.static_range(LINE_FEATURES_):
+                        total += of_row[k] * _load_column(first_weights + F + k, H, INPUTS, HP)
+                    shared = base + total[None, :]
+                else:
+                    shared = _multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
+            if DOT:
+                h = _dot(_stack(x, COUNT, PADDED), w_first, shared, PRECISION)
+                out = _finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
+            else:
+                h = _multiply(x, shared, first_weights, COUNT, INPUTS, H)
+                out = _finish_plain(h, rest, H, LAYERS, OUTPUTS)
+            delta = -gain * out[0]
+            if EXP_MULT != 0:
+                delta = delta * tl.exp(EXP_MULT * out[1])
+            if DELTA:
+                tl.store(load_pointer(row, OUT, tl.float32, ALIGN) + at, delta, mask)
+            else:
+                store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, segment)
+
+    @triton.jit(do_not_specialize=["num_segments", "rest_stride"], do_not_specialize_on_alignment=["table", "starts"])
+    def _mlp_kernel(
+        table,  # int64 [n, COLUMNS]: see features.make_segments
+        starts,  # int64 [n + 1]
+        num_segments,  # n
+        lr_ptr,  # [n], as the other terms
+        decay_ptr,
+        grad_scale_ptr,
+        live_ptr,  # [n]
+        seeds,  # [n] or None
+        first_ptr,  # [n, H, INPUTS]
+        bias_ptr,  # [n, H]
+        rest_ptr,  # [n or 1, R]
+        gain_ptr,  # [n]
+        rest_stride,  # R or 0
+        KINDS: tl.constexpr,  # a bit for each kind of segment that there is
+        COLUMNS: tl.constexpr,
+        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr,
+        MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
+        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
+        H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
+        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+        kind = tl.load(row + SIZES + 1)
+        live = tl.load(live_ptr + segment)
+        terms = (tl.load(lr_ptr + segment), tl.load(decay_ptr + segment), tl.load(grad_scale_ptr + segment))
+        first, bias = first_ptr + segment * (H * INPUTS), bias_ptr + segment * H
+        rest, gain = rest_ptr + segment * rest_stride.to(tl.int64), tl.load(gain_ptr + segment)
+        for k in tl.static_range(NUM_KINDS_):
+            if KINDS & (1 << k):
+                if kind == k:
+                    _move(
+                        row, local, segment, terms, live, seeds, first, bias, rest, gain, P_TYPE, G_TYPE, ALIGN, SIZES,
+                        k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
+                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
+                    )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """How the kernel multiplies.
+
+    Attributes:
+        dot: on tensor cores.
+        precision: of their inputs: "ieee" (which needs other units), "tf32" or "bf16".
+        block: elements that a program takes at once.
+        steps: how often, at most.
+    """
+
+    dot: bool
+    precision: str
+    block: int
+    steps: int
+
+
+def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) -> Plan:
+    """The plan for a shape: tensor cores from `DOT_HIDDEN` on, unless `dot` says otherwise.
+
+    Raises:
+        ValueError: the MLP is not one the kernel takes, or there is no such precision.
+    """
+    fits = 1 <= shape.hidden <= MAX_HIDDEN and shape.layers >= 1
+    if not fits or shape.outputs not in (1, 2) or (shape.exp_mult and shape.outputs == 1):
+        raise ValueError(
+            f"mlp kernel: hidden must be 1 to {MAX_HIDDEN}, outputs 2, or 1 with exp_mult 0, got {shape}. "
+            "Use the reference."
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"mlp kernel: precision must be one of {PRECISIONS}, got {precision!r}.")
+    if shape.hidden >= DOT_HIDDEN if dot is None else dot:
+        return Plan(True, precision, DOT_BLOCK, DOT_STEPS)
+    return Plan(False, precision, BLOCK, STEPS)
+
+
+def launch_segments(
+    segments: Segments,
+    weights: MLPWeights,
+    terms: Terms,
+    live: Tensor,
+    family: Family,
+    shape: Shape,
+    plan: Plan,
+    seeds: Tensor | None = None,
+    sanitize: bool = False,
+    delta: bool = False,
+    kinds: int = features.ALL_KINDS,
+) -> None:
+    """`reference` for all segments in one launch; parameters in place.
+
+    Args:
+        segments: of `features.make_segments(tensors, plan.block)`, with a float32 tensor of p's shape behind for
+            `delta`; cut by `features.by_tiles(plan.block, plan.steps)`.
+        weights: float32, contiguous.
+        terms: float32 `[n]` each.
+        live: bool `[n]`; a segment that is not live is not written.
+        plan: of `choose_plan`.
+        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
+        sanitize: entries of the gradients that are not finite count as 0.
+        delta: write the step to the segments' last tensor; parameters stay as they are.
+        kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
+    Raises:
+        ValueError: a shape, dtype, device or layout the kernel does not take.
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
+    n = segments.num_segments
+    wanted = {"first": (n, shape.hidden, family.num_inputs), "bias": (n, shape.hidden), "gain": (n,)}
+    wanted["rest"] = (1 if len(weights.rest) == 1 else n, shape.num_rest)
+    for name, size in wanted.items():
+        found = getattr(weights, name)
+        if tuple(found.shape) != size:
+            raise ValueError(f"mlp kernel: {name} must have shape {list(size)}, got {list(found.shape)}.")
+    apply.check_launch("mlp", segments, weights, terms, live, seeds=seeds)
+    if segments.num_blocks == 0:
+        return
+    with torch.cuda.device_of(segments.table):
+        _mlp_kernel[(segments.num_blocks,)](
+            *(segments.table, segments.starts, n, *terms, live),
+            seeds if segments.dtypes[0] == torch.bfloat16 else None,
+            *weights,
+            shape.num_rest if len(weights.rest) > 1 else 0,
+            **_constexprs(family, shape, plan, segments.dtypes, segments.align, kinds, sanitize, delta),
+            **OPTIONS,
+        )
+
+
+def _constexprs(
+    family: Family,
+    shape: Shape,
+    plan: Plan,
+    dtypes: Sequence[torch.dtype],
+    align: int,
+    kinds: int,
+    sanitize: bool,
+    delta: bool,
+) -> dict[str, Any]:
+    """The kernel's compile-time constants."""
+    types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
+    kinds &= family.kinds
+    table = {"KINDS": kinds, "COLUMNS": len(dtypes) + features.NUM_SIZES + 1, "ALIGN": align, "SIZES": len(dtypes)}
+    widths = {"F": family.num_features, "INPUTS": family.num_inputs, "H": shape.hidden, "LAYERS": shape.layers}
+    outputs = {"OUTPUTS": shape.outputs, "EXP_MULT": shape.exp_mult}
+    tiles = {"DOT": plan.dot, "PRECISION": plan.precision, "HP": max(16, triton.next_power_of_2(shape.hidden))}
+    tiles |= {"BLOCK": plan.block, "STEPS": plan.steps, "SANITIZE": sanitize, "DELTA": delta}
+    return {**types, **table, **features.name_constants(family), **widths, **outputs, **tiles}
+
+
+def launch(
+    group: Sequence[Tensors],
+    weights: MLPWeights,
+    terms: Terms,
+    family: Family,
+    shape: Shape,
+    plan: Plan | None = None,
+    sanitize: bool = False,
+    delta: bool = False,
+) -> list[Tensor]:
+    """`reference` of every parameter of a group; nothing is modified in place.
+
+    Args:
+        weights: of all segments, those of one parameter after those of another.
+        terms: `[1]` each, of all.
+    """
+    plan = plan or choose_plan(shape)
+    new = [torch.empty(t.p.shape, device=t.p.device) if delta else t.p.clone() for t in group]
+    copies = [t._replace(p=t.p if delta else p, index=0) for t, p in zip(group, new, strict=True)]
+    out = [[p] if delta else [] for p in new]
+    parts = [features.make_segments(t, plan.block, *own) for t, own in zip(copies, out, strict=True)]
+    segments = Segments([part for own in parts for part in own], features.by_tiles(plan.block, plan.steps))
+    every = Terms(*(x.expand(segments.num_segments).contiguous() for x in terms))
+    live = torch.ones(segments.num_segments, dtype=torch.bool, device=segments.table.device)
+    launch_segments(segments, weights, every, live, family, shape, plan, sanitize=sanitize, delta=delta)
+    return new
+
+
+def draw_weights(
+    group: Sequence[Tensors], terms: Terms, family: Family, shape: Shape, generator: torch.Generator
+) -> MLPWeights:
+    """Random weights of the group's segments, the features' normalisation folded in."""
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=generator.device).to(terms.lr.device)
+
+    first = []
+    for t in group:
+        square = features.all_features(t, terms, family).square().sum(-1).T / max(1, t.p.numel() // t.groups)
+        scale = torch.nn.functional.pad((square + 1e-5).rsqrt(), (0, family.num_inputs - square.shape[1]))
+        first.append(draw(t.groups, shape.hidden, family.num_inputs) * family.num_inputs**-0.5 * scale[:, None])
+    count = sum(t.groups for t in group)
+    rest = draw(count, shape.num_rest) * shape.hidden**-0.5
+    return MLPWeights(torch.cat(first), draw(count, shape.hidden), rest, draw(count).exp() * 0.1)
+
+
+def sample(
+    num_coordinates: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+    family: Family | None = None,
+    shape: Shape | None = None,
+) -> dict[str, object]:
+    """Arguments of `launch`: a matrix and a vector in the middle of a run, which have so many elements together.
+
+    Args:
+        generator: numbers are drawn on its device.
+        dtype: of parameters and gradients.
+    """
+    family, shape = family or Family(), shape or Shape(hidden=32)
+    group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
+    terms = apply.sample_terms(device)
+    weights = draw_weights(group, terms, family, shape, generator)
+    return {"group": group, "weights": weights, "terms": terms, "family": family, "shape": shape}
+
+
+def bytes_moved(num_coordinates: int, family: Family | None = None, param_bytes: int = 4, grad_bytes: int = 4) -> int:
+    """Bytes one launch has to move for a large matrix: p twice, g, momenta and second moment."""
+    family = family or Family()
+    return num_coordinates * (2 * param_bytes + grad_bytes + 4 * (family.momenta + family.factored))
+
+
+def compile_source(
+    dtype: torch.dtype,
+    family: Family | None = None,
+    shape: Shape | None = None,
+    plan: Plan | None = None,
+    p_dtype: torch.dtype = torch.float32,
+    kinds: int = features.ALL_KINDS,
+) -> CompileSource:
+    """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
+    family, shape = family or Family(), shape or Shape(hidden=32)
+    dtypes = (p_dtype, p_dtype, *[dtype] * (features.NUM_COLUMNS - 2))
+    plan = plan or choose_plan(shape)
+    constexprs = _constexprs(family, shape, plan, dtypes, ALIGNMENT, kinds, sanitize=False, delta=False)
+    constexprs["seeds"] = None
+    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32", "live_ptr": "*i1", "rest_stride": "i32"}
+    types |= dict.fromkeys(constexprs, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in _mlp_kernel.arg_names}
+    return CompileSource(_mlp_kernel, signature, constexprs, OPTIONS)
+
+
+OP = Op(
+    name="mlp",
+    reference=reference,
+    launch=launch,
+    launch_segments=launch_segments,
+    sample=sample,
+    bytes_moved=bytes_moved,
+    compile_source=compile_source,
+    state_dtypes=(torch.float32,),
+    block=BLOCK,
+)

@@ -1,0 +1,162 @@
+"""The segment table: one launch covers all tensors of a group, however many there are.
+
+A segment is what one parameter brings: pointers to its tensors (parameter, gradient, state), sizes, and the row of a
+stack of meta-weights that it uses (deployment: 0; a population: one row per particle). Programs are numbered through;
+each finds its segment by binary search over the segments' first block numbers.
+
+    row of the table, int64:  pointers ... | sizes ... | slot of the meta-weights
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # references need torch only
+    triton = None
+
+ALIGNMENT = 16  # bytes of the widest load; Triton's own notion of an aligned pointer
+MAX_BLOCKS = 2**31 - 1  # of a launch's first dimension
+
+
+class Segment(NamedTuple):
+    """What one parameter brings.
+
+    Attributes:
+        tensors: contiguous, or dense with the same strides: column `i` has one dtype and one device in all segments.
+        sizes: what the kernel has to know of their shapes; the first is usually the number of coordinates.
+        slot: its row of the stacks of meta-weights.
+    """
+
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    slot: int = 0
+
+
+class Segments:
+    """A table of segments on their device. It holds addresses, not tensors: ask `matches` before every launch.
+
+    Args:
+        segments: at least one.
+        count_blocks: sizes -> how many programs a segment gets; 0: it is left out. See `by_elements`.
+
+    Attributes:
+        table: int64 `[n, columns]`.
+        starts: int64 `[n + 1]`, the first block of every segment, and the number of blocks.
+        num_segments: n.
+        num_pointers, columns: width of the table's first part and of all of it.
+        num_blocks: the grid.
+        num_indices: how many rows the stacks of meta-weights need at least (the largest slot, and one).
+        dtypes: of the tensors, column by column.
+        align: `ALIGNMENT` if all pointers are multiples of it, else 1: for `load_pointer`.
+        multiples: for each size, `ALIGNMENT` if it is a multiple of it in all segments, else 1: for `load_size`.
+
+    Raises:
+        ValueError: there is no segment, columns differ in dtype or device or number, or there are too many blocks.
+    """
+
+    def __init__(self, segments: Sequence[Segment], count_blocks: Callable[[tuple[int, ...]], int]) -> None:
+        if not segments:
+            raise ValueError("a launch needs at least one segment, got none. Skip the group.")
+        first = segments[0]
+        self.dtypes = tuple(t.dtype for t in first.tensors)
+        device = first.tensors[0].device
+        for i, segment in enumerate(segments):
+            _check_alike(i, segment, self.dtypes, device, len(first.sizes))
+        self._key = _read_key(segments)
+        self.num_segments, self.num_pointers = len(segments), len(first.tensors)
+        self.columns = self.num_pointers + len(first.sizes) + 1
+        self.num_indices = 1 + max(segment.slot for segment in segments)
+        starts = [0]
+        for segment in segments:
+            starts.append(starts[-1] + count_blocks(segment.sizes))
+        self.num_blocks = starts[-1]
+        if self.num_blocks > MAX_BLOCKS:
+            raise ValueError(f"{self.num_blocks} blocks are more than a launch takes ({MAX_BLOCKS}). Divide the group.")
+        pointers = [t.data_ptr() for segment in segments for t in segment.tensors]
+        self.align = _find_alignment(pointers)
+        self.multiples = tuple(_find_alignment(column) for column in zip(*(s.sizes for s in segments), strict=True))
+        numbers = [number for row in self._key for number in row] + starts
+        self._host = torch.tensor(numbers, dtype=torch.int64, device="cpu")  # kept: a captured graph copies it again
+        if device.type == "cuda":
+            self._host = self._host.pin_memory()
+        flat = self._host.to(device, non_blocking=True)  # waits for nothing: pinned, and ordered by the stream
+        self.table = flat[: -len(starts)].view(self.num_segments, self.columns)
+        self.starts = flat[-len(starts) :]
+
+    def matches(self, segments: Sequence[Segment]) -> bool:
+        """Whether the table still tells of these: same addresses, sizes and slots in the same order."""
+        return self._key == _read_key(segments)
+
+    def constexprs(self) -> dict[str, Any]:
+        """Compile-time constants of a kernel on this table: COLUMNS, ALIGN and MULTIPLE (of its first size)."""
+        return {"COLUMNS": self.columns, "ALIGN": self.align, "MULTIPLE": self.multiples[0]}
+
+
+def by_elements(block: int) -> Callable[[tuple[int, ...]], int]:
+    """A `count_blocks` where the first size is a number of elements and a program takes `block` of them."""
+    return lambda sizes: -(-sizes[0] // block)
+
+
+def _read_key(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
+    """The rows of the table: all that can change from step to step."""
+    return [(*(t.data_ptr() for t in tensors), *sizes, slot) for tensors, sizes, slot in segments]
+
+
+def _find_alignment(numbers: Sequence[int]) -> int:
+    return 1 if any(number % ALIGNMENT for number in numbers) else ALIGNMENT
+
+
+def _check_alike(i: int, segment: Segment, dtypes: tuple[Any, ...], device: torch.device, num_sizes: int) -> None:
+    """A segment has the columns of the first."""
+    found = tuple(t.dtype for t in segment.tensors)
+    if found != dtypes or len(segment.sizes) != num_sizes:
+        raise ValueError(
+            f"segments of one launch must have the same dtypes and sizes: segment 0 has {dtypes} and {num_sizes} "
+            f"sizes, segment {i} has {found} and {len(segment.sizes)}. Launch once per kind."
+        )
+    for tensor in segment.tensors:
+        if tensor.device != device:
+            raise ValueError(
+                f"segment {i} has a tensor on {tensor.device}, segment 0 is on {device}. Launch once per device."
+            )
+
+
+if triton is not None:
+    TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+    @triton.jit
+    def find_segment(starts, num_segments, block):
+        """The segment of a block: the last that starts at or before it (empty ones start where the next does)."""
+        low = tl.cast(num_segments, tl.int32) * 0  # not a constant: the loop carries it
+        high = tl.cast(num_segments, tl.int32)
+        while high - low > 1:
+            middle = low + ((high - low) >> 1)
+            before = tl.load(starts + middle) <= block
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        return low.to(tl.int64)
+
+    @triton.jit
+    def find_row(table, starts, num_segments, block, COLUMNS: tl.constexpr):
+        """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64."""
+        segment = find_segment(starts, num_segments, block)
+        return segment, table + segment * COLUMNS, block.to(tl.int64) - tl.load(starts + segment)
+
+    @triton.jit
+    def load_pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+        """The address in a column of the row, as a pointer to DTYPE; ALIGN is `Segments.align`."""
+        return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
+
+    @triton.jit
+    def load_size(row, COLUMN: tl.constexpr, MULTIPLE: tl.constexpr):
+        """The number in a column of the row, int64; MULTIPLE is its entry of `Segments.multiples`."""
+        return tl.multiple_of(tl.load(row + COLUMN), MULTIPLE)
