@@ -23,6 +23,7 @@ class Bucket:
         params, grads: k parameters of one shape, dtype and device, and their gradients, of one dtype.
         states: their accumulators in fp32.
         apply: how the step is added.
+        rows: names of accumulators that the stages on elements do not see.
         extras: for each what belongs to `apply.transform`.
     """
 
@@ -32,6 +33,7 @@ class Bucket:
         grads: Sequence[Tensor],
         states: Sequence[Accumulators],
         apply: Apply,
+        rows: Sequence[str] = (),
         extras: Sequence[Accumulators] = (),
     ) -> None:
         self.layout = find_layout(tuple(params[0].shape))
@@ -39,6 +41,7 @@ class Bucket:
         self.batch: tuple[int, ...] = (len(params),)
         self.params, self.grads, self.apply = list(params), list(grads), apply
         self.acc, self.extra = Stacked(states), Stacked(extras)
+        self.seen = [key for key in self.acc if key not in rows]
         self.fields: Accumulators = {}
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
@@ -74,7 +77,7 @@ class Bucket:
         """Call the stage and keep the new accumulators."""
         shape = (*self.batch, *self.layout.shape)
         g = self.apply.read(torch.stack(self.grads)).view(shape)
-        old = dict(self.acc)
+        old = {key: self.acc[key] for key in self.seen}
         e = Elements(g, torch.stack(self.params).float().view(shape), old | self.fields, self.layout)
         visit = stage(e)
         for key, value in visit.acc.items():

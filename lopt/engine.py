@@ -186,7 +186,7 @@ def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
     extras = [member.pick(extra=True) for member in unit.members] if apply.transform is not None else []
     if unit.together:
         params, grads = [member.p for member in unit.members], [member.g for member in unit.members]
-        return Bucket(params, grads, accs, apply, extras)
+        return Bucket(params, grads, accs, apply, rule.row_keys, extras)
     member = unit.members[0]
     return ChunkedTensor(rule, member.p, member.g, accs[0], apply, extras[0] if extras else {}, member.shard)
 
