@@ -12,8 +12,8 @@ from lopt.tensors import draw_bits
 
 HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
 
-Transform = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""(step, gradient, accumulators) of a whole tensor -> its final step, new accumulators."""
+Transform = Callable[[Tensor, Tensor, dict[str, Tensor], bool], tuple[Tensor, dict[str, Tensor]]]
+"""(step, gradient, accumulators, may they be overwritten?) of a whole tensor -> its final step, new accumulators."""
 
 
 class Apply(NamedTuple):

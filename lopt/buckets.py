@@ -65,7 +65,7 @@ class Bucket:
             delta = delta * factor
         if self.apply.transform is not None:
             old = dict(self.extra)
-            delta, new = self.apply.transform(delta, e.g, old)
+            delta, new = self.apply.transform(delta, e.g, old, False)
             for key, value in new.items():
                 if value is not old[key]:
                     self.extra.write(key, self.apply.merge(value, old[key]))

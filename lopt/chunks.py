@@ -109,18 +109,22 @@ class ChunkedTensor:
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`emit` makes the step"
             self._cut(delta, cut).copy_(visit.delta)
-        factor = delta.new_ones([1] * self.layout.ndim)
+        factor: Tensor | None = None
         if finish is not None:
             delta, factor = finish(delta if self.shard is None else self.shard.gather(delta))
             if self.shard is not None:
                 delta, factor = self.shard.take(delta), self.shard.take(factor)
         if self.apply.transform is not None:
-            delta, extra = self.apply.transform(delta * factor, self.apply.read(self.g), self.extra)
-            factor = delta.new_ones([1] * self.layout.ndim)
+            delta = delta if factor is None else delta * factor
+            in_place = self.apply.live is None
+            delta, extra = self.apply.transform(delta, self.apply.read(self.g), self.extra, in_place)
+            factor = None
             for key, value in extra.items():
-                self.extra[key].copy_(self.apply.merge(value, self.extra[key]))
+                if value is not self.extra[key]:
+                    self.extra[key].copy_(self.apply.merge(value, self.extra[key]))
         for cut in self.cuts:
-            self._write(cut, self._cut(delta, cut) * self._cut(factor, cut))
+            part = self._cut(delta, cut)
+            self._write(cut, part if factor is None else part * self._cut(factor, cut))
 
     def _write(self, cut: Cut, delta: Tensor) -> None:
         p = self._cut(self.p, cut)

@@ -327,8 +327,9 @@ def apply(
     eps: float,
     options: GuardOptions,
     reduce: Reduce | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Accumulators, Tensor]:
-    """The step that is taken in place of `delta`; pure, without host synchronisation.
+    """The step that is taken in place of `delta`; without host synchronisation.
 
     Args:
         delta: the learned rule's step, without weight decay, fp32 `[*shape]` or `[k, *shape]`.
@@ -339,17 +340,19 @@ def apply(
         lr_adamw: AdamW's learning rate, also the unit of `GuardOptions.seed_norm`.
         betas, eps: AdamW's.
         reduce: sums a tensor over the shards of the parameter, where it is sharded.
+        in_place: AdamW's moments and `delta` may be overwritten, which saves a third of the time; else it is pure.
     Returns:
         The step, the new state, and how many of the tensors were clipped or not finite, int64 `[]`.
     """
     axes = tuple(range(step.ndim, delta.ndim))
     wide = (*step.shape, *[1] * len(axes))
     beta1, beta2 = betas
-    m = torch.lerp(state["guard_m"], g, 1 - beta1)
-    v = (state["guard_v"] * beta2).addcmul_(g, g, value=1 - beta2)
+    m, v = state["guard_m"], state["guard_v"]
+    m = m.lerp_(g, 1 - beta1) if in_place else torch.lerp(m, g, 1 - beta1)
+    v = (v.mul_(beta2) if in_place else v * beta2).addcmul_(g, g, value=1 - beta2)
 
     count = delta.numel() // max(1, step.numel())
-    squares = (delta * delta).sum(axes) if axes else delta * delta
+    squares = torch.linalg.vector_norm(delta, dim=axes).square() if axes else delta * delta
     sums = torch.stack([squares, torch.full_like(squares, count)])
     squares, count_all = reduce(sums) if reduce is not None else sums
     norm, unit = squares.sqrt(), lr_adamw * count_all.sqrt()
@@ -360,7 +363,8 @@ def apply(
     finite = torch.isfinite(norm)
     new_norm = NORM_DECAY * old + (1 - NORM_DECAY) * torch.where(finite, torch.minimum(norm, NORM_GROWTH * old), old)
     scale = torch.where(clipped, limit / norm.clamp(min=1e-38), 1.0)
-    delta = torch.where(finite.view(wide), delta * scale.view(wide), 0.0)
+    scaled = delta.mul_(scale.view(wide)) if in_place else delta * scale.view(wide)
+    delta = torch.where(finite.view(wide), scaled, 0.0)
 
     if not (isinstance(share, float) and share == 1.0):
         age = step - state["guard_start"] + 1

@@ -484,11 +484,14 @@ class LearnedOptimizer(Optimizer):
             return None
         guard, group, shard = self.guard, unit.group, unit.members[0].shard
 
-        def transform(delta: Tensor, g: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            lr = self.rule.adamw_options["lr"]
+        def transform(
+            delta: Tensor, g: Tensor, state: dict[str, Tensor], in_place: bool
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            lr, betas, eps = self.rule.adamw_options["lr"], group["betas"], group["eps"]
             reduce = partial(add_up, shard=shard)
-            betas, eps = group["betas"], group["eps"]
-            delta, state, clipped = apply(delta, g, state, steps, guard.share, lr, betas, eps, guard.options, reduce)
+            delta, state, clipped = apply(
+                delta, g, state, steps, guard.share, lr, betas, eps, guard.options, reduce, in_place
+            )
             self._tally[g.device][1].add_(clipped)
             return delta, state
 

@@ -299,6 +299,21 @@ def test_restore_brings_the_snapshot_and_fresh_moments() -> None:
     assert torch.equal(delta, fresh)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_in_place_is_the_same_to_the_bit(share: float) -> None:
+    g, delta = draw(4, 3), draw(4, 3, seed=1)
+    state = init_state(draw(4, 3, seed=2))
+    results = []
+    for in_place in (False, True):
+        own = {key: value.clone() for key, value in state.items()}
+        results.append(
+            apply(delta.clone(), g, own, torch.tensor(0), share, LR, BETAS, EPS, GuardOptions(), in_place=in_place)
+        )
+    (a, first, _), (b, second, _) = results
+    assert torch.equal(a, b)
+    assert all(torch.equal(first[key], second[key]) for key in state)
+
+
 # -- what it saves -----------------------------------------------------------------------------------------------------
 
 
