@@ -40,7 +40,7 @@ def choose_backend(wanted: str, rule: str) -> Backend:
     choose("backend", wanted, BACKENDS)
     if wanted == "torch":
         return Backend("torch", "asked for")
-    reason = f"there is no fused Triton step for rule {rule!r} yet"
+    reason = f"LearnedOptimizer has no fused Triton step for rule {rule!r} yet"
     if wanted == "triton":
         warnings.warn(f"backend='triton' falls back to torch: {reason}", stacklevel=3)
     return Backend("torch", reason)
