@@ -166,7 +166,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 2)], ids=str)
 def test_number_of_operations_does_not_grow_with_the_number_of_equal_tensors(name: str, shape: tuple[int, ...]) -> None:
     counts = set()
     for number in (2, 5, 60):
