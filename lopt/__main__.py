@@ -201,7 +201,7 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
     run_trainer(trainer, console)
     console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
     judge_run(config, trainer, console)
-    console.print("\n[bold]3. Using it:[/] another network (64-40-40-10 ReLU, 200 steps), one line changed")
+    console.print("\n[bold]3. Using it:[/] another network (64-40-40-10 ReLU), twice the steps, one line changed")
     rule = trainer.rule_path
     for line in train_classifier(rule):
         say(console, f"   {line}")

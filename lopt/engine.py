@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt import guard
 from lopt.apply import Apply, Transform
 from lopt.buckets import Bucket
 from lopt.chunks import ChunkedTensor, chunk_length
-from lopt.rules import Clock, Layout, Rule, find_layout, step_tensors
+from lopt.guard import init_guard
+from lopt.rules import Clock, Rule, find_layout, step_tensors
 from lopt.rules.base import Steppable, divide_sums
 from lopt.tensors import fold_in
 
@@ -72,21 +72,25 @@ def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Me
     return Member(name, sharding.to_local(p), sharding.to_local(g, like=p), local, sharding.Shard(p))
 
 
-def init_accumulators(rule: Rule, p: Tensor, guarded: bool) -> dict[str, Tensor]:
-    """A parameter's accumulators, and what the guard keeps for it, before its first step."""
+def init_state(rule: Rule, p: Tensor, seed: int | None, guarded: bool) -> dict[str, Tensor]:
+    """A parameter's state before its first step.
+
+    Args:
+        seed: of its stochastic rounding, if it is rounded so.
+        guarded: with what the guard keeps.
+    Returns:
+        The int64 counter "step" `[]`, "seed" likewise, the rule's accumulators, and tensors named "guard_*".
+    """
+    state = {STEP: torch.zeros((), dtype=torch.int64, device=p.device)}
+    if seed is not None:
+        state[SEED] = torch.full((), seed, dtype=torch.int64, device=p.device)
+    layout = find_layout(tuple(p.shape))
     if _is_sharded(p):
         init = _sharding().init_parts
-        result: dict[str, Tensor] = init(
-            lambda part, layout: rule.init_accumulators(part.float(), layout), p, rule.row_keys, rule.line_keys
-        )
-        return result | (init(_init_guard, p, (), ()) if guarded else {})
-    result = rule.init_state({"": p.float()}).accumulators[""]
-    layout = find_layout(tuple(p.shape))
-    return result | (_init_guard(p.reshape(layout.shape), layout) if guarded else {})
-
-
-def _init_guard(p: Tensor, layout: Layout) -> dict[str, Tensor]:
-    return guard.init_state(p)
+        state |= init(lambda part, x: rule.init_accumulators(part.float(), x), p, rule.row_keys, rule.line_keys)
+        return state | (init(lambda part, x: init_guard(part), p, (), ()) if guarded else {})
+    state |= rule.init_state({"": p.float()}).accumulators[""]
+    return state | (init_guard(p.reshape(layout.shape)) if guarded else {})
 
 
 def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) -> Iterator[Unit]:

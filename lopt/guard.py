@@ -1,13 +1,14 @@
 """A safety net under a learned rule: clipped steps, and AdamW wherever the rule does worse.
 
-The tensor part (`init_state`, `apply`, `save`, `restore`) works on one parameter, or on k equal ones at once; the
-decisions (`Guard`) need the training loss only and are made on the host. Costs 12 bytes per parameter: AdamW's two
-moments, which are kept warm, and a snapshot, because a parameter that a broken rule has thrown far away is not a place
-from which AdamW recovers in time.
+The tensor part (`init_guard`, `guard_step`, `save_snapshot`, `restore_snapshot`) works on one parameter, or on k equal
+ones at once; the decisions (`Guard`) need the training loss only and are made on the host. Costs 12 bytes per
+parameter: AdamW's two moments, which are kept warm, and a snapshot, because a parameter that a broken rule has thrown
+far away is not a place from which AdamW recovers in time.
 
-Source: Premont-Schwarz et al. 2022, arXiv 2201.12426 ("LGL2O": a learned optimizer guarded by a plain one).
-Differs from the source: the two take turns and are compared by the training loss's progress, where the source evaluates
-both of them on held-out batches; steps are clipped; a failed turn is undone.
+Source: Premont-Schwarz et al. 2022, arXiv 2201.12426 ("LGL2O": a learned optimizer guarded by a plain one; the expected
+losses of both decide which of them steps).
+Differs from the source: the two take turns and are compared by the progress of the training loss; steps are clipped; a
+failed turn is undone.
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ _SCALARS = (
 )
 
 
-def init_state(p: Tensor, batch_ndim: int = 0) -> Accumulators:
+def init_guard(p: Tensor, batch_ndim: int = 0) -> Accumulators:
     """The guard's state before the first step of a parameter `[*shape]`, or of k equal ones, `[k, *shape]`.
 
     Args:
@@ -316,7 +317,7 @@ def init_state(p: Tensor, batch_ndim: int = 0) -> Accumulators:
     }
 
 
-def apply(
+def guard_step(
     delta: Tensor,
     g: Tensor,
     state: Accumulators,
@@ -334,7 +335,7 @@ def apply(
     Args:
         delta: the learned rule's step, without weight decay, fp32 `[*shape]` or `[k, *shape]`.
         g: gradient, like `delta`.
-        state: from `init_state` or the previous call.
+        state: from `init_guard` or the previous call.
         step: updates made so far, int64 `[]` or `[k]`.
         share: of the learned rule, see `Guard.share`; a number, or a tensor `[]` or `[k]`.
         lr_adamw: AdamW's learning rate, also the unit of `GuardOptions.seed_norm`.
@@ -377,13 +378,13 @@ def apply(
 
 
 @torch.no_grad()
-def save(p: Tensor, state: Accumulators) -> None:
+def save_snapshot(p: Tensor, state: Accumulators) -> None:
     """Keep the parameter as it is as the snapshot, in place."""
     state["guard_p"].copy_(p)
 
 
 @torch.no_grad()
-def restore(p: Tensor, state: Accumulators, step: Tensor) -> None:
+def restore_snapshot(p: Tensor, state: Accumulators, step: Tensor) -> None:
     """Put the snapshot back into the parameter and begin AdamW's moments anew, in place.
 
     Moments of gradients from where a broken rule has led would hold AdamW up for hundreds of steps.

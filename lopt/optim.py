@@ -25,21 +25,21 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lopt.apply import Transform
 from lopt.checkpoint import fingerprint, load, load_card
 from lopt.engine import (
-    SEED,
     STEP,
     Member,
     Scaled,
     Unit,
     add_up,
     check_finite,
-    init_accumulators,
+    init_state,
     make_member,
     make_units,
     step_units,
 )
-from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
+from lopt.guard import Guard, GuardOptions, guard_step, restore_snapshot, save_snapshot
 from lopt.horizons import find_longest
 from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend, read_guard
+from lopt.resume import check_shapes, copy_to, match_names
 from lopt.rules import RULES, Rule, find_layout
 from lopt.tensors import derive_seeds
 
@@ -237,7 +237,7 @@ class LearnedOptimizer(Optimizer):
     def report(self) -> Report:
         """What has happened so far; waits for the device."""
         skipped, clipped = torch.stack([tally.cpu() for tally in self._tally.values()] or [torch.zeros(2)]).sum(0)
-        counts = {key: getattr(self.guard, key, 0) for key in Report._fields[3:]}
+        counts = {key: getattr(self.guard, key, 0) for key in ("failures", "fallbacks", "returns", "adamw_steps")}
         return Report(self._read_steps(), int(skipped), int(clipped), **counts)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -259,7 +259,7 @@ class LearnedOptimizer(Optimizer):
             groups += final["param_groups"][len(groups) :]
             for found, own in zip(groups, self.param_groups, strict=False):
                 self._check_rule(found, expected=own["rule"])
-                _match_names(found, own)
+                match_names(found, own)
                 self._check_shapes(found, own, final["state"])
             saved.update(final, param_groups=groups)
             return saved
@@ -269,7 +269,7 @@ class LearnedOptimizer(Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for key, p in zip(keys, params, strict=True):
                 if key in saved["state"]:
-                    self.state[p] = {k: _copy_to(p.device, v) for k, v in saved["state"][key].items()}
+                    self.state[p] = {k: copy_to(p.device, v) for k, v in saved["state"][key].items()}
             self._steps = None
             self.guard = self._make_guard()
             if self.guard is not None and (memory := self.param_groups[0]["guard_memory"]) is not None:
@@ -311,24 +311,9 @@ class LearnedOptimizer(Optimizer):
         """Raise unless every saved state has the entries and shapes that its parameter's rule makes."""
         names = found.get("param_names", own.get("param_names", [""] * len(own["params"])))
         for key, name, p in zip(found["params"], names, own["params"], strict=False):
-            saved = {k: list(v.shape) for k, v in states.get(key, {}).items() if isinstance(v, Tensor)}
-            rule = self._rule_for(name, p, own)
-            fresh = rule.init_state({"": torch.empty(p.shape, device="meta")}).accumulators[""]
-            expected = {STEP: [], **{k: list(v.shape) for k, v in fresh.items()}}
-            if self._rounds(p):
-                expected[SEED] = []
-            if self.guard is not None:
-                expected |= {
-                    k: list(v.shape) for k, v in init_state(torch.empty(p.shape or (1,), device="meta")).items()
-                }
-            wrong = sorted(k for k in expected.keys() | saved.keys() if expected.get(k) != saved.get(k))
-            if saved and wrong:
-                theirs, ours = (shapes.get(wrong[0], "absent") for shapes in (saved, expected))
-                raise ValueError(
-                    f"the state of parameter {name or key!r} does not fit it: its {wrong[0]!r} is {theirs}, but {ours} "
-                    f"where rule {rule.name!r} steps shape {list(p.shape)}. Construct both optimizers with the same "
-                    "options and parameters in the same order, and with names in both or in neither."
-                )
+            rule, whole = self._rule_for(name, p, own), torch.empty(p.shape, dtype=p.dtype, device="meta")
+            fresh = self._make_state(rule, name, whole)
+            check_shapes(repr(name or key), p.shape, states.get(key, {}), fresh, rule.name)
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
@@ -396,7 +381,7 @@ class LearnedOptimizer(Optimizer):
                 continue
             rule, state = self._rule_for(name, p, group), self.state[p]
             if not state:
-                self._init_state(rule, name, p, state)
+                state.update(self._make_state(rule, name, p))
             if rule not in self._rules:
                 self._rules.append(rule)
                 self._tally.setdefault(p.device, torch.zeros(2, dtype=torch.int64, device=p.device))
@@ -405,17 +390,15 @@ class LearnedOptimizer(Optimizer):
             values.extend(state.values())
             plans.append((name, self._rules.index(rule), tuple(state)))
 
-    def _init_state(self, rule: Rule, name: str, p: Tensor, state: dict[str, Tensor]) -> None:
+    def _make_state(self, rule: Rule, name: str, p: Tensor) -> dict[str, Tensor]:
         """A parameter's state before its first step."""
+        seed = None
+        if self.stochastic_rounding and p.dtype == torch.bfloat16:
+            known = [q for group in self.param_groups for q in group["params"]]
+            place = next((i for i, q in enumerate(known) if q is p), 0)  # tells it apart if it has no name
+            seed = int(derive_seeds(0, f"stochastic rounding of {name or place}"))
         with torch.no_grad():
-            state[STEP] = torch.zeros((), dtype=torch.int64, device=p.device)
-            if self._rounds(p):
-                position = [id(q) for group in self.param_groups for q in group["params"]].index(id(p))
-                state[SEED] = derive_seeds(0, f"stochastic rounding of {name or position}").to(p.device)
-            state.update(init_accumulators(rule, p.detach(), guarded=self.guard is not None))
-
-    def _rounds(self, p: Tensor) -> bool:
-        return self.stochastic_rounding and p.dtype == torch.bfloat16
+            return init_state(rule, p.detach(), seed, guarded=self.guard is not None)
 
     def _share_loss(
         self, loss: Tensor | float | None, units: dict[tuple[int, torch.device], list[Unit]]
@@ -473,9 +456,9 @@ class LearnedOptimizer(Optimizer):
                     member = make_member("", p, p, self.state[p])
                     part = member.p.view(member.state["guard_p"].shape)
                     if self.guard.restore:
-                        restore(part, member.state, member.state[STEP])
+                        restore_snapshot(part, member.state, member.state[STEP])
                     else:
-                        save(part, member.state)
+                        save_snapshot(part, member.state)
         return self.guard.restore
 
     def _make_transform(self, unit: Unit, steps: Tensor) -> Transform | None:
@@ -489,7 +472,7 @@ class LearnedOptimizer(Optimizer):
         ) -> tuple[Tensor, dict[str, Tensor]]:
             lr, betas, eps = self.rule.adamw_options["lr"], group["betas"], group["eps"]
             reduce = partial(add_up, shard=shard)
-            delta, state, clipped = apply(
+            delta, state, clipped = guard_step(
                 delta, g, state, steps, guard.share, lr, betas, eps, guard.options, reduce, in_place
             )
             self._tally[g.device][1].add_(clipped)
@@ -547,26 +530,3 @@ def _to_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(loss, Tensor):
         return loss.detach().to(device, torch.float32).reshape(())
     return torch.full((), float(loss), dtype=torch.float32, device=device)
-
-
-def _copy_to(device: torch.device, value: Any) -> Any:
-    return value.detach().to(device, copy=True).contiguous() if isinstance(value, Tensor) else value
-
-
-def _match_names(found: dict[str, Any], own: dict[str, Any]) -> None:
-    """Reorder a saved group's parameters as the own ones, where both have names and these are the same.
-
-    Raises:
-        ValueError: they have other names.
-    """
-    if not ("param_names" in found and "param_names" in own):
-        return
-    theirs, ours = found["param_names"], own["param_names"]
-    if sorted(theirs) != sorted(ours):
-        missing = sorted(set(ours) - set(theirs)) or sorted(set(theirs) - set(ours))
-        raise ValueError(
-            f"the state's group has other parameters than this optimizer's: {missing[0]!r} is in one of them only. "
-            "Construct both optimizers with the same groups."
-        )
-    keys = dict(zip(theirs, found["params"], strict=True))
-    found["params"], found["param_names"] = [keys[name] for name in ours], list(ours)

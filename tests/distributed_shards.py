@@ -325,6 +325,6 @@ def placements_that_cannot_be_stepped_are_refused_by_name(world: World) -> None:
             p.grad = torch.ones_like(p)
             optimizer.step()
 
-        with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=message):
+        with pytest.raises(RuntimeError, match=message):
             make_and_step()
     dist.barrier()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lopt
-from lopt.guard import Guard, GuardOptions, apply, init_state, restore, save
+from lopt.guard import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
 from lopt.rules import Rule
 from lopt.tasks.mlp import load_digits
 from lopt.tensors import derive_seeds, draw_indices, draw_uniform
@@ -185,20 +185,22 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_share_zero_is_adamw(shape: tuple[int, ...]) -> None:
     p = nn.Parameter(draw(*shape))
     optimizer = torch.optim.AdamW([p], lr=LR, weight_decay=0.0)
-    own, state = p.detach().clone(), init_state(p)
+    own, state = p.detach().clone(), init_guard(p)
     for step in range(5):
         g = draw(*shape, seed=step + 1)
         p.grad = g
         optimizer.step()
-        delta, state, _ = apply(torch.ones_like(g), g, state, torch.tensor(step), 0.0, LR, BETAS, EPS, GuardOptions())
+        delta, state, _ = guard_step(
+            torch.ones_like(g), g, state, torch.tensor(step), 0.0, LR, BETAS, EPS, GuardOptions()
+        )
         own += delta
     torch.testing.assert_close(own, p.detach(), rtol=1e-5, atol=1e-7)  # steps are 1e-3: one rounding of p each
 
 
 def test_share_one_leaves_a_step_of_usual_length_bitwise_and_the_moments_warm() -> None:
     g, delta = draw(4, 3), draw(4, 3, seed=1) * 1e-4
-    state = init_state(g)
-    new_delta, new, clipped = apply(delta, g, state, torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
+    state = init_guard(g)
+    new_delta, new, clipped = guard_step(delta, g, state, torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
     assert torch.equal(new_delta, delta)
     assert int(clipped) == 0
     torch.testing.assert_close(new["guard_m"], 0.1 * g)
@@ -209,35 +211,35 @@ def test_share_one_leaves_a_step_of_usual_length_bitwise_and_the_moments_warm() 
 def test_share_between_is_the_blend() -> None:
     g, delta = draw(4, 3), draw(4, 3, seed=1) * 1e-4
     args = (torch.tensor(0), LR, BETAS, EPS, GuardOptions())
-    parts = [apply(delta, g, init_state(g), args[0], share, *args[1:])[0] for share in (0.0, 1.0)]
+    parts = [guard_step(delta, g, init_guard(g), args[0], share, *args[1:])[0] for share in (0.0, 1.0)]
     for share in (0.25, torch.tensor(0.25)):
-        blend = apply(delta, g, init_state(g), args[0], share, *args[1:])[0]
+        blend = guard_step(delta, g, init_guard(g), args[0], share, *args[1:])[0]
         torch.testing.assert_close(blend, 0.75 * parts[0] + 0.25 * parts[1])
 
 
 def test_the_first_step_cannot_define_the_running_norm() -> None:
     g, options = draw(10, 10), GuardOptions()
-    delta, _, clipped = apply(g * 1e6, g, init_state(g), torch.tensor(0), 1.0, LR, BETAS, EPS, options)
+    delta, _, clipped = guard_step(g * 1e6, g, init_guard(g), torch.tensor(0), 1.0, LR, BETAS, EPS, options)
     assert int(clipped) == 1
     torch.testing.assert_close(float(delta.norm()), options.clip * options.seed_norm * LR * 10, rtol=1e-5, atol=0)
 
 
 def test_an_outlier_is_clipped_to_a_multiple_of_the_running_norm() -> None:
-    g, state, options = draw(8), init_state(draw(8)), GuardOptions()
+    g, state, options = draw(8), init_guard(draw(8)), GuardOptions()
     usual = torch.full((8,), 0.02)
     for step in range(200):
-        _, state, clipped = apply(usual, g, state, torch.tensor(step), 1.0, LR, BETAS, EPS, options)
+        _, state, clipped = guard_step(usual, g, state, torch.tensor(step), 1.0, LR, BETAS, EPS, options)
         assert int(clipped) == 0
-    delta, _, clipped = apply(usual * 100, g, state, torch.tensor(200), 1.0, LR, BETAS, EPS, options)
+    delta, _, clipped = guard_step(usual * 100, g, state, torch.tensor(200), 1.0, LR, BETAS, EPS, options)
     assert int(clipped) == 1
     torch.testing.assert_close(delta, usual * options.clip, rtol=1e-3, atol=0)
 
 
 def test_rule_without_loss_cannot_grow_its_steps_fast() -> None:
-    g, state, options = draw(8), init_state(draw(8)), GuardOptions()
+    g, state, options = draw(8), init_guard(draw(8)), GuardOptions()
     for step in range(10):
         huge = torch.full((8,), 10.0**step)
-        delta, state, _ = apply(huge, g, state, torch.tensor(step), 1.0, LR, BETAS, EPS, options)
+        delta, state, _ = guard_step(huge, g, state, torch.tensor(step), 1.0, LR, BETAS, EPS, options)
     assert float(delta.abs().max()) < 2 * options.clip * options.seed_norm * LR
 
 
@@ -246,7 +248,7 @@ def test_a_step_without_finite_norm_is_dropped_and_counted(bad: float) -> None:
     g = draw(6)
     delta = torch.full((6,), 1e-3)
     delta[2] = bad
-    step, state, clipped = apply(delta, g, init_state(g), torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
+    step, state, clipped = guard_step(delta, g, init_guard(g), torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
     assert not step.any()
     assert int(clipped) == 1
     assert all(bool(torch.isfinite(value).all()) for value in state.values())
@@ -256,16 +258,16 @@ def test_a_step_without_finite_norm_is_dropped_and_counted(bad: float) -> None:
 def test_many_equal_tensors_are_as_one_by_one(share: float | str) -> None:
     k, options = 3, GuardOptions()
     shares = torch.tensor([0.0, 1.0, 0.3]) if share == "tensor" else share
-    together = init_state(draw(k, 4, 5), 1)
-    alone = [init_state(draw(k, 4, 5)[i]) for i in range(k)]
+    together = init_guard(draw(k, 4, 5), 1)
+    alone = [init_guard(draw(k, 4, 5)[i]) for i in range(k)]
     steps = torch.tensor([0, 3, 50])
     for t in range(4):
         g, delta = draw(k, 4, 5, seed=t), draw(k, 4, 5, seed=t + 10)
-        out, together, clipped = apply(delta, g, together, steps + t, shares, LR, BETAS, EPS, options)
+        out, together, clipped = guard_step(delta, g, together, steps + t, shares, LR, BETAS, EPS, options)
         total = 0
         for i in range(k):
             own = shares[i] if isinstance(shares, Tensor) else shares
-            one, alone[i], count = apply(delta[i], g[i], alone[i], steps[i] + t, own, LR, BETAS, EPS, options)
+            one, alone[i], count = guard_step(delta[i], g[i], alone[i], steps[i] + t, own, LR, BETAS, EPS, options)
             total += int(count)
             torch.testing.assert_close(out[i], one)
             for name, value in alone[i].items():
@@ -276,38 +278,38 @@ def test_many_equal_tensors_are_as_one_by_one(share: float | str) -> None:
 def test_shards_are_clipped_as_the_whole() -> None:
     g, delta, options = draw(6, 4), draw(6, 4, seed=1), GuardOptions()
     args = (torch.tensor(0), 0.5, LR, BETAS, EPS, options)
-    whole, _, _ = apply(delta, g, init_state(g), *args)
+    whole, _, _ = guard_step(delta, g, init_guard(g), *args)
     squares = [torch.stack([delta[rows].square().sum(), torch.tensor(12.0)]) for rows in (slice(3), slice(3, 6))]
     for rows in (slice(3), slice(3, 6)):
-        part, _, clipped = apply(
-            delta[rows], g[rows], init_state(g[rows]), *args, reduce=lambda _: squares[0] + squares[1]
+        part, _, clipped = guard_step(
+            delta[rows], g[rows], init_guard(g[rows]), *args, reduce=lambda _: squares[0] + squares[1]
         )
         torch.testing.assert_close(part, whole[rows])
         assert int(clipped) == 1
 
 
 def test_restore_brings_the_snapshot_and_fresh_moments() -> None:
-    p, state = draw(3, 2), init_state(draw(3, 2))
+    p, state = draw(3, 2), init_guard(draw(3, 2))
     kept = p + 1
-    save(kept, state)
+    save_snapshot(kept, state)
     g = draw(3, 2, seed=1)
-    _, state, _ = apply(g * 1e6, g * 1e6, state, torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
-    restore(p, state, torch.tensor(1))
+    _, state, _ = guard_step(g * 1e6, g * 1e6, state, torch.tensor(0), 1.0, LR, BETAS, EPS, GuardOptions())
+    restore_snapshot(p, state, torch.tensor(1))
     assert torch.equal(p, kept)
-    delta, _, _ = apply(g, g, state, torch.tensor(1), 0.0, LR, BETAS, EPS, GuardOptions())
-    fresh, _, _ = apply(g, g, init_state(p), torch.tensor(0), 0.0, LR, BETAS, EPS, GuardOptions())
+    delta, _, _ = guard_step(g, g, state, torch.tensor(1), 0.0, LR, BETAS, EPS, GuardOptions())
+    fresh, _, _ = guard_step(g, g, init_guard(p), torch.tensor(0), 0.0, LR, BETAS, EPS, GuardOptions())
     assert torch.equal(delta, fresh)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_in_place_is_the_same_to_the_bit(share: float) -> None:
     g, delta = draw(4, 3), draw(4, 3, seed=1)
-    state = init_state(draw(4, 3, seed=2))
+    state = init_guard(draw(4, 3, seed=2))
     results = []
     for in_place in (False, True):
         own = {key: value.clone() for key, value in state.items()}
         results.append(
-            apply(delta.clone(), g, own, torch.tensor(0), share, LR, BETAS, EPS, GuardOptions(), in_place=in_place)
+            guard_step(delta.clone(), g, own, torch.tensor(0), share, LR, BETAS, EPS, GuardOptions(), in_place=in_place)
         )
     (a, first, _), (b, second, _) = results
     assert torch.equal(a, b)

@@ -318,11 +318,13 @@ class Grouped:
         folded = [self.fold(i, x, clock, own[i]) for i, x in enumerate(sums.split(counts.tolist()))]
         weights = MLPWeights(*(torch.cat(rows).contiguous() for rows in zip(*(w for w, _ in folded), strict=True)))
         steps = [torch.empty_like(p) for p in self.params]
-        if rule.finishes:
+        if rule.has("finish"):
             parts = [features.make_segments(t, BLOCK, step) for t, step in zip(group, steps, strict=True)]
             segments = Segments([part for own in parts for part in own], features.by_tiles(BLOCK, STEPS))
-        mlp.launch_segments(segments, weights, every, live, self.family, self.shape, self.plan, delta=rule.finishes)
-        if rule.finishes:
+        mlp.launch_segments(
+            segments, weights, every, live, self.family, self.shape, self.plan, delta=rule.has("finish")
+        )
+        if rule.has("finish"):
             for i, p in enumerate(self.params):
                 delta, factor = rule.finish(steps[i], folded[i][1], self.layouts[i])
                 p.copy_(p - lr * decay * rule.decay_scale * p + lr * delta * factor)

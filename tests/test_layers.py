@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard"}  # what the optimizer is made of
+APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard", "lopt.resume"}  # what the optimizer is made of
 LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing"},
     {"lopt.tensors", "lopt.schema", "lopt.weights"},

@@ -36,7 +36,6 @@ class UnitNorm(Rule):
         self.size = nn.Parameter(torch.tensor(size))
         self.needs_num_steps = planned
 
-    finishes = True
     row_keys = ("told",)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:

@@ -125,7 +125,6 @@ class Rule(nn.Module, ABC):
         elementwise: the step of an element depends on that element alone.
         needs_loss: reads the training loss; without it, what depends on it stays as it was.
         needs_num_steps: cannot run without the planned number of steps.
-        finishes: `finish` is to be called.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         line_keys: accumulators that rows or columns share; they start at 0.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
@@ -138,7 +137,6 @@ class Rule(nn.Module, ABC):
     elementwise: bool = False
     needs_loss: bool = False
     needs_num_steps: bool = False
-    finishes: bool = False
     row_keys: tuple[str, ...] = ()
     line_keys: tuple[str, ...] = ()
     temporaries: int = 0
@@ -198,8 +196,16 @@ class Rule(nn.Module, ABC):
         """The step: the new parameters are `p + delta`."""
 
     def finish(self, delta: Tensor, terms: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The step of a whole tensor and a factor `[*batch, *shape or 1s]` on it, of rules with `finishes`."""
-        raise NotImplementedError(f"{self.name} has no finish")
+        """The step of a whole tensor `[*batch, *shape]` and a factor `[*batch, *shape or 1s]` on it.
+
+        Rules that have this stage need memory for the step of one whole tensor.
+        """
+        return delta, delta.new_ones([1] * layout.ndim)
+
+    @classmethod
+    def has(cls, stage: str) -> bool:
+        """Whether the rule has a stage of its own; others are not called."""
+        return getattr(cls, stage) is not getattr(Rule, stage)
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
         """Another rule for the parameter `name`, if this one is not meant for it."""
@@ -344,8 +350,7 @@ def step_tensors(
     else:
         clock = clock.map(lambda x: x[..., None])
     nothing: Mapping[str, Sum] = {}
-    measures, accumulates = type(rule).measure is not Rule.measure, type(rule).accumulate is not Rule.accumulate
-    means = to_means(tensors, [tensor.visit(rule.measure) if measures else nothing for tensor in tensors])
+    means = to_means(tensors, [tensor.visit(rule.measure) if rule.has("measure") else nothing for tensor in tensors])
     terms: Means = {}
     if rule.row_keys:
         rows = {key: torch.cat([lift(i, tensors[i].acc[key]) for i in indices], dim) for key in rule.row_keys}
@@ -358,11 +363,11 @@ def step_tensors(
     for i, tensor in enumerate(tensors):
         tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout)[:2])
     stages = [partial(rule.accumulate, terms=own[i]) for i in indices]
-    means = to_means(tensors, [tensors[i].visit(stages[i]) if accumulates else nothing for i in indices])
+    means = to_means(tensors, [tensors[i].visit(stages[i]) if rule.has("accumulate") else nothing for i in indices])
     for i, tensor in enumerate(tensors):
         acc, fields, folded = rule.fold(means[i], tensor.acc, tensor.layout, clocks[i], own[i])
         tensor.keep(acc, fields)
-        finish = partial(rule.finish, terms=folded, layout=tensor.layout) if rule.finishes else None
+        finish = partial(rule.finish, terms=folded, layout=tensor.layout) if rule.has("finish") else None
         tensor.move(partial(rule.emit, terms=folded), finish)
 
 

@@ -42,7 +42,6 @@ class Celo2(FactoredMLP):
     """
 
     name = "celo2"
-    finishes = True
     orthogonalizes = True
     rs_eps = 1e-8
     second_decay = 0.95

@@ -165,7 +165,7 @@ def _build(name: str, config: dict[str, Any]) -> Rule:
         rule = RULES[name](**config)
     except TypeError as error:
         raise ValueError(f"star cannot wrap {name!r} with inner_config {config}: {error}") from error
-    if rule.finishes or type(rule).delegate is not Rule.delegate:
+    if rule.has("finish") or rule.has("delegate"):
         raise ValueError(
             f"star cannot wrap {name!r}: it steps whole tensors or leaves some of them to another rule, which is not "
             "to be bounded element by element. Wrap a rule without `finish` and `delegate`."
