@@ -18,7 +18,7 @@ from torch import Tensor
 from lopt_kernels import apply, features
 from lopt_kernels.apply import Terms
 from lopt_kernels.features import Family, Tensors
-from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
 
 try:
@@ -337,10 +337,8 @@ def compile_source(
     family = family or Family()
     dtypes = (p_dtype, p_dtype, *[dtype] * (features.NUM_COLUMNS - 2))
     constexprs = _constexprs(family, dtypes, ALIGNMENT, kinds, sanitize=False, tile=TILE)
-    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32", "live_ptr": "*i1"}
-    types |= dict.fromkeys(constexprs, "constexpr")
-    signature = {name: types.get(name, "*fp32") for name in _accumulate_kernel.arg_names}
-    return CompileSource(_accumulate_kernel, signature, constexprs, OPTIONS)
+    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"}
+    return specialize(_accumulate_kernel, constexprs, OPTIONS, **types, live_ptr="*i1")
 
 
 OP = Op(

@@ -176,17 +176,8 @@ def launch_segments(
     """
     apply.check_dtypes("adamw", segments, MOMENT_DTYPES, num_states=2)
     apply.check_launch("adamw", segments, weights, terms, live, steps=steps, seeds=seeds)
-    if segments.num_blocks == 0:
-        return
-    with torch.cuda.device_of(segments.table):
-        _adamw_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, segments.num_segments, *weights, *terms, live, steps),
-            seeds if segments.dtypes[0] == torch.bfloat16 else None,
-            **{**segments.constexprs(), **apply.type_constexprs(segments.dtypes)},
-            SANITIZE=sanitize,
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
+    constants = {"SANITIZE": sanitize, "BLOCK": BLOCK, **OPTIONS}
+    apply.run(_adamw_kernel, segments, (*weights, *terms, live, steps), seeds, (), constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)

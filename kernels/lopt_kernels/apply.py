@@ -9,13 +9,13 @@ The formulas are those of `lopt.apply.Apply`, with one number per segment. A ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lopt_kernels.op import CompileSource
+from lopt_kernels.op import CompileSource, check_triton, specialize
 from lopt_kernels.segments import ALIGNMENT, Segment, Segments, by_elements
 
 try:
@@ -118,6 +118,33 @@ def launch_flat(
     return out
 
 
+def run(
+    kernel: Any,
+    segments: Segments,
+    arguments: Sequence[Any],
+    seeds: Tensor | None,
+    numbers: Sequence[float],
+    constants: dict[str, Any],
+) -> None:
+    """One launch of a kernel over all segments.
+
+    Args:
+        arguments: what it takes after the table: weights, terms, live, steps.
+        seeds: of stochastic rounding; parameters other than bfloat16 are not rounded so.
+        numbers: what it takes after the seeds.
+        constants: its compile-time constants and options beyond those of table and dtypes.
+    """
+    if segments.num_blocks == 0:
+        return
+    seeds = seeds if segments.dtypes[0] == torch.bfloat16 else None
+    table = (segments.table, segments.starts, segments.num_segments)
+    with torch.cuda.device_of(segments.table):
+        kernel[(segments.num_blocks,)](
+            *(*table, *arguments, seeds, *numbers),
+            **{**segments.constexprs(), **type_constexprs(segments.dtypes), **constants},
+        )
+
+
 def check_launch(op: str, segments: Segments, stacks: Any, terms: Terms, live: Tensor, **others: Tensor | None) -> None:
     """The tensors beside the table are what every kernel takes.
 
@@ -150,13 +177,7 @@ def check_launch(op: str, segments: Segments, stacks: Any, terms: Terms, live: T
                 f"{op} kernel: {name} must be contiguous {dtype} [{segments.num_segments}] on {device}, got {x.dtype} "
                 f"{list(x.shape)} on {x.device}. One number per segment."
             )
-    if triton is None:
-        raise RuntimeError(f"{op} kernel: Triton is not installed. Install it, or use the reference.")
-    if device.type != "cuda" and isinstance(load_gradient, triton.JITFunction):
-        raise RuntimeError(
-            f"{op} kernel: tensors are on {device} and Triton needs a GPU. Use the reference, or set "
-            "TRITON_INTERPRET=1 before triton is imported."
-        )
+    check_triton(op, device)
 
 
 def check_dtypes(op: str, segments: Segments, state_dtypes: tuple[torch.dtype, ...], num_states: int) -> None:
@@ -199,8 +220,7 @@ def compile_source(
     constants = table | type_constexprs(dtypes) | constants | ({} if seeded else {"seeds": None})
     types = dict.fromkeys(("table", "starts", "steps_ptr", "seeds"), "*i64")
     types |= {"num_segments": "i32", "live_ptr": "*i1", **dict.fromkeys(NUMBERS, "fp32")}
-    types |= dict.fromkeys(constants, "constexpr")
-    return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants, options)
+    return specialize(kernel, constants, options, **types)
 
 
 if triton is not None:

@@ -181,19 +181,9 @@ def launch_segments(
     apply.check_dtypes("coordinatewise_lstm", segments, lstm.STATE_DTYPES, num_states=4)
     lstm.check_stacks("coordinatewise_lstm", weights, NUM_FEATURES)
     apply.check_launch("coordinatewise_lstm", segments, weights, terms, live, steps=steps, seeds=seeds)
-    if segments.num_blocks == 0:
-        return
-    hidden = weights.w_hh1.shape[-1]
-    with torch.cuda.device_of(segments.table):
-        _coordinatewise_lstm_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, segments.num_segments, *weights, *terms, live),
-            seeds if segments.dtypes[0] == torch.bfloat16 else None,
-            *(output_scale, log_bound, exp(log_bound)),
-            **{**segments.constexprs(), **apply.type_constexprs(segments.dtypes)},
-            **_constexprs(hidden, segments.dtypes[2]),
-            SANITIZE=sanitize,
-            **lstm.OPTIONS,
-        )
+    constants = {**_constexprs(weights.w_hh1.shape[-1], segments.dtypes[2]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    numbers = (output_scale, log_bound, exp(log_bound))
+    apply.run(_coordinatewise_lstm_kernel, segments, (*weights, *terms, live), seeds, numbers, constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lopt_kernels import apply, features
 from lopt_kernels.apply import Terms
 from lopt_kernels.features import Family, Tensors
-from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segment, Segments, by_elements
 
 try:
@@ -238,9 +238,8 @@ def bytes_moved(num_coordinates: int, grad_bytes: int = 4) -> int:
 def compile_source(dtype: torch.dtype) -> CompileSource:
     """The kernel specialised to gradients of `dtype`."""
     constexprs = _constexprs(Family(), dtype, ALIGNMENT, sanitize=False)
-    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"} | dict.fromkeys(constexprs, "constexpr")
-    signature = {name: types.get(name, "*fp32") for name in _lines_kernel.arg_names}
-    return CompileSource(_lines_kernel, signature, constexprs, OPTIONS)
+    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"}
+    return specialize(_lines_kernel, constexprs, OPTIONS, **types)
 
 
 OP = Op(

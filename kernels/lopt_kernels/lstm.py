@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.op import CompileSource, Op, check_triton, specialize
 
 try:
     import triton
@@ -219,7 +219,7 @@ def launch(
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
     _check_inputs(x, state, weights)
-    _check_backend(x)
+    check_triton("lstm", x.device)
     if out is None:
         h1, c1, h2, c2 = (torch.empty_like(s) for s in state)
         out = x.new_empty(x.shape[-1]), (h1, c1, h2, c2)
@@ -296,17 +296,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
         raise ValueError(
             f"lstm kernel: {name} must be contiguous, got strides {tensor.stride()} "
             f"for shape {list(shape)}. Call .contiguous()."
-        )
-
-
-def _check_backend(x: Tensor) -> None:
-    """There is something to run the kernel on."""
-    if triton is None:
-        raise RuntimeError("lstm kernel: Triton is not installed. Install it, or use the reference.")
-    if not x.is_cuda and isinstance(_lstm_kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"lstm kernel: tensors are on {x.device} and Triton needs a GPU. Use the reference, "
-            "or set TRITON_INTERPRET=1 before triton is imported."
         )
 
 
@@ -399,18 +388,9 @@ def count_weights(num_features: int, hidden: int) -> int:
 def compile_source(dtype: torch.dtype, num_features: int = 2, hidden: int = 20) -> CompileSource:
     """The kernel specialised to a state of `dtype` and the given F and H."""
     constants = constexprs(num_features, hidden, dtype)
-    state = "*fp32" if dtype == torch.float32 else "*bf16"
-    vectors = {"h1_ptr", "c1_ptr", "h2_ptr", "c2_ptr"}
-    vectors |= {f"new_{name}" for name in vectors}
-    signature = {}
-    for name in _lstm_kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name == "num_coordinates":
-            signature[name] = "i32"
-        else:
-            signature[name] = state if name in vectors else "*fp32"
-    return CompileSource(_lstm_kernel, signature, constants, OPTIONS)
+    vectors = [f"{new}{name}_ptr" for new in ("", "new_") for name in STATE_NAMES]
+    types = dict.fromkeys(vectors, "*fp32" if dtype == torch.float32 else "*bf16")
+    return specialize(_lstm_kernel, constants, OPTIONS, num_coordinates="i32", **types)
 
 
 OP = Op(

@@ -20,7 +20,7 @@ from torch import Tensor
 from lopt_kernels import apply, features
 from lopt_kernels.apply import Terms
 from lopt_kernels.features import LINE_FEATURES, Family, Tensors
-from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
 
 try:
@@ -569,10 +569,8 @@ def compile_source(
     plan = plan or choose_plan(shape)
     constexprs = _constexprs(family, shape, plan, dtypes, ALIGNMENT, kinds, sanitize=False, delta=False)
     constexprs["seeds"] = None
-    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32", "live_ptr": "*i1", "rest_stride": "i32"}
-    types |= dict.fromkeys(constexprs, "constexpr")
-    signature = {name: types.get(name, "*fp32") for name in _mlp_kernel.arg_names}
-    return CompileSource(_mlp_kernel, signature, constexprs, OPTIONS)
+    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"}
+    return specialize(_mlp_kernel, constexprs, OPTIONS, **types, live_ptr="*i1", rest_stride="i32")
 
 
 OP = Op(

@@ -1,5 +1,7 @@
 """What a fused formula is: its definition, its kernel, and what tests and benchmarks need to know."""
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,6 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+try:
+    import triton
+except ImportError:  # references need torch only
+    triton = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,37 @@ class CompileSource:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
+
+
+if triton is not None:
+
+    @triton.jit
+    def _probe():
+        """Compiled for a GPU or, in the interpreter, not: see `check_triton`."""
+
+
+def specialize(kernel: Any, constexprs: dict[str, Any], options: dict[str, Any], **types: str) -> CompileSource:
+    """A kernel with these compile-time constants; arguments without a type are pointers to fp32."""
+    types |= dict.fromkeys(constexprs, "constexpr")
+    return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constexprs, options)
+
+
+def check_triton(op: str, device: torch.device) -> None:
+    """There is something to run a kernel on.
+
+    Args:
+        op: its name, for the message.
+        device: of its tensors.
+    Raises:
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
+    if triton is None:
+        raise RuntimeError(f"{op} kernel: Triton is not installed. Install it, or use the reference.")
+    if device.type != "cuda" and isinstance(_probe, triton.JITFunction):
+        raise RuntimeError(
+            f"{op} kernel: tensors are on {device} and Triton needs a GPU. Use the reference, or set "
+            "TRITON_INTERPRET=1 before triton is imported."
+        )
 
 
 @dataclass(frozen=True)

@@ -230,18 +230,9 @@ def launch_segments(
             f"{list(weights.b_in.shape)} for {len(weights.w_hh1)} LSTMs."
         )
     apply.check_launch("rnnprop", segments, weights, terms, live, steps=steps, seeds=seeds)
-    if segments.num_blocks == 0:
-        return
-    with torch.cuda.device_of(segments.table):
-        _rnnprop_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, segments.num_segments, *weights, *terms, live, steps),
-            seeds if segments.dtypes[0] == torch.bfloat16 else None,
-            *(beta1, beta2, 1 - beta1, 1 - beta2, output_scale),
-            **{**segments.constexprs(), **apply.type_constexprs(segments.dtypes)},
-            **_constexprs(hidden, segments.dtypes[2]),
-            SANITIZE=sanitize,
-            **lstm.OPTIONS,
-        )
+    constants = {**_constexprs(hidden, segments.dtypes[2]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    numbers = (beta1, beta2, 1 - beta1, 1 - beta2, output_scale)
+    apply.run(_rnnprop_kernel, segments, (*weights, *terms, live, steps), seeds, numbers, constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)
