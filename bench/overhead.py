@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import nn
 
 import lopt
+from bench.entries import draw
 from bench.memory import measure_allocations
 from bench.models import MODELS, Shapes
-from bench.step import draw
 from lopt.rules import RULES
 
 SMALL = (32,)

@@ -3,267 +3,218 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import platform
-import statistics
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import lopt
-from bench import naive
+from bench import cuda, naive, setting
+from bench.entries import FOREACH, FUSED, SEED, Entry, Params, draw, list_entries
 from bench.memory import measure_allocations
 from bench.models import MODELS, Shapes
+from bench.setting import DTYPES, write_figure
+from bench.timing import MIN_REPEATS, measure_bandwidth, summarize, time_calls, time_first, time_queued
 from lopt.rules import RULES
 
-FOREACH, FUSED = "torch AdamW foreach", "torch AdamW fused"
-MIN_REPEATS = 3
-SEED = 0
-HEADS = (
-    "",
-    "ns/\nparam",
-    "p10 - p90",
-    "re-\npeats",
-    "/ AdamW\nforeach",
-    "/ AdamW\nfused",
-    "/ memory\nbound",
-    "x faster\nthan naive",
-    "state\nB/param",
-    "transient\nB/param",
-    "transient\nMiB",
-    "ATen\ncalls",
-)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Drawn = tuple[list[Tensor], list[Tensor]]
+Result = dict[str, Any]
 
 
-class Entry(NamedTuple):
-    """Something to time.
-
-    Attributes:
-        start: makes a step out of named parameters that have gradients, with the tensors that it holds beside them:
-            called after the first step, it returns first the state, then all else.
-        state_bytes: of state per parameter, estimated; 0 for what is never skipped.
-        rule: the rule that it is, or that it does naively.
-    """
-
-    name: str
-    start: Callable[[dict[str, nn.Parameter]], tuple[Callable[[], object], Held]]
-    state_bytes: float = 0.0
-    rule: str = ""
-
-
-Held = Callable[[], tuple[list[Tensor], list[Tensor]]]
-
-
-def start_torch(params: dict[str, nn.Parameter], **options: bool) -> tuple[Callable[[], object], Held]:
-    """`torch.optim.AdamW`."""
-    optimizer = torch.optim.AdamW(params.values(), **options)
-    return optimizer.step, lambda: ([x for state in optimizer.state.values() for x in state.values()], [])
-
-
-def start_rule(params: dict[str, nn.Parameter], name: str) -> tuple[Callable[[], object], Held]:
-    """`lopt.LearnedOptimizer` with a rule as constructed by default."""
-    optimizer = lopt.LearnedOptimizer(params.items(), RULES[name](), num_steps=1000)
-    step = partial(optimizer.step, loss=1.0) if optimizer.rule.needs_loss else optimizer.step
-
-    def list_held() -> tuple[list[Tensor], list[Tensor]]:
-        rules = [optimizer.rule, *optimizer._replicas.values()]
-        weights = [x for rule in rules for x in (*rule.parameters(), *rule.buffers())]
-        return [x for state in optimizer.state.values() for x in state.values()], weights
-
-    return step, list_held
-
-
-def start_naive(params: dict[str, nn.Parameter], name: str) -> tuple[Callable[[], object], Held]:
-    """The rule of that name as `bench.naive` does it, with random weights."""
-    update, widths = naive.UPDATES[name]
-    device = next(iter(params.values())).device
-    layers = [(weight.to(device), bias.to(device)) for weight, bias in naive.draw_layers(widths)]
-    optimizer = naive.NaiveOptimizer(params.values(), update, layers)
-    return optimizer.step, lambda: (
-        [x for state in optimizer.state.values() for x in state.values()],
-        [x for layer in layers for x in layer],
-    )
-
-
-def estimate_state_bytes(name: str) -> float:
-    """Bytes of state per parameter, from a matrix of 256 x 256."""
-    p = torch.zeros(256, 256)
-    accumulators = RULES[name]().init_state({"p": p}).accumulators["p"]
-    return sum(x.numel() * x.element_size() for x in accumulators.values()) / p.numel()
-
-
-def list_entries(rules: tuple[str, ...], naives: tuple[str, ...]) -> Iterator[Entry]:
-    """AdamW first, then the rules, each after its naive form."""
-    yield Entry(FOREACH, partial(start_torch, foreach=True))
-    yield Entry(FUSED, partial(start_torch, fused=True))
-    for name in dict.fromkeys((*rules, *naives)):
-        if name in naives:
-            yield Entry(f"naive {name}", partial(start_naive, name=name), 16.0, name)
-        if name in rules:
-            yield Entry(name, partial(start_rule, name=name), estimate_state_bytes(name), name)
-
-
-def draw(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and gradients; the gradients' scale differs by tensor and by row."""
-    generator = torch.Generator().manual_seed(SEED)
-    randn = partial(torch.randn, generator=generator)
-    params, grads = [], []
-    for shape in shapes.values():
-        params.append((0.02 * randn(shape)).to(device, dtype))
-        rows = torch.exp(randn(shape[:1] + (1,) * (len(shape) - 1)))
-        tensor = 10.0 ** (-4 * float(torch.rand((), generator=generator)))
-        grads.append((tensor * rows * randn(shape)).to(device, dtype))
-    return params, grads
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_repeats(call: Callable[[], object], repeats: int, seconds: float, device: torch.device) -> list[float]:
-    """Seconds of each call: `repeats` of them, or as many as start within `seconds`, but at least `MIN_REPEATS`."""
-    times: list[float] = []
-    synchronize(device)
-    begin = time.perf_counter()
-    while len(times) < repeats and (len(times) < MIN_REPEATS or time.perf_counter() - begin < seconds):
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def summarize(times: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    tenths = statistics.quantiles(times, n=10, method="inclusive")
-    return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1]}
-
-
-def measure_bandwidth(device: torch.device, mebibytes: int = 128) -> float:
-    """Bytes read and written per second when a tensor is negated in place: the median of 20."""
-    x = torch.ones(mebibytes * 2**18, device=device)
-    x.neg_()
-    return 2 * x.nbytes / statistics.median(time_repeats(x.neg_, 20, 5.0, device))
-
-
-def measure(
-    entry: Entry, shapes: Shapes, drawn: tuple[list[Tensor], list[Tensor]], repeats: int, seconds: float
-) -> dict[str, Any]:
-    """One step makes the state, the second is looked at for its memory, the following ones are timed.
-
-    Returns:
-        `seconds` of each repeat, `ns_per_parameter` (median, p10, p90), `repeats`, `state_bytes_per_parameter`,
-        `transient_bytes` (peak of what a step allocates beyond parameters, gradients, state and meta-weights) and
-        `transient_bytes_per_parameter`, `aten_calls` of a step, `final_is_finite`.
-    """
+def make_params(shapes: Shapes, drawn: Drawn) -> Params:
+    """Copies of the drawn parameters, with the drawn gradients."""
     params = {name: nn.Parameter(p.clone()) for name, p in zip(shapes, drawn[0], strict=True)}
     for p, g in zip(params.values(), drawn[1], strict=True):
         p.grad = g
+    return params
+
+
+def measure(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seconds: float, graph: bool = False) -> Result:
+    """One step makes the state, the second is looked at for its memory, the following ones are timed.
+
+    Returns:
+        `seconds` of each repeat, each waited for, `repeats`, and of them `ns_per_parameter` (median, p10, p90);
+        `host_seconds` (likewise; until `step` returns); `first_seconds` (of the first step, with all compilation);
+        `state_bytes_per_parameter`; `transient_bytes` (peak of what a step allocates beyond parameters, gradients,
+        state and meta-weights) and `transient_bytes_per_parameter`; `aten_calls` of a step; `final_is_finite`;
+        `backend` and `backend_reason`. On a GPU `queued_seconds` (median, p10, p90; steps that the device has waiting),
+        `launches` (kernels of a step) and `copies` (beside them). With `graph`, `graph_seconds` of its replay or
+        `graph_error`.
+    """
+    params = make_params(shapes, drawn)
     device = drawn[0][0].device
-    step, list_held = entry.start(params)
-    step()
+    step, list_held, backend = entry.start(params)
+    first = time_first(step, device)
     state, weights = list_held()
     held = [*params.values(), *drawn[1], *state, *weights]
     count = sum(p.numel() for p in params.values())
     transient, calls = measure_allocations(step, held, device)
     state_bytes = sum(x.numel() * x.element_size() for x in state)
     del state, weights, held  # the naive way makes its state anew at every step
-    times = time_repeats(step, repeats, seconds, device)
-    return {
+    times = time_calls(step, repeats, seconds, device)
+    result = {
         "name": entry.name,
         "rule": entry.rule,
-        "repeats": len(times),
-        "ns_per_parameter": {key: value / count * 1e9 for key, value in summarize(times).items()},
+        "repeats": len(times.done),
+        "ns_per_parameter": {key: value / count * 1e9 for key, value in summarize(times.done).items()},
+        "host_seconds": summarize(times.returned),
+        "first_seconds": first,
         "state_bytes_per_parameter": state_bytes / count,
         "transient_bytes": transient,
         "transient_bytes_per_parameter": transient / count,
         "aten_calls": calls,
         "final_is_finite": all(bool(p.isfinite().all()) for p in params.values()),
-        "seconds": times,
+        "seconds": times.done,
     }
+    if backend is not None:
+        result |= {"backend": backend[0], "backend_reason": backend[1]}
+    if device.type == "cuda":
+        result["queued_seconds"] = summarize(time_queued(step, repeats, seconds, device))
+        launches = cuda.record_launches(step, device)
+        result["launches"] = cuda.count_kernels(launches)
+        result["copies"] = len(launches) - result["launches"]
+    if graph:
+        del params, step, list_held  # room for another one
+        result |= measure_graph(entry, shapes, drawn, repeats, seconds)
+    return result
 
 
-def add_ratios(results: list[dict[str, Any]], bandwidth: float, itemsize: int) -> None:
-    """Compare medians with AdamW's, with the naive form's, and with the time that the memory traffic alone takes."""
-    medians = {result["name"]: result["ns_per_parameter"]["median"] for result in results}
+def measure_graph(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seconds: float) -> Result:
+    """`graph_seconds` (median, p10, p90) of the replay of a captured step, or `graph_error`."""
+    started = entry.start(make_params(shapes, drawn), capturable=drawn[0][0].device.type == "cuda")
+    try:
+        return {"graph_seconds": summarize(cuda.time_graph(started.step, repeats, seconds, drawn[0][0].device))}
+    except Exception as error:  # whatever stands in the way of a capture is the result
+        return {"graph_error": setting.write_error(error)}
+
+
+def measure_all(
+    entries: Iterable[Entry],
+    shapes: Shapes,
+    drawn: Drawn,
+    limit: float,
+    report: Callable[[str], None],
+    **options: Any,
+) -> tuple[list[Result], list[dict[str, str]]]:
+    """Measure one entry after the other; one that fails, or whose state is too large, is told and left out.
+
+    Args:
+        limit: bytes of state.
+        report: is told what is left out, and why.
+        options: of `measure`.
+    Returns:
+        The results, and name, reason and kind ("limit" or "error") of what was left out.
+    """
+    results: list[Result] = []
+    skipped: list[dict[str, str]] = []
+    count = sum(map(prod, shapes.values()))
+    for entry in entries:
+        size = entry.state_bytes * count
+        reason, kind = "", "limit"
+        if size > limit:
+            reason = f"its state takes about {size / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB (--state-limit)"
+        else:
+            try:
+                results.append(measure(entry, shapes, drawn, **options))
+            except Exception as error:  # the others are measured all the same
+                reason, kind = setting.write_error(error), "error"
+        if reason:
+            report(f"{entry.name} {'skipped' if kind == 'limit' else 'failed'}: {reason}")
+            skipped.append({"name": entry.name, "kind": kind, "reason": reason})
+        elif not results[-1]["final_is_finite"]:
+            report(f"{entry.name}: not all parameters are finite at the end")
+        gc.collect()
+        if drawn[0][0].device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results, skipped
+
+
+def add_ratios(results: list[Result], bandwidth: float, itemsize: int, count: int) -> None:
+    """Compare medians with AdamW's, with the naive form's, and with the time that the memory traffic alone takes.
+
+    On a GPU those of steps that wait for each other, on the CPU those that are there.
+    """
+    medians = {result["name"]: take_seconds(result, count) for result in results}
     for result in results:
         own = medians[result["name"]]
-        floor = (3 * itemsize + 2 * result["state_bytes_per_parameter"]) / bandwidth * 1e9
-        result["over_adamw_foreach"] = own / medians[FOREACH]
-        result["over_adamw_fused"] = own / medians[FUSED]
+        floor = count * (3 * itemsize + 2 * result["state_bytes_per_parameter"]) / bandwidth
+        for key, name in (("over_adamw_foreach", FOREACH), ("over_adamw_fused", FUSED)):
+            if name in medians:
+                result[key] = own / medians[name]
         result["over_memory_bound"] = own / floor
         other = medians.get(f"naive {result['rule']}")
         if other is not None and result["name"] == result["rule"]:
             result["faster_than_naive"] = other / own
 
 
-def read_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def take_seconds(result: Result, count: int) -> float:
+    """The median that ratios are made of: of queued steps where there are any."""
+    if "queued_seconds" in result:
+        return float(result["queued_seconds"]["median"])
+    return float(result["ns_per_parameter"]["median"]) * count * 1e-9
 
 
-def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+def list_columns(count: int) -> list[tuple[str, Callable[[Result], str]]]:
+    """Heads and contents; a column without any content is left out."""
+
+    def write(key: str, factor: float = 1.0) -> Callable[[Result], str]:
+        def get(r: Result) -> str:
+            value = r.get(key)
+            value = value["median"] if isinstance(value, dict) else value
+            return write_figure(None if value is None else factor * value)
+
+        return get
+
+    def write_spread(r: Result) -> str:
+        return " - ".join(write_figure(r["ns_per_parameter"][key]) for key in ("p10", "p90"))
+
+    return [
+        ("", lambda r: r["name"]),
+        ("ns/\nparam", write("ns_per_parameter")),
+        ("p10 - p90", write_spread),
+        ("re-\npeats", lambda r: str(r["repeats"])),
+        ("queued\nns/param", write("queued_seconds", 1e9 / count)),
+        ("graph\nns/param", write("graph_seconds", 1e9 / count)),
+        ("host\nms", lambda r: write("host_seconds", 1e3)(r) if "queued_seconds" in r else ""),
+        ("/ AdamW\nforeach", write("over_adamw_foreach")),
+        ("/ AdamW\nfused", write("over_adamw_fused")),
+        ("/ memory\nbound", write("over_memory_bound")),
+        ("x faster\nthan naive", write("faster_than_naive")),
+        ("state\nB/param", lambda r: f"{r['state_bytes_per_parameter']:.2f}"),
+        ("transient\nB/param", lambda r: f"{r['transient_bytes_per_parameter']:.3f}"),
+        ("transient\nMiB", lambda r: f"{r['transient_bytes'] / 2**20:.2f}"),
+        ("ATen\ncalls", lambda r: str(r["aten_calls"])),
+        ("laun-\nches", lambda r: str(r.get("launches", ""))),
+        ("first\nstep, s", write("first_seconds")),
+        ("back-\nend", lambda r: r.get("backend", "")),
+    ]
 
 
-def describe_shapes(shapes: Shapes) -> str:
-    """Each shape with how often it occurs, the larger ones first."""
-    counts = Counter(shapes.values())
-    largest_first = sorted(counts, key=prod, reverse=True)
-    return ", ".join(f"{counts[shape]} of {'x'.join(map(str, shape)) or 'scalar'}" for shape in largest_first)
-
-
-def write_figure(x: float) -> str:
-    """Three digits, more before the point."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def make_table(results: list[dict[str, Any]]) -> Table:
+def make_table(results: list[Result], count: int) -> Table:
     """One row per entry."""
-    table = Table(title="one optimizer step", title_justify="left", box=box.SIMPLE_HEAD)
-    for head in HEADS:
-        table.add_column(head, justify="right" if head else "left", no_wrap=True)
-    for r in results:
-        ns = r["ns_per_parameter"]
-        table.add_row(
-            r["name"],
-            write_figure(ns["median"]),
-            f"{write_figure(ns['p10'])} - {write_figure(ns['p90'])}",
-            str(r["repeats"]),
-            *(write_figure(r[f"over_{key}"]) for key in ("adamw_foreach", "adamw_fused", "memory_bound")),
-            write_figure(r["faster_than_naive"]) if "faster_than_naive" in r else "",
-            f"{r['state_bytes_per_parameter']:.2f}",
-            f"{r['transient_bytes_per_parameter']:.3f}",
-            f"{r['transient_bytes'] / 2**20:.2f}",
-            str(r["aten_calls"]),
-        )
+    columns = [(head, get) for head, get in list_columns(count) if any(map(get, results))]
+    table = setting.start_table("one optimizer step", [head for head, _ in columns])
+    for result in results:
+        table.add_row(*(get(result) for _, get in columns))
     return table
+
+
+def tell_graphs(results: list[Result], report: Callable[[str], None]) -> None:
+    """Say why a step could not be captured."""
+    for result in results:
+        if "graph_error" in result:
+            report(f"{result['name']}: no CUDA graph: {result['graph_error']}")
+
+
+def describe_model(name: str) -> str:
+    """Its name, number of parameters and shapes."""
+    shapes = MODELS[name]
+    count = sum(map(prod, shapes.values()))
+    return f"{name}, {count / 1e6:.4g} M parameters in {len(shapes)} tensors: {setting.describe_shapes(shapes)}"
 
 
 @click.command()
@@ -281,6 +232,9 @@ def make_table(results: list[dict[str, Any]]) -> Table:
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(min=MIN_REPEATS))
 @click.option("--seconds", default=20.0, show_default=True, help=f"No repeat after these, but for {MIN_REPEATS}.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of parameters.")
+@click.option("--state-dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the rules' state, if given.")
+@click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch", "triton"]))
+@click.option("--graph", is_flag=True, help="Time the replay of a CUDA graph of the step, too.")
 @click.option("--device", "where", default="cpu", show_default=True)
 @click.option("--state-limit", type=float, help="GB of state to skip a rule at.  [default: 60 % of the memory]")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
@@ -293,6 +247,9 @@ def step(
     repeats: int,
     seconds: float,
     dtype: str,
+    state_dtype: str | None,
+    backend: str,
+    graph: bool,
     where: str,
     state_limit: float | None,
     file: Path | None,
@@ -300,41 +257,39 @@ def step(
     """Time and memory of a whole optimizer step: rules, AdamW, and rules done the naive way."""
     torch.set_num_threads(threads)
     device, shapes, kind = torch.device(where), MODELS[model], DTYPES[dtype]
+    if graph and device.type != "cuda":
+        raise click.UsageError(f"--graph needs a CUDA device, not {device}: add --device cuda.")
     rules = rules or tuple(RULES)
     naives = () if no_naive else naives or tuple(name for name in rules if name in naive.UPDATES)
     count = sum(map(prod, shapes.values()))
-    limit = 0.6 * read_memory(device) if state_limit is None else state_limit * 1e9
+    limit = 0.6 * setting.read_memory(device) if state_limit is None else state_limit * 1e9
+    options: dict[str, Any] = {"backend": backend}
+    if state_dtype is not None:
+        options["state_dtype"] = DTYPES[state_dtype]
     drawn = draw(shapes, kind, device)
     bandwidth = measure_bandwidth(device)
-    setting = {
-        "model": f"{model}, {count / 1e6:.4g} M parameters in {len(shapes)} tensors: {describe_shapes(shapes)}",
+    told = {
+        "model": describe_model(model),
         "dtype": dtype,
-        "device": describe_device(device),
+        "state dtype": state_dtype or "the rules' own",
+        "backend": backend,
+        "device": setting.describe_device(device),
         "threads": threads,
         "memory bandwidth": f"{bandwidth / 1e9:.3g} GB/s",
-        "lopt": lopt.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print("\n".join(f"{key} {value}" for key, value in setting.items()), highlight=False)
-    results, skipped = [], []
-    for entry in list_entries(rules, naives):
-        if entry.state_bytes * count > limit:
-            reason = (
-                f"its state takes about {entry.state_bytes * count / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
-            )
-            console.print(f"{entry.name} skipped: {reason} (--state-limit)", highlight=False)
-            skipped.append({"name": entry.name, "reason": reason})
-            continue
-        results.append(measure(entry, shapes, drawn, repeats, seconds))
-        gc.collect()
-        if not results[-1]["final_is_finite"]:
-            console.print(f"{entry.name}: not all parameters are finite at the end", highlight=False)
-    add_ratios(results, bandwidth, kind.itemsize)
-    console.print(make_table(results))
-    if file is not None:
-        setting |= {"shapes": list(map(list, shapes.values())), "bytes_per_second": bandwidth, "seed": SEED}
-        command = ["python", "-m", "bench", *sys.argv[1:]]
-        content = {"command": command, "setting": setting, "results": results, "skipped": skipped}
-        file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    } | setting.list_versions()
+    console = setting.make_console()
+    setting.print_setting(console, told)
+
+    def report(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    entries = list_entries(rules, naives, **options)
+    results, skipped = measure_all(entries, shapes, drawn, limit, report, repeats=repeats, seconds=seconds, graph=graph)
+    add_ratios(results, bandwidth, kind.itemsize, count)
+    console.print(make_table(results, count))
+    tell_graphs(results, report)
+    told |= {"shapes": list(map(list, shapes.values())), "bytes_per_second": bandwidth, "seed": SEED}
+    setting.write_json(file, {"setting": told, "results": results, "skipped": skipped})
+    failed = [entry["name"] for entry in skipped if entry["kind"] == "error"]
+    if failed:
+        raise click.ClickException(f"not measured: {', '.join(failed)}, see above.")

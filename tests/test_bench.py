@@ -14,7 +14,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from bench import naive
+import lopt
+from bench import entries, naive
 from bench.__main__ import cli
 from bench.memory import measure_allocations
 from bench.models import MODELS
@@ -87,6 +88,54 @@ def test_rule_with_too_large_a_state_is_skipped_with_the_reason(run: Run) -> Non
     assert [entry["name"] for entry in found["skipped"]] == ["lstm"]
 
 
+def test_step_tells_what_the_first_step_took_and_what_computes_it(run: Run) -> None:
+    for entry in run[1]["results"]:
+        assert entry["first_seconds"] > 0
+        assert entry["host_seconds"]["median"] <= entry["ns_per_parameter"]["median"] * 920e-9
+        assert ("backend" in entry) == (entry["name"] == entry["rule"])
+    assert run[1]["results"][-1]["backend"] == "torch"
+
+
+def test_step_measures_the_others_where_one_rule_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr(RULES["sgd"], "__init__", fail)
+    monkeypatch.setattr(entries, "estimate_state_bytes", lambda *_: 0.0)
+    file = tmp_path / "step.json"
+    options = ["--model", "tiny", "--repeats", "3", "--rule", "sgd", "--rule", "adam", "--json", str(file)]
+    result = CliRunner().invoke(cli, ["step", *options])
+    assert result.exit_code == 1
+    assert "sgd failed: RuntimeError: no such" in result.output
+    found = json.loads(file.read_text())
+    assert [entry["name"] for entry in found["results"]] == ["torch AdamW foreach", "torch AdamW fused", "adam"]
+    assert found["skipped"] == [{"name": "sgd", "kind": "error", "reason": "RuntimeError: no such"}]
+
+
+def test_graph_is_refused_without_a_gpu() -> None:
+    result = CliRunner().invoke(cli, ["step", "--graph"])
+    assert result.exit_code == 2
+    assert "--graph needs a CUDA device" in result.output
+
+
+def test_entry_of_a_rule_hands_the_optimizer_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Optimizer(LearnedOptimizer):
+        def __init__(self, params: Any, rule: Any, *, state_dtype: Any, **options: Any) -> None:
+            seen.update(options, state_dtype=state_dtype)
+            super().__init__(params, rule, **options)
+
+    monkeypatch.setattr(lopt, "LearnedOptimizer", Optimizer)
+    entry = entries.make_rule_entry("lstm", "bfloat16", backend="torch", state_dtype=torch.bfloat16)
+    assert entry.name == "lstm bfloat16"
+    assert entry.state_bytes == entries.estimate_state_bytes("lstm") / 2
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    entry.start({"p": p}).step()
+    assert seen == {"backend": "torch", "capturable": False, "num_steps": 1000, "state_dtype": torch.bfloat16}
+
+
 def test_step_knows_what_rules_to_name_when_asked_for_an_unknown_one() -> None:
     result = CliRunner().invoke(cli, ["step", "--rule", "nope"])
     assert result.exit_code == 2
@@ -96,8 +145,16 @@ def test_step_knows_what_rules_to_name_when_asked_for_an_unknown_one() -> None:
 
 def test_model_shapes_are_those_of_the_named_models() -> None:
     counts = {name: sum(torch.Size(shape).numel() for shape in shapes.values()) for name, shapes in MODELS.items()}
-    assert counts == {"mlp": 9_457_162, "vit": 86_567_656, "tiny": 920}
-    assert len(MODELS["vit"]) == 152
+    assert counts == {
+        "mlp": 9_457_162,
+        "resnet50": 25_557_032,
+        "vit": 86_567_656,
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "tiny": 920,
+    }
+    tensors = {"resnet50": 161, "vit": 152, "gpt2": 148, "gpt2-medium": 292}
+    assert {name: len(MODELS[name]) for name in tensors} == tensors
 
 
 # -- transient memory --------------------------------------------------------------------------------------------------
