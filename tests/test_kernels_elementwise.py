@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from lopt_kernels import OPS, Op
-from lopt_kernels.apply import Terms, draw_bits
+from lopt_kernels.apply import Items, Terms, draw_bits, make_items
 from lopt_kernels.segments import Segment, Segments, by_elements
 from torch import Tensor
 
@@ -56,9 +56,12 @@ class Group(NamedTuple):
     buffers: list[Tensor]
 
     def segments(self, op: Op) -> Segments:
-        rows = zip(self.params, self.grads, self.states, strict=True)
-        made = [Segment((p, g, *s), (p.numel(),), i % 2) for i, (p, g, s) in enumerate(rows)]
+        rows = zip(self.params, self.states, strict=True)
+        made = [Segment((p, *s), (p.numel(),), i, i % 2) for i, (p, s) in enumerate(rows)]
         return Segments(made, by_elements(op.block))
+
+    def items(self, seeds: Tensor | None = None) -> Items:
+        return make_items(self.grads, self.terms, self.live, self.steps, seeds)
 
     def clone(self) -> Group:
         """The same numbers in other memory."""
@@ -113,10 +116,10 @@ def draw_group(
     return group.clone()
 
 
-def run(op: Op, group: Group, **options: Any) -> Group:
+def run(op: Op, group: Group, seeds: Tensor | None = None, **options: Any) -> Group:
     """One launch over all of the group, in place."""
     assert op.launch_segments is not None
-    op.launch_segments(group.segments(op), group.weights, group.terms, group.live, group.steps, **options)
+    op.launch_segments(group.segments(op), group.weights, group.items(seeds), **options)
     return group
 
 
@@ -295,14 +298,18 @@ def test_reference_equals_lopts_rule_under_its_own_apply(op: Op, maximize: bool,
 # --- the table ---
 
 
-def test_table_matches_until_an_address_a_size_or_a_slot_changes() -> None:
-    x, y = torch.zeros(8), torch.zeros(8)
-    kept = [Segment((x,), (8,)), Segment((y,), (8,))]
-    segments = Segments(kept, by_elements(4))
-    assert segments.num_blocks == 4
-    assert segments.matches([Segment((x,), (8,)), Segment((y,), (8,))])
-    changes = [[kept[0]], kept[::-1], [kept[0], Segment((y,), (7,))], [kept[0], Segment((y,), (8,), 1)]]
-    assert not any(segments.matches(change) for change in changes)
+def test_segments_of_one_parameter_share_its_numbers() -> None:
+    op = OPS["adamw"]
+    group = draw_group(op, [6])
+    want = run(op, group.clone())
+    tensors = group.tensors(0)
+    halves = [Segment(tuple(t[part] for t in tensors), (3,)) for part in (slice(3), slice(3, 6))]
+    grads = [group.grads[0]]
+    assert op.launch_segments is not None
+    for half, grad in zip(halves, (grads[0][:3], grads[0][3:]), strict=True):
+        items = group.items()._replace(grads=torch.tensor([grad.data_ptr()], device=DEVICE), align=1)
+        op.launch_segments(Segments([half], by_elements(op.block)), group.weights, items)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, want.tensors(0), strict=True))
 
 
 def test_table_knows_what_is_aligned() -> None:

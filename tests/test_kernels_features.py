@@ -7,22 +7,19 @@ import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import lopt_kernels
 import pytest
 import torch
-from lopt_kernels import GROUP_OPS, accumulate, apply, features, lines, mlp
+from lopt_kernels import GROUP_OPS, accumulate, apply, clock, features, fold, lines, mlp, moments, scaled_move
 from lopt_kernels.accumulate import Accumulated
 from lopt_kernels.features import Family, Tensors
 from lopt_kernels.mlp import MLPWeights, Plan, Shape
 from lopt_kernels.segments import Segments
-from torch import Tensor, nn
-
-from lopt.optim import LearnedOptimizer
-from lopt.rules import RULES, Clock, Elements, Rule, find_layout
-from lopt.rules.base import count_elements
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -50,11 +47,6 @@ def draw_group(family: Family, dtype: torch.dtype = torch.float32, shapes: Any =
     return features.draw_group(shapes, family, torch.Generator().manual_seed(0), dtype, DEVICE)
 
 
-def draw_decays(family: Family) -> Tensor:
-    momenta = [0.1, 0.9, 0.99, 0.999, 0.5, 0.95]  # the first one is on the other side of torch.lerp's formula
-    return torch.tensor([*momenta[: family.momenta], 0.999, 0.9, 0.99, 0.999], device=DEVICE)
-
-
 def assert_close(got: Tensor | None, want: Tensor | None, tolerance: float) -> None:
     assert (got is None) == (want is None)
     if got is not None and want is not None:
@@ -77,7 +69,36 @@ def is_untouched(buffer: Tensor) -> bool:
 def take_weights(weights: MLPWeights, group: list[Tensors]) -> list[MLPWeights]:
     """Each parameter's rows."""
     counts = [t.groups for t in group]
-    return [MLPWeights(*rows) for rows in zip(*(w.split(counts) for w in weights), strict=True)]
+    rows = zip(*(w.split(counts) for w in (weights.first, weights.bias, weights.gain)), strict=True)
+    return [MLPWeights(first, bias, weights.rest, gain) for first, bias, gain in rows]
+
+
+def draw_decays(family: Family) -> Tensor:
+    return features.draw_decays(family, DEVICE)
+
+
+def divided(t: Tensors) -> list[Tensors]:
+    """`t` `[3, 5, 2, 2]`, normalised in groups of trailing and of inner positions, and with other axes."""
+    (like,) = draw_group(FAMILIES["celo"], shapes=[(5, 2, 3, 2)])  # its lines have the sizes of axes (1, 3)
+    assert like.first is not None
+    assert like.second is not None
+    assert like.first_scale is not None
+    assert like.second_scale is not None
+    names = ("first", "second", "first_scale", "second_scale")
+    sizes = {"first": (3, 3, 5, 2, 1), "second": (3, 3, 1, 2, 2)}
+    drawn = {name: getattr(like, name).flatten() for name in names}
+    lines = {name: drawn[name][: prod(size)].view(size) for n, size in sizes.items() for name in (n, f"{n}_scale")}
+    other = t._replace(axes=(1, 3), rows=1, groups=4, **lines)
+    return [t._replace(groups=4), t._replace(groups=2, inner=2), other]
+
+
+def advance(t: Tensors, family: Family) -> Tensors:
+    """`t` after the launches on accumulators."""
+    terms, decays = apply.sample_terms(DEVICE), draw_decays(family)
+    if t.axes is not None and family.factored:
+        t = t._replace(**lines.reference(t, decays, terms, family)._asdict())
+    new = accumulate.reference(t, decays, terms, family)
+    return t._replace(m=new.m, v=new.v, first=t.first if new.averages is None else new.averages)
 
 
 # --- each pass ---
@@ -88,15 +109,19 @@ def test_group_ops_are_registered_under_their_own_names() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-def test_line_means_equal_reference(dtype: torch.dtype) -> None:
-    family = FAMILIES["celo"]
-    group = [t for t in draw_group(family, dtype, [(7, 33), (9, 1), (3, 5, 2, 2), (lines.CHUNK + 3, 2)]) if t.axes]
-    group.append(group[2]._replace(axes=(1, 3)))
-    group.append(group[2]._replace(axes=(0, 2)))
-    group += draw_group(family, dtype, [(4, 0), (0, 3)])
+def test_lines_equal_reference(dtype: torch.dtype) -> None:
+    family, decays = FAMILIES["celo"], draw_decays(FAMILIES["celo"])
+    shapes = [(7, 33), (9, 1), (3, 5, 2, 2), (lines.CHUNK + 3, 2), (2, lines.LENGTH + 1), (4, 0), (0, 3)]
+    group = draw_group(family, dtype, shapes)
+    for axes in ((1, 3), (0, 2)):
+        (t,) = draw_group(family, dtype, [(3, 5, 2, 2)])
+        first, second = ([3, *(1 if i == axis else n for i, n in enumerate(t.p.shape))] for axis in axes[::-1])
+        averages = [torch.rand(shape, generator=torch.Generator().manual_seed(1)) for shape in (first, second)]
+        group.append(t._replace(axes=axes, first=averages[0].to(DEVICE), second=averages[1].to(DEVICE)))
+    group += [t._replace(rows=1) for t in group]
     terms = apply.sample_terms(DEVICE)
-    for t, means in zip(group, lines.launch(group, terms, family), strict=True):
-        for got, want in zip(means, lines.reference(t, terms, family), strict=True):
+    for t, made in zip(group, lines.launch(group, decays, terms, family), strict=True):
+        for got, want in zip(made, lines.reference(t, decays, terms, family), strict=True):
             assert_close(got, want, TOLERANCE)
 
 
@@ -107,7 +132,7 @@ def test_line_means_equal_reference(dtype: torch.dtype) -> None:
 def test_accumulators_and_sums_equal_reference(name: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
     group, decays, terms = draw_group(family, dtype), draw_decays(family), apply.sample_terms(DEVICE)
-    group.append(group[5]._replace(groups=4))
+    group += divided(group[5]) if family.factored else []
     launched = accumulate.launch(group, decays, terms, family, tile=(BLOCK, STEPS))
     for t, new in zip(group, launched, strict=True):
         want = accumulate.reference(t, decays, terms, family)
@@ -130,7 +155,7 @@ def make_plan(shape: Shape, precision: str = "ieee") -> Plan:
 @pytest.mark.parametrize("delta", [False, True])
 def test_mlp_equals_reference(family: Family, shape: Shape, delta: bool) -> None:
     group, terms = draw_group(family), apply.sample_terms(DEVICE)
-    group.append(group[5]._replace(groups=4))
+    group += divided(group[5]) if family.factored else []
     weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
     launched = mlp.launch(group, weights, terms, family, shape, make_plan(shape), delta=delta)
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
@@ -156,6 +181,51 @@ def test_mlp_rounds_a_parameter_once(dtype: torch.dtype) -> None:
         assert_close(got, mlp.reference(t, own, terms, family, shape), ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_fold_equals_reference(name: str) -> None:
+    family = FAMILIES[name]
+    group, terms, decays = draw_group(family), apply.sample_terms(DEVICE), draw_decays(family)
+    group += divided(group[5]) if family.factored else []
+    sample = fold.sample(0, torch.Generator().manual_seed(2), torch.float32, DEVICE, family, Shape(hidden=17, layers=2))
+    sums = [accumulate.reference(t, decays, terms, family).squares for t in group]
+    given = sample | {"group": group, "sums": sums, "steps": torch.arange(len(group), device=DEVICE) * 7}
+    given |= {"factor": torch.linspace(-1, 2, len(group), device=DEVICE)}
+    for i, got in enumerate(fold.launch(**given)):
+        want = fold.reference(
+            *(sums[i], group[i], given["weights"][0], given["steps"][i : i + 1], given["factor"][i : i + 1]),
+            *(family, given["shape"], given["network"]),
+        )
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b.contiguous(), TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_clock_equals_reference(dtype: torch.dtype) -> None:
+    for size in (0, 1, 4 * clock.BLOCK + 5):
+        given = clock.sample(size, torch.Generator().manual_seed(0), dtype, DEVICE)
+        for found_inf in (None, 0.0, 1.0):
+            scaler = None if found_inf is None else torch.tensor([found_inf], device=DEVICE)
+            got, want = clock.launch(**given, found_inf=scaler), clock.reference(**given, found_inf=scaler)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_moments_equal_reference(dtype: torch.dtype) -> None:
+    group = draw_group(FAMILIES["velo"], dtype, [(1,), (7, 33), (0,), (2, moments.BLOCK * moments.STEPS)])
+    for t, got in zip(group, moments.launch(group), strict=True):
+        torch.testing.assert_close(got, moments.reference(t), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(("shape", "groups", "inner"), [((), 1, 1), ((0,), 1, 1), ((5, 6), 3, 2), ((3, 900), 1, 1)])
+def test_scaled_move_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], groups: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, delta = torch.randn((2, *shape), generator=generator).to(DEVICE)
+    terms, p = apply.sample_terms(DEVICE), p.to(dtype)
+    got = scaled_move.launch(p, delta, terms, 0.3, groups, inner)
+    assert_close(got, scaled_move.reference(p, delta, terms, 0.3, groups, inner), ROUNDING[dtype])
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -176,14 +246,19 @@ def test_plan_names_what_the_mlp_kernel_cannot_take(shape: Shape, message: str) 
 def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live: Tensor | None = None) -> list[Tensor]:
     """The sums, and parameters and accumulators after the launches in place; weights that suit the group as `drawn`."""
     shape, tile = Shape(hidden=1), (BLOCK, STEPS)
-    parts = [part for t in group for part in features.make_segments(t, BLOCK)]
-    segments = Segments(parts, features.by_tiles(*tile))
-    live = torch.ones(len(parts), dtype=torch.bool, device=DEVICE) if live is None else live
+    segments = Segments(
+        [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)], features.by_tiles(*tile)
+    )
     one = apply.sample_terms(DEVICE)
-    terms = apply.Terms(*(x.expand(len(parts)).contiguous() for x in one))
+    terms = apply.Terms(*(x.expand(len(group)).contiguous() for x in one))
+    items = apply.make_items([t.g for t in group], terms, live)
+    matrices = [(i, t) for i, t in enumerate(group) if t.axes is not None and family.factored]
+    if matrices:
+        lines.launch_segments(lines.make_lines(matrices), draw_decays(family)[None], items, family)
+    drawn = [advance(t, family) for t in drawn]
     weights = mlp.draw_weights(drawn, one, family, shape, torch.Generator().manual_seed(1))
-    sums = accumulate.launch_segments(segments, draw_decays(family)[None], terms, live, family, tile=tile)
-    mlp.launch_segments(segments, weights, terms, live, family, shape, make_plan(shape))
+    sums = accumulate.launch_segments(segments, draw_decays(family)[None], items, family, tile=tile)
+    mlp.launch_segments(segments, weights, items, family, shape, make_plan(shape))
     return [sums, *(x for t in group for x in (t.p, t.m, t.v, t.first) if x is not None)]
 
 
@@ -233,169 +308,6 @@ def test_nan_stays_in_its_tensor() -> None:
     assert changed == [i in range(4, 8) for i in range(12)]  # p, m, v, first of the second of three
     assert copies[1].m[:, 2].isnan().all()
     assert copies[1].p.isnan().tolist() == [False, False, True, False, False]  # of these weights, NaN or not
-
-
-# --- a rule's steps ---
-
-
-class Grouped:
-    """A rule's steps by the kernels, with the rule's own folds between them."""
-
-    def __init__(self, rule: Any, params: list[Tensor]) -> None:
-        self.rule, self.family = rule, FAMILIES[rule.name]
-        hidden = rule.widths[1:-1]
-        self.shape = Shape(hidden[0], len(hidden), rule.widths[-1], rule.exp_mult if rule.widths[-1] > 1 else 0.0)
-        self.plan = make_plan(self.shape)
-        self.layouts = [find_layout(tuple(p.shape)) for p in params]
-        self.params = [p.view(layout.shape) for p, layout in zip(params, self.layouts, strict=True)]
-        self.accs = [rule.init_accumulators(p, x) for p, x in zip(self.params, self.layouts, strict=True)]
-
-    def describe(self, i: int, g: Tensor) -> Tensors:
-        """One parameter; lines in the order of their axes in memory."""
-        layout, acc = self.layouts[i], self.accs[i]
-        t = Tensors(self.params[i], g.reshape(layout.shape).contiguous(), acc["m"], acc.get("v"))
-        axes = self.rule.norm_axes(layout) if self.family.factored else layout.axes
-        t = t._replace(groups=t.p.numel() // count_elements(axes, layout))
-        if layout.factored is not None and self.family.factored:
-            one, two = sorted(axis % layout.ndim for axis in layout.factored)
-            names = self.name_lines(i)
-            averages, scales = ([acc[name + end] for name in names] for end in ("s", "_scale"))
-            return t._replace(
-                axes=(one, two),
-                first=averages[0],
-                second=averages[1],
-                first_scale=scales[0],
-                second_scale=scales[1],
-            )
-        return t._replace(first=acc.get("averages"), second=acc.get("averages"))
-
-    def name_lines(self, i: int) -> tuple[str, str]:
-        """The rule's names, without ending, of the means over the later axis and over the earlier one."""
-        larger, smaller = self.layouts[i].factored or (0, 0)
-        return ("row", "col") if larger > smaller else ("col", "row")
-
-    def step(self, grads: list[Tensor], count: int, loss: Tensor, num_steps: int, lr: float, decay: float) -> None:
-        rule, indices = self.rule, range(len(self.params))
-        clock = Clock(torch.tensor(count), torch.tensor(num_steps))
-        ones = torch.ones(len(grads))
-        terms = apply.Terms(lr * ones, decay * rule.decay_scale * ones, ones)
-        means: list[dict[str, Tensor]] = [{} for _ in indices]
-        factored = [i for i in indices if self.layouts[i].factored is not None and self.family.factored]
-        if factored:
-            dummies = [self.accs[i] for i in factored]
-            for acc in dummies:
-                acc.update({f"{name}_scale": torch.ones_like(acc[f"{name}s"]) for name in ("row", "col")})
-            group = [self.describe(i, grads[i]) for i in factored]
-            views = lines.launch(group, apply.Terms(*(x[:1] for x in terms)), self.family)
-            for i, pair in zip(factored, views, strict=True):
-                means[i] = {f"{name}s": mean[None] for name, mean in zip(self.name_lines(i), pair, strict=True)}
-        own: list[dict[str, Tensor]] = [{} for _ in indices]
-        if rule.row_keys:
-            for i in indices:
-                e = Elements(grads[i].reshape(self.layouts[i].shape), self.params[i], self.accs[i], self.layouts[i])
-                for key, (value, axes) in rule.measure(e).sums.items():
-                    means[i].setdefault(key, value / count_elements(axes, self.layouts[i]))
-            rows = {key: torch.stack([acc[key] for acc in self.accs]) for key in rule.row_keys}
-            lifted = [{key: value[None] for key, value in mean.items()} for mean in means]
-            rows, shared = rule.fold_tensors(rows, lifted, self.layouts, loss[None], clock.map(lambda x: x[None]))
-            for i in indices:
-                self.accs[i].update({key: value[i] for key, value in rows.items()})
-                own[i] = {key: value[i] for key, value in shared.items()}
-        for i in factored:
-            acc, fields, _ = rule.fold_lines(means[i], self.accs[i], self.layouts[i])
-            self.accs[i].update({**acc, **fields})
-
-        group = [self.describe(i, grads[i]) for i in indices]
-        parts = [features.make_segments(t, BLOCK) for t in group]
-        segments = Segments([part for own in parts for part in own], features.by_tiles(BLOCK, STEPS))
-        counts = torch.tensor([len(part) for part in parts])
-        live = torch.ones(segments.num_segments, dtype=torch.bool)
-        every = apply.Terms(*(x.repeat_interleave(counts) for x in terms))
-        decays = torch.cat([d.flatten() for d in rule.decays()]) if self.family.factored else rule.decays
-        decays = nn.functional.pad(decays, (0, self.family.momenta + 4 - len(decays)))[None]
-        sums = accumulate.launch_segments(segments, decays, every, live, self.family, tile=(BLOCK, STEPS))
-
-        folded = [self.fold(i, x, clock, own[i]) for i, x in enumerate(sums.split(counts.tolist()))]
-        weights = MLPWeights(*(torch.cat(rows).contiguous() for rows in zip(*(w for w, _ in folded), strict=True)))
-        steps = [torch.empty_like(p) for p in self.params]
-        if rule.has("finish"):
-            parts = [features.make_segments(t, BLOCK, step) for t, step in zip(group, steps, strict=True)]
-            segments = Segments([part for own in parts for part in own], features.by_tiles(BLOCK, STEPS))
-        mlp.launch_segments(
-            segments, weights, every, live, self.family, self.shape, self.plan, delta=rule.has("finish")
-        )
-        if rule.has("finish"):
-            for i, p in enumerate(self.params):
-                delta, factor = rule.finish(steps[i], folded[i][1], self.layouts[i])
-                p.copy_(p - lr * decay * rule.decay_scale * p + lr * delta * factor)
-
-    def fold(self, i: int, sums: Tensor, clock: Clock, own: dict[str, Tensor]) -> tuple[MLPWeights, Any]:
-        """The weights `[groups, ...]` that the rule's `fold` makes of one parameter's sums `[groups, S]`."""
-        rule, layout, acc = self.rule, self.layouts[i], self.accs[i]
-        axes = rule.norm_axes(layout) if self.family.factored else layout.axes
-        kept = [1 if axis in axes else layout.shape[axis] for axis in layout.axes]
-        squares = (sums / count_elements(axes, layout)).T.reshape(-1, *kept)
-        elements, at = rule.slots(layout)[0], self.family.num_features
-        used = sum(len(range(rule.widths[0])[part]) for part in elements)
-        means = {"squares": squares[:used], "squares 0": squares[at:], "squares 1": squares[at:]}
-        if layout.factored is not None or not self.family.factored:
-            means = {"squares": means["squares"]}
-        _, fields, terms = rule.fold(means, acc, layout, clock, own)
-        (first, bias), *rest = terms.layers
-        pieces = [first, *terms.lines]
-        scales = [fields.get(key) for key in ("scale", "scale 0", "scale 1")]
-        groups = len(sums)
-        for j, piece in enumerate(pieces):
-            scale = scales[j]
-            each = piece.expand(groups, *piece.shape)
-            pieces[j] = each if scale is None else each * scale.reshape(len(scale), -1).T[:, None]
-        missing = at - pieces[0].shape[-1]
-        pieces[0] = nn.functional.pad(pieces[0], (0, missing))
-        if layout.factored is not None and self.name_lines(i) == ("col", "row"):
-            pieces[1:] = pieces[:0:-1]
-        whole = torch.cat(pieces, -1)
-        whole = nn.functional.pad(whole, (0, self.family.num_inputs - whole.shape[-1]))
-        flat = torch.cat([x.flatten() for layer in rest for x in layer])
-        gain = terms.gain.reshape(-1)[:1].expand(groups)
-        return MLPWeights(whole, bias.expand(groups, -1), flat.expand(groups, -1), gain), terms
-
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "small_fc": {"hidden": 16},  # on tensor cores
-    "celo": {"hidden": 2, "width": 2},
-    "mlp": {"hidden": 3},
-    "celo2_base": {"hidden": 3},
-    "velo": {"hidden": 1, "width": 2, "bank": 2},
-}
-LR = {"small_fc": 100.0, "celo": 1000.0, "mlp": 100.0, "celo2_base": 100.0, "velo": 100.0}  # steps of about 0.1
-
-
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_passes_between_the_rules_folds_make_its_steps(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rule: Rule = RULES[name](**CONFIGS[name])
-    with torch.no_grad():
-        for weight in rule.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    shapes = [(), (5,), (3, 20), (20, 3), (4, 3, 2, 2)]
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    scales = [torch.randn(shape, generator=generator).exp() for shape in shapes]
-    want = [nn.Parameter(p.clone()) for p in start]
-    got = [p.clone() for p in start]
-    lr, decay, num_steps = LR[name], 1e-3, 20
-    optimizer = LearnedOptimizer(want, rule, lr=lr, weight_decay=decay, num_steps=num_steps, backend="torch")
-    grouped = Grouped(optimizer.rule, got)
-    for count in range(3):
-        loss = torch.rand((), generator=generator)
-        grads = [torch.randn(s.shape, generator=generator) * s for s in scales]
-        for p, g in zip(want, grads, strict=True):
-            p.grad = g
-        optimizer.step(loss=loss)
-        with torch.no_grad():
-            grouped.step(grads, count, loss, num_steps, lr, decay)
-    for a, b, p in zip(got, want, start, strict=True):
-        assert (b - p).abs().max() > 1e-2
-        assert_close(a - p, b.detach() - p, TOLERANCE)
 
 
 # --- compilation ---

@@ -1,11 +1,11 @@
 """Momenta, second moments and vectors' averages in place, and the sums of squares of the features they make.
 
-Source: Metz et al. 2022, arXiv 2203.11860. Sums meet in a buffer of one row per program and are added up in a second
-launch, in a fixed order: two runs are equal bit for bit.
+Source: Metz et al. 2022, arXiv 2203.11860. Sums go to a buffer of one row per program; `fold` adds them up, in a fixed
+order: two runs are equal bit for bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: RUF005, SIM102 (Triton concatenates tuples, and tests constants apart from values)
+# ruff: noqa: RUF005, SIM102, SIM109 (Triton concatenates tuples, and tests constants apart from values)
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lopt_kernels import apply, features
-from lopt_kernels.apply import Terms
-from lopt_kernels.features import Family, Tensors
+from lopt_kernels.apply import Items, Terms
+from lopt_kernels.features import LINE_FEATURES, Family, Tensors
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
 
@@ -29,11 +29,11 @@ try:
     from lopt_kernels.features import (
         FIRST,
         FIRST_SCALE,
+        SECOND,
         SECOND_SCALE,
         STRIDED,
         VECTOR,
         WIDE,
-        G,
         M,
         P,
         V,
@@ -47,18 +47,16 @@ try:
         make_features,
         make_line_features,
     )  # fmt: skip
-    from lopt_kernels.segments import TRITON_TYPES, find_row, load_pointer
+    from lopt_kernels.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
 TILE = BLOCK, STEPS = 512, 16  # elements that a program takes at once, and how often at most
-SUM_ROWS = 64  # rows of the buffer that the second launch takes at once
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-SUM_OPTIONS = {"num_warps": 4}
 
 
 class Accumulated(NamedTuple):
-    """New accumulators of one parameter, and sums of squares `[groups, S]`, see `Family.num_sums`."""
+    """New accumulators of one parameter, and sums of squares of its inputs `[groups, I]`; see `Family.num_inputs`."""
 
     m: Tensor
     v: Tensor | None
@@ -70,6 +68,7 @@ def reference(t: Tensors, decays: Tensor, terms: Terms, family: Family, sanitize
     """One parameter's part of the launch; pure.
 
     Args:
+        t: the lines of a matrix are the new ones.
         decays: of momenta, second moment and factored moments, `[momenta + 4]`.
         terms: `[1]` each; the gradient's factor is used.
         sanitize: entries of g that are not finite count as 0.
@@ -83,37 +82,41 @@ def reference(t: Tensors, decays: Tensor, terms: Terms, family: Family, sanitize
         square = g.square() + features.SQUARE_EPS
         averages = torch.lerp(square, t.first, factored.reshape(-1, *[1] * g.ndim))
         t = t._replace(first=averages, second=averages)
-    x = features.element_features(g, t._replace(m=m, v=v), family)
-    if averages is not None:
-        x = torch.cat([x, features.line_features(averages)])
-    squares = x.square().reshape(len(x), -1, t.groups).sum(1).T
-    missing = family.num_sums - squares.shape[1]  # those that a vector has of its own
-    return Accumulated(m, v, averages, torch.nn.functional.pad(squares, (0, missing)))
+    x = features.all_features(t._replace(m=m, v=v), terms, family, sanitize)
+    return Accumulated(m, v, averages, x.square().sum(-1).T)
 
 
 if triton is not None:
 
     @triton.jit
     def _accumulate(
-        row, local, decays, scale, live, partial,
-        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
+        row, local, g_ptr, decays, scale, live, partial,
+        P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, S: tl.constexpr, SANITIZE: tl.constexpr,
+        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
-        p_ptr, g_ptr = load_pointer(row, P, P_TYPE, ALIGN), load_pointer(row, G, G_TYPE, ALIGN)
+        p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
         m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
-        averages_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
-        first_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
-        second_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
+        first_ptr, second_ptr = (
+            load_pointer(row, FIRST, tl.float32, ALIGN),
+            load_pointer(row, SECOND, tl.float32, ALIGN),
+        )
+        first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
+        second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
         numel, first_length, second_length = find_lengths(row, SIZES)
         start, stop, lane = find_tile(row, local, SIZES, KIND, BLOCK, STEPS)
-        columns = ()
+        # squares of what is an element's own here are summed lane by lane: all inputs but the lines of WIDE segments
+        COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
+        columns, of_columns = (), ()
         if KIND == WIDE_:  # the same for all rows
-            columns = load_several(second_ptr, lane, lane < second_length, second_length, 3)
-        sums = ()
-        for _ in tl.static_range(S):
+            columns = load_several(second_scale_ptr, lane, lane < second_length, second_length, 3)
+            of_columns = make_line_features(load_several(second_ptr, lane, lane < second_length, second_length, 3))
+        sums, row_sums = (), ()
+        for _ in tl.static_range(COUNT):
             sums = sums + (tl.zeros([BLOCK], tl.float32),)
+        for _ in tl.static_range(LINE_FEATURES_):
+            row_sums = row_sums + (tl.full((), 0.0, tl.float32),)
         for step in range(start, stop):
             at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, BLOCK)
             g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
@@ -127,147 +130,142 @@ if triton is not None:
             if FACTORED:
                 v = average(tl.load(v_ptr + at, mask, 0.0), g * g, tl.load(decays + MOMENTA))
                 tl.store(v_ptr + at, v, mask)
-                first = ()
-                for i in tl.static_range(3):
-                    if KIND == VECTOR_:
-                        old = tl.load(averages_ptr + i * numel + at, mask, 1.0)
+                first, second = (), columns
+                if KIND == VECTOR_:
+                    for i in tl.static_range(3):
+                        old = tl.load(first_ptr + i * numel + at, mask, 1.0)
                         new = average(old, g * g + SQUARE_EPS_, tl.load(decays + MOMENTA + 1 + i))
-                        tl.store(averages_ptr + i * numel + at, new, mask)
+                        tl.store(first_ptr + i * numel + at, new, mask)
                         first = first + (new,)
-                    elif KIND == WIDE_:
-                        at_row = tl.load(first_ptr + i * first_length + first_at, first_at < first_length, 0.0)
-                        first = first + (at_row,)
-                    else:
-                        first = first + (tl.load(first_ptr + i * first_length + first_at, mask, 0.0),)
-                second = columns
-                if KIND == STRIDED_:
-                    second = load_several(second_ptr, second_at, mask, second_length, 3)
-                elif KIND != WIDE_:
                     second = first
+                elif KIND == WIDE_:
+                    first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
+                else:
+                    first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
+                    second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
                 factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
             x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
             if KIND == VECTOR_:
-                x = x + make_line_features(first)
+                own = make_line_features(first)
+                x = x + own + own
+            elif KIND == STRIDED_:
+                x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
+                x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
+            elif KIND == WIDE_:
+                line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
+                row_sums = _add_squares(row_sums, make_line_features(line), LINE_FEATURES_)
             new_sums = ()
-            for k in tl.static_range(S):
-                if k < F or KIND == VECTOR_:
-                    new_sums = new_sums + (sums[k] + tl.where(mask, x[k] * x[k], 0.0),)
-                else:
-                    new_sums = new_sums + (sums[k],)
+            for k in tl.static_range(COUNT):
+                new_sums = new_sums + (sums[k] + tl.where(mask, x[k] * x[k], 0.0),)
             sums = new_sums
-        for k in tl.static_range(S):
+        for k in tl.static_range(COUNT):
             tl.store(partial + k, tl.sum(sums[k]))
+        if KIND == WIDE_:
+            inside = lane < second_length
+            lanes, rows = tl.sum(inside.to(tl.float32)), (stop - start).to(tl.float32)
+            for k in tl.static_range(LINE_FEATURES_):
+                tl.store(partial + F + k, row_sums[k] * lanes)
+                of_column = tl.where(inside, of_columns[k] * of_columns[k], 0.0)
+                tl.store(partial + F + LINE_FEATURES_ + k, tl.sum(of_column) * rows)
+
+    @triton.jit
+    def _add_squares(sums, x, COUNT: tl.constexpr):
+        result = ()
+        for k in tl.static_range(COUNT):
+            result = result + (sums[k] + x[k] * x[k],)
+        return result
 
     WIDE_, STRIDED_, VECTOR_ = (tl.constexpr(x) for x in (WIDE, STRIDED, VECTOR))
     NUM_KINDS_ = tl.constexpr(features.NUM_KINDS)
     SQUARE_EPS_ = tl.constexpr(features.SQUARE_EPS)
+    LINE_FEATURES_ = tl.constexpr(LINE_FEATURES)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
+    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts", "grads"])
     def _accumulate_kernel(
         table,  # int64 [n, COLUMNS]: see features.make_segments
         starts,  # int64 [n + 1]
         num_segments,  # n
-        grad_scale_ptr,  # [n]
-        live_ptr,  # [n]
+        grads,  # [items], as the next two
+        grad_scale_ptr,
+        live_ptr,
         decays_ptr,  # [K, MOMENTA + 4]
-        partial_ptr,  # [blocks, S]
+        partial_ptr,  # [blocks, I]
         KINDS: tl.constexpr,  # a bit for each kind of segment that there is
         COLUMNS: tl.constexpr,
-        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr,
+        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, S: tl.constexpr, SANITIZE: tl.constexpr,
+        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
-        segment, row, local = find_row(table, starts, num_segments, block, COLUMNS)
-        kind = tl.load(row + SIZES + 1)
-        scale, live = tl.load(grad_scale_ptr + segment), tl.load(live_ptr + segment)
-        decays = decays_ptr + tl.load(row + COLUMNS - 1) * (MOMENTA + 4)
-        partial = partial_ptr + block.to(tl.int64) * S
+        _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
+        kind, item = tl.load(row + SIZES + 1), load_item(row, COLUMNS)
+        g_ptr = load_pointer(grads + item, 0, G_TYPE, G_ALIGN)
+        scale, live = tl.load(grad_scale_ptr + item), tl.load(live_ptr + item)
+        decays = decays_ptr + load_slot(row, COLUMNS) * (MOMENTA + 4)
+        partial = partial_ptr + block.to(tl.int64) * INPUTS
         for k in tl.static_range(NUM_KINDS_):
             if KINDS & (1 << k):
                 if kind == k:
                     _accumulate(
-                        row, local, decays, scale, live, partial, P_TYPE, G_TYPE, ALIGN, SIZES, k, MOMENTA, FACTORED,
-                        CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, S, SANITIZE, BLOCK, STEPS,
+                        row, local, g_ptr, decays, scale, live, partial, P_TYPE, ALIGN, SIZES, k, MOMENTA, FACTORED,
+                        CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, BLOCK, STEPS,
                     )  # fmt: skip
-
-    @triton.jit
-    def _sum_kernel(
-        partial_ptr,  # [blocks, S]
-        starts,  # [n + 1]
-        sums_ptr,  # [n, S]
-        S: tl.constexpr,
-        PADDED: tl.constexpr,  # S to a power of two
-        ROWS: tl.constexpr,
-    ):
-        segment = tl.program_id(0).to(tl.int64)
-        first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
-        column = tl.arange(0, PADDED)
-        total = tl.zeros([ROWS, PADDED], tl.float32)
-        for start in range(first, last, ROWS):
-            block = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (block < last)[:, None] & (column < S)
-            total += tl.load(partial_ptr + (block * S)[:, None] + column, mask, 0.0)
-        tl.store(sums_ptr + segment * S + column, tl.sum(total, axis=0), column < S)
 
 
 def launch_segments(
     segments: Segments,
     decays: Tensor,
-    terms: Terms,
-    live: Tensor,
+    items: Items,
     family: Family,
     sanitize: bool = False,
     kinds: int = features.ALL_KINDS,
     tile: tuple[int, int] = TILE,
 ) -> Tensor:
-    """`reference` for all segments in two launches; accumulators in place.
+    """`reference` for all segments in one launch; accumulators in place.
 
     Args:
-        segments: of `features.make_segments(tensors, tile[0])`, cut by `features.by_tiles(*tile)`.
-        decays: float32 `[K, momenta + 4]`, rows for the segments' indices.
-        terms: float32 `[n]` each.
-        live: bool `[n]`; a segment that is not live is not written, its sums are 0.
+        segments: of `features.make_segments(tensors, item, tile[0])`, cut by `features.by_tiles(*tile)`.
+        decays: float32 `[K, momenta + 4]`, rows for the segments' slots.
+        items: of what is not live nothing is written, and its sums mean nothing.
         sanitize: see `reference`.
         kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
         tile: elements that a program takes at once, and how often at most.
     Returns:
-        Sums `[n, S]`.
+        Sums of each block `[blocks, I]`, for `fold`, which adds them up in a fixed order.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
-    apply.check_launch("accumulate", segments, _Decays(decays), terms, live)
-    sums = decays.new_zeros(segments.num_segments, family.num_sums)
+    apply.check_launch("accumulate", segments, features.Decays(decays), items)
+    partial = torch.empty(segments.num_blocks, family.num_inputs, device=decays.device)
     if segments.num_blocks == 0:
-        return sums
-    partial = torch.empty(segments.num_blocks, family.num_sums, device=sums.device)
+        return partial
     with torch.cuda.device_of(segments.table):
         _accumulate_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, segments.num_segments, terms.grad_scale, live, decays, partial),
-            **_constexprs(family, segments.dtypes, segments.align, kinds, sanitize, tile),
+            *(segments.table, segments.starts, segments.num_segments, items.grads, items.terms.grad_scale),
+            *(items.live, decays, partial),
+            **_constexprs(family, segments.dtypes[0], items.dtype, segments.align, items.align, kinds, sanitize, tile),
             **OPTIONS,
         )
-        padded = triton.next_power_of_2(family.num_sums)
-        _sum_kernel[(segments.num_segments,)](
-            partial, segments.starts, sums, family.num_sums, padded, SUM_ROWS, **SUM_OPTIONS
-        )
-    return sums
-
-
-class _Decays(NamedTuple):
-    decays: Tensor
+    return partial
 
 
 def _constexprs(
-    family: Family, dtypes: Sequence[torch.dtype], align: int, kinds: int, sanitize: bool, tile: tuple[int, int]
+    family: Family,
+    p_dtype: torch.dtype,
+    g_dtype: torch.dtype,
+    align: int,
+    g_align: int,
+    kinds: int,
+    sanitize: bool,
+    tile: tuple[int, int],
 ) -> dict[str, Any]:
     """The kernel's compile-time constants."""
-    types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
-    kinds &= family.kinds
-    table = {"KINDS": kinds, "COLUMNS": len(dtypes) + features.NUM_SIZES + 1, "ALIGN": align, "SIZES": len(dtypes)}
-    sizes = {"F": family.num_features, "S": family.num_sums, "BLOCK": tile[0], "STEPS": tile[1]}
+    types = {"P_TYPE": TRITON_TYPES[p_dtype], "G_TYPE": TRITON_TYPES[g_dtype], "ALIGN": align, "G_ALIGN": g_align}
+    columns = features.NUM_COLUMNS
+    table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
+    sizes = {"F": family.num_features, "INPUTS": family.num_inputs, "BLOCK": tile[0], "STEPS": tile[1]}
     return {**types, **table, **features.name_constants(family), **sizes, "SANITIZE": sanitize}
 
 
@@ -285,19 +283,20 @@ def launch(
         decays: `[momenta + 4]`, of all.
         terms: `[1]` each, of all.
     """
-    copies = [t._replace(m=t.m.clone(), v=None if t.v is None else t.v.clone()) for t in group]
+    copies = [t._replace(m=t.m.clone(), v=None if t.v is None else t.v.clone(), slot=0) for t in group]
     for i, t in enumerate(copies):
         if t.first is not None and t.axes is None:
             first = t.first.clone()
             copies[i] = t._replace(first=first, second=first)
-    parts = [features.make_segments(t._replace(index=0), tile[0]) for t in copies]
-    segments = Segments([part for own in parts for part in own], features.by_tiles(*tile))
-    every = Terms(*(x.expand(segments.num_segments).contiguous() for x in terms))
-    live = torch.ones(segments.num_segments, dtype=torch.bool, device=decays.device)
-    sums = launch_segments(segments, decays[None], every, live, family, sanitize, tile=tile)
-    rows = sums.split([len(own) for own in parts])
+    parts = [part for i, t in enumerate(copies) for part in features.make_segments(t, i, tile[0])]
+    segments = Segments(parts, features.by_tiles(*tile))
+    every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
+    items = apply.make_items([t.g for t in group], every)
+    partial = launch_segments(segments, decays[None], items, family, sanitize, tile=tile)
+    counts = segments.starts.diff().tolist()
+    squares = torch.stack([own.sum(0) for own in partial.split(counts)]).split([t.groups for t in group])
     return [
-        Accumulated(t.m, t.v, t.first if t.axes is None else None, own) for t, own in zip(copies, rows, strict=True)
+        Accumulated(t.m, t.v, t.first if t.axes is None else None, own) for t, own in zip(copies, squares, strict=True)
     ]
 
 
@@ -317,8 +316,8 @@ def sample(
     """
     family = family or Family()
     group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
-    decays = torch.tensor([0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta] + [0.999, 0.9, 0.99, 0.999])
-    return {"group": group, "decays": decays.to(device), "terms": apply.sample_terms(device), "family": family}
+    decays = features.draw_decays(family, device)
+    return {"group": group, "decays": decays, "terms": apply.sample_terms(device), "family": family}
 
 
 def bytes_moved(num_coordinates: int, family: Family | None = None, param_bytes: int = 4, grad_bytes: int = 4) -> int:
@@ -335,10 +334,8 @@ def compile_source(
 ) -> CompileSource:
     """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""
     family = family or Family()
-    dtypes = (p_dtype, p_dtype, *[dtype] * (features.NUM_COLUMNS - 2))
-    constexprs = _constexprs(family, dtypes, ALIGNMENT, kinds, sanitize=False, tile=TILE)
-    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"}
-    return specialize(_accumulate_kernel, constexprs, OPTIONS, **types, live_ptr="*i1")
+    constexprs = _constexprs(family, p_dtype, p_dtype, ALIGNMENT, ALIGNMENT, kinds, sanitize=False, tile=TILE)
+    return specialize(_accumulate_kernel, constexprs, OPTIONS, **apply.TYPES)
 
 
 OP = Op(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lopt_kernels import apply
-from lopt_kernels.apply import Terms
+from lopt_kernels.apply import Items, Terms
 from lopt_kernels.op import CompileSource, Op
 from lopt_kernels.segments import Segments
 
@@ -24,8 +24,8 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.apply import load_gradient, power, store_parameter
-    from lopt_kernels.segments import find_row, load_pointer, load_size
+    from lopt_kernels.apply import load_gradient, load_terms, power, store_parameter
+    from lopt_kernels.segments import find_row, load_item, load_pointer, load_size, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
@@ -83,7 +83,7 @@ if triton is not None:
 
     @triton.jit
     def _update(
-        p_ptr, g_ptr, m_ptr, v_ptr, at, mask, weights, corrections, terms, seeds, segment, SANITIZE: tl.constexpr
+        p_ptr, g_ptr, m_ptr, v_ptr, at, mask, weights, corrections, terms, seeds, item, SANITIZE: tl.constexpr
     ):  # at, mask [BLOCK]
         rule_lr, weight_decay, beta1, beta2, eps = weights
         correction1, correction2 = corrections
@@ -98,13 +98,13 @@ if triton is not None:
         delta = -rule_lr * (m / correction1 / scale + weight_decay * p)
         tl.store(m_ptr + at, m, mask)
         tl.store(v_ptr + at, v, mask)
-        store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, segment)
+        store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, item)
 
     TINY_ = tl.constexpr(TINY)
 
     @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
     def _adamw_kernel(
-        table,  # int64 [n, COLUMNS]: p, g, m, v, N, index
+        table,  # int64 [n, COLUMNS]: p, m, v, N, item, slot
         starts,  # int64 [n + 1]
         num_segments,  # n
         rule_lr_ptr,  # [K], as the other meta-weights
@@ -112,7 +112,8 @@ if triton is not None:
         beta1_ptr,
         beta2_ptr,
         eps_ptr,
-        lr_ptr,  # [n], as all that follow
+        grads,  # [n], as all that follow
+        lr_ptr,
         decay_ptr,
         grad_scale_ptr,
         live_ptr,
@@ -120,6 +121,7 @@ if triton is not None:
         seeds,  # or None
         P_TYPE: tl.constexpr,
         G_TYPE: tl.constexpr,
+        G_ALIGN: tl.constexpr,
         S_TYPE: tl.constexpr,
         COLUMNS: tl.constexpr,
         ALIGN: tl.constexpr,
@@ -127,57 +129,52 @@ if triton is not None:
         BLOCK: tl.constexpr,
         SANITIZE: tl.constexpr,
     ):
-        segment, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        if tl.load(live_ptr + segment):
+        _, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+        item = load_item(row, COLUMNS)
+        if tl.load(live_ptr + item):
             p = load_pointer(row, 0, P_TYPE, ALIGN)
-            g = load_pointer(row, 1, G_TYPE, ALIGN)
-            m = load_pointer(row, 2, S_TYPE, ALIGN)
-            v = load_pointer(row, 3, S_TYPE, ALIGN)
-            size = load_size(row, 4, MULTIPLE)
-            index = load_size(row, 5, 1)
+            g = load_pointer(grads + item, 0, G_TYPE, G_ALIGN)
+            m = load_pointer(row, 1, S_TYPE, ALIGN)
+            v = load_pointer(row, 2, S_TYPE, ALIGN)
+            size = load_size(row, 3, MULTIPLE)
+            index = load_slot(row, COLUMNS)
             beta1, beta2 = tl.load(beta1_ptr + index), tl.load(beta2_ptr + index)
             weights = (
                 tl.load(rule_lr_ptr + index), tl.load(weight_decay_ptr + index), beta1, beta2, tl.load(eps_ptr + index)
             )  # fmt: skip
-            step = tl.load(steps_ptr + segment)
+            step = tl.load(steps_ptr + item)
             corrections = (1 - power(beta1, step + 1), 1 - power(beta2, step + 1))
-            terms = (tl.load(lr_ptr + segment), tl.load(decay_ptr + segment), tl.load(grad_scale_ptr + segment))
+            terms = load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr)
             at = block * BLOCK + tl.arange(0, BLOCK)
             if (block + 1) * BLOCK <= size:  # no mask: wide loads whatever the size
                 everywhere = tl.full((BLOCK,), True, tl.int1)
-                _update(p, g, m, v, at, everywhere, weights, corrections, terms, seeds, segment, SANITIZE)
+                _update(p, g, m, v, at, everywhere, weights, corrections, terms, seeds, item, SANITIZE)
             else:
-                _update(p, g, m, v, at, at < size, weights, corrections, terms, seeds, segment, SANITIZE)
+                _update(p, g, m, v, at, at < size, weights, corrections, terms, seeds, item, SANITIZE)
 
 
 def launch_segments(
     segments: Segments,
     weights: AdamWWeights,
-    terms: Terms,
-    live: Tensor,
-    steps: Tensor,
-    seeds: Tensor | None = None,
+    items: Items,
     sanitize: bool = False,
 ) -> None:
     """`reference` for all segments in one Triton launch, in place; float32 arithmetic, one rounding at the store.
 
     Args:
-        segments: of (p, g, m, v) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16; g of
-            the same dtype or float32; moments float32.
+        segments: of (p, m, v) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16; moments
+            float32; gradients of the same dtype or float32.
         weights: float32 `[K]` each.
-        terms: float32 `[n]` each.
-        live: bool `[n]`; a segment that is not live is not written.
-        steps: updates made so far, int64 `[n]`; the caller counts.
-        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
+        items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
     apply.check_dtypes("adamw", segments, MOMENT_DTYPES, num_states=2)
-    apply.check_launch("adamw", segments, weights, terms, live, steps=steps, seeds=seeds)
+    apply.check_launch("adamw", segments, weights, items)
     constants = {"SANITIZE": sanitize, "BLOCK": BLOCK, **OPTIONS}
-    apply.run(_adamw_kernel, segments, (*weights, *terms, live, steps), seeds, (), constants)
+    apply.run(_adamw_kernel, segments, weights, items, (), constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lopt_kernels import apply, lstm
-from lopt_kernels.apply import Terms
+from lopt_kernels.apply import Items, Terms
 from lopt_kernels.lstm import LSTMWeights, State
 from lopt_kernels.op import CompileSource, Op
 from lopt_kernels.segments import Segments
@@ -25,9 +25,9 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.apply import load_gradient, store_parameter
+    from lopt_kernels.apply import load_gradient, load_terms, store_parameter
     from lopt_kernels.lstm import count_tiles, run_layers
-    from lopt_kernels.segments import find_row, load_pointer, load_size
+    from lopt_kernels.segments import find_row, load_item, load_pointer, load_size, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
@@ -78,7 +78,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
     def _coordinatewise_lstm_kernel(
-        table,  # int64 [n, COLUMNS]: p, g, h1, c1, h2, c2, N, index
+        table,  # int64 [n, COLUMNS]: p, h1, c1, h2, c2, N, item, slot
         starts,  # int64 [n + 1]
         num_segments,  # n
         w_ih1,  # [K, ...], as the other meta-weights
@@ -89,16 +89,19 @@ if triton is not None:
         b2,
         w_out,
         b_out,
-        lr_ptr,  # [n], as the next three
+        grads,  # [n], as all numbers of parameters
+        lr_ptr,
         decay_ptr,
         grad_scale_ptr,
         live_ptr,
-        seeds,  # [n] or None
+        steps_ptr,
+        seeds,  # or None
         output_scale,
         log_bound,  # k
         inverse_bound,  # e^k
         P_TYPE: tl.constexpr,
         G_TYPE: tl.constexpr,
+        G_ALIGN: tl.constexpr,
         S_TYPE: tl.constexpr,
         COLUMNS: tl.constexpr,
         ALIGN: tl.constexpr,
@@ -112,17 +115,18 @@ if triton is not None:
         PRECISION: tl.constexpr,
         SANITIZE: tl.constexpr,
     ):
-        segment, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        if tl.load(live_ptr + segment):
+        _, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+        item = load_item(row, COLUMNS)
+        if tl.load(live_ptr + item):
             p = load_pointer(row, 0, P_TYPE, ALIGN)
-            g_ptr = load_pointer(row, 1, G_TYPE, ALIGN)
-            h1 = load_pointer(row, 2, S_TYPE, ALIGN)
-            c1 = load_pointer(row, 3, S_TYPE, ALIGN)
-            h2 = load_pointer(row, 4, S_TYPE, ALIGN)
-            c2 = load_pointer(row, 5, S_TYPE, ALIGN)
+            g_ptr = load_pointer(grads + item, 0, G_TYPE, G_ALIGN)
+            h1 = load_pointer(row, 1, S_TYPE, ALIGN)
+            c1 = load_pointer(row, 2, S_TYPE, ALIGN)
+            h2 = load_pointer(row, 3, S_TYPE, ALIGN)
+            c2 = load_pointer(row, 4, S_TYPE, ALIGN)
             state = (h1, c1, h2, c2)
-            size = load_size(row, 6, MULTIPLE)
-            index = load_size(row, 7, 1)
+            size = load_size(row, 5, MULTIPLE)
+            index = load_slot(row, COLUMNS)
             w_ih1 += index * (4 * H * F)
             w_hh1 += index * (4 * H * H)
             b1 += index * (4 * H)
@@ -130,8 +134,7 @@ if triton is not None:
             w_hh2 += index * (4 * H * H)
             b2 += index * (4 * H)
             weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out + index * H, b_out + index)
-            grad_scale, lr = tl.load(grad_scale_ptr + segment), tl.load(lr_ptr + segment)
-            decay = tl.load(decay_ptr + segment)
+            lr, decay, grad_scale = load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr)
             tiles = count_tiles(size, block, BLOCK, TILES)
             for tile in tl.range(tiles, num_stages=1, disable_licm=True):  # weights stay in the cache, not in registers
                 column = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
@@ -145,16 +148,13 @@ if triton is not None:
                 x = tl.where(feature == 0, magnitude, tl.where(feature == 1, sign, 0.0))
                 out = run_layers(x, state, state, column, in_column, size, weights, F, H, PH, PRECISION)
                 base = tl.load(p + column, in_column, 0.0).to(tl.float32)
-                store_parameter(p, column, in_column, base, output_scale * out, lr, decay, seeds, segment)
+                store_parameter(p, column, in_column, base, output_scale * out, lr, decay, seeds, item)
 
 
 def launch_segments(
     segments: Segments,
     weights: LSTMWeights,
-    terms: Terms,
-    live: Tensor,
-    steps: Tensor,
-    seeds: Tensor | None = None,
+    items: Items,
     sanitize: bool = False,
     output_scale: float = OUTPUT_SCALE,
     log_bound: float = LOG_BOUND,
@@ -165,13 +165,10 @@ def launch_segments(
     is float32, with one rounding at the store.
 
     Args:
-        segments: of (p, g, h1, c1, h2, c2) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16;
-            g of the same dtype or float32; state all float32 or all bfloat16.
+        segments: of (p, h1, c1, h2, c2) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16;
+            state all float32 or all bfloat16; gradients of p's dtype or float32.
         weights: float32 `[K, ...]` each.
-        terms: float32 `[n]` each.
-        live: bool `[n]`; a segment that is not live is not written.
-        steps: not used; every rule has it.
-        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
+        items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
         output_scale, log_bound: see `reference`.
     Raises:
@@ -180,10 +177,10 @@ def launch_segments(
     """
     apply.check_dtypes("coordinatewise_lstm", segments, lstm.STATE_DTYPES, num_states=4)
     lstm.check_stacks("coordinatewise_lstm", weights, NUM_FEATURES)
-    apply.check_launch("coordinatewise_lstm", segments, weights, terms, live, steps=steps, seeds=seeds)
-    constants = {**_constexprs(weights.w_hh1.shape[-1], segments.dtypes[2]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    apply.check_launch("coordinatewise_lstm", segments, weights, items)
+    constants = {**_constexprs(weights.w_hh1.shape[-1], segments.dtypes[1]), "SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (output_scale, log_bound, exp(log_bound))
-    apply.run(_coordinatewise_lstm_kernel, segments, (*weights, *terms, live), seeds, numbers, constants)
+    apply.run(_coordinatewise_lstm_kernel, segments, weights, items, numbers, constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)

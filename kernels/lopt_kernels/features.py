@@ -56,6 +56,7 @@ class Family(NamedTuple):
         clips: see above; see `bound`, too.
         rs_eps: see above.
         vector_eps: added to a vector's averages in the factor of m.
+        bare_vectors: of a vector neither m F nor its averages are inputs.
     """
 
     momenta: int = 3
@@ -63,6 +64,7 @@ class Family(NamedTuple):
     clips: bool = False
     rs_eps: float = 1e-6
     vector_eps: float = 0.0
+    bare_vectors: bool = False
 
     @property
     def bound(self) -> float:
@@ -85,9 +87,14 @@ class Family(NamedTuple):
         return self.num_features + 2 * LINE_FEATURES * self.factored
 
     @property
-    def num_sums(self) -> int:
-        """S: squares of the element features, then of a vector's own line features."""
-        return self.num_features + LINE_FEATURES * self.factored
+    def vector_inputs(self) -> int:
+        """How many of the inputs a vector has."""
+        return self.num_features - LINES if self.bare_vectors else self.num_inputs
+
+    @property
+    def p_index(self) -> int:
+        """The feature that is the parameter itself."""
+        return 1 + (self.clips and self.factored)
 
 
 class Tensors(NamedTuple):
@@ -101,8 +108,10 @@ class Tensors(NamedTuple):
             averages. Of families with `factored`.
         first_scale, second_scale: their product is F; None for vectors.
         axes: D1 and D2, not negative; None: a vector.
-        groups: 1, or the trailing positions (C or a divisor) over which features are not normalised together.
-        index: row of the stacks of meta-weights.
+        rows: which of the lines, 0 or 1, is the one whose scale is relative to its mean (the source's rows).
+        groups: over so many positions features are not normalised together; 1: all elements are.
+        inner: elements behind these positions; the parameter is read as `[X, groups, inner]`.
+        slot: row of the stacks of meta-weights.
     """
 
     p: Tensor
@@ -114,8 +123,15 @@ class Tensors(NamedTuple):
     first_scale: Tensor | None = None
     second_scale: Tensor | None = None
     axes: tuple[int, int] | None = None
+    rows: int = 0
     groups: int = 1
-    index: int = 0
+    inner: int = 1
+    slot: int = 0
+
+    @property
+    def group_size(self) -> int:
+        """Elements that are normalised together."""
+        return self.p.numel() // self.groups
 
 
 def split_shape(shape: tuple[int, ...], axes: tuple[int, int]) -> tuple[int, int, int, int, int]:
@@ -134,23 +150,22 @@ def find_kind(tensors: Tensors, block: int) -> int:
     return WIDE if a == b == c == tensors.groups == 1 and 2 * d2 > block else STRIDED
 
 
-def make_segments(tensors: Tensors, block: int, *out: Tensor) -> list[Segment]:
+def make_segments(tensors: Tensors, item: int, block: int, *out: Tensor) -> list[Segment]:
     """A parameter's segments, one per group of its normalisation.
 
     Args:
+        item: the parameter's number.
         block: elements that a program takes at once.
         out: tensors that the launch writes to beside the accumulators.
     """
     t = tensors
-    columns = (t.p, t.g, t.m, *(t.m if x is None else x for x in t[3:8]), *out)
-    shape = tuple(t.p.shape)
-    _, d1, b, d2, c = (1, 1, 1, max(1, t.p.numel()), 1) if t.axes is None else split_shape(shape, t.axes)
-    kind, count = find_kind(t, block), t.p.numel() // t.groups
-    sizes = (count, kind, t.groups, d1, b, d2 * c, c)
-    return [Segment(columns, (*sizes, offset), t.index) for offset in range(t.groups)]
+    columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]), *out)
+    _, d1, b, d2, c = (1, 1, 1, max(1, t.p.numel()), 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
+    sizes = (t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c)
+    return [Segment(columns, (*sizes, group, t.inner, t.rows), item, t.slot) for group in range(t.groups)]
 
 
-NUM_COLUMNS, NUM_SIZES = 8, 8  # of a segment without `out`
+NUM_COLUMNS, NUM_SIZES = 7, 10  # of a segment without `out`
 
 
 def by_tiles(block: int, steps: int) -> Callable[[tuple[int, ...]], int]:
@@ -240,13 +255,35 @@ def draw_group(
     return group
 
 
+class Decays(NamedTuple):
+    """Of momenta, second moment and factored moments, `[K, momenta + 4]`."""
+
+    decays: Tensor
+
+
+def draw_decays(family: Family, device: torch.device) -> Tensor:
+    """`[momenta + 4]`, on both sides of the two formulas that `torch.lerp` has."""
+    momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
+    return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
+
+
 def all_features(t: Tensors, terms: Terms, family: Family, sanitize: bool = False) -> Tensor:
-    """Element features and, where there are lines, those of both lines: `[F or I, groups, N]`."""
+    """Element features and, where there are lines, those of both lines: `[F or I, groups, count]`."""
     g = clip_gradient(read_gradient(t.g, terms, sanitize), family)
     x = element_features(g, t, family)
     if t.first is not None and t.second is not None:
         x = torch.cat([x, *(line_features(line).expand(-1, *g.shape) for line in (t.first, t.second))])
-    return x.reshape(len(x), -1, t.groups).mT
+    return divide_groups(x, t)
+
+
+def divide_groups(x: Tensor, t: Tensors) -> Tensor:
+    """`[k, *shape]` -> `[k, groups, count]`."""
+    return x.reshape(len(x), -1, t.groups, t.inner).transpose(1, 2).flatten(2)
+
+
+def join_groups(x: Tensor, t: Tensors) -> Tensor:
+    """`[groups, count]` -> `[*shape]`."""
+    return x.reshape(t.groups, -1, t.inner).transpose(0, 1).reshape(t.p.shape)
 
 
 def divide_coordinates(num_coordinates: int, width: int = 64) -> list[tuple[int, ...]]:
@@ -271,7 +308,7 @@ if triton is not None:
     _LINES = tl.constexpr(LINES)
     _SMALL_CLIP = tl.constexpr(SMALL_CLIP)
     _AVERAGE_EPS, _LINE_EPS, _SQUARE_EPS = (tl.constexpr(x) for x in (AVERAGE_EPS, LINE_EPS, SQUARE_EPS))
-    P, G, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE, OUT = (tl.constexpr(i) for i in range(9))
+    P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE, OUT = (tl.constexpr(i) for i in range(8))
 
     @triton.jit
     def clip(x, BOUND: tl.constexpr):
@@ -307,9 +344,13 @@ if triton is not None:
         else:
             element = start * BLOCK + lane
             mask = element < count
-            at = element * load_size(row, SIZES + 2, 1) + load_size(row, SIZES + 7, 1)
+            at = element
             first_at, second_at = at, at
             if KIND == _STRIDED:
+                groups = load_size(row, SIZES + 2, 1)
+                if groups > 1:
+                    group, behind = load_size(row, SIZES + 7, 1), load_size(row, SIZES + 8, 1)
+                    at = element // behind * (groups * behind) + group * behind + element % behind
                 inner, c = load_size(row, SIZES + 4, 1), load_size(row, SIZES + 6, 1)
                 outer = at // width
                 column = at - outer * width

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lopt_kernels import apply, features
-from lopt_kernels.apply import Terms
+from lopt_kernels.apply import Items, Terms
 from lopt_kernels.features import LINE_FEATURES, Family, Tensors
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
@@ -27,7 +27,7 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.apply import load_gradient, store_parameter
+    from lopt_kernels.apply import load_gradient, load_terms, store_parameter
     from lopt_kernels.features import (
         FIRST,
         FIRST_SCALE,
@@ -37,7 +37,6 @@ try:
         STRIDED,
         VECTOR,
         WIDE,
-        G,
         M,
         P,
         V,
@@ -50,7 +49,7 @@ try:
         make_features,
         make_line_features,
     )  # fmt: skip
-    from lopt_kernels.segments import TRITON_TYPES, find_row, load_pointer
+    from lopt_kernels.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
@@ -69,7 +68,8 @@ class MLPWeights(NamedTuple):
         first: first layer `[n, hidden, I]` with the normalisation folded in; inputs: F element features, 6 of the first
             line, 6 of the second, see `Family`; without lines what their weights are does not matter.
         bias: its bias `[n, hidden]`, with constant features folded in.
-        rest: weights `[out, in]` and bias of each further layer, one behind the other, `[n or 1, R]`.
+        rest: weights `[out, in]` and bias of each further layer, one behind the other, `[K, R]` for the slots; rows may
+            be apart.
         gain: factor on the step `[n]`.
     """
 
@@ -113,7 +113,7 @@ def reference(
 
     Args:
         t: with the new accumulators.
-        weights: of its segments, n = `t.groups`.
+        weights: of its segments, n = `t.groups`; `rest` `[1, R]`.
         terms: `[1]` each.
         sanitize: entries of g that are not finite count as 0.
         delta: return the step in float32 `[*shape]` instead.
@@ -131,7 +131,7 @@ def reference(
     step = h[:, 0]
     if shape.exp_mult:
         step = step * torch.exp(shape.exp_mult * h[:, 1])
-    step = (step * -weights.gain[:, None]).T.reshape(t.p.shape)
+    step = features.join_groups(step * -weights.gain[:, None], t)
     return step if delta else apply.move_parameter(t.p, step, terms)
 
 
@@ -248,15 +248,15 @@ if triton is not None:
 
     @triton.jit
     def _move(
-        row, local, segment, terms, live, seeds, first_weights, bias, rest, gain,
-        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
+        row, local, item, g_ptr, terms, live, seeds, first_weights, bias, rest, gain,
+        P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
         DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         lr, decay, scale = terms
-        p_ptr, g_ptr = load_pointer(row, P, P_TYPE, ALIGN), load_pointer(row, G, G_TYPE, ALIGN)
+        p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
         m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
         first_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
         second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
@@ -334,44 +334,49 @@ if triton is not None:
             if DELTA:
                 tl.store(load_pointer(row, OUT, tl.float32, ALIGN) + at, delta, mask)
             else:
-                store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, segment)
+                store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, item)
 
-    @triton.jit(do_not_specialize=["num_segments", "rest_stride"], do_not_specialize_on_alignment=["table", "starts"])
+    @triton.jit(
+        do_not_specialize=["num_segments", "rest_stride"], do_not_specialize_on_alignment=["table", "starts", "grads"]
+    )
     def _mlp_kernel(
         table,  # int64 [n, COLUMNS]: see features.make_segments
         starts,  # int64 [n + 1]
         num_segments,  # n
-        lr_ptr,  # [n], as the other terms
-        decay_ptr,
-        grad_scale_ptr,
-        live_ptr,  # [n]
-        seeds,  # [n] or None
         first_ptr,  # [n, H, INPUTS]
         bias_ptr,  # [n, H]
-        rest_ptr,  # [n or 1, R]
+        rest_ptr,  # [K, R], rows rest_stride apart
         gain_ptr,  # [n]
-        rest_stride,  # R or 0
+        grads,  # [items], as all that follow
+        lr_ptr,
+        decay_ptr,
+        grad_scale_ptr,
+        live_ptr,
+        steps_ptr,
+        seeds,  # or None
+        rest_stride,
         KINDS: tl.constexpr,  # a bit for each kind of segment that there is
         COLUMNS: tl.constexpr,
-        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr,
+        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
         DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        kind = tl.load(row + SIZES + 1)
-        live = tl.load(live_ptr + segment)
-        terms = (tl.load(lr_ptr + segment), tl.load(decay_ptr + segment), tl.load(grad_scale_ptr + segment))
+        kind, item = tl.load(row + SIZES + 1), load_item(row, COLUMNS)
+        g_ptr, live = load_pointer(grads + item, 0, G_TYPE, G_ALIGN), tl.load(live_ptr + item)
+        terms = load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr)
         first, bias = first_ptr + segment * (H * INPUTS), bias_ptr + segment * H
-        rest, gain = rest_ptr + segment * rest_stride.to(tl.int64), tl.load(gain_ptr + segment)
+        rest = rest_ptr + load_slot(row, COLUMNS) * rest_stride.to(tl.int64)
+        gain = tl.load(gain_ptr + segment)
         for k in tl.static_range(NUM_KINDS_):
             if KINDS & (1 << k):
                 if kind == k:
                     _move(
-                        row, local, segment, terms, live, seeds, first, bias, rest, gain, P_TYPE, G_TYPE, ALIGN, SIZES,
-                        k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
-                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
+                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, P_TYPE, ALIGN, SIZES, k,
+                        MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS, OUTPUTS,
+                        EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
                     )  # fmt: skip
 
 
@@ -413,12 +418,10 @@ def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) 
 def launch_segments(
     segments: Segments,
     weights: MLPWeights,
-    terms: Terms,
-    live: Tensor,
+    items: Items,
     family: Family,
     shape: Shape,
     plan: Plan,
-    seeds: Tensor | None = None,
     sanitize: bool = False,
     delta: bool = False,
     kinds: int = features.ALL_KINDS,
@@ -426,13 +429,10 @@ def launch_segments(
     """`reference` for all segments in one launch; parameters in place.
 
     Args:
-        segments: of `features.make_segments(tensors, plan.block)`, with a float32 tensor of p's shape behind for
+        segments: of `features.make_segments(tensors, item, plan.block)`, with a float32 tensor of p's shape behind for
             `delta`; cut by `features.by_tiles(plan.block, plan.steps)`.
-        weights: float32, contiguous.
-        terms: float32 `[n]` each.
-        live: bool `[n]`; a segment that is not live is not written.
+        weights: float32, contiguous but for the rows of `rest`.
         plan: of `choose_plan`.
-        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
         sanitize: entries of the gradients that are not finite count as 0.
         delta: write the step to the segments' last tensor; parameters stay as they are.
         kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
@@ -442,23 +442,33 @@ def launch_segments(
     """
     n = segments.num_segments
     wanted = {"first": (n, shape.hidden, family.num_inputs), "bias": (n, shape.hidden), "gain": (n,)}
-    wanted["rest"] = (1 if len(weights.rest) == 1 else n, shape.num_rest)
+    wanted["rest"] = (len(weights.rest), shape.num_rest)
     for name, size in wanted.items():
         found = getattr(weights, name)
         if tuple(found.shape) != size:
             raise ValueError(f"mlp kernel: {name} must have shape {list(size)}, got {list(found.shape)}.")
-    apply.check_launch("mlp", segments, weights, terms, live, seeds=seeds)
+    folded = _Folded(weights.first, weights.bias, weights.gain)
+    apply.check_launch("mlp", segments, folded, items)
+    apply.check_launch("mlp", segments, _Rest(weights.rest[:, :0].contiguous()), items)
     if segments.num_blocks == 0:
         return
+    dtypes = segments.dtypes[0], items.dtype
     with torch.cuda.device_of(segments.table):
         _mlp_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, n, *terms, live),
-            seeds if segments.dtypes[0] == torch.bfloat16 else None,
-            *weights,
-            shape.num_rest if len(weights.rest) > 1 else 0,
-            **_constexprs(family, shape, plan, segments.dtypes, segments.align, kinds, sanitize, delta),
+            *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0)),
+            **_constexprs(family, shape, plan, dtypes, (segments.align, items.align), kinds, sanitize, delta),
             **OPTIONS,
         )
+
+
+class _Folded(NamedTuple):
+    first: Tensor
+    bias: Tensor
+    gain: Tensor
+
+
+class _Rest(NamedTuple):
+    rest: Tensor
 
 
 def _constexprs(
@@ -466,15 +476,16 @@ def _constexprs(
     shape: Shape,
     plan: Plan,
     dtypes: Sequence[torch.dtype],
-    align: int,
+    aligns: Sequence[int],
     kinds: int,
     sanitize: bool,
     delta: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants."""
+    """The kernel's compile-time constants; dtypes and alignments are those of parameters and gradients."""
     types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
-    kinds &= family.kinds
-    table = {"KINDS": kinds, "COLUMNS": len(dtypes) + features.NUM_SIZES + 1, "ALIGN": align, "SIZES": len(dtypes)}
+    columns = features.NUM_COLUMNS + delta
+    table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
+    table |= {"ALIGN": aligns[0], "G_ALIGN": aligns[1]}
     widths = {"F": family.num_features, "INPUTS": family.num_inputs, "H": shape.hidden, "LAYERS": shape.layers}
     outputs = {"OUTPUTS": shape.outputs, "EXP_MULT": shape.exp_mult}
     tiles = {"DOT": plan.dot, "PRECISION": plan.precision, "HP": max(16, triton.next_power_of_2(shape.hidden))}
@@ -495,18 +506,21 @@ def launch(
     """`reference` of every parameter of a group; nothing is modified in place.
 
     Args:
-        weights: of all segments, those of one parameter after those of another.
+        weights: of all segments, those of one parameter after those of another; `rest` `[1, R]`.
         terms: `[1]` each, of all.
     """
     plan = plan or choose_plan(shape)
     new = [torch.empty(t.p.shape, device=t.p.device) if delta else t.p.clone() for t in group]
-    copies = [t._replace(p=t.p if delta else p, index=0) for t, p in zip(group, new, strict=True)]
+    copies = [t._replace(p=t.p if delta else p, slot=0) for t, p in zip(group, new, strict=True)]
     out = [[p] if delta else [] for p in new]
-    parts = [features.make_segments(t, plan.block, *own) for t, own in zip(copies, out, strict=True)]
-    segments = Segments([part for own in parts for part in own], features.by_tiles(plan.block, plan.steps))
-    every = Terms(*(x.expand(segments.num_segments).contiguous() for x in terms))
-    live = torch.ones(segments.num_segments, dtype=torch.bool, device=segments.table.device)
-    launch_segments(segments, weights, every, live, family, shape, plan, sanitize=sanitize, delta=delta)
+    parts = [
+        part for i, (t, own) in enumerate(zip(copies, out, strict=True))
+        for part in features.make_segments(t, i, plan.block, *own)
+    ]  # fmt: skip
+    segments = Segments(parts, features.by_tiles(plan.block, plan.steps))
+    every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
+    items = apply.make_items([t.g for t in group], every)
+    launch_segments(segments, weights, items, family, shape, plan, sanitize=sanitize, delta=delta)
     return new
 
 
@@ -520,11 +534,11 @@ def draw_weights(
 
     first = []
     for t in group:
-        square = features.all_features(t, terms, family).square().sum(-1).T / max(1, t.p.numel() // t.groups)
+        square = features.all_features(t, terms, family).square().sum(-1).T / max(1, t.group_size)
         scale = torch.nn.functional.pad((square + 1e-5).rsqrt(), (0, family.num_inputs - square.shape[1]))
         first.append(draw(t.groups, shape.hidden, family.num_inputs) * family.num_inputs**-0.5 * scale[:, None])
     count = sum(t.groups for t in group)
-    rest = draw(count, shape.num_rest) * shape.hidden**-0.5
+    rest = draw(1, shape.num_rest) * shape.hidden**-0.5
     return MLPWeights(torch.cat(first), draw(count, shape.hidden), rest, draw(count).exp() * 0.1)
 
 
@@ -565,12 +579,9 @@ def compile_source(
 ) -> CompileSource:
     """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
     family, shape = family or Family(), shape or Shape(hidden=32)
-    dtypes = (p_dtype, p_dtype, *[dtype] * (features.NUM_COLUMNS - 2))
-    plan = plan or choose_plan(shape)
-    constexprs = _constexprs(family, shape, plan, dtypes, ALIGNMENT, kinds, sanitize=False, delta=False)
-    constexprs["seeds"] = None
-    types = {"table": "*i64", "starts": "*i64", "num_segments": "i32"}
-    return specialize(_mlp_kernel, constexprs, OPTIONS, **types, live_ptr="*i1", rest_stride="i32")
+    plan, aligns = plan or choose_plan(shape), (ALIGNMENT, ALIGNMENT)
+    constexprs = _constexprs(family, shape, plan, (p_dtype, p_dtype), aligns, kinds, sanitize=False, delta=False)
+    return specialize(_mlp_kernel, {**constexprs, "seeds": None}, OPTIONS, **apply.TYPES | {"rest_stride": "i32"})
 
 
 OP = Op(

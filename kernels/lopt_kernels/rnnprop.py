@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lopt_kernels import apply, lstm
-from lopt_kernels.apply import Terms
+from lopt_kernels.apply import Items, Terms
 from lopt_kernels.lstm import LSTMWeights
 from lopt_kernels.op import CompileSource, Op
 from lopt_kernels.segments import Segments
@@ -25,9 +25,9 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.apply import load_gradient, power, store_parameter
+    from lopt_kernels.apply import load_gradient, load_terms, power, store_parameter
     from lopt_kernels.lstm import count_tiles, run_layers, tanh
-    from lopt_kernels.segments import find_row, load_pointer, load_size
+    from lopt_kernels.segments import find_row, load_item, load_pointer, load_size, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
@@ -105,7 +105,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
     def _rnnprop_kernel(
-        table,  # int64 [n, COLUMNS]: p, g, h1, c1, h2, c2, m, v, N, index
+        table,  # int64 [n, COLUMNS]: p, h1, c1, h2, c2, m, v, N, item, slot
         starts,  # int64 [n + 1]
         num_segments,  # n
         w_in,  # [K, ...], as the other meta-weights
@@ -118,7 +118,8 @@ if triton is not None:
         b2,
         w_out,
         b_out,
-        lr_ptr,  # [n], as the next five
+        grads,  # [n], as all numbers of parameters
+        lr_ptr,
         decay_ptr,
         grad_scale_ptr,
         live_ptr,
@@ -131,6 +132,7 @@ if triton is not None:
         output_scale,
         P_TYPE: tl.constexpr,
         G_TYPE: tl.constexpr,
+        G_ALIGN: tl.constexpr,
         S_TYPE: tl.constexpr,
         COLUMNS: tl.constexpr,
         ALIGN: tl.constexpr,
@@ -144,19 +146,20 @@ if triton is not None:
         PRECISION: tl.constexpr,
         SANITIZE: tl.constexpr,
     ):
-        segment, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        if tl.load(live_ptr + segment):
+        _, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+        item = load_item(row, COLUMNS)
+        if tl.load(live_ptr + item):
             p = load_pointer(row, 0, P_TYPE, ALIGN)
-            g_ptr = load_pointer(row, 1, G_TYPE, ALIGN)
-            h1 = load_pointer(row, 2, S_TYPE, ALIGN)
-            c1 = load_pointer(row, 3, S_TYPE, ALIGN)
-            h2 = load_pointer(row, 4, S_TYPE, ALIGN)
-            c2 = load_pointer(row, 5, S_TYPE, ALIGN)
+            g_ptr = load_pointer(grads + item, 0, G_TYPE, G_ALIGN)
+            h1 = load_pointer(row, 1, S_TYPE, ALIGN)
+            c1 = load_pointer(row, 2, S_TYPE, ALIGN)
+            h2 = load_pointer(row, 3, S_TYPE, ALIGN)
+            c2 = load_pointer(row, 4, S_TYPE, ALIGN)
             state = (h1, c1, h2, c2)
-            m_ptr = load_pointer(row, 6, S_TYPE, ALIGN)
-            v_ptr = load_pointer(row, 7, S_TYPE, ALIGN)
-            size = load_size(row, 8, MULTIPLE)
-            index = load_size(row, 9, 1)
+            m_ptr = load_pointer(row, 5, S_TYPE, ALIGN)
+            v_ptr = load_pointer(row, 6, S_TYPE, ALIGN)
+            size = load_size(row, 7, MULTIPLE)
+            index = load_slot(row, COLUMNS)
             w_ih1 += index * (4 * H * F)
             w_hh1 += index * (4 * H * H)
             b1 += index * (4 * H)
@@ -169,10 +172,9 @@ if triton is not None:
             w_m = tl.load(w_in + index * (2 * F) + 2 * feature, in_feature, 0.0)[:, None]
             w_g = tl.load(w_in + index * (2 * F) + 2 * feature + 1, in_feature, 0.0)[:, None]
             bias = tl.load(b_in + index * F + feature, in_feature, 0.0)[:, None]
-            step = tl.load(steps_ptr + segment)
+            step = tl.load(steps_ptr + item)
             correction1, correction2 = 1 - power(beta1, step + 1), 1 - power(beta2, step + 1)
-            grad_scale, lr = tl.load(grad_scale_ptr + segment), tl.load(lr_ptr + segment)
-            decay = tl.load(decay_ptr + segment)
+            lr, decay, grad_scale = load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr)
             tiles = count_tiles(size, block, BLOCK, TILES)
             for tile in tl.range(tiles, num_stages=1, disable_licm=True):  # weights stay in the cache, not in registers
                 column = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
@@ -187,16 +189,13 @@ if triton is not None:
                 x = tl.where(in_feature[:, None], x, 0.0)  # 0 * inf made NaN of padded rows
                 out = run_layers(x, state, state, column, in_column, size, weights, F, H, PH, PRECISION)
                 base = tl.load(p + column, in_column, 0.0).to(tl.float32)
-                store_parameter(p, column, in_column, base, output_scale * tanh(out), lr, decay, seeds, segment)
+                store_parameter(p, column, in_column, base, output_scale * tanh(out), lr, decay, seeds, item)
 
 
 def launch_segments(
     segments: Segments,
     weights: RNNpropWeights,
-    terms: Terms,
-    live: Tensor,
-    steps: Tensor,
-    seeds: Tensor | None = None,
+    items: Items,
     sanitize: bool = False,
     beta1: float = BETA1,
     beta2: float = BETA2,
@@ -208,13 +207,10 @@ def launch_segments(
     is float32, with one rounding at the store.
 
     Args:
-        segments: of (p, g, h1, c1, h2, c2, m, v) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or
-            float16; g of the same dtype or float32; state all float32 or all bfloat16.
+        segments: of (p, h1, c1, h2, c2, m, v) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or
+            float16; state all float32 or all bfloat16; gradients of p's dtype or float32.
         weights: float32 `[K, ...]` each.
-        terms: float32 `[n]` each.
-        live: bool `[n]`; a segment that is not live is not written.
-        steps: updates made so far, int64 `[n]`; the caller counts.
-        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
+        items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
         beta1, beta2, output_scale: see `reference`.
     Raises:
@@ -229,10 +225,10 @@ def launch_segments(
             f"rnnprop kernel: w_in and b_in must have shapes [K, H, 2] and [K, H], got {list(weights.w_in.shape)} and "
             f"{list(weights.b_in.shape)} for {len(weights.w_hh1)} LSTMs."
         )
-    apply.check_launch("rnnprop", segments, weights, terms, live, steps=steps, seeds=seeds)
-    constants = {**_constexprs(hidden, segments.dtypes[2]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    apply.check_launch("rnnprop", segments, weights, items)
+    constants = {**_constexprs(hidden, segments.dtypes[1]), "SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (beta1, beta2, 1 - beta1, 1 - beta2, output_scale)
-    apply.run(_rnnprop_kernel, segments, (*weights, *terms, live, steps), seeds, numbers, constants)
+    apply.run(_rnnprop_kernel, segments, weights, items, numbers, constants)
 
 
 launch = partial(apply.launch_flat, launch_segments, BLOCK)

@@ -1,10 +1,12 @@
 """The segment table: one launch covers all tensors of a group, however many there are.
 
-A segment is what one parameter brings: pointers to its tensors (parameter, gradient, state), sizes, and the row of a
-stack of meta-weights that it uses (deployment: 0; a population: one row per particle). Programs are numbered through;
-each finds its segment by binary search over the segments' first block numbers.
+A segment is what one parameter brings: pointers to its tensors (parameter, state), sizes, its number among the launch's
+parameters, and the row of a stack of meta-weights that it uses (deployment: 0; a population: one row per particle).
+Programs are numbered through; each finds its segment by binary search over the segments' first block numbers.
 
-    row of the table, int64:  pointers ... | sizes ... | slot of the meta-weights
+    row of the table, int64:  pointers ... | sizes ... | item | slot of the meta-weights
+
+What may change from step to step (gradients' addresses, rates, counters) is not in the table: see `apply.Items`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -33,16 +35,18 @@ class Segment(NamedTuple):
     Attributes:
         tensors: contiguous, or dense with the same strides: column `i` has one dtype and one device in all segments.
         sizes: what the kernel has to know of their shapes; the first is usually the number of coordinates.
+        item: the number of its parameter, for `apply.Items`; a parameter may have several segments.
         slot: its row of the stacks of meta-weights.
     """
 
     tensors: tuple[Tensor, ...]
     sizes: tuple[int, ...]
+    item: int = 0
     slot: int = 0
 
 
 class Segments:
-    """A table of segments on their device. It holds addresses, not tensors: ask `matches` before every launch.
+    """A table of segments on their device. It holds addresses, not tensors: these must stay where they are.
 
     Args:
         segments: at least one.
@@ -54,7 +58,7 @@ class Segments:
         num_segments: n.
         num_pointers, columns: width of the table's first part and of all of it.
         num_blocks: the grid.
-        num_indices: how many rows the stacks of meta-weights need at least (the largest slot, and one).
+        num_items, num_slots: how many the launch needs at least (the largest number, and one).
         dtypes: of the tensors, column by column.
         align: `ALIGNMENT` if all pointers are multiples of it, else 1: for `load_pointer`.
         multiples: for each size, `ALIGNMENT` if it is a multiple of it in all segments, else 1: for `load_size`.
@@ -71,30 +75,22 @@ class Segments:
         device = first.tensors[0].device
         for i, segment in enumerate(segments):
             _check_alike(i, segment, self.dtypes, device, len(first.sizes))
-        self._key = _read_key(segments)
         self.num_segments, self.num_pointers = len(segments), len(first.tensors)
-        self.columns = self.num_pointers + len(first.sizes) + 1
-        self.num_indices = 1 + max(segment.slot for segment in segments)
+        self.columns = self.num_pointers + len(first.sizes) + 2
+        self.num_items = 1 + max(segment.item for segment in segments)
+        self.num_slots = 1 + max(segment.slot for segment in segments)
         starts = [0]
         for segment in segments:
             starts.append(starts[-1] + count_blocks(segment.sizes))
         self.num_blocks = starts[-1]
         if self.num_blocks > MAX_BLOCKS:
             raise ValueError(f"{self.num_blocks} blocks are more than a launch takes ({MAX_BLOCKS}). Divide the group.")
-        pointers = [t.data_ptr() for segment in segments for t in segment.tensors]
-        self.align = _find_alignment(pointers)
-        self.multiples = tuple(_find_alignment(column) for column in zip(*(s.sizes for s in segments), strict=True))
-        numbers = [number for row in self._key for number in row] + starts
-        self._host = torch.tensor(numbers, dtype=torch.int64, device="cpu")  # kept: a captured graph copies it again
-        if device.type == "cuda":
-            self._host = self._host.pin_memory()
-        flat = self._host.to(device, non_blocking=True)  # waits for nothing: pinned, and ordered by the stream
+        rows = [(*(t.data_ptr() for t in tensors), *sizes, item, slot) for tensors, sizes, item, slot in segments]
+        self.align = find_alignment([pointer for row in rows for pointer in row[: self.num_pointers]])
+        self.multiples = tuple(find_alignment(column) for column in zip(*(s.sizes for s in segments), strict=True))
+        flat = upload([number for row in rows for number in row] + starts, torch.int64, device)
         self.table = flat[: -len(starts)].view(self.num_segments, self.columns)
         self.starts = flat[-len(starts) :]
-
-    def matches(self, segments: Sequence[Segment]) -> bool:
-        """Whether the table still tells of these: same addresses, sizes and slots in the same order."""
-        return self._key == _read_key(segments)
 
     def constexprs(self) -> dict[str, Any]:
         """Compile-time constants of a kernel on this table: COLUMNS, ALIGN and MULTIPLE (of its first size)."""
@@ -106,12 +102,14 @@ def by_elements(block: int) -> Callable[[tuple[int, ...]], int]:
     return lambda sizes: -(-sizes[0] // block)
 
 
-def _read_key(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
-    """The rows of the table: all that can change from step to step."""
-    return [(*(t.data_ptr() for t in tensors), *sizes, slot) for tensors, sizes, slot in segments]
+def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor `[len(numbers)]` on a device, which is not waited for."""
+    host = torch.tensor(numbers, dtype=dtype, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _find_alignment(numbers: Sequence[int]) -> int:
+def find_alignment(numbers: Sequence[int]) -> int:
+    """`ALIGNMENT` if all are multiples of it, else 1."""
     return 1 if any(number % ALIGNMENT for number in numbers) else ALIGNMENT
 
 
@@ -150,6 +148,16 @@ if triton is not None:
         """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64."""
         segment = find_segment(starts, num_segments, block)
         return segment, table + segment * COLUMNS, block.to(tl.int64) - tl.load(starts + segment)
+
+    @triton.jit
+    def load_item(row, COLUMNS: tl.constexpr):
+        """The number of a row's parameter."""
+        return tl.load(row + COLUMNS - 2)
+
+    @triton.jit
+    def load_slot(row, COLUMNS: tl.constexpr):
+        """The row of the stacks of meta-weights."""
+        return tl.load(row + COLUMNS - 1)
 
     @triton.jit
     def load_pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
