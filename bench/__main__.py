@@ -1,9 +1,10 @@
-"""`python -m bench meta | soak | step | overhead`: speed of the programs of this project, as tables and JSON."""
+"""`python -m bench COMMAND`: speed of the programs of this project, as tables and JSON."""
 
 from __future__ import annotations
 
 import click
 
+from bench.compile import compile_kernels
 from bench.meta import meta
 from bench.overhead import overhead
 from bench.soak import soak
@@ -15,10 +16,8 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-cli.add_command(meta)
-cli.add_command(soak)
-cli.add_command(step)
-cli.add_command(overhead)
+for command in (compile_kernels, meta, overhead, soak, step):
+    cli.add_command(command)
 
 if __name__ == "__main__":
     cli(prog_name="python -m bench")
