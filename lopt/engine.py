@@ -148,7 +148,7 @@ def step_units(
         place = slice(start, start + len(unit.members)) if unit.together else start
         start += len(unit.members)
         apply = Apply(
-            lr=_read_lr(unit.group["lr"], steps.device),
+            lr=read_lr(unit.group["lr"], steps.device),
             decay=float(unit.group["weight_decay"]) * decay_scale(unit),
             maximize=unit.group["maximize"],
             unscale=None if amp is None else amp.unscale,
@@ -161,7 +161,7 @@ def step_units(
     clock = Clock(steps, None)
     if rule.needs_num_steps:
         plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
-        clock = Clock(steps, *_read_plans(steps, plans))
+        clock = Clock(steps, *read_plans(steps, plans))
     sharded = any(unit.members[0].shard is not None for unit in units)
     step_tensors(rule, tensors, loss, clock, _sharding().to_means if sharded else divide_sums)
     if live is None:
@@ -234,7 +234,7 @@ def _are_finite(unit: Unit) -> Tensor:
     return largest.isfinite()
 
 
-def _read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
+def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
     """A number where it can be had without waiting for a device, else a tensor of no dimension."""
     if not isinstance(lr, Tensor):
         return float(lr)
@@ -253,7 +253,7 @@ def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
     return now if shard is None else fold_in(now, sum(shard.offset))
 
 
-def _read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:
+def read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Planned steps and the run's steps so far, int64 `[n]`.
 
     A tensor that had no gradient at times is as far in the run as the others with the same plan.

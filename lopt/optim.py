@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -36,9 +36,20 @@ from lopt.engine import (
     make_units,
     step_units,
 )
+from lopt.fused import FUSED, FusedStep, find_obstacle
 from lopt.guard import Guard, GuardOptions, guard_step, restore_snapshot, save_snapshot
 from lopt.horizons import find_longest
-from lopt.options import ADAMW, Backend, check_gradients, check_options, choose, choose_backend, read_guard
+from lopt.options import (
+    ADAMW,
+    BACKENDS,
+    Backend,
+    check_gradients,
+    check_options,
+    choose,
+    choose_backend,
+    find_missing,
+    read_guard,
+)
 from lopt.resume import check_shapes, copy_to, match_names
 from lopt.rules import RULES, Rule, find_layout
 from lopt.tensors import derive_seeds
@@ -143,7 +154,7 @@ class LearnedOptimizer(Optimizer):
         if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
             self._step_supports_amp_scaling = True
         self.stochastic_rounding, self.reduce_loss = stochastic_rounding, reduce_loss
-        self.backend: Backend = choose_backend(backend, self.rule.name)
+        choose("backend", backend, BACKENDS)
         self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
@@ -164,6 +175,9 @@ class LearnedOptimizer(Optimizer):
             "guard_memory": None,
         }
         super().__init__(params, options)
+        device_types = {p.device.type for group in self.param_groups for p in group["params"]}
+        self.backend: Backend = choose_backend(backend, find_obstacle(self.rule), device_types, self.guard is not None)
+        self._fused: dict[tuple[int, torch.device], FusedStep] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the options but for another rule may be the group's own.
@@ -220,18 +234,25 @@ class LearnedOptimizer(Optimizer):
             return result
         if self.nonfinite == "raise" and not hasattr(self, "found_inf"):
             for device in {device for _, device in units}:
-                check_finite([unit for key, own in units.items() if key[1] == device for unit in own])
+                check_finite(
+                    [unit for key, own in units.items() if key[1] == device for unit in self._divide(key, own)]
+                )
         self._count_step()
         loss = self._share_loss(result if loss is None else loss, units)
         if self.guard is not None and self._undoes(loss):
             return result
-        for (index, device), own in units.items():
-            rule = self._rules[index]
+        for key, own in units.items():
+            rule, device, tally = self._rules[key[0]], key[1], self._tally[key[1]]
             heard = None if loss is None or not rule.needs_loss else _to_scalar(loss, device)
+            decay, sanitize = partial(self._scale_decay, rule=rule), self.nonfinite == "sanitize"
             with _without_autocast(device.type):
-                decay, amp = partial(self._scale_decay, rule=rule), self._read_scaler(device)
-                skipped = step_units(rule, own, heard, self.nonfinite == "sanitize", self._make_transform, decay, amp)
-            self._tally[device][0].add_(skipped)
+                amp = self._read_scaler(device)
+                fused, rest = self._choose_fused(rule, device, own)
+                if fused:
+                    self._fuse(key, fused).step(fused, heard, sanitize, decay, tally, amp)
+                if rest:
+                    divided = self._divide(key, rest)
+                    tally[0].add_(step_units(rule, divided, heard, sanitize, self._make_transform, decay, amp))
         return result
 
     def report(self) -> Report:
@@ -287,7 +308,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
-        return own | super().__getstate__() | {"_rules": [], "_replicas": {}}
+        return own | super().__getstate__() | {"_rules": [], "_replicas": {}, "_fused": {}}
 
     def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with the rule's identity in place of what the constructor was given.
@@ -338,11 +359,12 @@ class LearnedOptimizer(Optimizer):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _make_units(self) -> dict[tuple[int, torch.device], list[Unit]]:
-        """All parameters with a gradient, divided into units, by the rule that steps them and where."""
+        """All parameters with a gradient, a unit for each group, by the rule that steps them and where."""
         units: dict[tuple[int, torch.device], list[Unit]] = {}
         if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
             self._replicas.clear()
             self._rules.clear()
+            self._fused.clear()
         for group in self.param_groups:
             if group["rule"] not in (self.defaults["rule"], ADAMW):
                 group.update(self._name_rule(group))
@@ -358,8 +380,41 @@ class LearnedOptimizer(Optimizer):
                 start += len(keys)
                 found.setdefault((index, p.device), []).append(make_member(name, p, g, state))
             for key, members in found.items():
-                units.setdefault(key, []).extend(make_units(self._rules[key[0]], members, group))
+                units.setdefault(key, []).append(Unit(members, group))
         return units
+
+    def _divide(self, key: tuple[int, torch.device], units: Iterable[Unit]) -> list[Unit]:
+        """Units that are stepped as one."""
+        rule = self._rules[key[0]]
+        return [part for unit in units for part in make_units(rule, unit.members, unit.group)]
+
+    def _choose_fused(self, rule: Rule, device: torch.device, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """The units, without some of their members, that kernels step, and what is left."""
+        if self.backend.name != "triton" or torch.compiler.is_compiling() or find_obstacle(rule) is not None:
+            return [], units
+        if find_missing([device.type], interpreted=True) is not None:
+            return [], units
+        fused, rest = [], []
+        for unit in units:
+            taken = [m for m in unit.members if FusedStep.takes(m) and unit.group["foreach"] is not False]
+            left = [m for m in unit.members if not any(m is other for other in taken)] if taken else unit.members
+            fused += [unit._replace(members=taken)] if taken else []
+            rest += [unit._replace(members=left)] if left else []
+        if rest:
+            member = rest[0].members[0]
+            kind = (
+                "DTensor" if member.shard is not None else f"parameter {member.p.dtype} with gradient {member.g.dtype}"
+            )
+            self._warn_once(f"kernels do not step a {kind}: it is stepped by torch.")
+        return ([], units) if rest and rule.row_keys else (fused, rest)  # with rows, all tensors step together
+
+    def _fuse(self, key: tuple[int, torch.device], units: Sequence[Unit]) -> FusedStep:
+        """The tables for these units, made anew if they have changed."""
+        fused = self._fused.get(key)
+        if fused is None or not fused.matches(units):
+            rule = self._rules[key[0]]
+            fused = self._fused[key] = FusedStep(rule, FUSED[rule.name], units)
+        return fused
 
     def _init_group(
         self,

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+from lopt_kernels.op import check_triton
 from torch import Tensor
 
 from lopt.guard import GuardOptions
@@ -35,15 +36,44 @@ def choose(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def choose_backend(wanted: str, rule: str) -> Backend:
-    """The backend that runs; a warning where it is not the one asked for."""
-    choose("backend", wanted, BACKENDS)
+def choose_backend(wanted: str, obstacle: str | None, device_types: Iterable[str], guarded: bool) -> Backend:
+    """The backend that runs; a warning where it is not the one asked for.
+
+    Args:
+        obstacle: why the rule has no fused step, if it has none.
+        device_types: of the parameters.
+        guarded: with the guard, which works on whole steps.
+    """
     if wanted == "torch":
         return Backend("torch", "asked for")
-    reason = f"LearnedOptimizer has no fused Triton step for rule {rule!r} yet"
+    if guarded:
+        obstacle = "the guard works on steps that are not fused"
+    obstacle = obstacle or find_missing(device_types, interpreted=wanted == "triton")
+    if obstacle is None:
+        return Backend("triton", "the rule has a fused step" if wanted == "auto" else "asked for")
     if wanted == "triton":
-        warnings.warn(f"backend='triton' falls back to torch: {reason}", stacklevel=3)
-    return Backend("torch", reason)
+        warnings.warn(f"backend='triton' falls back to torch: {obstacle}", stacklevel=4)
+    return Backend("torch", obstacle)
+
+
+def find_missing(device_types: Iterable[str], interpreted: bool) -> str | None:
+    """Why Triton cannot run on any of these devices, or None if it can.
+
+    Args:
+        interpreted: its interpreter, which is for tests, counts.
+    """
+    found = sorted(set(device_types))
+    obstacle = "there are no parameters"
+    for device_type in found:
+        if device_type == "cpu" and not interpreted:
+            obstacle = "no parameter is on a GPU"
+            continue
+        try:
+            check_triton("optimizer", torch.device(device_type))
+            return None
+        except RuntimeError as error:
+            obstacle = str(error)
+    return obstacle
 
 
 def read_guard(given: bool | GuardOptions | Mapping[str, Any]) -> GuardOptions | None:

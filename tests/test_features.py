@@ -7,10 +7,10 @@ from math import exp, inf, log10, sqrt, tanh
 import numpy as np
 import pytest
 import torch
+from lopt_kernels.newton_schulz import orthogonalize
 from torch import Tensor
 
 from lopt.rules import Elements, features, find_layout
-from lopt.rules.celo2 import orthogonalize
 from lopt.rules.features import NO_LOSS, NUM_LOSS_DECAYS
 from lopt.tensors import make_generator
 

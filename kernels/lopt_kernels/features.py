@@ -150,22 +150,22 @@ def find_kind(tensors: Tensors, block: int) -> int:
     return WIDE if a == b == c == tensors.groups == 1 and 2 * d2 > block else STRIDED
 
 
-def make_segments(tensors: Tensors, item: int, block: int, *out: Tensor) -> list[Segment]:
+def make_segments(tensors: Tensors, item: int, block: int, place: int = 0) -> list[Segment]:
     """A parameter's segments, one per group of its normalisation.
 
     Args:
         item: the parameter's number.
         block: elements that a program takes at once.
-        out: tensors that the launch writes to beside the accumulators.
+        place: of the parameter's step in a buffer, if steps are kept.
     """
     t = tensors
-    columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]), *out)
+    columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]))
     _, d1, b, d2, c = (1, 1, 1, max(1, t.p.numel()), 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
     sizes = (t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c)
-    return [Segment(columns, (*sizes, group, t.inner, t.rows), item, t.slot) for group in range(t.groups)]
+    return [Segment(columns, (*sizes, group, t.inner, t.rows, place), item, t.slot) for group in range(t.groups)]
 
 
-NUM_COLUMNS, NUM_SIZES = 7, 10  # of a segment without `out`
+NUM_COLUMNS, NUM_SIZES = 7, 11  # of a segment
 
 
 def by_tiles(block: int, steps: int) -> Callable[[tuple[int, ...]], int]:
@@ -308,7 +308,7 @@ if triton is not None:
     _LINES = tl.constexpr(LINES)
     _SMALL_CLIP = tl.constexpr(SMALL_CLIP)
     _AVERAGE_EPS, _LINE_EPS, _SQUARE_EPS = (tl.constexpr(x) for x in (AVERAGE_EPS, LINE_EPS, SQUARE_EPS))
-    P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE, OUT = (tl.constexpr(i) for i in range(8))
+    P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = (tl.constexpr(i) for i in range(7))
 
     @triton.jit
     def clip(x, BOUND: tl.constexpr):

@@ -12,6 +12,7 @@ contributes is computed once for all its columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate as accumulate_sizes
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,6 @@ try:
     from lopt_kernels.features import (
         FIRST,
         FIRST_SCALE,
-        OUT,
         SECOND,
         SECOND_SCALE,
         STRIDED,
@@ -49,7 +49,7 @@ try:
         make_features,
         make_line_features,
     )  # fmt: skip
-    from lopt_kernels.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_slot
+    from lopt_kernels.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size, load_slot
 except ImportError:  # the reference needs torch only
     triton = None
 
@@ -248,7 +248,7 @@ if triton is not None:
 
     @triton.jit
     def _move(
-        row, local, item, g_ptr, terms, live, seeds, first_weights, bias, rest, gain,
+        row, local, item, g_ptr, terms, live, seeds, first_weights, bias, rest, gain, out_ptr,
         P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
@@ -332,7 +332,7 @@ if triton is not None:
             if EXP_MULT != 0:
                 delta = delta * tl.exp(EXP_MULT * out[1])
             if DELTA:
-                tl.store(load_pointer(row, OUT, tl.float32, ALIGN) + at, delta, mask)
+                tl.store(out_ptr + load_size(row, SIZES + 10, 1) + at, delta, mask)
             else:
                 store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, item)
 
@@ -355,6 +355,7 @@ if triton is not None:
         steps_ptr,
         seeds,  # or None
         rest_stride,
+        out_ptr,  # steps of all parameters, or None
         KINDS: tl.constexpr,  # a bit for each kind of segment that there is
         COLUMNS: tl.constexpr,
         P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
@@ -374,7 +375,7 @@ if triton is not None:
             if KINDS & (1 << k):
                 if kind == k:
                     _move(
-                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, P_TYPE, ALIGN, SIZES, k,
+                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN, SIZES, k,
                         MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS, OUTPUTS,
                         EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
                     )  # fmt: skip
@@ -423,18 +424,18 @@ def launch_segments(
     shape: Shape,
     plan: Plan,
     sanitize: bool = False,
-    delta: bool = False,
+    out: Tensor | None = None,
     kinds: int = features.ALL_KINDS,
 ) -> None:
     """`reference` for all segments in one launch; parameters in place.
 
     Args:
-        segments: of `features.make_segments(tensors, item, plan.block)`, with a float32 tensor of p's shape behind for
-            `delta`; cut by `features.by_tiles(plan.block, plan.steps)`.
+        segments: of `features.make_segments(tensors, item, plan.block, place)`, cut by
+            `features.by_tiles(plan.block, plan.steps)`.
         weights: float32, contiguous but for the rows of `rest`.
         plan: of `choose_plan`.
         sanitize: entries of the gradients that are not finite count as 0.
-        delta: write the step to the segments' last tensor; parameters stay as they are.
+        out: write the steps here, float32, each at its segment's place; parameters stay as they are.
         kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.
@@ -455,8 +456,8 @@ def launch_segments(
     dtypes = segments.dtypes[0], items.dtype
     with torch.cuda.device_of(segments.table):
         _mlp_kernel[(segments.num_blocks,)](
-            *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0)),
-            **_constexprs(family, shape, plan, dtypes, (segments.align, items.align), kinds, sanitize, delta),
+            *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0), out),
+            **_constexprs(family, shape, plan, dtypes, (segments.align, items.align), kinds, sanitize, out is not None),
             **OPTIONS,
         )
 
@@ -483,7 +484,7 @@ def _constexprs(
 ) -> dict[str, Any]:
     """The kernel's compile-time constants; dtypes and alignments are those of parameters and gradients."""
     types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
-    columns = features.NUM_COLUMNS + delta
+    columns = features.NUM_COLUMNS
     table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
     table |= {"ALIGN": aligns[0], "G_ALIGN": aligns[1]}
     widths = {"F": family.num_features, "INPUTS": family.num_inputs, "H": shape.hidden, "LAYERS": shape.layers}
@@ -510,18 +511,18 @@ def launch(
         terms: `[1]` each, of all.
     """
     plan = plan or choose_plan(shape)
-    new = [torch.empty(t.p.shape, device=t.p.device) if delta else t.p.clone() for t in group]
-    copies = [t._replace(p=t.p if delta else p, slot=0) for t, p in zip(group, new, strict=True)]
-    out = [[p] if delta else [] for p in new]
-    parts = [
-        part for i, (t, own) in enumerate(zip(copies, out, strict=True))
-        for part in features.make_segments(t, i, plan.block, *own)
-    ]  # fmt: skip
+    places = list(accumulate_sizes((t.p.numel() for t in group), initial=0))
+    steps = torch.empty(places[-1], device=group[0].p.device) if delta else None
+    new = [t.p if delta else t.p.clone() for t in group]
+    copies = [t._replace(p=p, slot=0) for t, p in zip(group, new, strict=True)]
+    parts = [s for i, t in enumerate(copies) for s in features.make_segments(t, i, plan.block, places[i])]
     segments = Segments(parts, features.by_tiles(plan.block, plan.steps))
     every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
     items = apply.make_items([t.g for t in group], every)
-    launch_segments(segments, weights, items, family, shape, plan, sanitize=sanitize, delta=delta)
-    return new
+    launch_segments(segments, weights, items, family, shape, plan, sanitize, steps)
+    if steps is None:
+        return new
+    return [x.view(t.p.shape) for x, t in zip(steps.split([t.p.numel() for t in group]), group, strict=True)]
 
 
 def draw_weights(
@@ -581,7 +582,9 @@ def compile_source(
     family, shape = family or Family(), shape or Shape(hidden=32)
     plan, aligns = plan or choose_plan(shape), (ALIGNMENT, ALIGNMENT)
     constexprs = _constexprs(family, shape, plan, (p_dtype, p_dtype), aligns, kinds, sanitize=False, delta=False)
-    return specialize(_mlp_kernel, {**constexprs, "seeds": None}, OPTIONS, **apply.TYPES | {"rest_stride": "i32"})
+    return specialize(
+        _mlp_kernel, {**constexprs, "seeds": None, "out_ptr": None}, OPTIONS, **apply.TYPES | {"rest_stride": "i32"}
+    )
 
 
 OP = Op(

@@ -29,7 +29,7 @@ except ImportError:  # the reference needs torch only
     triton = None
 
 BLOCK = 2048  # elements per program
-COLUMNS = 8  # parameter, step | elements, groups, group, inner | item, slot
+COLUMNS = 8  # parameter | elements, groups, group, inner, place of the step | item, slot
 ROWS = 1024  # blocks' sums at once
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 EPS = 1e-9  # added to the mean square of a step
@@ -55,9 +55,9 @@ def reference(
     return apply.move_parameter(p.flatten(), step.flatten(), terms, seeds).view(p.shape)
 
 
-def make_segments(p: Tensor, delta: Tensor, item: int, groups: int = 1, inner: int = 1) -> list[Segment]:
-    """A parameter's segments, one per group."""
-    return [Segment((p, delta), (p.numel() // groups, groups, group, inner), item) for group in range(groups)]
+def make_segments(p: Tensor, item: int, place: int, groups: int = 1, inner: int = 1) -> list[Segment]:
+    """A parameter's segments, one per group; its step is at `place` of the buffer."""
+    return [Segment((p,), (p.numel() // groups, groups, group, inner, place), item) for group in range(groups)]
 
 
 if triton is not None:
@@ -66,26 +66,26 @@ if triton is not None:
     @triton.jit
     def _find_elements(row, local, BLOCK: tl.constexpr):
         element = local * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-        at, groups = element, load_size(row, 3, 1)
+        at, groups = element, load_size(row, 2, 1)
         if groups > 1:
-            group, inner = load_size(row, 4, 1), load_size(row, 5, 1)
+            group, inner = load_size(row, 3, 1), load_size(row, 4, 1)
             at = element // inner * (groups * inner) + group * inner + element % inner
-        return at, element < load_size(row, 2, 1)
+        return at, element < load_size(row, 1, 1)
 
     @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
     def _squares_kernel(
         table,  # int64 [n, COLUMNS]
         starts,  # int64 [n + 1]
         num_segments,  # n
+        steps_ptr,  # of all parameters
         partial_ptr,  # [blocks]
-        ALIGN: tl.constexpr,
         COLUMNS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         block = tl.program_id(0)
         _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
         at, mask = _find_elements(row, local, BLOCK)
-        x = tl.load(load_pointer(row, 1, tl.float32, ALIGN) + at, mask, 0.0)
+        x = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0)
         tl.store(partial_ptr + block, tl.sum(x * x))
 
     @triton.jit(do_not_specialize_on_alignment=["table", "starts"])
@@ -98,7 +98,7 @@ if triton is not None:
         for start in range(begin, end, ROWS):
             at = start + tl.arange(0, ROWS)
             total += tl.load(partial_ptr + at, at < end, 0.0)
-        count = tl.maximum(tl.load(table + segment * COLUMNS + 2), 1).to(tl.float32)
+        count = tl.maximum(tl.load(table + segment * COLUMNS + 1), 1).to(tl.float32)
         tl.store(factors_ptr + segment, scale * tl.rsqrt(tl.sum(total) / count + EPS_))
 
     @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
@@ -106,6 +106,7 @@ if triton is not None:
         table,
         starts,
         num_segments,
+        steps_ptr,
         factors_ptr,  # [n]
         lr_ptr,  # [items], as all that follow
         decay_ptr,
@@ -121,17 +122,18 @@ if triton is not None:
         if tl.load(live_ptr + item):
             at, mask = _find_elements(row, local, BLOCK)
             p = load_pointer(row, 0, P_TYPE, ALIGN)
-            delta = tl.load(load_pointer(row, 1, tl.float32, ALIGN) + at, mask, 0.0) * tl.load(factors_ptr + segment)
+            delta = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0) * tl.load(factors_ptr + segment)
             base = tl.load(p + at, mask, 0.0).to(tl.float32)
             lr, decay = tl.load(lr_ptr + item), tl.load(decay_ptr + item)
             store_parameter(p, at, mask, base, delta, lr, decay, seeds, item)
 
 
-def launch_segments(segments: Segments, items: Items, scale: float) -> None:
+def launch_segments(segments: Segments, steps: Tensor, items: Items, scale: float) -> None:
     """`reference` for all segments in three launches; parameters in place.
 
     Args:
         segments: of `make_segments`, cut by `by_elements(BLOCK)`.
+        steps: of all parameters, float32.
         items: what is not live is not written.
         scale: root mean square of the steps.
     Raises:
@@ -145,12 +147,13 @@ def launch_segments(segments: Segments, items: Items, scale: float) -> None:
         return
     partial, factors = torch.empty(blocks, device=table[0].device), torch.empty(n, device=table[0].device)
     seeds = items.seeds if p_dtype == torch.bfloat16 else None
-    sizes = {"ALIGN": segments.align, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
+    sizes = {"COLUMNS": COLUMNS, "BLOCK": BLOCK}
     with torch.cuda.device_of(table[0]):
-        _squares_kernel[(blocks,)](*table, n, partial, **sizes, **OPTIONS)
+        _squares_kernel[(blocks,)](*table, n, steps, partial, **sizes, **OPTIONS)
         _factors_kernel[(n,)](*table, partial, factors, scale, COLUMNS, ROWS, **OPTIONS)
         terms = (items.terms.lr, items.terms.decay, items.live, seeds)
-        _scaled_move_kernel[(blocks,)](*table, n, factors, *terms, TRITON_TYPES[p_dtype], **sizes, **OPTIONS)
+        types = {"P_TYPE": TRITON_TYPES[p_dtype], "ALIGN": segments.align}
+        _scaled_move_kernel[(blocks,)](*table, n, steps, factors, *terms, **types, **sizes, **OPTIONS)
 
 
 def launch(
@@ -158,8 +161,8 @@ def launch(
 ) -> Tensor:
     """`reference`; contiguous tensors, and p stays as it is unless it is `out`."""
     out = p.clone() if out is None else out.copy_(p)
-    segments = Segments(make_segments(out, delta, 0, groups, inner), by_elements(BLOCK))
-    launch_segments(segments, apply.make_items([out], terms), scale)
+    segments = Segments(make_segments(out, 0, 0, groups, inner), by_elements(BLOCK))
+    launch_segments(segments, delta, apply.make_items([out], terms), scale)
     return out
 
 

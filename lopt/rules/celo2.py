@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from lopt_kernels.newton_schulz import orthogonalize
 from torch import Tensor
 
 from lopt.rules.adam import AdamW
@@ -17,8 +18,6 @@ from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 STEP_EPS = 1e-9
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
 EMBEDDING_NAMES = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
@@ -116,19 +115,3 @@ class Celo2Base(Celo2):
     def __init__(self, hidden: int = 8, step_mult: float = 1e-3, seed: int = 0) -> None:
         super().__init__(hidden, step_mult, route=False, seed=seed)
         self.config = {"hidden": hidden, "step_mult": step_mult, "seed": seed}
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """Five Newton-Schulz steps towards the nearest orthogonal matrix, for matrices `[..., rows, cols]`.
-
-    Source: Jordan et al. 2024 (Muon).
-    """
-    a, b, c = NEWTON_SCHULZ
-    shape, tall = x.shape, x.shape[-2] > x.shape[-1]
-    x = x.flatten(0, -3) if x.ndim > 2 else x[None]
-    x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-8)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(shape)

@@ -90,12 +90,23 @@ class VeLO(FactoredMLP):
         loss: Tensor | None,
         clock: Clock,
     ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`: loss buffer, LSTM, and its two heads."""
+        """See `Rule.fold_tensors`."""
+        described = [_describe_tensor(mean, layout) for mean, layout in zip(means, layouts, strict=True)]
+        return self.schedule(rows, torch.cat(described, -2), loss, clock)
+
+    def schedule(
+        self, rows: Accumulators, described: Tensor, loss: Tensor | None, clock: Clock
+    ) -> tuple[Accumulators, Means]:
+        """Loss buffer, LSTM, and its two heads.
+
+        Args:
+            rows, loss, clock: see `Rule.fold_tensors`.
+            described: the `TENSOR_FEATURES`, `[*batch, n, 12]`.
+        """
         assert clock.num_steps is not None, "step_tensors has seen to it"
         span = torch.full_like(clock.num_steps, BUGGED_SPAN) if self.bugged_loss_features else clock.num_steps
         z, rows = self.scheduler.observe(rows, loss, clock, span)
-        described = [_describe_tensor(mean, layout) for mean, layout in zip(means, layouts, strict=True)]
-        z = torch.cat([z, torch.cat(described, -2)], -1)
+        z = torch.cat([z, described], -1)
         step = clock.step if self.carry_state else torch.zeros_like(clock.step)
         h, rows = self.scheduler.advance(z, rows, step)
         read = self.scheduler.read
@@ -118,18 +129,32 @@ def _mix(control: Tensor, bank: Tensor, ndim: int) -> Tensor:
 
 
 def _describe_tensor(means: Means, layout: Layout) -> Tensor:
-    """The twelve `TENSOR_FEATURES` of equal tensors, `[*batch, count, 12]`, with the parameters scaled to rms 1.
-
-    The second variance is taken around the mean of m, not of v: a slip of the source that its weights rely on.
-    """
+    """The `TENSOR_FEATURES` of equal tensors, `[*batch, count, 12]`."""
     p2, v, v2 = (means[key].flatten(-layout.ndim) for key in ("p2", "v", "v2"))  # [*batch, count, 1]
     m, m2 = (means[key].flatten(-layout.ndim)[..., 0] for key in ("m", "m2"))  # [*batch, count, 3]
+    return describe_moments(p2, m, m2, v, v2, p2.new_full((1,), count_large(layout)))
+
+
+def count_large(layout: Layout) -> int:
+    """Dimensions larger than 1."""
+    return sum(size > 1 for size in layout.shape)
+
+
+def describe_moments(p2: Tensor, m: Tensor, m2: Tensor, v: Tensor, v2: Tensor, large: Tensor) -> Tensor:
+    """The `TENSOR_FEATURES` `[*batch, n, 12]`, with the parameters scaled to rms 1.
+
+    The second variance is taken around the mean of m, not of v: a slip of the source that its weights rely on.
+
+    Args:
+        p2, v, v2: means of p^2, of the second moment and of its square, `[*batch, n, 1]`; all but p2 in float64.
+        m, m2: means of the momenta and of their squares, `[*batch, n, 3]`.
+        large: dimensions larger than 1, `[1 or n]`.
+    """
     scale = p2.clamp(min=1e-9).rsqrt()
     var_m = scale.square() * (m2 - m.square()).clamp(min=0).to(p2.dtype)
     var_v = scale.square() * (v2 - 2 * v * m + m.square()).to(p2.dtype)
     v = v.to(p2.dtype)
-    large = sum(size > 1 for size in layout.shape)
-    dims = (torch.arange(NUM_DIMS, device=v.device) == large).to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
+    dims = (torch.arange(NUM_DIMS, device=v.device) == large[:, None]).to(v.dtype).expand(*v.shape[:-1], NUM_DIMS)
     return torch.cat([_log(scale * v), dims, _log(var_m), _log(var_v)], -1)
 
 

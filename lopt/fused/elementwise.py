@@ -1,0 +1,91 @@
+"""Programs of the rules whose step of an element depends on that element alone: one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lopt_kernels import OPS, lstm
+from lopt_kernels.adamw import AdamWWeights
+from lopt_kernels.apply import Items
+from lopt_kernels.lstm import LSTMWeights
+from lopt_kernels.rnnprop import RNNpropWeights
+from lopt_kernels.segments import Segment, Segments, by_elements
+from torch import Tensor
+
+from lopt.fused.parts import Part
+from lopt.fused.program import Program
+from lopt.rules import Clock, Rule
+from lopt.rules.lstm import STATE
+
+
+class ElementwiseProgram(Program):
+    """An op with `launch_segments`.
+
+    Attributes:
+        op: its name in `OPS`.
+        keys: the accumulators, in the op's order.
+        weights: of the op; its fields are meta-weights of the rule.
+        numbers: attributes of the rule that the launch takes.
+    """
+
+    op: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]]
+    weights: ClassVar[Any]
+    numbers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
+        super().__init__(rule, batches, count)
+        block = by_elements(OPS[self.op].block)
+        self.tables = [
+            Segments([Segment((t.p, *(t.state[k] for k in self.keys)), (t.p.numel(),), t.item) for t in parts], block)
+            for parts in batches
+        ]
+        stacks = [getattr(rule, name).detach() for name in self.weights._fields]
+        self.stacks = self.weights(*(x[None].contiguous() for x in stacks))
+        self.options = {name: getattr(rule, name) for name in self.numbers}
+
+    def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
+        """See `Program.run`."""
+        launch = OPS[self.op].launch_segments
+        assert launch is not None, "the op steps parameters"
+        for table, own in zip(self.tables, items, strict=True):
+            launch(table, self.stacks, own, sanitize=sanitize, **self.options)
+
+
+class AdamWProgram(ElementwiseProgram):
+    """AdamW, without a schedule of its own."""
+
+    op = "adamw"
+    keys = ("m", "v")
+    weights = AdamWWeights
+
+    @classmethod
+    def find_obstacle(cls, rule: Rule) -> str | None:
+        """See `Program.find_obstacle`."""
+        return None if not rule.needs_num_steps else "the fused AdamW has no schedule"
+
+
+class LSTMProgram(ElementwiseProgram):
+    """The coordinatewise LSTM."""
+
+    op = "coordinatewise_lstm"
+    keys: ClassVar[tuple[str, ...]] = STATE
+    weights: ClassVar[Any] = LSTMWeights
+    numbers: ClassVar[tuple[str, ...]] = ("output_scale", "log_bound")
+
+    @classmethod
+    def find_obstacle(cls, rule: Rule) -> str | None:
+        """See `Program.find_obstacle`."""
+        hidden = rule.hidden
+        assert isinstance(hidden, int)
+        return None if hidden <= lstm.MAX_WIDTH else f"the fused LSTM is at most {lstm.MAX_WIDTH} wide, not {hidden}"
+
+
+class RNNpropProgram(LSTMProgram):
+    """The coordinatewise LSTM on Adam's directions."""
+
+    op = "rnnprop"
+    keys = (*STATE, "m", "v")
+    weights = RNNpropWeights
+    numbers = ("beta1", "beta2", "output_scale")

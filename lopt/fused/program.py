@@ -1,0 +1,47 @@
+"""What a program is: the launches that make one step of a rule for many parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from lopt_kernels.apply import Items
+from torch import Tensor
+
+from lopt.fused.parts import Order, Part
+from lopt.rules import Clock, Rule
+from lopt.rules.layout import Layout
+
+
+class Program(ABC):
+    """Tables for parameters that stay where they are; `run` steps them all.
+
+    Args:
+        rule: frozen, on the parameters' device.
+        batches: parts of equal dtypes of parameter and gradient.
+        count: how many parameters there are in all.
+    """
+
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
+        self.rule, self.batches, self.count = rule, batches, count
+
+    @classmethod
+    @abstractmethod
+    def find_obstacle(cls, rule: Rule) -> str | None:
+        """Why the kernels do not take a rule as it is configured, or None if they do."""
+
+    @classmethod
+    def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
+        """Whether the kernels take a parameter in this order of its axes."""
+        return True
+
+    @abstractmethod
+    def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
+        """One step of all parameters, in place.
+
+        Args:
+            items: for each batch; their tensors are numbers of all parameters.
+            sanitize: entries of gradients that are not finite count as 0.
+            loss: `[]` or None.
+            clock: int64 `[count]`.
+        """

@@ -1,0 +1,170 @@
+"""One step of many parameters by kernels: what changes from step to step is read here, tables stay as they are.
+
+Nothing is waited for. The host's work per parameter is to compare addresses; tables are made anew only when the list of
+parameters or their state has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lopt_kernels import clock as clock_op
+from lopt_kernels.apply import PARAMETER_DTYPES, Items, Terms
+from lopt_kernels.segments import Segment, Segments, by_elements, find_alignment, upload
+from torch import Tensor
+
+from lopt.engine import SEED, STEP, Member, Scaled, Unit, read_lr, read_plans
+from lopt.fused.parts import Part, make_part
+from lopt.fused.program import Program
+from lopt.rules import Clock, Rule
+
+
+class FusedStep:
+    """The step of the members of some units under one rule, on one device.
+
+    Args:
+        program: of the rule.
+        units: at least one member; `takes` says which.
+
+    Attributes:
+        copies: how many parameters are stepped on copies, as they have gaps in memory.
+    """
+
+    def __init__(self, rule: Rule, program: type[Program], units: Sequence[Unit]) -> None:
+        self.rule = rule
+        members = [member for unit in units for member in unit.members]
+        device, n = members[0].p.device, len(members)
+        self.parts = [
+            make_part(i, member, rule.row_keys, lambda layout, order: program.suits(rule, layout, order))
+            for i, member in enumerate(members)
+        ]
+        self.copies = sum(part.source is not None for part in self.parts)
+        self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
+        self._order = list(dict.fromkeys(self._kinds))
+        batches = [[part for part in self.parts if self._kinds[part.item] == kind] for kind in self._order]
+        self.program = program(rule, batches, n)
+        self.seeded = any(SEED in member.state for member in members)
+        self.clocks = [_make_clock(parts, members) for parts in batches]
+        self.live = torch.empty(n, dtype=torch.bool, device=device)
+        self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
+        self._grads = _Uploaded(torch.int64, device)
+        self._terms = _Uploaded(torch.float32, device)
+        self._grad_copies: dict[int, Tensor] = {}
+        self._key = _read_key(members)  # last: state may have been laid out anew
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        """Whether a member can be stepped so."""
+        p, g = member.p.dtype, member.g.dtype
+        return member.shard is None and p in PARAMETER_DTYPES and g in (p, torch.float32)
+
+    def matches(self, units: Sequence[Unit]) -> bool:
+        """Whether the tables still tell of these."""
+        return self._key == _read_key([member for unit in units for member in unit.members])
+
+    def step(
+        self,
+        units: Sequence[Unit],
+        loss: Tensor | None,
+        sanitize: bool,
+        decay_scale: Callable[[Unit], float],
+        skipped: Tensor,
+        amp: Scaled | None = None,
+    ) -> None:
+        """One step of all members, in place.
+
+        Args:
+            units: those of the constructor, with gradients and options as they are now.
+            loss, sanitize, decay_scale, amp: see `lopt.engine.step_units`.
+            skipped: int64; its first number grows by the parameters whose gradients are not finite.
+        """
+        terms = self._read_terms(units, decay_scale, amp)
+        for part in self.parts:
+            if part.source is not None:
+                part.p.copy_(part.source)
+        items = self._read_items([member for unit in units for member in unit.members], terms)
+        for table, own in zip(self.clocks, items, strict=True):
+            clock_op.launch_segments(
+                *(table, own.grads, own.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
+                found_inf=None if amp is None else amp.found_inf,
+                look=not sanitize,
+                align=own.align,
+            )
+        clock = Clock(self.steps, None)
+        if self.rule.needs_num_steps:
+            plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
+            clock = Clock(self.steps, *read_plans(self.steps, plans))
+        self.program.run(items, sanitize, loss, clock)
+        for part in self.parts:
+            if part.source is not None:
+                part.source.copy_(part.p.view(part.source.shape))
+
+    def _read_terms(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Terms:
+        """Rates as they are now; those in tensors on a device stay there."""
+        device = self.live.device
+        rates = [read_lr(unit.group["lr"], device) for unit in units]
+        decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
+        signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
+        counts = [len(unit.members) for unit in units]
+        known = [rate if isinstance(rate, float) else 0.0 for rate in rates]
+        numbers = [
+            x for column in (known, decays, signs) for x, k in zip(column, counts, strict=True) for _ in range(k)
+        ]
+        lr, decay, sign = self._terms.send(numbers).view(3, -1).unbind()
+        if any(isinstance(rate, Tensor) for rate in rates):
+            lr = torch.cat([
+                rate.float().expand(k) if isinstance(rate, Tensor) else lr.new_full((k,), rate)
+                for rate, k in zip(rates, counts, strict=True)
+            ])  # fmt: skip
+        unscale = None if amp is None else amp.unscale
+        return Terms(lr, decay, sign if unscale is None else sign * unscale)
+
+    def _read_items(self, members: Sequence[Member], terms: Terms) -> list[Items]:
+        """For each batch; gradients that do not lie as their parameters are copied."""
+        addresses = []
+        for part, member in zip(self.parts, members, strict=True):
+            g = member.g.detach().reshape(part.layout.shape).permute(part.order)
+            if not g.is_contiguous():
+                copy = self._grad_copies.setdefault(part.item, torch.empty(g.shape, dtype=g.dtype, device=g.device))
+                g = copy.copy_(g)
+            addresses.append(g.data_ptr())
+        grads = self._grads.send(addresses)
+        seeds = self.seeds if self.seeded else None
+        made = []
+        for kind in self._order:
+            own = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
+            made.append(Items(grads, terms, self.live, self.steps, seeds, kind[1], find_alignment(own)))
+        return made
+
+
+class _Uploaded:
+    """Numbers on a device, sent there only when they change."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.numbers: Sequence[float] | None = None
+        self.tensor: Tensor | None = None
+
+    def send(self, numbers: Sequence[float]) -> Tensor:
+        """The numbers as a tensor."""
+        if self.tensor is None or numbers != self.numbers:
+            self.numbers, self.tensor = numbers, upload(numbers, self.dtype, self.device)
+        return self.tensor
+
+
+def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
+    """The table of `lopt_kernels.clock`; a parameter that is not rounded at random has its counter for a seed."""
+    made = []
+    for part in parts:
+        state = members[part.item].state
+        pair = (state[STEP], state.get(SEED, state[STEP]))
+        made.append(Segment(pair, (part.p.numel(),), part.item))
+    return Segments(made, by_elements(clock_op.BLOCK))
+
+
+def _read_key(members: Sequence[Member]) -> list[tuple[object, ...]]:
+    """All that the tables depend on."""
+    return [
+        (m.p.data_ptr(), m.p.shape, m.p.dtype, m.g.dtype, *(x.data_ptr() for x in m.state.values())) for m in members
+    ]
