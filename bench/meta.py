@@ -1,19 +1,22 @@
-"""Speed of meta-training: inner steps (of one task each) per CPU-second, with their backward pass."""
+"""Speed of meta-training: inner updates (a step of one task each) per second, with their backward pass."""
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-import lopt
+from bench import setting
+from bench.timing import synchronize
 from lopt.estimators import ESTIMATORS
 from lopt.rules import RULES
 from lopt.tasks import TASKS
@@ -27,34 +30,77 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(rule: str, task: str, tasks: int, steps: int, repeats: int, options: dict[str, Any]) -> dict[str, float]:
+def measure(
+    rule: str, task: str, tasks: int, steps: int, repeats: int, options: dict[str, Any], device: torch.device
+) -> dict[str, float]:
     """Time `repeats` estimates of a truncated window after a warm-up.
 
     Returns:
-        `first_seconds` (the first estimate, with compilation), median and quartiles of inner steps per CPU-second
-        and of inner steps per second of wall clock.
+        `first_seconds` (the first estimate, with compilation), median and quartiles of inner updates per second of wall
+        clock, `parameter_updates_per_second` (each inner update moves all parameters of its task), and on the CPU
+        median and quartiles of inner updates per CPU-second.
     """
-    loop = InnerLoop(RULES[rule](), TASKS[task](), seed=0)
+    loop = InnerLoop(RULES[rule]().to(device), TASKS[task](), seed=0)
     estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
-    slots = estimator.start(loop, tasks)
+    slots = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, estimator.start(loop, tasks))
     begin = time.perf_counter()
     slots = estimator.estimate(loop, slots).slots
+    synchronize(device)
     first = time.perf_counter() - begin
     slots = estimator.estimate(loop, slots).slots
+    synchronize(device)
     per_cpu, per_wall = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         slots = estimator.estimate(loop, slots).slots
+        synchronize(device)
         per_wall.append(tasks * steps / (time.perf_counter() - wall))
         per_cpu.append(tasks * steps / (time.process_time() - cpu))
-    low, median, high = statistics.quantiles(per_cpu, n=4)
-    return {
-        "first_seconds": first,
-        "per_cpu_second": median,
-        "per_cpu_second_low": low,
-        "per_cpu_second_high": high,
-        "per_second": statistics.median(per_wall),
+    result = {"first_seconds": first, **name_quartiles("per_second", per_wall)}
+    result["parameter_updates_per_second"] = result["per_second"] * count_parameters(loop)
+    return result | (name_quartiles("per_cpu_second", per_cpu) if device.type == "cpu" else {})
+
+
+def count_parameters(loop: InnerLoop) -> int:
+    """Of one task."""
+    return sum(map(prod, loop.family.spec.shapes))
+
+
+def name_quartiles(name: str, values: list[float]) -> dict[str, float]:
+    """The median under that name, and both quartiles."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {name: median, f"{name}_low": low, f"{name}_high": high}
+
+
+def list_columns(base: dict[str, float]) -> dict[str, Callable[[dict[str, float]], str]]:
+    """Headings and contents; on the CPU, which others may use, too, those per CPU-second come first."""
+
+    def write_quartiles(r: dict[str, float], key: str) -> str:
+        return f"{r[f'{key}_low']:.0f} - {r[f'{key}_high']:.0f}"
+
+    key = "per_cpu_second" if "per_cpu_second" in base else "per_second"
+    columns: dict[str, Callable[[dict[str, float]], str]] = {}
+    if key == "per_cpu_second":
+        columns = {
+            "per CPU-second": lambda r: f"{r[key]:.0f}",
+            "its quartiles": lambda r: write_quartiles(r, key),
+        }
+    return columns | {
+        "per second": lambda r: f"{r['per_second']:.0f}",
+        "quartiles": lambda r: write_quartiles(r, "per_second"),
+        "parameters per second": lambda r: f"{r['parameter_updates_per_second']:.3g}",
+        "against the first": lambda r: f"{r[key] / base[key]:.2f} x",
+        "first call, s": lambda r: f"{r['first_seconds']:.1f}",
     }
+
+
+def make_table(results: dict[str, dict[str, float]]) -> Table:
+    """One row per way."""
+    columns = list_columns(next(iter(results.values())))
+    table = setting.start_table("inner updates (one task each, forward and backward)", ["way", *columns])
+    for way, result in results.items():
+        table.add_row(way, *(write(result) for write in columns.values()))
+    return table
 
 
 @click.command()
@@ -64,16 +110,34 @@ def measure(rule: str, task: str, tasks: int, steps: int, repeats: int, options:
 @click.option("--steps", default=20, show_default=True, help="Steps of a window, K.")
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(min=2))
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option("--device", "where", default="cpu", show_default=True)
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="Only these; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
 def meta(
-    rule: str, task: str, tasks: int, steps: int, repeats: int, threads: int, ways: tuple[str, ...], as_json: bool
+    rule: str,
+    task: str,
+    tasks: int,
+    steps: int,
+    repeats: int,
+    threads: int,
+    where: str,
+    ways: tuple[str, ...],
+    file: Path | None,
 ) -> None:
-    """Inner steps per CPU-second of truncated backpropagation, eager and compiled."""
+    """Inner updates per second of truncated backpropagation, eager and compiled."""
     torch.set_num_threads(threads)
-    chosen = ways or tuple(WAYS)
-    results = {way: measure(rule, task, tasks, steps, repeats, WAYS[way]) for way in chosen}
-    setting = {
+    device = torch.device(where)
+    results = {}
+    for way in ways or WAYS:
+        try:
+            results[way] = measure(rule, task, tasks, steps, repeats, WAYS[way], device)
+        except (RuntimeError, NotImplementedError) as error:
+            if device.type == "cpu":
+                raise
+            raise click.ClickException(
+                f"meta-training does not run on {device}: {setting.write_error(error)}"
+            ) from error
+    told = {
         "rule": RULES[rule]().describe(),
         "task": TASKS[task]().describe(),
         "tasks": tasks,
@@ -81,23 +145,9 @@ def meta(
         "repeats": repeats,
         "threads": threads,
         "dtype": "float32",
-        "lopt": lopt.__version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()} {platform.processor() or platform.system()}",
-    }
-    if as_json:
-        click.echo(json.dumps({"setting": setting, "results": results}, indent=2))
-        return
-    console = Console()
-    console.print(", ".join(f"{key} {value}" for key, value in setting.items()), highlight=False)
-    table = Table(title="inner steps (one task each, forward and backward)", title_justify="left")
-    for column in ("way", "per CPU-second", "quartiles", "per second", "against the first", "first call, s"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    base = results[chosen[0]]["per_cpu_second"]
-    for way, r in results.items():
-        quartiles = f"{r['per_cpu_second_low']:.0f} - {r['per_cpu_second_high']:.0f}"
-        ratio = f"{r['per_cpu_second'] / base:.2f} x"
-        table.add_row(
-            way, f"{r['per_cpu_second']:.0f}", quartiles, f"{r['per_second']:.0f}", ratio, f"{r['first_seconds']:.1f}"
-        )
-    console.print(table)
+        "device": setting.describe_device(device),
+    } | setting.list_versions()
+    console = setting.make_console()
+    console.print(", ".join(f"{key} {value}" for key, value in told.items()), highlight=False, markup=False)
+    console.print(make_table(results))
+    setting.write_json(file, {"setting": told, "results": results})
