@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from bench.compile import compile_kernels
+from bench.gpu import gpu
 from bench.kernels import kernels
 from bench.meta import meta
 from bench.overhead import overhead
@@ -17,7 +18,7 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, kernels, meta, overhead, soak, step):
+for command in (compile_kernels, gpu, kernels, meta, overhead, soak, step):
     cli.add_command(command)
 
 if __name__ == "__main__":

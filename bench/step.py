@@ -79,6 +79,7 @@ def measure(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seconds: f
         result["copies"] = len(launches) - result["launches"]
     if graph:
         del params, step, list_held  # room for another one
+        gc.collect()
         result |= measure_graph(entry, shapes, drawn, repeats, seconds)
     return result
 
@@ -89,7 +90,8 @@ def measure_graph(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seco
     try:
         return {"graph_seconds": summarize(cuda.time_graph(started.step, repeats, seconds, drawn[0][0].device))}
     except Exception as error:  # whatever stands in the way of a capture is the result
-        return {"graph_error": setting.write_error(error)}
+        cause = error.__context__  # the capture's own end fails, too
+        return {"graph_error": setting.write_error(cause if isinstance(cause, Exception) else error)}
 
 
 def measure_all(
@@ -177,8 +179,8 @@ def list_columns(count: int) -> list[tuple[str, Callable[[Result], str]]]:
         ("ns/\nparam", write("ns_per_parameter")),
         ("p10 - p90", write_spread),
         ("re-\npeats", lambda r: str(r["repeats"])),
-        ("queued\nns/param", write("queued_seconds", 1e9 / count)),
-        ("graph\nns/param", write("graph_seconds", 1e9 / count)),
+        ("queued\nms", write("queued_seconds", 1e3)),
+        ("graph\nms", write("graph_seconds", 1e3)),
         ("host\nms", lambda r: write("host_seconds", 1e3)(r) if "queued_seconds" in r else ""),
         ("/ AdamW\nforeach", write("over_adamw_foreach")),
         ("/ AdamW\nfused", write("over_adamw_fused")),
@@ -204,10 +206,13 @@ def make_table(results: list[Result], count: int) -> Table:
 
 
 def tell_graphs(results: list[Result], report: Callable[[str], None]) -> None:
-    """Say why a step could not be captured."""
+    """Say which steps could not be captured, and why."""
+    reasons: dict[str, list[str]] = {}
     for result in results:
         if "graph_error" in result:
-            report(f"{result['name']}: no CUDA graph: {result['graph_error']}")
+            reasons.setdefault(result["graph_error"], []).append(result["name"])
+    for reason, names in reasons.items():
+        report(f"no CUDA graph of {', '.join(names)}: {reason}")
 
 
 def describe_model(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite, prod
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bench import cuda, kernels, replay, setting
 from bench.__main__ import cli
 from bench.roofline import draw_roofline
-from bench.timing import measure_bandwidth, summarize, time_calls
+from bench.timing import measure_bandwidth, summarize, time_calls, time_queued
 from bench.variants import list_ops, list_variants
 
 CPU = torch.device("cpu")
@@ -191,6 +192,32 @@ def test_times_are_those_of_the_calls() -> None:
     assert len(time_calls(lambda: None, 7, 0.0, CPU).done) == 3  # no more after the seconds are over
     assert summarize([1.0, 2.0, 3.0, 4.0, 100.0])["median"] == 3.0
     assert 1e8 < measure_bandwidth(CPU, mebibytes=1) < 1e14
+
+
+def test_queued_times_lie_between_the_marks_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock) ** 2
+
+        def synchronize(self) -> None:
+            assert self.at >= 0
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    calls: list[int] = []
+    times = time_queued(lambda: calls.append(1), 20, 10.0, torch.device("cuda"))
+    assert len(calls) == 20
+    assert times == pytest.approx([1e-3 * (2 * i + 1) for i in range(20)])
+    assert len(time_queued(lambda: None, 20, 0.0, torch.device("cuda"))) == 3
 
 
 def test_trace_tells_kernels_apart_from_copies_and_annotations(tmp_path: Path) -> None:
