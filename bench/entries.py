@@ -17,6 +17,7 @@ from lopt.rules import RULES
 FOREACH, FUSED = "torch AdamW foreach", "torch AdamW fused"
 SEED = 0
 NUM_STEPS = 1000  # that rules with a schedule are told; more than are ever made here
+PRECISIONS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}  # as `torch.set_float32_matmul_precision` has them
 
 Params = dict[str, nn.Parameter]
 
@@ -57,12 +58,20 @@ def start_torch(params: Params, capturable: bool = False, **options: bool) -> St
     return Started(optimizer.step, lambda: ([x for state in optimizer.state.values() for x in state.values()], []))
 
 
-def start_rule(params: Params, name: str, options: Mapping[str, Any], capturable: bool = False) -> Started:
-    """`lopt.LearnedOptimizer` with a rule as constructed by default and these options of the optimizer."""
+def start_rule(
+    params: Params, name: str, options: Mapping[str, Any], precision: str | None = None, capturable: bool = False
+) -> Started:
+    """`lopt.LearnedOptimizer` with a rule as constructed by default and these options of the optimizer.
+
+    Args:
+        precision: of matrix products during its steps, one of `PRECISIONS`; None: whatever is set.
+    """
     optimizer = lopt.LearnedOptimizer(
         params.items(), RULES[name](), num_steps=NUM_STEPS, capturable=capturable, **options
     )
     step = partial(optimizer.step, loss=1.0) if optimizer.rule.needs_loss else optimizer.step
+    if precision is not None:
+        step = partial(step_with_precision, step, PRECISIONS[precision])
 
     def list_held() -> tuple[list[Tensor], list[Tensor]]:
         rules = [optimizer.rule, *optimizer._replicas.values()]
@@ -70,6 +79,16 @@ def start_rule(params: Params, name: str, options: Mapping[str, Any], capturable
         return [x for state in optimizer.state.values() for x in state.values()], weights
 
     return Started(step, list_held, (optimizer.backend.name, optimizer.backend.reason))
+
+
+def step_with_precision(step: Callable[[], object], precision: str) -> None:
+    """A step while `torch.set_float32_matmul_precision` is set to that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        step()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def start_naive(params: Params, name: str, capturable: bool = False) -> Started:
@@ -95,10 +114,11 @@ def estimate_state_bytes(name: str, dtype: torch.dtype | None = None) -> float:
     return sum(x.numel() * min(widest, x.element_size()) for x in accumulators.values()) / p.numel()
 
 
-def make_rule_entry(name: str, label: str = "", **options: Any) -> Entry:
+def make_rule_entry(name: str, label: str = "", precision: str | None = None, **options: Any) -> Entry:
     """A rule under `LearnedOptimizer` with these options; `label` tells it from the rule with others."""
     size = estimate_state_bytes(name, options.get("state_dtype"))
-    return Entry(f"{name} {label}".strip(), partial(start_rule, name=name, options=options), size, name)
+    start = partial(start_rule, name=name, options=options, precision=precision)
+    return Entry(f"{name} {label}".strip(), start, size, name)
 
 
 def list_torch_entries() -> list[Entry]:

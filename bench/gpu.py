@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from math import isfinite, prod
@@ -15,19 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_map
 
-import lopt
 from bench import cuda, kernels, setting
 from bench.entries import SEED, Entry, draw, list_torch_entries, make_rule_entry
 from bench.models import MODELS
 from bench.setting import write_figure
 from bench.step import Result, add_ratios, describe_model, make_params, make_table, measure_all, tell_graphs
 from bench.timing import MIN_REPEATS, measure_bandwidth
-from bench.variants import PRECISIONS, list_ops, list_variants
+from bench.variants import list_ops, list_variants
 
 PARTS = ("targets", "profile", "kernels")
 RULES = ("small_fc", "celo2_base", "celo2", "celo", "velo", "mlp", "lstm", "rnnprop", "adamw")
 RECURRENT = ("lstm", "rnnprop")  # rules that are timed with a bfloat16 state, too
 BFLOAT16 = "bfloat16 state"
+ON_TENSOR_CORES = ("small_fc", "mlp")  # rules whose MLP is wide enough; timed with less precise products, too
 PROFILED = "small_fc"
 CPU_COUNT = 64  # coordinates of a kernel without a GPU: a dry run
 PARAMETER_BYTES = 4
@@ -44,8 +43,11 @@ class Target(NamedTuple):
 
 
 # For float32 parameters and state on ViT-B/16; the other models are there to compare.
+OF_SMALL_FC = [Target("over_adamw_fused", "x fused AdamW", 4.0, 3.0)]
 TARGETS = {
-    "small_fc": [Target("over_adamw_fused", "x fused AdamW", 4.0, 3.0)],
+    "small_fc": OF_SMALL_FC,
+    "small_fc tf32": OF_SMALL_FC,
+    "small_fc bf16": OF_SMALL_FC,
     "celo2_base": [Target("over_adamw_fused", "x fused AdamW", 3.0, 2.3)],
     f"lstm {BFLOAT16}": [Target("over_memory_bound", "x memory bound", 1.5, 1.2)],
 }
@@ -110,13 +112,12 @@ class Session:
 def list_entries(backend: str) -> list[Entry]:
     """AdamW, the rules, with a bfloat16 state where that is most of it, and with what precisions there are."""
     entries = list_torch_entries()
-    has_precision = "precision" in inspect.signature(lopt.LearnedOptimizer).parameters
     for name in RULES:
         entries.append(make_rule_entry(name, backend=backend))
         if name in RECURRENT:
             entries.append(make_rule_entry(name, BFLOAT16, backend=backend, state_dtype=torch.bfloat16))
-        if name == PROFILED and has_precision:
-            entries += [make_rule_entry(name, key, backend=backend, precision=key) for key in PRECISIONS]
+        if name in ON_TENSOR_CORES:
+            entries += [make_rule_entry(name, key, precision=key, backend=backend) for key in ("tf32", "bf16")]
     return entries
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from bench import cuda, replay, setting
 from bench.memory import measure_allocations
 from bench.roofline import draw_roofline
-from bench.setting import write_figure
+from bench.setting import INTERPRETED, write_figure
 from bench.timing import MIN_REPEATS, measure_bandwidth, summarize, time_first, time_queued
 from bench.variants import Variant, list_ops, list_variants, pick
 
@@ -26,7 +26,7 @@ WAYS = ("reference", "compiled", "triton")
 LARGEST, BYTES = 2**26, 2**30  # a default count on a GPU: at most so many coordinates, whose call moves so much
 CPU_COUNT, INTERPRETED_COUNT = 2**18, 2**10
 SEED = 0
-INTERPRETED = "interpreted: time means nothing"
+SLOTS = 16  # of an op with a backward pass
 HEADS = (
     *("kernel", "dtype", "count", "B/\nparam", "way", "us", "p10 - p90", "GB/s", "% of\ncopy", "x ref-\nerence"),
     *("x com-\npiled", "laun-\nches", "transient\nB/param", "first\nuse, s"),
@@ -80,9 +80,9 @@ def make_case(variant: Variant, count: int, device: torch.device) -> Case:
 
 
 def make_gradient_case(variant: Variant, count: int, generator: torch.Generator, device: torch.device) -> Case:
-    """Forward and backward pass, with gradients of all inputs."""
-    op = variant.op
-    inputs = op.sample(1, count, generator, variant.dtype, device)
+    """Forward and backward pass, with gradients of all inputs; the coordinates are those of several slots together."""
+    op, slots = variant.op, min(SLOTS, count)
+    inputs = op.sample(slots, count // slots, generator, variant.dtype, device)
     wanted = [x.requires_grad_() for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
     def differentiate(result: Any) -> Any:

@@ -24,6 +24,7 @@ import lopt
 from bench.models import Shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTERPRETED = "interpreted: time means nothing"
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 

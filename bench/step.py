@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import cuda, naive, setting
-from bench.entries import FOREACH, FUSED, SEED, Entry, Params, draw, list_entries
+from bench.entries import FOREACH, FUSED, PRECISIONS, SEED, Entry, Params, draw, list_entries
 from bench.memory import measure_allocations
 from bench.models import MODELS, Shapes
-from bench.setting import DTYPES, write_figure
+from bench.setting import DTYPES, INTERPRETED, write_figure
 from bench.timing import MIN_REPEATS, measure_bandwidth, summarize, time_calls, time_first, time_queued
 from lopt.rules import RULES
 
@@ -239,6 +239,7 @@ def describe_model(name: str) -> str:
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of parameters.")
 @click.option("--state-dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the rules' state, if given.")
 @click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch", "triton"]))
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of the rules' matrix products, if given.")
 @click.option("--graph", is_flag=True, help="Time the replay of a CUDA graph of the step, too.")
 @click.option("--device", "where", default="cpu", show_default=True)
 @click.option("--state-limit", type=float, help="GB of state to skip a rule at.  [default: 60 % of the memory]")
@@ -254,6 +255,7 @@ def step(
     dtype: str,
     state_dtype: str | None,
     backend: str,
+    precision: str | None,
     graph: bool,
     where: str,
     state_limit: float | None,
@@ -268,7 +270,7 @@ def step(
     naives = () if no_naive else naives or tuple(name for name in rules if name in naive.UPDATES)
     count = sum(map(prod, shapes.values()))
     limit = 0.6 * setting.read_memory(device) if state_limit is None else state_limit * 1e9
-    options: dict[str, Any] = {"backend": backend}
+    options: dict[str, Any] = {"backend": backend, "precision": precision}
     if state_dtype is not None:
         options["state_dtype"] = DTYPES[state_dtype]
     drawn = draw(shapes, kind, device)
@@ -278,6 +280,7 @@ def step(
         "dtype": dtype,
         "state dtype": state_dtype or "the rules' own",
         "backend": backend,
+        "precision": precision or torch.get_float32_matmul_precision(),
         "device": setting.describe_device(device),
         "threads": threads,
         "memory bandwidth": f"{bandwidth / 1e9:.3g} GB/s",
@@ -293,6 +296,8 @@ def step(
     add_ratios(results, bandwidth, kind.itemsize, count)
     console.print(make_table(results, count))
     tell_graphs(results, report)
+    if setting.is_interpreted() and any(result.get("backend") == "triton" for result in results):
+        report(f"backend triton is {INTERPRETED}")
     told |= {"shapes": list(map(list, shapes.values())), "bytes_per_second": bandwidth, "seed": SEED}
     setting.write_json(file, {"setting": told, "results": results, "skipped": skipped})
     failed = [entry["name"] for entry in skipped if entry["kind"] == "error"]

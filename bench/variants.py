@@ -81,7 +81,10 @@ class Variant(NamedTuple):
         return self.op.compile_source(self.dtype, **pick(self.op.compile_source, self.make_plan()))
 
     def count_bytes(self, count: int) -> int:
-        """Bytes that a call on one tensor of `count` coordinates has to move, as the op says."""
+        """Bytes that a call on one tensor of `count` coordinates has to move, as the op says.
+
+        Parts of an op but the forward pass are taken for its backward pass.
+        """
         size = self.dtype.itemsize
         options = self.options | {"state_bytes": size}
         options |= {"grad_bytes": size} if self.key in ("clock", "lines") else {}
@@ -89,7 +92,7 @@ class Variant(NamedTuple):
         options = pick(self.op.bytes_moved, options)
         if self.has_gradient:
             forward, backward = self.op.bytes_moved(1, count, **options)
-            return {"forward": forward, "backward": backward}.get(self.part, forward + backward)
+            return forward if self.part == "forward" else backward if self.part else forward + backward
         per_segment = "num_segments" in inspect.signature(self.op.bytes_moved).parameters
         moved: int = self.op.bytes_moved(1 if per_segment else count, **options)
         return moved

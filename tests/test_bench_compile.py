@@ -100,6 +100,17 @@ def test_bytes_are_what_the_op_says_of_the_dtype() -> None:
     assert names == {"small_fc": 40, "celo, velo": 40, "celo2": 40, "mlp": 56}
 
 
+@pytest.mark.skipif("lstm_gradient" not in list_ops(), reason="no op has a backward pass yet")
+def test_forward_and_backward_pass_of_an_op_are_kernels_of_their_own() -> None:
+    (whole,) = [v for v in list_variants(["lstm_gradient"]) if v.dtype == torch.float32]
+    parts = {v.part: v for v in list_variants(["lstm_gradient"], parts=True) if v.dtype == torch.float32}
+    forward, backward = parts["forward"].count_bytes(1000), parts["backward"].count_bytes(1000)
+    assert whole.count_bytes(1000) == forward + backward
+    assert 0 < forward < backward
+    assert parts["forward"].label == "lstm_gradient (forward)"
+    assert parts["forward"].make_source().kernel is not parts["backward"].make_source().kernel
+
+
 def test_figures_of_amd_assembly_are_read_by_name() -> None:
     lines = [".vgpr_count: 106", ".vgpr_spill_count: 3", ".sgpr_count: 97", ".sgpr_spill_count: 0", "; ScratchSize: 12"]
     assert list(read_hip_figures("\n".join(lines)).values()) == [106, 3, 97, 0, 12]

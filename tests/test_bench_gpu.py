@@ -14,9 +14,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import lopt
 from bench import cuda, gpu, setting
 from bench.__main__ import cli
 from bench.cuda import Launch
+from bench.entries import make_rule_entry, step_with_precision
 
 Run = tuple[str, dict[str, Any]]
 REPEATS = ["--repeats", "3"]
@@ -38,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     launches = [Launch("copy", "gpu_memcpy", 1e-6), Launch("mlp", "kernel", 5e-6), Launch("mlp", "kernel", 4e-6)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "RULES", ("small_fc", "lstm"))
-        patch.setattr(gpu.lopt, "LearnedOptimizer", NoStateDtype)
+        patch.setattr(lopt, "LearnedOptimizer", NoStateDtype)
         patch.setattr(cuda, "record_launches", lambda call, device: launches)
         options = ["--device", "cpu", "--op", "adamw", "--no-compile", *REPEATS, "--json", str(file)]
         result = CliRunner().invoke(cli, ["gpu", *options])
@@ -46,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return result.output, json.loads(file.read_text())
 
 
-class NoStateDtype(gpu.lopt.LearnedOptimizer):
+class NoStateDtype(lopt.LearnedOptimizer):
     """An optimizer that cannot do all that is asked of it."""
 
     def __init__(self, *args: Any, state_dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -110,14 +112,22 @@ def test_targets_are_reached_up_to_their_bound() -> None:
     assert [target["reached"] for target in bounded] == [True]
 
 
-def test_precisions_are_measured_where_the_optimizer_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithPrecision:
-        def __init__(self, params: Any, precision: str = "ieee") -> None: ...
-
-    monkeypatch.setattr(gpu.lopt, "LearnedOptimizer", WithPrecision)
+def test_rules_with_wide_layers_are_measured_with_less_precise_products_too() -> None:
     names = [entry.name for entry in gpu.list_entries("auto")]
-    assert names[2:6] == ["small_fc", "small_fc ieee", "small_fc tf32", "small_fc bf16"]
+    assert names[2:5] == ["small_fc", "small_fc tf32", "small_fc bf16"]
     assert len(names) == len(set(names))
+    assert set(gpu.TARGETS) <= set(names)
+
+
+def test_precision_is_set_during_a_step_only() -> None:
+    seen: list[str] = []
+    before = torch.get_float32_matmul_precision()
+    step_with_precision(lambda: seen.append(torch.get_float32_matmul_precision()), "high")
+    assert (seen, torch.get_float32_matmul_precision()) == (["high"], before)
+    entry = make_rule_entry("sgd", "tf32", precision="tf32")
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    assert entry.start({"p": p}).step.args[1] == "high"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -141,6 +141,17 @@ def test_matrices_of_a_case_are_about_square_and_hold_all_coordinates() -> None:
     assert prod(case.arguments["t"].g.shape) == case.count
 
 
+@pytest.mark.skipif("lstm_gradient" not in list_ops(), reason="no op has a backward pass yet")
+def test_gradients_of_a_case_are_those_of_its_definition() -> None:
+    (variant, *_) = list_variants(["lstm_gradient"])
+    case = kernels.make_case(variant, 64, CPU)
+    assert case.finish is not None
+    gradients = case.finish(case.reference(**case.arguments))
+    assert len(gradients) == len(case.held)
+    assert any(bool(x.abs().max() > 0) for x in gradients if x is not None)
+    assert case.arguments["arguments"][0].shape[::2] == (kernels.SLOTS, 64 // kernels.SLOTS)
+
+
 def test_counts_are_powers_of_two() -> None:
     assert [kernels.round_count(x) for x in (64, 65, 127, 128)] == [64, 64, 64, 128]
     for variant in list_variants():
