@@ -402,10 +402,8 @@ class LearnedOptimizer(Optimizer):
             rest += [unit._replace(members=left)] if left else []
         if rest:
             member = rest[0].members[0]
-            kind = (
-                "DTensor" if member.shard is not None else f"parameter {member.p.dtype} with gradient {member.g.dtype}"
-            )
-            self._warn_once(f"kernels do not step a {kind}: it is stepped by torch.")
+            kind = "foreach=False" if rest[0].group["foreach"] is False else f"a parameter of {member.p.dtype}"
+            self._warn_once(f"kernels do not step {'a DTensor' if member.shard else kind}: torch does.")
         return ([], units) if rest and rule.row_keys else (fused, rest)  # with rows, all tensors step together
 
     def _fuse(self, key: tuple[int, torch.device], units: Sequence[Unit]) -> FusedStep:

@@ -209,20 +209,28 @@ def check_launch(op: str, segments: Segments, stacks: Any, items: Items, check_d
         ValueError: a shape, dtype, device or layout that the kernels do not take.
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
-    device = segments.table.device
+    check_stacks(op, stacks, segments.table.device, segments.num_slots)
+    check_items(op, segments, items, check_dtype)
+    check_triton(op, segments.table.device)
+
+
+def check_stacks(op: str, stacks: Any, device: torch.device, count: int) -> None:
+    """Each field of a NamedTuple is a contiguous float32 stack of at least `count` on this device.
+
+    Raises:
+        ValueError: it is not.
+    """
     for name, stack in stacks._asdict().items():
         if stack.dtype != torch.float32 or stack.device != device or not stack.is_contiguous():
             raise ValueError(
                 f"{op} kernel: {name} must be contiguous torch.float32 on {device}, got {stack.dtype} on "
                 f"{stack.device}, strides {stack.stride()}. Convert it."
             )
-        if len(stack) < segments.num_slots:
+        if len(stack) < count:
             raise ValueError(
-                f"{op} kernel: a segment has slot {segments.num_slots - 1}, {name} is a stack of {len(stack)}. "
+                f"{op} kernel: a segment has slot {count - 1}, {name} is a stack of {len(stack)}. "
                 "Give every slot its meta-weights."
             )
-    check_items(op, segments, items, check_dtype)
-    check_triton(op, device)
 
 
 def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = True) -> None:

@@ -375,9 +375,9 @@ if triton is not None:
             if KINDS & (1 << k):
                 if kind == k:
                     _move(
-                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN, SIZES, k,
-                        MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS, OUTPUTS,
-                        EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
+                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN,
+                        SIZES, k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
+                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
                     )  # fmt: skip
 
 
@@ -448,8 +448,7 @@ def launch_segments(
         found = getattr(weights, name)
         if tuple(found.shape) != size:
             raise ValueError(f"mlp kernel: {name} must have shape {list(size)}, got {list(found.shape)}.")
-    folded = _Folded(weights.first, weights.bias, weights.gain)
-    apply.check_launch("mlp", segments, folded, items)
+    apply.check_stacks("mlp", _Folded(weights.first, weights.bias, weights.gain), segments.table.device, n)
     apply.check_launch("mlp", segments, _Rest(weights.rest[:, :0].contiguous()), items)
     if segments.num_blocks == 0:
         return

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,3 +92,30 @@ class Op:
     state_dtypes: tuple[torch.dtype, ...]
     block: int
     launch_segments: Callable[..., Any] | None = None
+
+
+class LaunchCounter:
+    """Attributes: launches: kernels of Triton that were launched while it counted."""
+
+    launches = 0
+
+
+@contextmanager
+def count_launches() -> Iterator[LaunchCounter]:
+    """Count launches of kernels, compiled or interpreted."""
+    counter = LaunchCounter()
+    if triton is None:
+        yield counter
+        return
+    kind = type(_probe)
+    original = kind.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counter.launches += 1
+        return original(self, *args, **kwargs)
+
+    kind.run = run
+    try:
+        yield counter
+    finally:
+        kind.run = original
