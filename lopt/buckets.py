@@ -21,7 +21,7 @@ class Bucket:
 
     Args:
         params, grads: k parameters of one shape, dtype and device, and their gradients, of one dtype.
-        states: their accumulators in fp32.
+        states: their accumulators in fp32 or bf16.
         apply: how the step is added.
         rows: names of accumulators that the stages on elements do not see.
         extras: for each what belongs to `apply.transform`.
@@ -86,13 +86,13 @@ class Bucket:
 
 
 class Stacked(Mapping[str, Tensor]):
-    """The state of k parameters as tensors `[k, ...]`, made when they are asked for."""
+    """The state of k parameters as fp32 tensors `[k, ...]`, made when they are asked for."""
 
     def __init__(self, states: Sequence[Accumulators]) -> None:
         self.states = states
 
     def __getitem__(self, key: str) -> Tensor:
-        return torch.stack([state[key] for state in self.states])
+        return torch.stack([state[key] for state in self.states]).float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.states[0] if self.states else ())

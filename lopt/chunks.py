@@ -37,7 +37,7 @@ class ChunkedTensor:
 
     Args:
         p, g: parameter and gradient, of any floating dtype and strides.
-        acc: accumulators in fp32, as `rule.init_accumulators` makes them.
+        acc: accumulators in fp32, as `rule.init_accumulators` makes them; its `compact_keys` may be in bf16.
         extra: what belongs to `apply.transform`.
         apply: how the step is added.
         shard: where `p` lies in the whole parameter, if it is a part.
@@ -140,7 +140,7 @@ class ChunkedTensor:
         for cut in self.cuts:
             acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
             g, p = self.apply.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
-            visit = stage(Elements(g, p, acc, self.layout))
+            visit = stage(Elements(g, p, {key: a.float() for key, a in acc.items()}, self.layout))
             if not (visit.acc or visit.sums or visit.delta is not None):
                 return
             for key, new in visit.acc.items():

@@ -72,10 +72,13 @@ def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Me
     return Member(name, sharding.to_local(p), sharding.to_local(g, like=p), local, sharding.Shard(p))
 
 
-def init_state(rule: Rule, p: Tensor, seed: int | None, guarded: bool) -> dict[str, Tensor]:
+def init_state(
+    rule: Rule, p: Tensor, seed: int | None, guarded: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """A parameter's state before its first step.
 
     Args:
+        dtype: of the rule's `compact_keys`; all else is in fp32.
         seed: of its stochastic rounding, if it is rounded so.
         guarded: with what the guard keeps.
     Returns:
@@ -88,9 +91,11 @@ def init_state(rule: Rule, p: Tensor, seed: int | None, guarded: bool) -> dict[s
     if _is_sharded(p):
         init = _sharding().init_parts
         state |= init(lambda part, x: rule.init_accumulators(part.float(), x), p, rule.row_keys, rule.line_keys)
-        return state | (init(lambda part, x: init_guard(part), p, (), ()) if guarded else {})
-    state |= rule.init_state({"": p.float()}).accumulators[""]
-    return state | (init_guard(p.reshape(layout.shape)) if guarded else {})
+        state |= init(lambda part, x: init_guard(part), p, (), ()) if guarded else {}
+    else:
+        state |= rule.init_state({"": p.float()}).accumulators[""]
+        state |= init_guard(p.reshape(layout.shape)) if guarded else {}
+    return state | {key: state[key].to(dtype) for key in rule.compact_keys}
 
 
 def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) -> Iterator[Unit]:

@@ -45,6 +45,7 @@ from lopt.options import (
     Backend,
     check_gradients,
     check_options,
+    check_state_dtype,
     choose,
     choose_backend,
     find_missing,
@@ -117,7 +118,10 @@ class LearnedOptimizer(Optimizer):
         guard: True, `GuardOptions` or a dictionary of them: clips steps, and falls back to AdamW where the loss, passed
             to `step`, shows that the rule fails; see `lopt.guard`. 12 bytes per parameter. Reads the loss on the host.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
-        backend: "torch", "triton" or "auto". What runs and why is `optimizer.backend`.
+        state_dtype: torch.bfloat16 halves the state of rules whose state is a recurrent network's (lstm, rnnprop);
+            arithmetic stays in fp32.
+        backend: "triton" steps all tensors by a few kernels, "torch" by ordinary operations, "auto" by kernels where a
+            parameter is on a GPU. What runs and why is `optimizer.backend`.
         reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it
             and the guard; then all processes have to call `step`, all with a loss or all without.
     Raises:
@@ -141,6 +145,7 @@ class LearnedOptimizer(Optimizer):
         nonfinite: str = "skip",
         guard: bool | GuardOptions | Mapping[str, Any] = False,
         stochastic_rounding: bool = False,
+        state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         reduce_loss: bool = True,
     ) -> None:
@@ -155,6 +160,7 @@ class LearnedOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         self.stochastic_rounding, self.reduce_loss = stochastic_rounding, reduce_loss
         choose("backend", backend, BACKENDS)
+        self.state_dtype = check_state_dtype(state_dtype, self.rule)
         self._rules: list[Rule] = []  # all that step, each on a device
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
@@ -286,11 +292,13 @@ class LearnedOptimizer(Optimizer):
             return saved
 
         def restore(_: Optimizer) -> None:  # torch has cast the state to the parameters' dtype
-            keys = [key for group in saved["param_groups"] for key in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            for key, p in zip(keys, params, strict=True):
-                if key in saved["state"]:
-                    self.state[p] = {k: copy_to(p.device, v) for k, v in saved["state"][key].items()}
+            for found, own in zip(saved["param_groups"], self.param_groups, strict=True):
+                names = own.get("param_names", [""] * len(own["params"]))
+                for key, name, p in zip(found["params"], names, own["params"], strict=True):
+                    compact = dict.fromkeys(self._rule_for(name, p, own).compact_keys, self.state_dtype)
+                    state = saved["state"].get(key)
+                    if state is not None:
+                        self.state[p] = {k: copy_to(p.device, v, compact.get(k)) for k, v in state.items()}
             self._steps = None
             self.guard = self._make_guard()
             if self.guard is not None and (memory := self.param_groups[0]["guard_memory"]) is not None:
@@ -451,7 +459,7 @@ class LearnedOptimizer(Optimizer):
             place = next((i for i, q in enumerate(known) if q is p), 0)  # tells it apart if it has no name
             seed = int(derive_seeds(0, f"stochastic rounding of {name or place}"))
         with torch.no_grad():
-            return init_state(rule, p.detach(), seed, guarded=self.guard is not None)
+            return init_state(rule, p.detach(), seed, self.guard is not None, self.state_dtype)
 
     def _share_loss(
         self, loss: Tensor | float | None, units: dict[tuple[int, torch.device], list[Unit]]

@@ -13,8 +13,10 @@ from lopt_kernels.op import check_triton
 from torch import Tensor
 
 from lopt.guard import GuardOptions
+from lopt.rules import Rule
 
 ADAMW = "adamw"
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -74,6 +76,22 @@ def find_missing(device_types: Iterable[str], interpreted: bool) -> str | None:
         except RuntimeError as error:
             obstacle = str(error)
     return obstacle
+
+
+def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:
+    """The dtype, if the rule's state can be kept in it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {dtype}")
+    if dtype != torch.float32 and not rule.compact_keys:
+        raise ValueError(
+            f"the averages of rule {rule.name!r} change by less than {dtype} can hold: its state is kept in "
+            "torch.float32. torch.bfloat16 is for rules whose state is a recurrent network's (lstm, rnnprop)."
+        )
+    return dtype
 
 
 def read_guard(given: bool | GuardOptions | Mapping[str, Any]) -> GuardOptions | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def copy_to(device: torch.device, value: Any) -> Any:
-    """A tensor's own copy on `device`, in its dtype; anything else as it is."""
-    return value.detach().to(device, copy=True).contiguous() if isinstance(value, Tensor) else value
+def copy_to(device: torch.device, value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A tensor's own copy on `device`, in `dtype` or its own; anything else as it is."""
+    return value.detach().to(device, dtype, copy=True).contiguous() if isinstance(value, Tensor) else value
 
 
 def match_names(found: dict[str, Any], own: Mapping[str, Any]) -> None:

@@ -314,3 +314,41 @@ def test_default_dtype_does_not_change_a_bit(dtype: torch.dtype, guard: bool) ->
             torch.set_default_dtype(torch.float32)
         results.append(clone(params))
     assert_same(*results)
+
+
+# -- the state's dtype -----------------------------------------------------------------------------
+
+
+def test_state_in_bf16_takes_half_the_memory_and_steps_nearly_the_same() -> None:
+    wholes, halves = make_params(), make_params()
+    optimizers = LSTM.make(wholes), LSTM.make(halves, state_dtype=torch.bfloat16)
+    before = clone(wholes)
+    for optimizer, params in zip(optimizers, (wholes, halves), strict=True):
+        run_steps(LSTM, optimizer, params, 3)
+    for a, b, start in zip(halves, wholes, before, strict=True):
+        moved = torch.linalg.vector_norm(b.detach() - start)
+        assert torch.linalg.vector_norm(a.detach() - b.detach()) <= 2e-2 * moved
+    for p in halves:
+        kept = {key: x for key, x in optimizers[1].state[p].items() if key != "step"}
+        assert {x.dtype for x in kept.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_loaded_state_has_the_dtype_that_was_asked_for(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    params = make_params()
+    first = LSTM.make([{"params": params[:2]}, {"params": params[2:], "rule": "adamw"}], state_dtype=dtypes[0])
+    run_steps(LSTM, first, params, 2)
+    second = LSTM.make([{"params": params[:2]}, {"params": params[2:], "rule": "adamw"}], state_dtype=dtypes[1])
+    second.load_state_dict(first.state_dict())
+    assert {second.state[params[0]][key].dtype for key in ("h1", "c1", "h2", "c2")} == {dtypes[1]}
+    assert {second.state[params[2]][key].dtype for key in ("m", "v")} == {torch.float32}
+    run_steps(LSTM, second, params, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "message"),
+    [("small_fc", torch.bfloat16, "its state is kept in torch.float32"), ("lstm", torch.float16, "must be one of")],
+)
+def test_state_dtypes_that_would_lose_updates_are_refused(rule: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer(make_params(), RULES[rule](), state_dtype=dtype)

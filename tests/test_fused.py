@@ -213,6 +213,18 @@ def test_tensors_of_several_dtypes_are_stepped_in_one_step(name: str) -> None:
     assert_same(start, name, 2e-3)
 
 
+@pytest.mark.parametrize("name", ["lstm", "rnnprop"])
+def test_state_in_bfloat16_is_torchs(name: str) -> None:
+    start = draw_start([(3, 20), (5,), (5,)])
+    options: dict[str, Any] = {"state_dtype": torch.bfloat16}
+    want, torchs = run(start, name, "torch", **options)
+    got, fused = run(start, name, "triton", **options)
+    assert_close(got, want, start, 2e-2)
+    assert_states(fused, torchs, 2e-2)
+    kept = [x for state in fused.state.values() for x in state.values() if x.is_floating_point()]
+    assert {x.dtype for x in kept} == {torch.bfloat16}
+
+
 # --- memory ---
 
 

@@ -127,6 +127,7 @@ class Rule(nn.Module, ABC):
         needs_num_steps: cannot run without the planned number of steps.
         row_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         line_keys: accumulators that rows or columns share; they start at 0.
+        compact_keys: accumulators that may be kept in bfloat16.
         temporaries: numbers per element that `emit` holds at once, beside state and parameter; sizes the chunks.
         decay_scale: factor on the user's weight decay, for rules whose `lr` has a step size of its own within.
         adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
@@ -139,6 +140,7 @@ class Rule(nn.Module, ABC):
     needs_num_steps: bool = False
     row_keys: tuple[str, ...] = ()
     line_keys: tuple[str, ...] = ()
+    compact_keys: tuple[str, ...] = ()
     temporaries: int = 0
     decay_scale: float = 1.0
     adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lopt.rules.base import Accumulators
 from lopt.rules.elementwise import safe_sqrt
-from lopt.rules.lstm import CoordinatewiseLSTM
+from lopt.rules.lstm import STATE, CoordinatewiseLSTM
 from lopt.tensors import derive_seeds, make_generator
 
 EPS = 1e-8
@@ -31,6 +31,7 @@ class RNNprop(CoordinatewiseLSTM):
 
     name = "rnnprop"
     feature_names = ("m / sqrt(v)", "g / sqrt(v)")
+    compact_keys: tuple[str, ...] = (*STATE, "m", "v")
 
     def __init__(
         self,
