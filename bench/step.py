@@ -138,10 +138,11 @@ def measure_all(
 def add_ratios(results: list[Result], bandwidth: float, itemsize: int, count: int) -> None:
     """Compare medians with AdamW's, with the naive form's, and with the time that the memory traffic alone takes.
 
-    On a GPU those of steps that wait for each other, on the CPU those that are there.
+    On a GPU those of steps that wait for each other. Interpreted kernels are compared with nothing.
     """
-    medians = {result["name"]: take_seconds(result, count) for result in results}
-    for result in results:
+    meant = [result for result in results if not is_interpreted(result)]
+    medians = {result["name"]: take_seconds(result, count) for result in meant}
+    for result in meant:
         own = medians[result["name"]]
         floor = count * (3 * itemsize + 2 * result["state_bytes_per_parameter"]) / bandwidth
         for key, name in (("over_adamw_foreach", FOREACH), ("over_adamw_fused", FUSED)):
@@ -151,6 +152,11 @@ def add_ratios(results: list[Result], bandwidth: float, itemsize: int, count: in
         other = medians.get(f"naive {result['rule']}")
         if other is not None and result["name"] == result["rule"]:
             result["faster_than_naive"] = other / own
+
+
+def is_interpreted(result: Result) -> bool:
+    """Its kernels ran in Triton's interpreter: their time means nothing."""
+    return result.get("backend") == "triton" and setting.is_interpreted()
 
 
 def take_seconds(result: Result, count: int) -> float:
@@ -296,7 +302,7 @@ def step(
     add_ratios(results, bandwidth, kind.itemsize, count)
     console.print(make_table(results, count))
     tell_graphs(results, report)
-    if setting.is_interpreted() and any(result.get("backend") == "triton" for result in results):
+    if any(map(is_interpreted, results)):
         report(f"backend triton is {INTERPRETED}")
     told |= {"shapes": list(map(list, shapes.values())), "bytes_per_second": bandwidth, "seed": SEED}
     setting.write_json(file, {"setting": told, "results": results, "skipped": skipped})

@@ -15,10 +15,10 @@ import torch
 from click.testing import CliRunner
 
 import lopt
-from bench import cuda, gpu, setting
+from bench import cuda, gpu, setting, step
 from bench.__main__ import cli
 from bench.cuda import Launch
-from bench.entries import make_rule_entry, step_with_precision
+from bench.entries import FUSED, make_rule_entry, step_with_precision
 
 Run = tuple[str, dict[str, Any]]
 REPEATS = ["--repeats", "3"]
@@ -128,6 +128,46 @@ def test_precision_is_set_during_a_step_only() -> None:
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     assert entry.start({"p": p}).step.args[1] == "high"
+
+
+def test_interpreted_kernels_are_compared_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setting, "is_interpreted", lambda: True)
+    results = [
+        {"name": name, "rule": "", "backend": backend, "ns_per_parameter": {"median": 2.0}}
+        | {"state_bytes_per_parameter": 8}
+        for name, backend in ((FUSED, ""), ("a", "torch"), ("b", "triton"))
+    ]
+    step.add_ratios(results, bandwidth=10e9, itemsize=4, count=100)
+    assert results[1]["over_adamw_fused"] == 1.0
+    assert results[1]["over_memory_bound"] == pytest.approx(2.0 / (28 / 10))  # ns for 28 bytes at 10 bytes per ns
+    assert not any(key.startswith("over_") for key in results[2])
+
+
+def test_ratios_are_those_of_queued_steps_where_there_are_any() -> None:
+    results = [
+        {"name": name, "rule": "", "ns_per_parameter": {"median": 1.0}, "state_bytes_per_parameter": 8}
+        | {"queued_seconds": {"median": seconds}}
+        for name, seconds in ((FUSED, 1e-6), ("a", 3e-6))
+    ]
+    step.add_ratios(results, bandwidth=28e8, itemsize=4, count=100)
+    assert results[1]["over_adamw_fused"] == pytest.approx(3.0)
+    assert results[1]["over_memory_bound"] == pytest.approx(3.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_run_on_a_gpu_counts_launches_and_replays_graphs(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    options = ["--model", "tiny", "--op", "adamw", *REPEATS, "--json", str(file)]
+    result = CliRunner().invoke(cli, ["gpu", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    for entry in found["steps"]["tiny"]["results"]:
+        assert entry["launches"] >= 1
+        assert entry["queued_seconds"]["median"] > 0
+        assert "graph_seconds" in entry or "graph_error" in entry
+    assert found["profile"]["kernels"][0]["seconds"] > 0
+    assert found["kernels"][0]["ways"]["triton"]["of_copy"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
