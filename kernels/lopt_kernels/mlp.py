@@ -55,6 +55,7 @@ except ImportError:  # the reference needs torch only
 
 BLOCK, STEPS = 128, 64  # elements that a program takes at once, and how often: one per thread, more of them spill
 DOT_BLOCK, DOT_STEPS = 128, 64  # the same where tensor cores multiply
+TILE_BLOCK = 64  # the same for tiles in "ieee", which other units multiply: with more, registers spill
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 DOT_HIDDEN = 16  # from this width on tensor cores are used
 MAX_HIDDEN = 128  # wider tiles do not fit the registers
@@ -412,7 +413,7 @@ def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) 
     if precision not in PRECISIONS:
         raise ValueError(f"mlp kernel: precision must be one of {PRECISIONS}, got {precision!r}.")
     if shape.hidden >= DOT_HIDDEN if dot is None else dot:
-        return Plan(True, precision, DOT_BLOCK, DOT_STEPS)
+        return Plan(True, precision, TILE_BLOCK if precision == "ieee" else DOT_BLOCK, DOT_STEPS)
     return Plan(False, precision, BLOCK, STEPS)
 
 
