@@ -1,6 +1,7 @@
 """Fused update formulas: plain PyTorch and Triton side by side, one file per formula.
 
-Imports torch and, where it is installed, triton; never lopt. `OPS` and `GROUP_OPS` name every formula.
+Imports torch and, where it is installed, triton; never lopt. `OPS`, `GROUP_OPS` and `DIFFERENTIABLE_OPS`
+name every formula.
 """
 
 from lopt_kernels import (
@@ -11,11 +12,14 @@ from lopt_kernels import (
     fold,
     lines,
     lstm,
+    lstm_autograd,
     mlp,
+    mlp_autograd,
     moments,
     rnnprop,
     scaled_move,
 )
+from lopt_kernels.autograd import DifferentiableOp
 from lopt_kernels.op import CompileSource, Op
 
 OPS: dict[str, Op] = {
@@ -36,4 +40,10 @@ GROUP_OPS: dict[str, Op] = {
     "scaled_move": scaled_move.OP,
 }
 
-__all__ = ["GROUP_OPS", "OPS", "CompileSource", "Op"]
+# For meta-training: batches of slots, forward and backward.
+DIFFERENTIABLE_OPS: dict[str, DifferentiableOp] = {
+    "lstm": lstm_autograd.OP,
+    "mlp": mlp_autograd.OP,
+}
+
+__all__ = ["DIFFERENTIABLE_OPS", "GROUP_OPS", "OPS", "CompileSource", "DifferentiableOp", "Op"]

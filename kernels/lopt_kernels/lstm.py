@@ -80,7 +80,7 @@ def _matmul(w: Tensor, x: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _sigmoid(x):
+    def sigmoid(x):
         t = tl.exp(-tl.abs(x))
         return tl.where(x < 0, t, 1.0) / (1 + t)
 
@@ -93,7 +93,7 @@ if triton is not None:
         return tl.where(tl.abs(x) < 0.1, near, far)
 
     @triton.jit
-    def _gate(
+    def compute_gate(
         gate, x, h, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr
     ):  # x [PX, BLOCK], h [PH, BLOCK] -> [PH, BLOCK]
         unit = tl.arange(0, h.shape[0])
@@ -108,10 +108,10 @@ if triton is not None:
 
     @triton.jit
     def _lstm_cell(x, h, c, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-        c = _sigmoid(_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION)) * c  # f; in this order few gates are alive
-        i = _sigmoid(_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        c += i * tanh(_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        o = _sigmoid(_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
+        c = sigmoid(compute_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION)) * c  # f; in this order few gates are alive
+        i = sigmoid(compute_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
+        c += i * tanh(compute_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
+        o = sigmoid(compute_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
         in_unit = tl.arange(0, h.shape[0]) < H
         return tl.where(in_unit[:, None], o * tanh(c), 0.0), c  # 0 * inf made NaN of padded rows
 
@@ -158,43 +158,45 @@ if triton is not None:
         return tl.sum(w[:, None] * h2, axis=0) + tl.load(b_out)
 
     @triton.jit
+    def find_slot(num_coordinates, BLOCK: tl.constexpr):
+        """The slot of a program and its columns there: slots come one behind the other, each with its own blocks."""
+        blocks = tl.cdiv(num_coordinates, BLOCK)
+        slot = (tl.program_id(0) // blocks).to(tl.int64)
+        return slot, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+    @triton.jit
+    def find_weights(weights, slot, F: tl.constexpr, H: tl.constexpr):
+        """Pointers to a slot's weights from those to the stacks, in the order of LSTMWeights."""
+        w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
+        later, bias = slot * (4 * H * H), slot * (4 * H)
+        w_ih1 += slot * (4 * H * F)
+        return w_ih1, w_hh1 + later, b1 + bias, w_ih2 + later, w_hh2 + later, b2 + bias, w_out + slot * H, b_out + slot
+
+    @triton.jit
     def _lstm_kernel(
-        x_ptr,  # [F, N]
-        h1_ptr,  # [H, N], as the other vectors
-        c1_ptr,
-        h2_ptr,
-        c2_ptr,
-        w_ih1,
-        w_hh1,
-        b1,
-        w_ih2,
-        w_hh2,
-        b2,
-        w_out,
-        b_out,
-        out_ptr,  # [N]
-        new_h1_ptr,
-        new_c1_ptr,
-        new_h2_ptr,
-        new_c2_ptr,
+        x_ptr,  # [S, F, N]
+        h1_ptr, c1_ptr, h2_ptr, c2_ptr,  # [S, H, N]
+        w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out,  # one set, or S of them with PER_SLOT
+        out_ptr,  # [S, N]
+        new_h1_ptr, new_c1_ptr, new_h2_ptr, new_c2_ptr,
         num_coordinates,  # N
-        F: tl.constexpr,
-        H: tl.constexpr,
-        PF: tl.constexpr,  # F and H padded to a power of two that tl.dot takes
-        PH: tl.constexpr,
-        BLOCK: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):
-        column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        F: tl.constexpr, H: tl.constexpr,
+        PF: tl.constexpr, PH: tl.constexpr,  # F and H padded to a power of two that tl.dot takes
+        BLOCK: tl.constexpr, PRECISION: tl.constexpr, PER_SLOT: tl.constexpr,
+    ):  # fmt: skip
+        slot, column = find_slot(num_coordinates, BLOCK)
         in_column = column < num_coordinates
         feature = tl.arange(0, PF).to(tl.int64)
-        x_at = (feature * num_coordinates)[:, None] + column
+        x_at = ((slot * F + feature) * num_coordinates)[:, None] + column
         x = tl.load(x_ptr + x_at, (feature < F)[:, None] & in_column, 0.0)
-        state = (h1_ptr, c1_ptr, h2_ptr, c2_ptr)
-        new_state = (new_h1_ptr, new_c1_ptr, new_h2_ptr, new_c2_ptr)
+        at = slot * H * num_coordinates
+        state = (h1_ptr + at, c1_ptr + at, h2_ptr + at, c2_ptr + at)
+        new_state = (new_h1_ptr + at, new_c1_ptr + at, new_h2_ptr + at, new_c2_ptr + at)
         weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out)
+        if PER_SLOT:
+            weights = find_weights(weights, slot, F, H)
         out = run_layers(x, state, new_state, column, in_column, num_coordinates, weights, F, H, PH, PRECISION)
-        tl.store(out_ptr + column, out, in_column)
+        tl.store(out_ptr + slot * num_coordinates + column, out, in_column)
 
 
 def launch(
@@ -225,14 +227,21 @@ def launch(
         out = x.new_empty(x.shape[-1]), (h1, c1, h2, c2)
     else:
         _check_out(out, x, state)
-    grid = (triton.cdiv(x.shape[-1], TILE[state[0].dtype]),)  # Triton launches nothing for an empty grid
+    launch_slots(1, x, state, weights, out)
+    return out
+
+
+def launch_slots(num_slots: int, x: Tensor, state: State, weights: LSTMWeights, out: tuple[Tensor, State]) -> None:
+    """`reference` into `out`; tensors as `launch` takes them, but `[S, ...]`; weights may be, and are not checked."""
+    count, dtype = x.shape[-1], state[0].dtype
+    grid = (num_slots * triton.cdiv(count, TILE[dtype]),)  # Triton launches nothing for an empty grid
     with torch.cuda.device_of(x):
         _lstm_kernel[grid](
-            *(x, *state, *weights, out[0], *out[1], x.shape[-1]),
-            **constexprs(x.shape[0], state[0].shape[0], state[0].dtype),
+            *(x, *state, *weights, out[0], *out[1], count),
+            **constexprs(x.shape[-2], state[0].shape[-2], dtype),
+            PER_SLOT=weights.b_out.ndim > 1,
             **OPTIONS,
         )
-    return out
 
 
 def constexprs(num_features: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -387,7 +396,7 @@ def count_weights(num_features: int, hidden: int) -> int:
 
 def compile_source(dtype: torch.dtype, num_features: int = 2, hidden: int = 20) -> CompileSource:
     """The kernel specialised to a state of `dtype` and the given F and H."""
-    constants = constexprs(num_features, hidden, dtype)
+    constants = {**constexprs(num_features, hidden, dtype), "PER_SLOT": False}
     vectors = [f"{new}{name}_ptr" for new in ("", "new_") for name in STATE_NAMES]
     types = dict.fromkeys(vectors, "*fp32" if dtype == torch.float32 else "*bf16")
     return specialize(_lstm_kernel, constants, OPTIONS, num_coordinates="i32", **types)
