@@ -14,11 +14,16 @@ from typing import Any
 import lopt_kernels
 import pytest
 import torch
-from lopt_kernels import DIFFERENTIABLE_OPS, DifferentiableOp, mlp_autograd
+from lopt_kernels import DIFFERENTIABLE_OPS, DifferentiableOp, autograd, lstm_autograd, mlp_autograd
 from lopt_kernels.mlp import Shape
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lopt.estimators import ESTIMATORS
+from lopt.rules import RULES
+from lopt.tasks import TASKS
+from lopt.unroll import InnerLoop
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -389,6 +394,124 @@ def change(op: DifferentiableOp, **changes: Callable[[Tensor], Tensor]) -> Any:
 def test_bad_arguments_are_named(op: DifferentiableOp, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         op.run(*change(op, **changes))
+
+
+# --- who uses them ---
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """From its first call on kernels run on any device; it returns the names of those that ran."""
+    ran: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (ran.append(name), original(*args))[1])
+
+    def start() -> list[str]:
+        if not ran:
+            monkeypatch.setattr(autograd, "can_launch", lambda device: True)
+            watch(lstm_autograd, "run_lstm")
+            watch(mlp_autograd, "run_mlp")
+        return ran
+
+    return start
+
+
+CASES = [
+    ("lstm", {"hidden": 4}, {}),
+    ("lstm", {"hidden": 4}, {"order": 2}),
+    ("lstm", {"hidden": 4}, {"checkpoint": "update"}),
+    ("rnnprop", {"hidden": 4}, {}),
+    ("rnnprop", {"hidden": 4}, {"order": 2}),
+    ("small_fc", {"hidden": 4}, {}),
+    ("small_fc", {"hidden": 20, "hidden_layers": 2}, {"order": 2}),
+    ("small_fc", {"hidden": 4}, {"checkpoint": "update"}),
+    pytest.param("velo", {"width": 8, "bank": 3}, {}, marks=pytest.mark.slow),
+    pytest.param("celo2", {}, {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "options"), CASES)
+def test_truncated_backpropagation_gives_the_same_meta_gradient(
+    name: str, config: dict[str, Any], options: dict[str, Any], on_kernels: Callable[[], list[str]]
+) -> None:
+    rule, slots = RULES[name](**config), 2
+    steps, family = (3, TASKS["quadratic"](dim=5)) if rule.elementwise else (2, TASKS["mlp"](width=2, batch_size=4))
+    estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
+    loop = InnerLoop(rule, family, 0, lambda seeds: torch.full_like(seeds, steps + 1))
+    start = estimator.start(loop, slots)._replace(horizon=torch.full((slots,), steps + 1))
+    want = estimator.estimate(loop, start)
+    ran = on_kernels()
+    got = estimator.estimate(loop, start)
+    times = 2 if "checkpoint" in options else 1
+    assert len(ran) == times * steps * (1 if rule.elementwise else 4)
+    flat = [torch.cat([g.flatten() for g in e.gradient.values()]) for e in (got, want)]
+    assert (flat[0] - flat[1]).norm() <= TOLERANCE * flat[1].norm()
+    torch.testing.assert_close(got.slots.params, want.slots.params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["lstm", "small_fc"])
+def test_every_slot_may_have_meta_weights_of_its_own(name: str, on_kernels: Callable[[], list[str]]) -> None:
+    rule, slots, steps = RULES[name](hidden=4), 3, 2
+    generator = torch.Generator().manual_seed(0)
+    family = TASKS["quadratic"](dim=5)
+    weights = {
+        key: (w.detach() + 0.1 * torch.randn(slots, *w.shape, generator=generator)).requires_grad_()
+        for key, w in rule.meta_weights().items()
+    }
+    loop = InnerLoop(rule, family, 0, lambda seeds: torch.full_like(seeds, 9), meta_weights=weights)
+    start = loop.start(torch.arange(slots))
+    results = []
+    for _ in range(2):
+        losses = loop.unroll(start, steps).losses
+        gradients = torch.autograd.grad(losses.mean(), list(weights.values()), allow_unused=True)
+        results.append([g for g in gradients if g is not None])
+        ran = on_kernels()
+    assert ran
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got - want).norm() <= TOLERANCE * want.norm()
+
+
+def test_references_run_where_they_are_asked_for_and_can_be_differentiated_twice(
+    on_kernels: Callable[[], list[str]],
+) -> None:
+    rule = RULES["lstm"](hidden=2)
+    params = {"x": torch.ones(3, device=DEVICE)}
+    ran = on_kernels()
+    with autograd.use_references():
+        new, _ = rule.to(DEVICE)({"x": params["x"]}, params, rule.init_state(params))
+        assert not ran
+        weights = list(rule.meta_weights().values())
+        first = torch.autograd.grad(new["x"].square().sum(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+    assert all(g.isfinite().all() for g in second)
+    rule({"x": params["x"]}, params, rule.init_state(params))
+    assert ran == ["run_lstm"]
+
+
+def test_kernels_run_for_ordinary_autograd_in_float32_only(on_kernels: Callable[[], list[str]]) -> None:
+    rule = RULES["small_fc"](hidden=2)
+    params = {"x": torch.ones(3)}
+    grads = {"x": torch.tensor([1.0, -2.0, 3.0])}
+    assert not autograd.can_launch(torch.device("cpu"))
+    ran = on_kernels()
+    with torch.no_grad():
+        rule(grads, params, rule.init_state(params))
+    double = RULES["small_fc"](hidden=2).double()
+    doubles = [{"x": t["x"].double()} for t in (grads, params)]
+    double(*doubles, double.init_state(doubles[1]))
+    wide = RULES["small_fc"](hidden=130)
+    wide(grads, params, wide.init_state(params))
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        new, _ = functional_call(rule, weights, (grads, params, rule.init_state(params)))
+        return new["x"].sum()
+
+    torch.func.grad(loss)(dict(rule.meta_weights()))
+    assert not ran
+    rule(grads, params, rule.init_state(params))
+    assert ran == ["run_mlp"]
 
 
 # --- compilation ---

@@ -14,6 +14,7 @@ from math import sqrt
 from typing import NamedTuple
 
 import torch
+from lopt_kernels import mlp_autograd
 from torch import Tensor, nn
 
 from lopt.rules import features
@@ -147,17 +148,28 @@ class FeatureMLP(Rule):
             product = line @ feature.flatten(-ndim)
             base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
         x = x.flatten(-ndim)
-        base = base.expand(*base.shape[:-ndim], *shape).flatten(-ndim)
-        if terms.lines and not torch.is_grad_enabled() and weight.ndim == x.ndim == 2:
-            hidden = base.addmm_(weight, x)  # the sum of the line terms is ours
+        if mlp_autograd.can_run(x, base, weight, rest):
+            spread = base.shape[-ndim:].numel() == 1  # the kernel does it
+            base = base if spread else base.expand(*base.shape[:-ndim], *shape)
+            hidden = mlp_autograd.run_mlp(x, base.flatten(-ndim), weight, rest)
         else:
-            hidden = _add_product(base, weight, x)
-        for weight, bias in rest:
-            hidden = _add_product(bias[..., None], weight, hidden.relu_())
+            hidden = _run_layers(x, base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), terms)
         step = hidden[..., 0, :]
         if self.exp_mult:
             step = step * torch.exp(self.exp_mult * hidden[..., 1, :])
         return Visit(delta=(step * -terms.gain[..., None]).reshape(e.p.shape))
+
+
+def _run_layers(x: Tensor, base: Tensor, terms: MLPTerms) -> Tensor:
+    """`[*batch, k, N]` and what the first layer adds, `[*batch, hidden, N]` -> outputs `[*batch, out, N]`."""
+    (weight, _), *rest = terms.layers
+    if terms.lines and not torch.is_grad_enabled() and weight.ndim == x.ndim == 2:
+        hidden = base.addmm_(weight, x)  # the sum of the line terms is ours
+    else:
+        hidden = _add_product(base, weight, x)
+    for weight, bias in rest:
+        hidden = _add_product(bias[..., None], weight, hidden.relu_())
+    return hidden
 
 
 def _multiply(weight: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import exp, sqrt
 
 import torch
+from lopt_kernels import lstm, lstm_autograd
 from lopt_kernels.lstm import LSTMWeights
-from lopt_kernels.lstm import reference as lstm_step
 from torch import Tensor, nn
 
 from lopt.rules.base import Accumulators
@@ -30,6 +30,8 @@ class CoordinatewiseLSTM(ElementwiseRule):
         seed: of the initial meta-weights, U(-1/sqrt(hidden), 1/sqrt(hidden)) as torch.nn.LSTM; the output layer
             starts ten times smaller, so that an untrained rule hardly moves.
     """
+
+    compact_keys: tuple[str, ...] = STATE
 
     def __init__(self, num_features: int, hidden: int, seed: int, **config: object) -> None:
         super().__init__(hidden=hidden, seed=seed, **config)
@@ -62,7 +64,9 @@ class CoordinatewiseLSTM(ElementwiseRule):
         """Both layers and the output layer: `[*batch, F, N]` -> `[*batch, N]` and the new vectors."""
         weights = LSTMWeights(*(getattr(self, name) for name in LSTMWeights._fields))
         h1, c1, h2, c2 = (acc[key] for key in STATE)
-        out, state = lstm_step(x, (h1, c1, h2, c2), weights)
+        vectors = (h1, c1, h2, c2)
+        run = lstm_autograd.run_lstm if lstm_autograd.can_run(x, vectors, weights) else lstm.reference
+        out, state = run(x, vectors, weights)
         return out, dict(zip(STATE, state, strict=True))
 
 
