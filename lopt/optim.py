@@ -36,7 +36,7 @@ from lopt.engine import (
     make_units,
     step_units,
 )
-from lopt.fused import FUSED, FusedStep, find_obstacle
+from lopt.fused import FusedStep, find_obstacle, register, step_in_graph
 from lopt.guard import Guard, GuardOptions, guard_step, restore_snapshot, save_snapshot
 from lopt.horizons import find_longest
 from lopt.options import (
@@ -162,6 +162,7 @@ class LearnedOptimizer(Optimizer):
         choose("backend", backend, BACKENDS)
         self.state_dtype = check_state_dtype(state_dtype, self.rule)
         self._rules: list[Rule] = []  # all that step, each on a device
+        self._numbers: list[int] = []  # of those that kernels step, for `lopt.fused`; 0 for others
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
         self._guard_options, self._num_steps = read_guard(guard), num_steps
@@ -253,8 +254,11 @@ class LearnedOptimizer(Optimizer):
             decay, sanitize = partial(self._scale_decay, rule=rule), self.nonfinite == "sanitize"
             with _without_autocast(device.type):
                 amp = self._read_scaler(device)
-                fused, rest = self._choose_fused(rule, device, own)
-                if fused:
+                fused, rest = self._choose_fused(key[0], own)
+                if fused and torch.compiler.is_compiling():
+                    decays = [float(unit.group["weight_decay"]) * decay(unit) for unit in fused]
+                    step_in_graph(self._numbers[key[0]], fused, decays, sanitize, tally, amp)
+                elif fused:
                     self._fuse(key, fused).step(fused, heard, sanitize, decay, tally, amp)
                 if rest:
                     divided = self._divide(key, rest)
@@ -316,7 +320,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
-        return own | super().__getstate__() | {"_rules": [], "_replicas": {}, "_fused": {}}
+        return own | super().__getstate__() | {"_rules": [], "_numbers": [], "_replicas": {}, "_fused": {}}
 
     def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with the rule's identity in place of what the constructor was given.
@@ -372,6 +376,7 @@ class LearnedOptimizer(Optimizer):
         if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
             self._replicas.clear()
             self._rules.clear()
+            self._numbers.clear()
             self._fused.clear()
         for group in self.param_groups:
             if group["rule"] not in (self.defaults["rule"], ADAMW):
@@ -396,11 +401,10 @@ class LearnedOptimizer(Optimizer):
         rule = self._rules[key[0]]
         return [part for unit in units for part in make_units(rule, unit.members, unit.group)]
 
-    def _choose_fused(self, rule: Rule, device: torch.device, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
-        """The units, without some of their members, that kernels step, and what is left."""
-        if self.backend.name != "triton" or torch.compiler.is_compiling() or find_obstacle(rule) is not None:
-            return [], units
-        if find_missing([device.type], interpreted=True) is not None:
+    def _choose_fused(self, index: int, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """The units, without some of their members, that kernels step under a rule, and what is left."""
+        rows = bool(self._rules[index].row_keys)
+        if not self._numbers[index] or (rows and torch.compiler.is_compiling()):
             return [], units
         fused, rest = [], []
         for unit in units:
@@ -412,14 +416,19 @@ class LearnedOptimizer(Optimizer):
             member = rest[0].members[0]
             kind = "foreach=False" if rest[0].group["foreach"] is False else f"a parameter of {member.p.dtype}"
             self._warn_once(f"kernels do not step {'a DTensor' if member.shard else kind}: torch does.")
-        return ([], units) if rest and rule.row_keys else (fused, rest)  # with rows, all tensors step together
+        return ([], units) if rest and rows else (fused, rest)  # with rows, all tensors step together
+
+    def _can_fuse(self, rule: Rule, device: torch.device) -> bool:
+        """Whether kernels step a rule's parameters on a device."""
+        if self.backend.name != "triton" or find_obstacle(rule) is not None:
+            return False
+        return find_missing([device.type], interpreted=True) is None
 
     def _fuse(self, key: tuple[int, torch.device], units: Sequence[Unit]) -> FusedStep:
         """The tables for these units, made anew if they have changed."""
         fused = self._fused.get(key)
         if fused is None or not fused.matches(units):
-            rule = self._rules[key[0]]
-            fused = self._fused[key] = FusedStep(rule, FUSED[rule.name], units)
+            fused = self._fused[key] = FusedStep(self._rules[key[0]], units)
         return fused
 
     def _init_group(
@@ -445,6 +454,7 @@ class LearnedOptimizer(Optimizer):
                 state.update(self._make_state(rule, name, p))
             if rule not in self._rules:
                 self._rules.append(rule)
+                self._numbers.append(register(rule) if self._can_fuse(rule, p.device) else 0)
                 self._tally.setdefault(p.device, torch.zeros(2, dtype=torch.int64, device=p.device))
             params.append(p)
             grads.append(p.grad)

@@ -72,6 +72,35 @@ def test_compiled_step_is_one_graph_and_does_as_the_plain_one(name: str) -> None
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float((b - start).detach().abs().max()))
 
 
+FUSED = ["adamw", "lstm", "small_fc", "celo2", "velo"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_kernels_stay_one_node_of_a_compiled_step(name: str) -> None:
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    shapes = SHAPES[1:4]
+    options: dict[str, Any] = {"lr": torch.tensor(10.0), "backend": "triton"}
+    plain, compiled = (make(name, shapes, **options) for _ in range(2))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(compiled.step, fullgraph=True, backend=keep)
+    for i in range(3):
+        for optimizer in (plain, compiled):
+            set_grads(optimizer, i)
+        plain.step(loss=torch.tensor(1.0))
+        step(loss=torch.tensor(1.0))
+    assert len(graphs) == 1
+    nodes = [node for node in graphs[0].graph.nodes if "fused_step" in str(node.target)]
+    assert len(nodes) == {"velo": 0, "celo2": 2}.get(name, 1)  # its row of all tensors is traced; with AdamW's
+    for a, b, start in zip(list_params(compiled), list_params(plain), list_params(make(name, shapes)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float((b - start).detach().abs().max()))
+
+
 def test_closure_of_a_compiled_step_is_called() -> None:
     torch._dynamo.reset()
     optimizer = make("sgd")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lopt.engine import SEED, STEP, Member, Scaled, Unit, read_lr, read_plans
 from lopt.fused.parts import Part, make_part
-from lopt.fused.program import Program
+from lopt.fused.registry import FUSED
 from lopt.rules import Clock, Rule
 
 
@@ -31,8 +31,8 @@ class FusedStep:
         copies: how many parameters are stepped on copies, as they have gaps in memory.
     """
 
-    def __init__(self, rule: Rule, program: type[Program], units: Sequence[Unit]) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, units: Sequence[Unit]) -> None:
+        self.rule, program = rule, FUSED[rule.name]
         members = [member for unit in units for member in unit.members]
         device, n = members[0].p.device, len(members)
         self.parts = [
