@@ -64,17 +64,18 @@ def find_missing(device_types: Iterable[str], interpreted: bool) -> str | None:
     Args:
         interpreted: its interpreter, which is for tests, counts.
     """
-    found = sorted(set(device_types))
     obstacle = "there are no parameters"
-    for device_type in found:
+    for device_type in sorted(set(device_types)):
         if device_type == "cpu" and not interpreted:
             obstacle = "no parameter is on a GPU"
-            continue
-        try:
-            check_triton("optimizer", torch.device(device_type))
-            return None
-        except RuntimeError as error:
-            obstacle = str(error)
+        elif device_type not in ("cpu", "cuda"):
+            obstacle = f"there are no kernels for {device_type} devices"
+        else:
+            try:
+                check_triton("optimizer", torch.device(device_type))
+                return None
+            except RuntimeError as error:
+                obstacle = str(error)
     return obstacle
 
 
