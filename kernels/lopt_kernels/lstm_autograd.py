@@ -163,7 +163,7 @@ def can_run(x: Tensor, state: State, weights: LSTMWeights) -> bool:
 def run_lstm(x: Tensor, state: State, weights: LSTMWeights) -> tuple[Tensor, State]:
     """`lstm.reference` in one Triton launch, its gradient in another one and a few matrix products; of first order.
 
-    Matrix products take their inputs as they are for a float32 state, and in tf32 in the kernels for a bfloat16 state.
+    Matrix products take their inputs as they are, but in tf32 in the forward pass for a bfloat16 state.
 
     Args:
         x: float32 `[*batch, F, N]`.
@@ -243,7 +243,8 @@ def _differentiate(needs: tuple[bool, ...], x: Tensor, *rest: Any) -> list[Tenso
 
 def _constexprs(num_features: int, hidden: int, dtype: torch.dtype, per_slot: bool) -> dict[str, Any]:
     """Compile-time constants of the backward pass."""
-    return {**lstm.constexprs(num_features, hidden, dtype), "BLOCK": BLOCK, "PER_SLOT": per_slot}
+    constants = lstm.constexprs(num_features, hidden, dtype)
+    return {**constants, "PRECISION": "ieee", "BLOCK": BLOCK, "PER_SLOT": per_slot}  # tiles for tensor cores spill
 
 
 def _multiply(d: Tensor | None, other: Tensor | None, shared: bool) -> Tensor:
