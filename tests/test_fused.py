@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import lopt_kernels
 from lopt_kernels.op import count_launches
 from torch import Tensor, nn
 
@@ -322,6 +323,24 @@ def test_tables_are_made_again_only_when_parameters_or_state_change(monkeypatch:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert len(made) == 3
+
+
+def test_precision_of_products_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    for module in (lopt_kernels.mlp, lopt_kernels.coordinatewise_lstm):
+        original = module._constexprs
+        monkeypatch.setattr(module, "_constexprs", lambda *a, f=original: (used.append(f(*a)["PRECISION"]), f(*a))[1])
+
+    def change(step: int, params: list[nn.Parameter]) -> None:
+        torch.set_float32_matmul_precision(["highest", "high", "medium"][step])
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name in ("lstm", "small_fc"):
+            run(draw_start([(3, 4)]), name, "triton", change=change)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert used == ["ieee", "tf32", "tf32", "ieee", "tf32", "bf16"]
 
 
 # --- choice of the backend ---

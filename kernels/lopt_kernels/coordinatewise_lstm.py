@@ -156,13 +156,13 @@ def launch_segments(
     weights: LSTMWeights,
     items: Items,
     sanitize: bool = False,
+    precision: str = "ieee",
     output_scale: float = OUTPUT_SCALE,
     log_bound: float = LOG_BOUND,
 ) -> None:
     """`reference` for all segments in one Triton launch, in place.
 
-    Matrix products take their inputs as they are for a float32 state and in tf32 for a bfloat16 state; everything else
-    is float32, with one rounding at the store.
+    All is float32, with one rounding at the store, but for the inputs of matrix products: see `precision`.
 
     Args:
         segments: of (p, h1, c1, h2, c2) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16;
@@ -170,6 +170,7 @@ def launch_segments(
         weights: float32 `[K, ...]` each.
         items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
+        precision: of the inputs of matrix products, "ieee" or "tf32"; with a bfloat16 state it is tf32.
         output_scale, log_bound: see `reference`.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.
@@ -178,7 +179,8 @@ def launch_segments(
     apply.check_dtypes("coordinatewise_lstm", segments, lstm.STATE_DTYPES, num_states=4)
     lstm.check_stacks("coordinatewise_lstm", weights, NUM_FEATURES)
     apply.check_launch("coordinatewise_lstm", segments, weights, items)
-    constants = {**_constexprs(weights.w_hh1.shape[-1], segments.dtypes[1]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    constants = _constexprs(weights.w_hh1.shape[-1], segments.dtypes[1], precision)
+    constants |= {"SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (output_scale, log_bound, exp(log_bound))
     apply.run(_coordinatewise_lstm_kernel, segments, weights, items, numbers, constants)
 
@@ -186,9 +188,10 @@ def launch_segments(
 launch = partial(apply.launch_flat, launch_segments, BLOCK)
 
 
-def _constexprs(hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constexprs(hidden: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Compile-time constants for a state of `dtype`."""
-    return {**lstm.constexprs(NUM_FEATURES, hidden, dtype), "TILES": BLOCK // lstm.TILE[dtype]}
+    constants = lstm.constexprs(NUM_FEATURES, hidden, dtype, precision)
+    return constants | {"TILES": BLOCK // constants["BLOCK"]}
 
 
 def sample(
@@ -231,9 +234,10 @@ def compile_source(
     g_dtype: torch.dtype = torch.float32,
     seeded: bool = False,
     hidden: int = 20,
+    precision: str = "ieee",
 ) -> CompileSource:
     """The kernel specialised to a state of `dtype`; `seeded`: with stochastic rounding."""
-    dtypes, constants = (p_dtype, g_dtype, dtype), _constexprs(hidden, dtype)
+    dtypes, constants = (p_dtype, g_dtype, dtype), _constexprs(hidden, dtype, precision)
     return apply.compile_source(_coordinatewise_lstm_kernel, dtypes, 8, seeded, constants, lstm.OPTIONS)
 
 

@@ -24,7 +24,7 @@ except ImportError:  # the reference needs torch only
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STATE_NAMES = ("h1", "c1", "h2", "c2")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-TILE = {torch.float32: 16, torch.bfloat16: 64}  # coordinates at once: what the registers hold without spills
+TILES = {"ieee": 16, "tf32": 64}  # coordinates at once, by precision: what the registers hold without spills
 BLOCK = 64  # coordinates per program of the kernels that update parameters
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 MAX_WIDTH = 64  # of x and of the hidden vectors: wider tiles do not fit the registers
@@ -234,24 +234,29 @@ def launch(
 def launch_slots(num_slots: int, x: Tensor, state: State, weights: LSTMWeights, out: tuple[Tensor, State]) -> None:
     """`reference` into `out`; tensors as `launch` takes them, but `[S, ...]`; weights may be, and are not checked."""
     count, dtype = x.shape[-1], state[0].dtype
-    grid = (num_slots * triton.cdiv(count, TILE[dtype]),)  # Triton launches nothing for an empty grid
+    constants = constexprs(x.shape[-2], state[0].shape[-2], dtype)
+    grid = (num_slots * triton.cdiv(count, constants["BLOCK"]),)  # Triton launches nothing for an empty grid
     with torch.cuda.device_of(x):
         _lstm_kernel[grid](
             *(x, *state, *weights, out[0], *out[1], count),
-            **constexprs(x.shape[-2], state[0].shape[-2], dtype),
+            **constants,
             PER_SLOT=weights.b_out.ndim > 1,
             **OPTIONS,
         )
 
 
-def constexprs(num_features: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time constants of the kernels that call `run_layers`, for a state of `dtype`."""
+def constexprs(num_features: int, hidden: int, dtype: torch.dtype, precision: str = "ieee") -> dict[str, Any]:
+    """Compile-time constants of the kernels that call `run_layers`, for a state of `dtype`.
+
+    Args:
+        precision: of the inputs of products, "ieee" or "tf32"; with a bfloat16 state it is tf32.
+    """
     padded = {
         "PF": max(16, triton.next_power_of_2(num_features)),
         "PH": max(16, triton.next_power_of_2(hidden)),
     }
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    return {"F": num_features, "H": hidden, **padded, "BLOCK": TILE[dtype], "PRECISION": precision}
+    precision = precision if dtype == torch.float32 else "tf32"
+    return {"F": num_features, "H": hidden, **padded, "BLOCK": TILES[precision], "PRECISION": precision}
 
 
 def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:

@@ -197,14 +197,14 @@ def launch_segments(
     weights: RNNpropWeights,
     items: Items,
     sanitize: bool = False,
+    precision: str = "ieee",
     beta1: float = BETA1,
     beta2: float = BETA2,
     output_scale: float = OUTPUT_SCALE,
 ) -> None:
     """`reference` for all segments in one Triton launch, in place.
 
-    Matrix products take their inputs as they are for a float32 state and in tf32 for a bfloat16 state; everything else
-    is float32, with one rounding at the store.
+    All is float32, with one rounding at the store, but for the inputs of matrix products: see `precision`.
 
     Args:
         segments: of (p, h1, c1, h2, c2, m, v) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or
@@ -212,6 +212,7 @@ def launch_segments(
         weights: float32 `[K, ...]` each.
         items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
+        precision: of the inputs of matrix products, "ieee" or "tf32"; with a bfloat16 state it is tf32.
         beta1, beta2, output_scale: see `reference`.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.
@@ -226,7 +227,7 @@ def launch_segments(
             f"{list(weights.b_in.shape)} for {len(weights.w_hh1)} LSTMs."
         )
     apply.check_launch("rnnprop", segments, weights, items)
-    constants = {**_constexprs(hidden, segments.dtypes[1]), "SANITIZE": sanitize, **lstm.OPTIONS}
+    constants = _constexprs(hidden, segments.dtypes[1], precision) | {"SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (beta1, beta2, 1 - beta1, 1 - beta2, output_scale)
     apply.run(_rnnprop_kernel, segments, weights, items, numbers, constants)
 
@@ -234,9 +235,10 @@ def launch_segments(
 launch = partial(apply.launch_flat, launch_segments, BLOCK)
 
 
-def _constexprs(hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constexprs(hidden: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Compile-time constants for a state of `dtype`."""
-    return {**lstm.constexprs(hidden, hidden, dtype), "TILES": BLOCK // lstm.TILE[dtype]}
+    constants = lstm.constexprs(hidden, hidden, dtype, precision)
+    return constants | {"TILES": BLOCK // constants["BLOCK"]}
 
 
 def sample(
@@ -286,9 +288,10 @@ def compile_source(
     g_dtype: torch.dtype = torch.float32,
     seeded: bool = False,
     hidden: int = 20,
+    precision: str = "ieee",
 ) -> CompileSource:
     """The kernel specialised to a state of `dtype`; `seeded`: with stochastic rounding."""
-    constants = _constexprs(hidden, dtype)
+    constants = _constexprs(hidden, dtype, precision)
     return apply.compile_source(_rnnprop_kernel, (p_dtype, g_dtype, dtype), 10, seeded, constants, lstm.OPTIONS)
 
 

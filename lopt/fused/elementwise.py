@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from lopt_kernels import OPS, lstm
 from lopt_kernels.adamw import AdamWWeights
 from lopt_kernels.apply import Items
@@ -67,12 +68,17 @@ class AdamWProgram(ElementwiseProgram):
 
 
 class LSTMProgram(ElementwiseProgram):
-    """The coordinatewise LSTM."""
+    """The coordinatewise LSTM. Its matrix products are as precise as `torch.set_float32_matmul_precision` says."""
 
     op = "coordinatewise_lstm"
     keys: ClassVar[tuple[str, ...]] = STATE
     weights: ClassVar[Any] = LSTMWeights
     numbers: ClassVar[tuple[str, ...]] = ("output_scale", "log_bound")
+
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
+        super().__init__(rule, batches, count)
+        exact = torch.get_float32_matmul_precision() == "highest"
+        self.options |= {"precision": "ieee" if exact else "tf32"}
 
     @classmethod
     def find_obstacle(cls, rule: Rule) -> str | None:

@@ -164,7 +164,8 @@ def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
 
 
 def _read_key(members: Sequence[Member]) -> list[tuple[object, ...]]:
-    """All that the tables depend on."""
-    return [
-        (m.p.data_ptr(), m.p.shape, m.p.dtype, m.g.dtype, *(x.data_ptr() for x in m.state.values())) for m in members
-    ]
+    """All that the tables and programs depend on."""
+    key: list[tuple[object, ...]] = [(torch.get_float32_matmul_precision(),)]
+    for p, g, state in ((member.p, member.g, member.state) for member in members):
+        key.append((p.data_ptr(), p.shape, p.dtype, g.dtype, *(x.data_ptr() for x in state.values())))
+    return key
