@@ -398,4 +398,4 @@ def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
     what = "{'coordinatewise_lstm': [torch.float32], 'rnnprop': [torch.float32]}"
     lines = compile_all(what, 0, tmp_path, precision="tf32")
     assert len(lines) == 8
-    assert all(int(line.split()[5]) <= 20 for line in lines), lines  # bytes: one of them, on sm_80, rounding at random
+    assert all(line.split()[5] == "0" for line in lines), lines

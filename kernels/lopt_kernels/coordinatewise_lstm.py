@@ -113,6 +113,7 @@ if triton is not None:
         BLOCK: tl.constexpr,  # columns at once
         TILES: tl.constexpr,  # of a program
         PRECISION: tl.constexpr,
+        FAST: tl.constexpr,
         SANITIZE: tl.constexpr,
     ):
         _, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
@@ -146,7 +147,7 @@ if triton is not None:
                 sign = tl.where(sign < -1, -1.0, tl.where(sign > 1, 1.0, sign))
                 feature = tl.arange(0, PF)[:, None]
                 x = tl.where(feature == 0, magnitude, tl.where(feature == 1, sign, 0.0))
-                out = run_layers(x, state, state, column, in_column, size, weights, F, H, PH, PRECISION)
+                out = run_layers(x, state, state, column, in_column, size, weights, F, H, PH, PRECISION, FAST)
                 base = tl.load(p + column, in_column, 0.0).to(tl.float32)
                 store_parameter(p, column, in_column, base, output_scale * out, lr, decay, seeds, item)
 
@@ -162,7 +163,7 @@ def launch_segments(
 ) -> None:
     """`reference` for all segments in one Triton launch, in place.
 
-    All is float32, with one rounding at the store, but for the inputs of matrix products: see `precision`.
+    All is float32, with one rounding at the store, but for what `precision` says.
 
     Args:
         segments: of (p, h1, c1, h2, c2) and sizes (N,), cut by `by_elements(BLOCK)`. p float32, bfloat16 or float16;
@@ -170,7 +171,7 @@ def launch_segments(
         weights: float32 `[K, ...]` each.
         items: of the parameters; the caller counts steps.
         sanitize: entries of the gradients that are not finite count as 0.
-        precision: of the inputs of matrix products, "ieee" or "tf32"; with a bfloat16 state it is tf32.
+        precision: "ieee" or "tf32", see `lstm.constexprs`.
         output_scale, log_bound: see `reference`.
     Raises:
         ValueError: a shape, dtype, device or layout the kernel does not take.

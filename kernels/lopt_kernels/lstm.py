@@ -80,17 +80,25 @@ def _matmul(w: Tensor, x: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def sigmoid(x):
-        t = tl.exp(-tl.abs(x))
-        return tl.where(x < 0, t, 1.0) / (1 + t)
+    def sigmoid(x, FAST: tl.constexpr = False):
+        """FAST: see `tanh`."""
+        if FAST:
+            return 0.5 * tanh(0.5 * x, FAST) + 0.5
+        else:
+            t = tl.exp(-tl.abs(x))
+            return tl.where(x < 0, t, 1.0) / (1 + t)
 
     @triton.jit
-    def tanh(x):
-        t = tl.exp(-2 * tl.abs(x))
-        far = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
-        s = x * x
-        near = x * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315))))  # 1 - t cancels here
-        return tl.where(tl.abs(x) < 0.1, near, far)
+    def tanh(x, FAST: tl.constexpr = False):
+        """FAST: by NVIDIA's instruction, good to 2^-11; exponentials and divisions take longer than all else here."""
+        if FAST:
+            return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        else:
+            t = tl.exp(-2 * tl.abs(x))
+            far = tl.where(x < 0, t - 1, 1 - t) / (1 + t)
+            s = x * x
+            near = x * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315))))  # 1 - t cancels here
+            return tl.where(tl.abs(x) < 0.1, near, far)
 
     @triton.jit
     def compute_gate(
@@ -107,13 +115,15 @@ if triton is not None:
         return acc + tl.load(b + row, in_unit, 0.0)[:, None]
 
     @triton.jit
-    def _lstm_cell(x, h, c, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-        c = sigmoid(compute_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION)) * c  # f; in this order few gates are alive
-        i = sigmoid(compute_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        c += i * tanh(compute_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        o = sigmoid(compute_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
+    def _lstm_cell(
+        x, h, c, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr
+    ):
+        c = sigmoid(compute_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION), FAST) * c  # f; this order keeps few alive
+        i = sigmoid(compute_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION), FAST)
+        c += i * tanh(compute_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION), FAST)
+        o = sigmoid(compute_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION), FAST)
         in_unit = tl.arange(0, h.shape[0]) < H
-        return tl.where(in_unit[:, None], o * tanh(c), 0.0), c  # 0 * inf made NaN of padded rows
+        return tl.where(in_unit[:, None], o * tanh(c, FAST), 0.0), c  # 0 * inf made NaN of padded rows
 
     @triton.jit
     def count_tiles(size, block, BLOCK: tl.constexpr, TILES: tl.constexpr):
@@ -136,6 +146,7 @@ if triton is not None:
         H: tl.constexpr,
         PH: tl.constexpr,
         PRECISION: tl.constexpr,
+        FAST: tl.constexpr,
     ):
         """Both layers for some columns: stores their new state and returns the output `[BLOCK]`."""
         h1_ptr, c1_ptr, h2_ptr, c2_ptr = state
@@ -146,12 +157,12 @@ if triton is not None:
         mask = (unit < H)[:, None] & in_column
         h = tl.load(h1_ptr + at, mask, 0.0).to(tl.float32)
         c = tl.load(c1_ptr + at, mask, 0.0).to(tl.float32)
-        h1, c = _lstm_cell(x, h, c, w_ih1, w_hh1, b1, F, H, PRECISION)
+        h1, c = _lstm_cell(x, h, c, w_ih1, w_hh1, b1, F, H, PRECISION, FAST)
         tl.store(new_h1_ptr + at, h1.to(new_h1_ptr.dtype.element_ty), mask)
         tl.store(new_c1_ptr + at, c.to(new_c1_ptr.dtype.element_ty), mask)
         h = tl.load(h2_ptr + at, mask, 0.0).to(tl.float32)
         c = tl.load(c2_ptr + at, mask, 0.0).to(tl.float32)
-        h2, c = _lstm_cell(h1, h, c, w_ih2, w_hh2, b2, H, H, PRECISION)
+        h2, c = _lstm_cell(h1, h, c, w_ih2, w_hh2, b2, H, H, PRECISION, FAST)
         tl.store(new_h2_ptr + at, h2.to(new_h2_ptr.dtype.element_ty), mask)
         tl.store(new_c2_ptr + at, c.to(new_c2_ptr.dtype.element_ty), mask)
         w = tl.load(w_out + unit, unit < H, 0.0)
@@ -182,7 +193,7 @@ if triton is not None:
         num_coordinates,  # N
         F: tl.constexpr, H: tl.constexpr,
         PF: tl.constexpr, PH: tl.constexpr,  # F and H padded to a power of two that tl.dot takes
-        BLOCK: tl.constexpr, PRECISION: tl.constexpr, PER_SLOT: tl.constexpr,
+        BLOCK: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PER_SLOT: tl.constexpr,
     ):  # fmt: skip
         slot, column = find_slot(num_coordinates, BLOCK)
         in_column = column < num_coordinates
@@ -195,7 +206,7 @@ if triton is not None:
         weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out)
         if PER_SLOT:
             weights = find_weights(weights, slot, F, H)
-        out = run_layers(x, state, new_state, column, in_column, num_coordinates, weights, F, H, PH, PRECISION)
+        out = run_layers(x, state, new_state, column, in_column, num_coordinates, weights, F, H, PH, PRECISION, FAST)
         tl.store(out_ptr + slot * num_coordinates + column, out, in_column)
 
 
@@ -249,14 +260,17 @@ def constexprs(num_features: int, hidden: int, dtype: torch.dtype, precision: st
     """Compile-time constants of the kernels that call `run_layers`, for a state of `dtype`.
 
     Args:
-        precision: of the inputs of products, "ieee" or "tf32"; with a bfloat16 state it is tf32.
+        precision: of the inputs of products, "ieee" or "tf32"; with a bfloat16 state it is tf32. With tf32, hyperbolic
+            tangents are NVIDIA's approximations, too.
     """
     padded = {
         "PF": max(16, triton.next_power_of_2(num_features)),
         "PH": max(16, triton.next_power_of_2(hidden)),
     }
     precision = precision if dtype == torch.float32 else "tf32"
-    return {"F": num_features, "H": hidden, **padded, "BLOCK": TILES[precision], "PRECISION": precision}
+    fast = precision == "tf32" and torch.version.hip is None and isinstance(sigmoid, triton.JITFunction)
+    sizes = {"F": num_features, "H": hidden, **padded, "BLOCK": TILES[precision]}
+    return sizes | {"PRECISION": precision, "FAST": fast}
 
 
 def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:
