@@ -13,7 +13,7 @@ from typing import Any
 import lopt_kernels
 import pytest
 import torch
-from lopt_kernels import OPS, Op
+from lopt_kernels import DIFFERENTIABLE_OPS, GROUP_OPS, OPS, Op
 from lopt_kernels.lstm import LSTMWeights, launch, reference, sample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -88,6 +88,39 @@ def test_kernels_folder_is_not_a_package() -> None:
 def test_ops_are_registered_under_their_own_names() -> None:
     assert OPS
     assert all(op.name == name for name, op in OPS.items())
+
+
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg"}  # of the compiler
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU refuses by itself")
+@pytest.mark.parametrize("name", [*OPS, *GROUP_OPS, *(f"{name} backward" for name in DIFFERENTIABLE_OPS)])
+def test_kernels_are_launched_with_arguments_that_they_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter ignores unknown keywords, a GPU does not."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched = []
+    original = InterpretedFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launched.append((self.arg_names, len(args), set(kwargs)))
+        return original(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    generator = torch.Generator().manual_seed(0)
+    if name.endswith(" backward"):
+        formula = DIFFERENTIABLE_OPS[name.removesuffix(" backward")]
+        inputs = formula.sample(2, 70, generator, torch.float32, DEVICE)
+        tree_map(lambda x: x.requires_grad_() if isinstance(x, Tensor) else x, inputs)
+        sum(x.sum() for x in tree_leaves(formula.run(*inputs))).backward()
+        assert len(launched) >= 2
+    else:
+        op = (OPS | GROUP_OPS)[name]
+        op.launch(**op.sample(70, generator, op.state_dtypes[0], DEVICE))
+    assert launched
+    for names, positional, keywords in launched:
+        assert keywords - OPTIONS == set(names[positional:])
 
 
 @needs_triton
