@@ -408,8 +408,10 @@ class LearnedOptimizer(Optimizer):
             return [], units
         fused, rest = [], []
         for unit in units:
-            taken = [m for m in unit.members if FusedStep.takes(m) and unit.group["foreach"] is not False]
-            left = [m for m in unit.members if not any(m is other for other in taken)] if taken else unit.members
+            taken: list[Member] = []
+            left: list[Member] = []
+            for member in unit.members:
+                (taken if unit.group["foreach"] is not False and FusedStep.takes(member) else left).append(member)
             fused += [unit._replace(members=taken)] if taken else []
             rest += [unit._replace(members=left)] if left else []
         if rest:

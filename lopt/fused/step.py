@@ -124,10 +124,9 @@ class FusedStep:
         """For each batch; gradients that do not lie as their parameters are copied."""
         addresses = []
         for part, member in zip(self.parts, members, strict=True):
-            g = member.g.detach().reshape(part.layout.shape).permute(part.order)
-            if not g.is_contiguous():
-                copy = self._grad_copies.setdefault(part.item, torch.empty(g.shape, dtype=g.dtype, device=g.device))
-                g = copy.copy_(g)
+            g = member.g
+            if part.source is not None or g.stride() != member.p.stride():
+                g = self._arrange_grad(part, g.detach().reshape(part.layout.shape).permute(part.order))
             addresses.append(g.data_ptr())
         grads = self._grads.send(addresses)
         seeds = self.seeds if self.seeded else None
@@ -136,6 +135,14 @@ class FusedStep:
             own = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
             made.append(Items(grads, terms, self.live, self.steps, seeds, kind[1], find_alignment(own)))
         return made
+
+    def _arrange_grad(self, part: Part, g: Tensor) -> Tensor:
+        """A gradient in the order of its parameter's memory, copied if need be."""
+        if g.is_contiguous():
+            return g
+        if part.item not in self._grad_copies:
+            self._grad_copies[part.item] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        return self._grad_copies[part.item].copy_(g)
 
 
 class _Uploaded:
