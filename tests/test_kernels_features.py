@@ -19,6 +19,7 @@ from lopt_kernels.accumulate import Accumulated
 from lopt_kernels.features import Family, Tensors
 from lopt_kernels.mlp import MLPWeights, Plan, Shape
 from lopt_kernels.segments import Segments
+from lopt_kernels.tuning import Tile
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -133,7 +134,7 @@ def test_accumulators_and_sums_equal_reference(name: str, dtype: torch.dtype) ->
     family = FAMILIES[name]
     group, decays, terms = draw_group(family, dtype), draw_decays(family), apply.sample_terms(DEVICE)
     group += divided(group[5]) if family.factored else []
-    launched = accumulate.launch(group, decays, terms, family, tile=(BLOCK, STEPS))
+    launched = accumulate.launch(group, decays, terms, family, tile=Tile(BLOCK, STEPS))
     for t, new in zip(group, launched, strict=True):
         want = accumulate.reference(t, decays, terms, family)
         for name, tensor in new._asdict().items():
@@ -245,9 +246,10 @@ def test_plan_names_what_the_mlp_kernel_cannot_take(shape: Shape, message: str) 
 
 def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live: Tensor | None = None) -> list[Tensor]:
     """The sums, and parameters and accumulators after the launches in place; weights that suit the group as `drawn`."""
-    shape, tile = Shape(hidden=1), (BLOCK, STEPS)
+    shape, tile = Shape(hidden=1), Tile(BLOCK, STEPS)
     segments = Segments(
-        [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)], features.by_tiles(*tile)
+        [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)],
+        features.by_tiles(BLOCK, STEPS),
     )
     one = apply.sample_terms(DEVICE)
     terms = apply.Terms(*(x.expand(len(group)).contiguous() for x in one))

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels import apply, features
+from lopt_kernels import apply, features, tuning
 from lopt_kernels.apply import Items, Terms
 from lopt_kernels.features import LINE_FEATURES, Family, Tensors
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
+from lopt_kernels.tuning import Tile
 
 try:
     import triton
@@ -51,8 +52,8 @@ try:
 except ImportError:  # the reference needs torch only
     triton = None
 
-TILE = BLOCK, STEPS = 512, 16  # elements that a program takes at once, and how often at most
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+TILE = Tile(block=512, steps=16, warps=4)
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Accumulated(NamedTuple):
@@ -220,17 +221,18 @@ def launch_segments(
     family: Family,
     sanitize: bool = False,
     kinds: int = features.ALL_KINDS,
-    tile: tuple[int, int] = TILE,
+    tile: Tile = TILE,
 ) -> Tensor:
     """`reference` for all segments in one launch; accumulators in place.
 
     Args:
-        segments: of `features.make_segments(tensors, item, tile[0])`, cut by `features.by_tiles(*tile)`.
+        segments: of `features.make_segments(tensors, item, tile.block)`, cut by
+            `features.by_tiles(tile.block, tile.steps)`.
         decays: float32 `[K, momenta + 4]`, rows for the segments' slots.
         items: of what is not live nothing is written, and its sums mean nothing.
         sanitize: see `reference`.
         kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
-        tile: elements that a program takes at once, and how often at most.
+        tile: how the work is divided; results differ by the order of sums.
     Returns:
         Sums of each block `[blocks, I]`, for `fold`, which adds them up in a fixed order.
     Raises:
@@ -246,9 +248,15 @@ def launch_segments(
             *(segments.table, segments.starts, segments.num_segments, items.grads, items.terms.grad_scale),
             *(items.live, decays, partial),
             **_constexprs(family, segments.dtypes[0], items.dtype, segments.align, items.align, kinds, sanitize, tile),
+            num_warps=tile.warps,
             **OPTIONS,
         )
     return partial
+
+
+def sign(family: Family, p_dtype: torch.dtype) -> str:
+    """For which kernels the same tile is best, for `tuning.find`: those of this family and parameters of this dtype."""
+    return tuning.sign(family, p_dtype)
 
 
 def _constexprs(
@@ -259,13 +267,13 @@ def _constexprs(
     g_align: int,
     kinds: int,
     sanitize: bool,
-    tile: tuple[int, int],
+    tile: Tile,
 ) -> dict[str, Any]:
     """The kernel's compile-time constants."""
     types = {"P_TYPE": TRITON_TYPES[p_dtype], "G_TYPE": TRITON_TYPES[g_dtype], "ALIGN": align, "G_ALIGN": g_align}
     columns = features.NUM_COLUMNS
     table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
-    sizes = {"F": family.num_features, "INPUTS": family.num_inputs, "BLOCK": tile[0], "STEPS": tile[1]}
+    sizes = {"F": family.num_features, "INPUTS": family.num_inputs, "BLOCK": tile.block, "STEPS": tile.steps}
     return {**types, **table, **features.name_constants(family), **sizes, "SANITIZE": sanitize}
 
 
@@ -275,7 +283,7 @@ def launch(
     terms: Terms,
     family: Family,
     sanitize: bool = False,
-    tile: tuple[int, int] = TILE,
+    tile: Tile = TILE,
 ) -> list[Accumulated]:
     """`reference` of every parameter of a group, whose accumulators stay as they are.
 
@@ -288,8 +296,8 @@ def launch(
         if t.first is not None and t.axes is None:
             first = t.first.clone()
             copies[i] = t._replace(first=first, second=first)
-    parts = [part for i, t in enumerate(copies) for part in features.make_segments(t, i, tile[0])]
-    segments = Segments(parts, features.by_tiles(*tile))
+    parts = [part for i, t in enumerate(copies) for part in features.make_segments(t, i, tile.block)]
+    segments = Segments(parts, features.by_tiles(tile.block, tile.steps))
     every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
     items = apply.make_items([t.g for t in group], every)
     partial = launch_segments(segments, decays[None], items, family, sanitize, tile=tile)
@@ -331,11 +339,12 @@ def compile_source(
     family: Family | None = None,
     p_dtype: torch.dtype = torch.float32,
     kinds: int = features.ALL_KINDS,
+    tile: Tile = TILE,
 ) -> CompileSource:
     """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""
     family = family or Family()
-    constexprs = _constexprs(family, p_dtype, p_dtype, ALIGNMENT, ALIGNMENT, kinds, sanitize=False, tile=TILE)
-    return specialize(_accumulate_kernel, constexprs, OPTIONS, **apply.TYPES)
+    constexprs = _constexprs(family, p_dtype, p_dtype, ALIGNMENT, ALIGNMENT, kinds, sanitize=False, tile=tile)
+    return specialize(_accumulate_kernel, constexprs, {"num_warps": tile.warps, **OPTIONS}, **apply.TYPES)
 
 
 OP = Op(
@@ -347,5 +356,5 @@ OP = Op(
     bytes_moved=bytes_moved,
     compile_source=compile_source,
     state_dtypes=(torch.float32,),
-    block=BLOCK,
+    block=TILE.block,
 )

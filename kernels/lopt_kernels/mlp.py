@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels import apply, features
+from lopt_kernels import apply, features, tuning
 from lopt_kernels.apply import Items, Terms
 from lopt_kernels.features import LINE_FEATURES, Family, Tensors
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
+from lopt_kernels.tuning import Tile
 
 try:
     import triton
@@ -56,7 +57,8 @@ except ImportError:  # the reference needs torch only
 BLOCK, STEPS = 128, 64  # elements that a program takes at once, and how often: one per thread, more of them spill
 DOT_BLOCK, DOT_STEPS = 128, 64  # the same where tensor cores multiply
 TILE_BLOCK = 64  # the same for tiles in "ieee", which other units multiply: with more, registers spill
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+WARPS = 4
+OPTIONS = {"enable_fp_fusion": True}
 DOT_HIDDEN = 16  # from this width on tensor cores are used
 MAX_HIDDEN = 128  # wider tiles do not fit the registers
 PRECISIONS = ("ieee", "tf32", "bf16")
@@ -390,12 +392,19 @@ class Plan(NamedTuple):
         precision: of their inputs: "ieee" (which needs other units), "tf32" or "bf16".
         block: elements that a program takes at once.
         steps: how often, at most.
+        warps: of a program.
     """
 
     dot: bool
     precision: str
     block: int
     steps: int
+    warps: int = WARPS
+
+    @property
+    def tile(self) -> Tile:
+        """Block, steps and warps: what does not change the formula."""
+        return Tile(self.block, self.steps, self.warps)
 
 
 def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) -> Plan:
@@ -415,6 +424,11 @@ def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) 
     if shape.hidden >= DOT_HIDDEN if dot is None else dot:
         return Plan(True, precision, TILE_BLOCK if precision == "ieee" else DOT_BLOCK, DOT_STEPS)
     return Plan(False, precision, BLOCK, STEPS)
+
+
+def sign(family: Family, shape: Shape, plan: Plan, p_dtype: torch.dtype) -> str:
+    """For which kernels the same tile is best, for `tuning.find`; of a plan only how it multiplies."""
+    return tuning.sign(family, shape, plan.precision if plan.dot else "fma", p_dtype)
 
 
 def launch_segments(
@@ -458,6 +472,7 @@ def launch_segments(
         _mlp_kernel[(segments.num_blocks,)](
             *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0), out),
             **_constexprs(family, shape, plan, dtypes, (segments.align, items.align), kinds, sanitize, out is not None),
+            num_warps=plan.warps,
             **OPTIONS,
         )
 
@@ -582,9 +597,9 @@ def compile_source(
     family, shape = family or Family(), shape or Shape(hidden=32)
     plan, aligns = plan or choose_plan(shape), (ALIGNMENT, ALIGNMENT)
     constexprs = _constexprs(family, shape, plan, (p_dtype, p_dtype), aligns, kinds, sanitize=False, delta=False)
-    return specialize(
-        _mlp_kernel, {**constexprs, "seeds": None, "out_ptr": None}, OPTIONS, **apply.TYPES | {"rest_stride": "i32"}
-    )
+    constexprs |= {"seeds": None, "out_ptr": None}
+    options = {"num_warps": plan.warps, **OPTIONS}
+    return specialize(_mlp_kernel, constexprs, options, **apply.TYPES | {"rest_stride": "i32"})
 
 
 OP = Op(

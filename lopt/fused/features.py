@@ -13,7 +13,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from lopt_kernels import accumulate, features, fold, lines, mlp, moments, scaled_move
+from lopt_kernels import accumulate, features, fold, lines, mlp, moments, scaled_move, tuning
 from lopt_kernels.apply import Items
 from lopt_kernels.features import Family, Tensors
 from lopt_kernels.fold import Network
@@ -21,6 +21,7 @@ from lopt_kernels.lines import Lines
 from lopt_kernels.mlp import Plan, Shape
 from lopt_kernels.newton_schulz import orthogonalize_equal
 from lopt_kernels.segments import Segments, by_elements
+from lopt_kernels.tuning import Tile
 from torch import Tensor
 
 from lopt.fused.parts import Order, Part
@@ -40,7 +41,10 @@ PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # of torch.g
 
 
 class Batch(NamedTuple):
-    """Tables of parts of equal dtypes; `kinds` has a bit for each kind of segment, `lines` may be None."""
+    """Tables of parts of equal dtypes, `accumulate` cut by `tile` and `mlp` by `plan`.
+
+    `kinds` has a bit for each kind of segment; `lines` may be None.
+    """
 
     parts: Sequence[Part]
     tensors: Sequence[Tensors]
@@ -48,12 +52,17 @@ class Batch(NamedTuple):
     lines: Lines | None
     accumulate: Segments
     mlp: Segments
+    tile: Tile
+    plan: Plan
 
 
 class FeatureProgram(Program):
     """small_fc and mlp; what the others have in common.
 
     Matrix products of MLPs from 16 units on are as precise as `torch.set_float32_matmul_precision` says.
+
+    On a GPU tiles are those that `python -m bench tune` has stored (`lopt_kernels.tuning`), or else the kernels'
+    defaults. Nothing is measured here: a training step must not stall for the minutes which that takes.
     """
 
     relative = False  # steps are relative to the parameters' rms
@@ -100,14 +109,17 @@ class FeatureProgram(Program):
         """The tables of some parts."""
         tensors = [describe_part(self.mlp, part, self.slot(part)) for part in parts]
         factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
-        tables = []
-        for tile in (accumulate.TILE, (self.plan.block, self.plan.steps)):
-            rows = zip(parts, tensors, find_places(parts), strict=False)
-            made = [s for part, t, place in rows for s in features.make_segments(t, part.item, tile[0], place)]
-            tables.append(Segments(made, features.by_tiles(*tile)))
-        blocks = {accumulate.BLOCK, self.plan.block}
-        kinds = reduce(int.__or__, (1 << features.find_kind(t, block) for t in tensors for block in blocks))
-        return Batch(parts, tensors, kinds, lines.make_lines(factored) if factored else None, tables[0], tables[1])
+        tile, plan = self.find_tiles(parts[0].p)
+        tables = make_table(parts, tensors, tile), make_table(parts, tensors, plan.tile)
+        kinds = find_kinds(tensors, (tile, plan.tile))
+        return Batch(parts, tensors, kinds, lines.make_lines(factored) if factored else None, *tables, tile, plan)
+
+    def find_tiles(self, p: Tensor) -> tuple[Tile, Plan]:
+        """How `accumulate` and `mlp` divide parameters of the dtype and on the device of this one."""
+        key = accumulate.sign(self.family, p.dtype)
+        tile = tuning.find("accumulate", key, accumulate.TILE, p.device)
+        key = mlp.sign(self.family, self.shape, self.plan, p.dtype)
+        return tile, self.plan._replace(**tuning.find("mlp", key, self.plan.tile, p.device)._asdict())
 
     def slot(self, part: Part) -> int:
         """The row of the stacks of meta-weights that a part uses."""
@@ -124,7 +136,7 @@ class FeatureProgram(Program):
             if batch.lines is not None:
                 lines.launch_segments(batch.lines, self.decays, own, self.family, sanitize)
             sums = accumulate.launch_segments(
-                batch.accumulate, self.decays, own, self.family, sanitize, kinds=batch.kinds
+                batch.accumulate, self.decays, own, self.family, sanitize, batch.kinds, batch.tile
             )
             network = (self.family, self.shape, self.network, factor)
             weights = fold.launch_segments(batch.accumulate, sums, self.weights, own, *network)
@@ -134,7 +146,7 @@ class FeatureProgram(Program):
         """The last pass over a batch: the parameters' steps."""
         batch = self.made[index]
         mlp.launch_segments(
-            batch.mlp, weights, items, self.family, self.shape, self.plan, sanitize, kinds=batch.kinds
+            batch.mlp, weights, items, self.family, self.shape, batch.plan, sanitize, kinds=batch.kinds
         )  # fmt: skip
 
 
@@ -159,11 +171,23 @@ class UnitProgram(FeatureProgram):
         assert isinstance(rule, Celo2), "which `FUSED` names"
         steps = torch.empty(find_places(batch.parts)[-1], device=items.grads.device)
         mlp.launch_segments(
-            batch.mlp, weights, items, self.family, self.shape, self.plan, sanitize, steps, kinds=batch.kinds
+            batch.mlp, weights, items, self.family, self.shape, batch.plan, sanitize, steps, kinds=batch.kinds
         )  # fmt: skip
         if rule.orthogonalizes:
             orthogonalize_equal(stack_matrices(batch.parts, steps))
         scaled_move.launch_segments(self.moves[index], steps, items, rule.step_mult)
+
+
+def make_table(parts: Sequence[Part], tensors: Sequence[Tensors], tile: Tile) -> Segments:
+    """The segments of parts, cut into tiles; their steps are one behind the other."""
+    rows = zip(parts, tensors, find_places(parts), strict=False)
+    made = [s for part, t, place in rows for s in features.make_segments(t, part.item, tile.block, place)]
+    return Segments(made, features.by_tiles(tile.block, tile.steps))
+
+
+def find_kinds(tensors: Sequence[Tensors], tiles: Sequence[Tile]) -> int:
+    """A bit for each kind of segment that there is with one of the tiles."""
+    return reduce(int.__or__, (1 << features.find_kind(t, tile.block) for t in tensors for tile in tiles))
 
 
 def find_places(parts: Sequence[Part]) -> list[int]:
