@@ -11,6 +11,7 @@ from bench.meta import meta
 from bench.overhead import overhead
 from bench.soak import soak
 from bench.step import step
+from bench.tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,7 +19,7 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, gpu, kernels, meta, overhead, soak, step):
+for command in (compile_kernels, gpu, kernels, meta, overhead, soak, step, tune):
     cli.add_command(command)
 
 if __name__ == "__main__":
