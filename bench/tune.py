@@ -12,6 +12,7 @@ import click
 import torch
 from lopt_kernels import OPS, accumulate, apply, lines, mlp, tuning
 from lopt_kernels.apply import Items
+from lopt_kernels.features import Tensors
 from lopt_kernels.mlp import MLPWeights
 from lopt_kernels.tuning import Tile
 from rich.table import Table
@@ -26,9 +27,10 @@ from bench.step import Drawn, describe_model
 from bench.timing import measure_bandwidth, summarize, time_first, time_queued
 from lopt.engine import init_state, make_member
 from lopt.fused import FUSED
-from lopt.fused.features import FeatureProgram, UnitProgram, find_kinds, find_places, make_table
-from lopt.fused.parts import make_part
+from lopt.fused.features import FeatureProgram, UnitProgram, describe_part, find_kinds, make_table
+from lopt.fused.parts import Part, make_part
 from lopt.rules import RULES
+from lopt.rules.feature_mlp import FeatureMLP
 
 SAME = ("celo2",)  # its kernels are those of celo2_base, but it leaves vectors to AdamW
 TUNED = [name for name, program in FUSED.items() if issubclass(program, FeatureProgram) and name not in SAME]
@@ -85,67 +87,91 @@ class Case(NamedTuple):
             x.copy_(old)
 
 
-def make_program(name: str, shapes: Shapes, drawn: Drawn) -> FeatureProgram:
-    """A rule's program for copies of the drawn parameters, with a fresh state."""
-    rule = RULES[name]().to(drawn[0][0].device).requires_grad_(False)
+class Group(NamedTuple):
+    """A model's parameters, all of one dtype, and what a rule's kernels are given with them.
+
+    Attributes:
+        program: of the rule.
+        parts, tensors: copies of the parameters, and their state.
+        items: gradients and rates.
+        weights: networks for all segments.
+    """
+
+    program: FeatureProgram
+    parts: list[Part]
+    tensors: list[Tensors]
+    items: Items
+    weights: MLPWeights
+
+
+def make_group(name: str, shapes: Shapes, drawn: Drawn) -> Group:
+    """A rule on copies of the drawn parameters, with a fresh state."""
+    device, n = drawn[0][0].device, len(shapes)
+    rule = RULES[name]().to(device).requires_grad_(False)
+    assert isinstance(rule, FeatureMLP), "`TUNED` names these"
     parts = []
     for i, (key, p, g) in enumerate(zip(shapes, *drawn, strict=True)):
         member = make_member(key, p.clone(), g, init_state(rule, p, None, guarded=False))
         parts.append(make_part(i, member, rule.row_keys, partial(FUSED[name].suits, rule)))
-    program = FUSED[name](rule, [parts], len(parts))
-    assert isinstance(program, FeatureProgram), "`TUNED` names these"
-    return program
+    program = FUSED[name](rule, [parts], n)
+    assert isinstance(program, FeatureProgram), "likewise"
+    tensors = [describe_part(rule, part, program.slot(part)) for part in parts]
+    terms = apply.Terms(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
+    items = apply.make_items(drawn[1], terms)
+    factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
+    if factored:
+        lines.launch_segments(lines.make_lines(factored), program.decays, items, program.family)
+    return Group(program, parts, tensors, items, draw_weights(program, tensors))
 
 
 def make_cases(name: str, shapes: Shapes, drawn: Drawn) -> Iterator[Case]:
     """Both kernels of a rule."""
-    program, n = make_program(name, shapes, drawn), len(shapes)
-    (batch,), device, dtype = program.made, drawn[0][0].device, drawn[0][0].dtype
-    terms = apply.Terms(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
-    items = apply.make_items(drawn[1], terms)
-    if batch.lines is not None:
-        lines.launch_segments(batch.lines, program.decays, items, program.family)
-    sizes = sum(t.p.numel() for t in batch.tensors), program.family, dtype.itemsize, dtype.itemsize
+    group = make_group(name, shapes, drawn)
+    program, tensors, device, dtype = group.program, group.tensors, drawn[0][0].device, drawn[0][0].dtype
+    count = sum(t.p.numel() for t in tensors)
+    sizes = count, program.family, dtype.itemsize, dtype.itemsize
 
-    vectors = [t.first for t in batch.tensors if t.axes is None]
-    state = [x for t in batch.tensors for x in (t.m, t.v)] + vectors
+    vectors = [t.first for t in tensors if t.axes is None]
+    state = [x for t in tensors for x in (t.m, t.v)] + vectors
     changed = [x for x in state if x is not None]
-    prepare: Callable[[Tile], Prepared] = partial(prepare_accumulate, program, items)
+    prepare: Callable[[Tile], Prepared] = partial(prepare_accumulate, group)
     key = accumulate.sign(program.family, dtype)
     moved = accumulate.bytes_moved(*sizes)
     yield Case(name, "accumulate", key, accumulate.TILE, prepare, changed, [x.clone() for x in changed], moved)
 
-    out = torch.zeros(find_places(batch.parts)[-1], device=device) if isinstance(program, UnitProgram) else None
-    prepare = partial(prepare_mlp, program, items, draw_weights(program), out)
+    out = torch.zeros(count, device=device) if isinstance(program, UnitProgram) else None
+    prepare = partial(prepare_mlp, group, out)
     key = mlp.sign(program.family, program.shape, program.plan, dtype)
-    changed = [t.p for t in batch.tensors] if out is None else [out]
+    changed = [t.p for t in tensors] if out is None else [out]
     moved = mlp.bytes_moved(*sizes)
     yield Case(name, "mlp", key, program.plan.tile, prepare, changed, [x.clone() for x in changed], moved)
 
 
-def prepare_accumulate(program: FeatureProgram, items: Items, tile: Tile) -> Prepared:
+def prepare_accumulate(group: Group, tile: Tile) -> Prepared:
     """`accumulate` with a tile; it returns sums of blocks, to be added up for each segment."""
-    (batch,) = program.made
-    table, kinds = make_table(batch.parts, batch.tensors, tile), find_kinds(batch.tensors, (tile, batch.plan.tile))
+    program, parts, tensors, items, _ = group
+    _, plan = program.find_tiles(tensors[0].p)
+    table, kinds = make_table(parts, tensors, tile), find_kinds(tensors, (tile, plan.tile))
     rest, counts = (table, program.decays, items, program.family), table.starts.diff().tolist()
     launch = partial(accumulate.launch_segments, *rest, kinds=kinds, tile=tile)
     return Prepared(launch, lambda sums: [own.sum(0) for own in sums.split(counts)])
 
 
-def prepare_mlp(program: FeatureProgram, items: Items, weights: MLPWeights, out: Tensor | None, tile: Tile) -> Prepared:
+def prepare_mlp(group: Group, out: Tensor | None, tile: Tile) -> Prepared:
     """`mlp` with a tile; it returns nothing."""
-    (batch,) = program.made
-    table, kinds = make_table(batch.parts, batch.tensors, tile), find_kinds(batch.tensors, (tile, batch.tile))
+    program, parts, tensors, items, weights = group
+    other, _ = program.find_tiles(tensors[0].p)
+    table, kinds = make_table(parts, tensors, tile), find_kinds(tensors, (tile, other))
     rest = (program.family, program.shape, program.plan._replace(**tile._asdict()))
     return Prepared(partial(mlp.launch_segments, table, weights, items, *rest, out=out, kinds=kinds), lambda _: [])
 
 
-def draw_weights(program: FeatureProgram) -> MLPWeights:
+def draw_weights(program: FeatureProgram, tensors: list[Tensors]) -> MLPWeights:
     """Random networks of all segments; small ones: inputs are not normalised here."""
-    (batch,), shape = program.made, program.shape
-    device, n = program.decays.device, batch.mlp.num_segments
+    shape, device = program.shape, program.decays.device
+    n, num_slots = sum(t.groups for t in tensors), 1 + max(t.slot for t in tensors)
     randn = partial(torch.randn, generator=torch.Generator(device).manual_seed(SEED), device=device)
-    first, rest = 1e-3 * randn(n, shape.hidden, program.family.num_inputs), randn(batch.mlp.num_slots, shape.num_rest)
+    first, rest = 1e-3 * randn(n, shape.hidden, program.family.num_inputs), randn(num_slots, shape.num_rest)
     return MLPWeights(first, randn(n, shape.hidden), rest * shape.hidden**-0.5, 0.1 * randn(n).exp())
 
 

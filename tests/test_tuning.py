@@ -197,17 +197,22 @@ def step_once(name: str, **options: Any) -> tuple[list[Tensor], FeatureProgram]:
     params = [
         nn.Parameter(torch.randn(shape, generator=make_generator(i)).to(DEVICE)) for i, shape in enumerate(SHAPES)
     ]
+    made: list[FeatureProgram] = []
+    init = FeatureProgram.__init__
+
+    def watch(self: FeatureProgram, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.append(self)
+
     optimizer = LearnedOptimizer(params, RULES[name](**options), lr=1.0, backend="triton", num_steps=9)
     for i, p in enumerate(params):
         p.grad = torch.randn(p.shape, generator=make_generator(i + 5)).to(DEVICE)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureProgram, "__init__", watch)
         optimizer.step()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    (fused,) = optimizer._fused.values()
-    program = fused.program
-    assert isinstance(program, FeatureProgram)
+    torch.use_deterministic_algorithms(False)
+    (program,) = made
     return [p.detach() for p in params], program
 
 
@@ -246,10 +251,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("bench") / "tune.json"
     original = tune.prepare_accumulate
 
-    def prepare(program: Any, items: Any, tile: Tile) -> tune.Prepared:
+    def prepare(group: tune.Group, tile: Tile) -> tune.Prepared:
         if tile.warps == 8:
             raise RuntimeError("out of resources: shared memory\nmore")
-        return original(program, items, tile)
+        return original(group, tile)
 
     tried = [Tile(128, 8, 8), Tile(128, 16, 8), Tile(128, 8, 2), accumulate.TILE]
     candidates = {"accumulate": tried, "mlp": [Tile(64, 8, 2)]}
