@@ -58,7 +58,8 @@ class ChunkedTensor:
     ) -> None:
         self.layout = find_layout(tuple(p.shape)) if shard is None else shard.layout
         self.shard, self.apply, self.extra = shard, apply, extra or {}
-        if rule.elementwise and p.is_contiguous():  # boundaries do not matter: cut where it suits the cache
+        flat = rule.elementwise and all(x.is_contiguous() for x in (p, *acc.values(), *self.extra.values()))
+        if flat:  # boundaries do not matter: cut where it suits the cache
             ndim, self.layout, self.shard = self.layout.ndim, find_layout((p.numel(),)), None
             acc, self.extra = ({key: _flatten(a, ndim) for key, a in x.items()} for x in (acc, self.extra))
         self.shape = self.layout.shape if self.shard is None else self.shard.shape

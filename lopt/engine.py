@@ -259,14 +259,19 @@ def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
 
 
 def read_plans(steps: Tensor, plans: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Planned steps and the run's steps so far, int64 `[n]`.
+    """Planned steps and the run's steps so far, int64 `[n]`."""
+    if len(set(plans)) == 1:
+        return torch.full_like(steps, plans[0]), find_run_steps(steps, steps, alike=True)
+    totals = torch.cat([steps.new_full((1,), plan) for plan in plans])
+    return totals, find_run_steps(steps, totals, alike=False)
+
+
+def find_run_steps(steps: Tensor, totals: Tensor, alike: bool) -> Tensor:
+    """The run's steps so far, int64 `[n]`.
 
     A tensor that had no gradient at times is as far in the run as the others with the same plan.
     """
-    if len(set(plans)) == 1:
-        return torch.full_like(steps, plans[0]), steps.amax().expand_as(steps)
-    totals = torch.cat([steps.new_full((1,), plan) for plan in plans])
-    return totals, ((totals[:, None] == totals) * steps).amax(-1)
+    return steps.amax().expand_as(steps) if alike else ((totals[:, None] == totals) * steps).amax(-1)
 
 
 def add_up(x: Tensor, shard: Shard | None) -> Tensor:

@@ -57,6 +57,7 @@ from lopt.tensors import derive_seeds
 
 DEFAULT_RULE = "digits-lstm"
 MAX_REPLICAS = 64
+MAX_TABLES = 8  # sets of parameters with gradients, as of the two networks of a GAN, that are not tabulated anew
 
 
 class Report(NamedTuple):
@@ -182,9 +183,12 @@ class LearnedOptimizer(Optimizer):
             "guard_memory": None,
         }
         super().__init__(params, options)
-        device_types = {p.device.type for group in self.param_groups for p in group["params"]}
-        self.backend: Backend = choose_backend(backend, find_obstacle(self.rule), device_types, self.guard is not None)
-        self._fused: dict[tuple[int, torch.device], FusedStep] = {}
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        obstacles = [find_obstacle(self.rule, device) for device in devices]
+        self.backend: Backend = choose_backend(
+            backend, next(filter(None, obstacles), None), devices, self.guard is not None
+        )
+        self._fused: dict[tuple[int, torch.device], list[FusedStep]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the options but for another rule may be the group's own.
@@ -416,21 +420,25 @@ class LearnedOptimizer(Optimizer):
             rest += [unit._replace(members=left)] if left else []
         if rest:
             member = rest[0].members[0]
-            kind = "foreach=False" if rest[0].group["foreach"] is False else f"a parameter of {member.p.dtype}"
+            kind = f"a parameter of {member.p.dtype} with a gradient of {member.g.dtype}"
+            kind = "foreach=False" if rest[0].group["foreach"] is False else kind
             self._warn_once(f"kernels do not step {'a DTensor' if member.shard else kind}: torch does.")
         return ([], units) if rest and rows else (fused, rest)  # with rows, all tensors step together
 
     def _can_fuse(self, rule: Rule, device: torch.device) -> bool:
         """Whether kernels step a rule's parameters on a device."""
-        if self.backend.name != "triton" or find_obstacle(rule) is not None:
+        if self.backend.name != "triton" or find_missing([device], interpreted=True) is not None:
             return False
-        return find_missing([device.type], interpreted=True) is None
+        return find_obstacle(rule, device) is None
 
     def _fuse(self, key: tuple[int, torch.device], units: Sequence[Unit]) -> FusedStep:
-        """The tables for these units, made anew if they have changed."""
-        fused = self._fused.get(key)
-        if fused is None or not fused.matches(units):
-            fused = self._fused[key] = FusedStep(self._rules[key[0]], units)
+        """The tables for these units: the last few are kept, and those that a CUDA graph has addressed."""
+        known = self._fused.setdefault(key, [])
+        fused = next((step for step in known if step.matches(units)), None)
+        if fused is None:
+            fused = FusedStep(self._rules[key[0]], units)
+            spare = [step for step in known if not step.captured][MAX_TABLES - 1 :]
+            known[:] = [fused, *(step for step in known if step not in spare)]
         return fused
 
     def _init_group(

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
-from lopt_kernels.op import check_triton
+from lopt_kernels.op import try_triton
 from torch import Tensor
 
 from lopt.guard import GuardOptions
@@ -38,19 +38,19 @@ def choose(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def choose_backend(wanted: str, obstacle: str | None, device_types: Iterable[str], guarded: bool) -> Backend:
+def choose_backend(wanted: str, obstacle: str | None, devices: Iterable[torch.device], guarded: bool) -> Backend:
     """The backend that runs; a warning where it is not the one asked for.
 
     Args:
         obstacle: why the rule has no fused step, if it has none.
-        device_types: of the parameters.
+        devices: of the parameters.
         guarded: with the guard, which works on whole steps.
     """
     if wanted == "torch":
         return Backend("torch", "asked for")
     if guarded:
         obstacle = "the guard works on steps that are not fused"
-    obstacle = obstacle or find_missing(device_types, interpreted=wanted == "triton")
+    obstacle = obstacle or find_missing(devices, interpreted=wanted == "triton")
     if obstacle is None:
         return Backend("triton", "the rule has a fused step" if wanted == "auto" else "asked for")
     if wanted == "triton":
@@ -58,24 +58,22 @@ def choose_backend(wanted: str, obstacle: str | None, device_types: Iterable[str
     return Backend("torch", obstacle)
 
 
-def find_missing(device_types: Iterable[str], interpreted: bool) -> str | None:
+def find_missing(devices: Iterable[torch.device], interpreted: bool) -> str | None:
     """Why Triton cannot run on any of these devices, or None if it can.
 
     Args:
         interpreted: its interpreter, which is for tests, counts.
     """
-    obstacle = "there are no parameters"
-    for device_type in sorted(set(device_types)):
-        if device_type == "cpu" and not interpreted:
+    obstacle: str | None = "there are no parameters"
+    for device in sorted(set(devices), key=str):
+        if device.type == "cpu" and not interpreted:
             obstacle = "no parameter is on a GPU"
-        elif device_type not in ("cpu", "cuda"):
-            obstacle = f"there are no kernels for {device_type} devices"
+        elif device.type not in ("cpu", "cuda"):
+            obstacle = f"there are no kernels for {device.type} devices"
         else:
-            try:
-                check_triton("optimizer", torch.device(device_type))
-                return None
-            except RuntimeError as error:
-                obstacle = str(error)
+            obstacle = try_triton(device)
+        if obstacle is None:
+            break
     return obstacle
 
 

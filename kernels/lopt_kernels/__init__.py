@@ -17,6 +17,7 @@ from lopt_kernels import (
     mlp_autograd,
     moments,
     rnnprop,
+    rows,
     scaled_move,
 )
 from lopt_kernels.autograd import DifferentiableOp
@@ -34,6 +35,7 @@ GROUP_OPS: dict[str, Op] = {
     "clock": clock.OP,
     "lines": lines.OP,
     "moments": moments.OP,
+    "rows": rows.OP,
     "accumulate": accumulate.OP,
     "fold": fold.OP,
     "mlp": mlp.OP,

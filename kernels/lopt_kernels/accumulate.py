@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt_kernels import apply, features, tuning
 from lopt_kernels.apply import Items, Terms
-from lopt_kernels.features import LINE_FEATURES, Family, Tensors
+from lopt_kernels.features import LINE_FEATURES, Family, Tensors, find_aligns
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
 from lopt_kernels.tuning import Tile
@@ -95,7 +95,7 @@ if triton is not None:
         P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-        BLOCK: tl.constexpr, STEPS: tl.constexpr,
+        WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
         m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
@@ -105,8 +105,8 @@ if triton is not None:
         )
         first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
         second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
-        numel, first_length, second_length = find_lengths(row, SIZES)
-        start, stop, lane = find_tile(row, local, SIZES, KIND, BLOCK, STEPS)
+        numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
+        start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
         # squares of what is an element's own here are summed lane by lane: all inputs but the lines of WIDE segments
         COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
         columns, of_columns = (), ()
@@ -119,7 +119,7 @@ if triton is not None:
         for _ in tl.static_range(LINE_FEATURES_):
             row_sums = row_sums + (tl.full((), 0.0, tl.float32),)
         for step in range(start, stop):
-            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, BLOCK)
+            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
             g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
             p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
             m = ()
@@ -196,7 +196,7 @@ if triton is not None:
         P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-        BLOCK: tl.constexpr, STEPS: tl.constexpr,
+        WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
         _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
@@ -210,7 +210,7 @@ if triton is not None:
                 if kind == k:
                     _accumulate(
                         row, local, g_ptr, decays, scale, live, partial, P_TYPE, ALIGN, SIZES, k, MOMENTA, FACTORED,
-                        CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, BLOCK, STEPS,
+                        CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, WIDTH, BLOCK, STEPS,
                     )  # fmt: skip
 
 
@@ -239,15 +239,16 @@ def launch_segments(
         ValueError: a shape, dtype, device or layout the kernel does not take.
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
-    apply.check_launch("accumulate", segments, features.Decays(decays), items)
-    partial = torch.empty(segments.num_blocks, family.num_inputs, device=decays.device)
+    apply.check_launch("accumulate", segments, {"decays": decays}, items)
+    partial = decays.new_empty(segments.num_blocks, family.num_inputs)
     if segments.num_blocks == 0:
         return partial
+    dtypes = segments.dtypes[0], items.dtype
     with torch.cuda.device_of(segments.table):
         _accumulate_kernel[(segments.num_blocks,)](
             *(segments.table, segments.starts, segments.num_segments, items.grads, items.terms.grad_scale),
             *(items.live, decays, partial),
-            **_constexprs(family, segments.dtypes[0], items.dtype, segments.align, items.align, kinds, sanitize, tile),
+            **_constexprs(family, dtypes, find_aligns(segments, items), kinds, sanitize, tile),
             num_warps=tile.warps,
             **OPTIONS,
         )
@@ -261,16 +262,15 @@ def sign(family: Family, p_dtype: torch.dtype) -> str:
 
 def _constexprs(
     family: Family,
-    p_dtype: torch.dtype,
-    g_dtype: torch.dtype,
-    align: int,
-    g_align: int,
+    dtypes: Sequence[torch.dtype],
+    aligns: Sequence[int],
     kinds: int,
     sanitize: bool,
     tile: Tile,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants."""
-    types = {"P_TYPE": TRITON_TYPES[p_dtype], "G_TYPE": TRITON_TYPES[g_dtype], "ALIGN": align, "G_ALIGN": g_align}
+    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `features.find_aligns`."""
+    types: dict[str, Any] = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
+    types |= dict(zip(("ALIGN", "G_ALIGN", "WIDTH"), aligns, strict=True))
     columns = features.NUM_COLUMNS
     table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
     sizes = {"F": family.num_features, "INPUTS": family.num_inputs, "BLOCK": tile.block, "STEPS": tile.steps}
@@ -343,7 +343,7 @@ def compile_source(
 ) -> CompileSource:
     """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""
     family = family or Family()
-    constexprs = _constexprs(family, p_dtype, p_dtype, ALIGNMENT, ALIGNMENT, kinds, sanitize=False, tile=tile)
+    constexprs = _constexprs(family, (p_dtype, p_dtype), (ALIGNMENT,) * 3, kinds, sanitize=False, tile=tile)
     return specialize(_accumulate_kernel, constexprs, {"num_warps": tile.warps, **OPTIONS}, **apply.TYPES)
 
 

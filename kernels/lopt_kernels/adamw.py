@@ -172,7 +172,7 @@ def launch_segments(
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
     apply.check_dtypes("adamw", segments, MOMENT_DTYPES, num_states=2)
-    apply.check_launch("adamw", segments, weights, items)
+    apply.check_launch("adamw", segments, weights._asdict(), items)
     constants = {"SANITIZE": sanitize, "BLOCK": BLOCK, **OPTIONS}
     apply.run(_adamw_kernel, segments, weights, items, (), constants)
 

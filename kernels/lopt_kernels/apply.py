@@ -1,7 +1,7 @@
 """How a step reaches memory: gradients are read in fp32, parameters are written once, skipped segments not at all.
 
 The formulas are those of `lopt.apply.Apply`, with one number per parameter. A kernel that updates parameters calls
-`load_gradient`, then `store_parameter`, under `if is_live(...)`; its reference calls `read_gradient` and
+`load_gradient`, then `store_parameter`, where the parameter is live; its reference calls `read_gradient` and
 `move_parameter`.
 """
 
@@ -9,7 +9,7 @@ The formulas are those of `lopt.apply.Apply`, with one number per parameter. A k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class Items(NamedTuple):
         steps: updates made so far, int64 `[n]`.
         seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
         dtype: of the gradients.
-        align: `segments.ALIGNMENT` if all addresses are multiples of it, else 1.
+        align: a power of two that divides all addresses, see `segments.find_alignment`.
     """
 
     grads: Tensor
@@ -198,12 +198,14 @@ def run(
         )
 
 
-def check_launch(op: str, segments: Segments, stacks: Any, items: Items, check_dtype: bool = True) -> None:
+def check_launch(
+    op: str, segments: Segments, stacks: Mapping[str, Tensor], items: Items, check_dtype: bool = True
+) -> None:
     """The tensors beside the table are what every kernel takes.
 
     Args:
         op: its name, for messages.
-        stacks: a NamedTuple of float32 meta-weights, `[K, ...]` each, for `segments.num_slots` <= K.
+        stacks: by name, float32 meta-weights, `[K, ...]` each, for `segments.num_slots` <= K; contiguous.
         check_dtype: the gradients must suit the table's first tensors, which are parameters.
     Raises:
         ValueError: a shape, dtype, device or layout that the kernels do not take.
@@ -214,13 +216,13 @@ def check_launch(op: str, segments: Segments, stacks: Any, items: Items, check_d
     check_triton(op, segments.table.device)
 
 
-def check_stacks(op: str, stacks: Any, device: torch.device, count: int) -> None:
-    """Each field of a NamedTuple is a contiguous float32 stack of at least `count` on this device.
+def check_stacks(op: str, stacks: Mapping[str, Tensor], device: torch.device, count: int) -> None:
+    """Each tensor is a contiguous float32 stack of at least `count` on this device.
 
     Raises:
         ValueError: it is not.
     """
-    for name, stack in stacks._asdict().items():
+    for name, stack in stacks.items():
         if stack.dtype != torch.float32 or stack.device != device or not stack.is_contiguous():
             raise ValueError(
                 f"{op} kernel: {name} must be contiguous torch.float32 on {device}, got {stack.dtype} on "

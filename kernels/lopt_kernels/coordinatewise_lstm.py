@@ -179,7 +179,7 @@ def launch_segments(
     """
     apply.check_dtypes("coordinatewise_lstm", segments, lstm.STATE_DTYPES, num_states=4)
     lstm.check_stacks("coordinatewise_lstm", weights, NUM_FEATURES)
-    apply.check_launch("coordinatewise_lstm", segments, weights, items)
+    apply.check_launch("coordinatewise_lstm", segments, weights._asdict(), items)
     constants = _constexprs(weights.w_hh1.shape[-1], segments.dtypes[1], precision)
     constants |= {"SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (output_scale, log_bound, exp(log_bound))

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.apply import Terms, read_gradient
-from lopt_kernels.segments import Segment
+from lopt_kernels.apply import Items, Terms, read_gradient
+from lopt_kernels.segments import ALIGNMENT, Segment, Segments
 
 try:
     import triton
@@ -160,12 +160,18 @@ def make_segments(tensors: Tensors, item: int, block: int, place: int = 0) -> li
     """
     t = tensors
     columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]))
-    _, d1, b, d2, c = (1, 1, 1, max(1, t.p.numel()), 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
+    _, d1, b, d2, c = (1, 1, 1, ALIGNMENT, 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
     sizes = (t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c)
     return [Segment(columns, (*sizes, group, t.inner, t.rows, place), item, t.slot) for group in range(t.groups)]
 
 
 NUM_COLUMNS, NUM_SIZES = 7, 11  # of a segment
+WIDTH = 5  # the size that is the length of a row; of a vector it says nothing
+
+
+def find_aligns(segments: Segments, items: Items) -> tuple[int, int, int]:
+    """What divides the addresses of parameters and state, those of gradients, and the lengths of rows."""
+    return segments.align, items.align, segments.multiples[WIDTH]
 
 
 def by_tiles(block: int, steps: int) -> Callable[[tuple[int, ...]], int]:
@@ -255,12 +261,6 @@ def draw_group(
     return group
 
 
-class Decays(NamedTuple):
-    """Of momenta, second moment and factored moments, `[K, momenta + 4]`."""
-
-    decays: Tensor
-
-
 def draw_decays(family: Family, device: torch.device) -> Tensor:
     """`[momenta + 4]`, on both sides of the two formulas that `torch.lerp` has."""
     momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
@@ -316,11 +316,14 @@ if triton is not None:
         return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
     @triton.jit
-    def find_tile(row, local, SIZES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    def find_tile(
+        row, local, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+        STEPS: tl.constexpr,
+    ):  # fmt: skip
         """A program's first and last row + 1, and its columns; not WIDE: its blocks, and the lanes."""
         lane = tl.arange(0, BLOCK).to(tl.int64)
         if KIND == _WIDE:
-            width = load_size(row, SIZES + 5, 1)
+            width = load_size(row, SIZES + 5, WIDTH)
             tiles = tl.cdiv(width, BLOCK)
             start, lane = local // tiles * STEPS, local % tiles * BLOCK + lane
             last = load_size(row, SIZES, 1) // width
@@ -330,17 +333,19 @@ if triton is not None:
         return start, tl.minimum(start + STEPS, last), lane
 
     @triton.jit
-    def find_elements(row, start, lane, live, SIZES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    def find_elements(
+        row, start, lane, live, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    ):
         """Offsets into the parameter and the lines, and what of them is there; WIDE: `start` is a row of the matrix.
 
         The offset into the first line is a number for WIDE segments, else one per lane. If not
         `live` nothing is there.
         """
         count = tl.where(live, load_size(row, SIZES, 1), 0)
-        width = load_size(row, SIZES + 5, 1)
+        width = load_size(row, SIZES + 5, WIDTH)
         if KIND == _WIDE:
             at, first_at, second_at = start * width + lane, start, lane
-            mask = lane < tl.where(start * width < count, width, 0)
+            mask = lane < tl.multiple_of(tl.where(start * width < count, width, 0), WIDTH)
         else:
             element = start * BLOCK + lane
             mask = element < count
@@ -360,11 +365,14 @@ if triton is not None:
         return at, first_at, second_at, mask
 
     @triton.jit
-    def find_lengths(row, SIZES: tl.constexpr):
+    def find_lengths(row, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr):
         """Numbers of the parameter, of its first line and of its second line."""
         numel = load_size(row, SIZES, 1) * load_size(row, SIZES + 2, 1)
-        width = load_size(row, SIZES + 5, 1)
-        return numel, numel // width * load_size(row, SIZES + 6, 1), numel // load_size(row, SIZES + 3, 1)
+        width = load_size(row, SIZES + 5, WIDTH)
+        first, second = numel // width * load_size(row, SIZES + 6, 1), numel // load_size(row, SIZES + 3, 1)
+        if KIND == _WIDE:  # whole rows
+            numel, second = tl.multiple_of(numel, WIDTH), tl.multiple_of(second, WIDTH)
+        return numel, first, second
 
     @triton.jit
     def load_several(pointer, at, mask, stride, COUNT: tl.constexpr):

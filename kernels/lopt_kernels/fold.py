@@ -203,7 +203,7 @@ def launch_segments(
     total, n = count_first(family, shape, network) + shape.num_rest, segments.num_segments
     if weights.ndim != 2 or weights.shape[1] != total:
         raise ValueError(f"fold kernel: weights must have shape [K, {total}], got {list(weights.shape)}.")
-    apply.check_launch("fold", segments, _Weights(weights), items)
+    apply.check_launch("fold", segments, {"weights": weights}, items)
     first = weights.new_empty(n, shape.hidden, family.num_inputs)
     bias, gain = weights.new_empty(n, shape.hidden), weights.new_empty(n)
     with torch.cuda.device_of(weights):
@@ -214,10 +214,6 @@ def launch_segments(
             **OPTIONS,
         )
     return MLPWeights(first, bias, weights[:, total - shape.num_rest :], gain)
-
-
-class _Weights(NamedTuple):
-    weights: Tensor
 
 
 def _constexprs(family: Family, shape: Shape, network: Network) -> dict[str, int | bool]:

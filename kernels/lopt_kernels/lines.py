@@ -234,8 +234,8 @@ def launch_segments(lines: Lines, decays: Tensor, items: Items, family: Family, 
         RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
     sums, averages, scales = lines.sums, lines.averages, lines.scales
-    apply.check_launch("lines", averages, features.Decays(decays), items, check_dtype=False)
-    partial = torch.empty(lines.buffer, device=decays.device)
+    apply.check_launch("lines", averages, {"decays": decays}, items, check_dtype=False)
+    partial = torch.empty(lines.buffer, dtype=torch.float32, device=decays.device)
     with torch.cuda.device_of(decays):
         if sums.num_blocks:
             _sums_kernel[(sums.num_blocks,)](

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lopt_kernels import apply, features, tuning
 from lopt_kernels.apply import Items, Terms
-from lopt_kernels.features import LINE_FEATURES, Family, Tensors
+from lopt_kernels.features import LINE_FEATURES, Family, Tensors, find_aligns
 from lopt_kernels.op import CompileSource, Op, specialize
 from lopt_kernels.segments import ALIGNMENT, Segments
 from lopt_kernels.tuning import Tile
@@ -256,7 +256,8 @@ if triton is not None:
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+        STEPS: tl.constexpr,
     ):  # fmt: skip
         lr, decay, scale = terms
         p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
@@ -265,8 +266,8 @@ if triton is not None:
         second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
         first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
         second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
-        numel, first_length, second_length = find_lengths(row, SIZES)
-        start, stop, lane = find_tile(row, local, SIZES, KIND, BLOCK, STEPS)
+        numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
+        start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
 
         # inputs that are an element's own here: all but those of a matrix's lines
         COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
@@ -290,7 +291,7 @@ if triton is not None:
                 base = _multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
 
         for step in range(start, stop):
-            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, BLOCK)
+            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
             g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
             p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
             m = load_several(m_ptr, at, mask, numel, MOMENTA)
@@ -365,7 +366,8 @@ if triton is not None:
         MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
         VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
         H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+        STEPS: tl.constexpr,
     ):  # fmt: skip
         segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
         kind, item = tl.load(row + SIZES + 1), load_item(row, COLUMNS)
@@ -380,7 +382,7 @@ if triton is not None:
                     _move(
                         row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN,
                         SIZES, k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
-                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, BLOCK, STEPS,
+                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, WIDTH, BLOCK, STEPS,
                     )  # fmt: skip
 
 
@@ -405,6 +407,12 @@ class Plan(NamedTuple):
     def tile(self) -> Tile:
         """Block, steps and warps: what does not change the formula."""
         return Tile(self.block, self.steps, self.warps)
+
+
+def count_shared(shape: Shape) -> int:
+    """Bytes of shared memory that a program takes at most, where tensor cores multiply; compiled ones take less."""
+    padded = max(DOT_HIDDEN, 1 << (shape.hidden - 1).bit_length())
+    return 4 * padded**2 * (shape.layers - 1) + 680 * padded + 20_000
 
 
 def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) -> Plan:
@@ -463,28 +471,24 @@ def launch_segments(
         found = getattr(weights, name)
         if tuple(found.shape) != size:
             raise ValueError(f"mlp kernel: {name} must have shape {list(size)}, got {list(found.shape)}.")
-    apply.check_stacks("mlp", _Folded(weights.first, weights.bias, weights.gain), segments.table.device, n)
-    apply.check_launch("mlp", segments, _Rest(weights.rest[:, :0].contiguous()), items)
+    folded = {"first": weights.first, "bias": weights.bias, "gain": weights.gain}
+    apply.check_stacks("mlp", folded, segments.table.device, n)
+    if weights.rest.stride(-1) != 1 or len(weights.rest) < segments.num_slots:
+        raise ValueError(
+            f"mlp kernel: rest must have contiguous rows for {segments.num_slots} slots, got shape "
+            f"{list(weights.rest.shape)}, strides {weights.rest.stride()}."
+        )
+    apply.check_launch("mlp", segments, {}, items)
     if segments.num_blocks == 0:
         return
     dtypes = segments.dtypes[0], items.dtype
     with torch.cuda.device_of(segments.table):
         _mlp_kernel[(segments.num_blocks,)](
             *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0), out),
-            **_constexprs(family, shape, plan, dtypes, (segments.align, items.align), kinds, sanitize, out is not None),
+            **_constexprs(family, shape, plan, dtypes, find_aligns(segments, items), kinds, sanitize, out is not None),
             num_warps=plan.warps,
             **OPTIONS,
         )
-
-
-class _Folded(NamedTuple):
-    first: Tensor
-    bias: Tensor
-    gain: Tensor
-
-
-class _Rest(NamedTuple):
-    rest: Tensor
 
 
 def _constexprs(
@@ -497,11 +501,11 @@ def _constexprs(
     sanitize: bool,
     delta: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants; dtypes and alignments are those of parameters and gradients."""
+    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `features.find_aligns`."""
     types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
     columns = features.NUM_COLUMNS
     table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
-    table |= {"ALIGN": aligns[0], "G_ALIGN": aligns[1]}
+    table |= dict(zip(("ALIGN", "G_ALIGN", "WIDTH"), aligns, strict=True))
     widths = {"F": family.num_features, "INPUTS": family.num_inputs, "H": shape.hidden, "LAYERS": shape.layers}
     outputs = {"OUTPUTS": shape.outputs, "EXP_MULT": shape.exp_mult}
     tiles = {"DOT": plan.dot, "PRECISION": plan.precision, "HP": max(16, triton.next_power_of_2(shape.hidden))}
@@ -595,7 +599,7 @@ def compile_source(
 ) -> CompileSource:
     """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
     family, shape = family or Family(), shape or Shape(hidden=32)
-    plan, aligns = plan or choose_plan(shape), (ALIGNMENT, ALIGNMENT)
+    plan, aligns = plan or choose_plan(shape), (ALIGNMENT,) * 3
     constexprs = _constexprs(family, shape, plan, (p_dtype, p_dtype), aligns, kinds, sanitize=False, delta=False)
     constexprs |= {"seeds": None, "out_ptr": None}
     options = {"num_warps": plan.warps, **OPTIONS}

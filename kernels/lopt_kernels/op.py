@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,9 +66,32 @@ def check_triton(op: str, device: torch.device) -> None:
         )
 
 
+@cache
+def try_triton(device: torch.device) -> str | None:
+    """Why kernels cannot be compiled and launched on a device, found out by one that does nothing; None if they can.
+
+    Triton needs a C compiler, the headers of Python and a GPU that it knows, of which a machine may have none.
+    """
+    try:
+        check_triton("optimizer", device)
+        with torch.cuda.device_of(torch.empty(0, device=device)):
+            _probe[(1,)]()
+    except Exception as error:  # whatever it is, ordinary operations go on
+        return f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
+    return None
+
+
+def find_shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program may take, or None if that is not limited: by the interpreter."""
+    if triton is None or device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 @dataclass(frozen=True)
 class Op:
-    """One fused formula.
+    """One fused formula; those of `GROUP_OPS` take a group of parameters where others take flat coordinates.
 
     Attributes:
         name: the key in `OPS`.

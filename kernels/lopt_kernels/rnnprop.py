@@ -227,7 +227,7 @@ def launch_segments(
             f"rnnprop kernel: w_in and b_in must have shapes [K, H, 2] and [K, H], got {list(weights.w_in.shape)} and "
             f"{list(weights.b_in.shape)} for {len(weights.w_hh1)} LSTMs."
         )
-    apply.check_launch("rnnprop", segments, weights, items)
+    apply.check_launch("rnnprop", segments, weights._asdict(), items)
     constants = _constexprs(hidden, segments.dtypes[1], precision) | {"SANITIZE": sanitize, **lstm.OPTIONS}
     numbers = (beta1, beta2, 1 - beta1, 1 - beta2, output_scale)
     apply.run(_rnnprop_kernel, segments, weights, items, numbers, constants)

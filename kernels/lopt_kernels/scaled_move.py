@@ -145,7 +145,7 @@ def launch_segments(segments: Segments, steps: Tensor, items: Items, scale: floa
     n, blocks, p_dtype = segments.num_segments, segments.num_blocks, segments.dtypes[0]
     if blocks == 0:
         return
-    partial, factors = torch.empty(blocks, device=table[0].device), torch.empty(n, device=table[0].device)
+    partial, factors = steps.new_empty(blocks), steps.new_empty(n)
     seeds = items.seeds if p_dtype == torch.bfloat16 else None
     sizes = {"COLUMNS": COLUMNS, "BLOCK": BLOCK}
     with torch.cuda.device_of(table[0]):

@@ -13,7 +13,8 @@ What may change from step to step (gradients' addresses, rates, counters) is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,8 @@ class Segments:
         num_blocks: the grid.
         num_items, num_slots: how many the launch needs at least (the largest number, and one).
         dtypes: of the tensors, column by column.
-        align: `ALIGNMENT` if all pointers are multiples of it, else 1: for `load_pointer`.
-        multiples: for each size, `ALIGNMENT` if it is a multiple of it in all segments, else 1: for `load_size`.
+        align: the largest power of two, up to `ALIGNMENT`, that divides all pointers: for `load_pointer`.
+        multiples: for each size the same, in all segments: for `load_size`.
 
     Raises:
         ValueError: there is no segment, columns differ in dtype or device or number, or there are too many blocks.
@@ -108,9 +109,9 @@ def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def find_alignment(numbers: Sequence[int]) -> int:
-    """`ALIGNMENT` if all are multiples of it, else 1."""
-    return 1 if any(number % ALIGNMENT for number in numbers) else ALIGNMENT
+def find_alignment(numbers: Iterable[int]) -> int:
+    """The largest power of two, up to `ALIGNMENT`, that divides all."""
+    return gcd(ALIGNMENT, *numbers)
 
 
 def _check_alike(i: int, segment: Segment, dtypes: tuple[Any, ...], device: torch.device, num_sizes: int) -> None:

@@ -62,7 +62,7 @@ class AdamWProgram(ElementwiseProgram):
     weights = AdamWWeights
 
     @classmethod
-    def find_obstacle(cls, rule: Rule) -> str | None:
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
         """See `Program.find_obstacle`."""
         return None if not rule.needs_num_steps else "the fused AdamW has no schedule"
 
@@ -81,7 +81,7 @@ class LSTMProgram(ElementwiseProgram):
         self.options |= {"precision": "ieee" if exact else "tf32"}
 
     @classmethod
-    def find_obstacle(cls, rule: Rule) -> str | None:
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
         """See `Program.find_obstacle`."""
         hidden = rule.hidden
         assert isinstance(hidden, int)

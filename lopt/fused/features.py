@@ -8,18 +8,19 @@ lines -> accumulate -> fold -> mlp                    small_fc, mlp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import torch
-from lopt_kernels import accumulate, features, fold, lines, mlp, moments, scaled_move, tuning
+from lopt_kernels import accumulate, features, fold, lines, mlp, moments, rows, scaled_move, tuning
 from lopt_kernels.apply import Items
 from lopt_kernels.features import Family, Tensors
 from lopt_kernels.fold import Network
 from lopt_kernels.lines import Lines
 from lopt_kernels.mlp import Plan, Shape
 from lopt_kernels.newton_schulz import orthogonalize_equal
+from lopt_kernels.op import find_shared_memory
 from lopt_kernels.segments import Segments, by_elements
 from lopt_kernels.tuning import Tile
 from torch import Tensor
@@ -27,8 +28,8 @@ from torch import Tensor
 from lopt.fused.parts import Order, Part
 from lopt.fused.program import Program
 from lopt.rules import Clock, Rule, find_layout
-from lopt.rules.base import Accumulators
-from lopt.rules.celo import STEP_MULT, Scheduled
+from lopt.rules.base import Accumulators, Means
+from lopt.rules.celo import STEP_MULT
 from lopt.rules.celo2 import Celo2
 from lopt.rules.factored_mlp import FactoredMLP
 from lopt.rules.feature_mlp import FeatureMLP
@@ -38,22 +39,32 @@ from lopt.rules.small_fc import SmallFC
 from lopt.rules.velo import BANK_SCALE, VeLO, count_large, describe_moments
 
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # of torch.get_float32_matmul_precision
+STEP_BYTES = 512 << 20
 
 
 class Batch(NamedTuple):
-    """Tables of parts of equal dtypes, `accumulate` cut by `tile` and `mlp` by `plan`.
+    """Tables of parts of equal dtypes.
 
-    `kinds` has a bit for each kind of segment; `lines` may be None.
+    Attributes:
+        which: of the items that these parts' numbers are in.
+        parts: without what belongs to their optimizer.
+        kinds: a bit for each kind of segment.
+        lines: None where no part has any.
+        accumulate, mlp: cut by `tile` and by `plan`.
+        scales: memory that the tables address.
+        others: the table of a pass that not all rules have.
     """
 
+    which: int
     parts: Sequence[Part]
-    tensors: Sequence[Tensors]
     kinds: int
     lines: Lines | None
     accumulate: Segments
     mlp: Segments
     tile: Tile
     plan: Plan
+    scales: Sequence[Tensor]
+    others: Segments | None
 
 
 class FeatureProgram(Program):
@@ -76,15 +87,19 @@ class FeatureProgram(Program):
         self.plan: Plan = mlp.choose_plan(self.shape, PRECISIONS[torch.get_float32_matmul_precision()])
         self.decays = join_decays(rule).detach()[None].to(device).contiguous()
         self.weights = pack_weights(rule, self.family)
-        self.made = [self.make_batch(parts) for parts in batches]
+        divided = [(which, own) for which, parts in enumerate(batches) for own in self.divide(parts)]
+        self.made = [self.make_batch(which, parts) for which, parts in divided]
 
     @classmethod
-    def find_obstacle(cls, rule: Rule) -> str | None:
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
         """See `Program.find_obstacle`."""
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
-        widths = set(rule.widths[1:-1])
-        if len(widths) != 1 or max(widths) > mlp.MAX_HIDDEN:
-            return f"the fused MLP has hidden layers of one width, at most {mlp.MAX_HIDDEN}, not {rule.widths[1:-1]}"
+        widths = rule.widths[1:-1]
+        if len(set(widths)) != 1 or max(widths) > mlp.MAX_HIDDEN:
+            return f"the fused MLP has hidden layers of one width, at most {mlp.MAX_HIDDEN}, not {widths}"
+        wanted, there = mlp.count_shared(describe_shape(rule)), find_shared_memory(device)
+        if widths[0] >= mlp.DOT_HIDDEN and there is not None and wanted > there:
+            return f"the fused MLP may take {wanted} bytes of shared memory with layers {widths}, there are {there}"
         return None
 
     @classmethod
@@ -96,23 +111,35 @@ class FeatureProgram(Program):
 
     def describe_network(self, rule: FeatureMLP) -> Network:
         """How sums become networks."""
-        scales = (
-            rule.time_scales
-            if isinstance(rule, (SmallFC, MLPLOpt))
-            else torch.empty(0, device=rule.get_parameter("w1").device)
-        )
-        assert isinstance(scales, Tensor)
-        step_mult = rule.step_mult if isinstance(rule, (SmallFC, MLPLOpt)) else 1.0
-        return Network(scales, rule.norm_eps, step_mult, self.relative)
+        if isinstance(rule, (SmallFC, MLPLOpt)):
+            return Network(rule.get_buffer("time_scales"), rule.norm_eps, rule.step_mult, self.relative)
+        return Network(rule.get_parameter("w1").new_empty(0), rule.norm_eps, 1.0, self.relative)
 
-    def make_batch(self, parts: Sequence[Part]) -> Batch:
-        """The tables of some parts."""
+    def divide(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        """The parts that go through all passes together."""
+        yield parts
+
+    def make_batch(self, which: int, parts: Sequence[Part]) -> Batch:
+        """The tables of some parts, whose numbers are in the items of this index."""
         tensors = [describe_part(self.mlp, part, self.slot(part)) for part in parts]
         factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
         tile, plan = self.find_tiles(parts[0].p)
-        tables = make_table(parts, tensors, tile), make_table(parts, tensors, plan.tile)
-        kinds = find_kinds(tensors, (tile, plan.tile))
-        return Batch(parts, tensors, kinds, lines.make_lines(factored) if factored else None, *tables, tile, plan)
+        return Batch(
+            which=which,
+            parts=[part.release() for part in parts],
+            kinds=find_kinds(tensors, (tile, plan.tile)),
+            lines=lines.make_lines(factored) if factored else None,
+            accumulate=make_table(parts, tensors, tile),
+            mlp=make_table(parts, tensors, plan.tile),
+            tile=tile,
+            plan=plan,
+            scales=[x for t in tensors for x in (t.first_scale, t.second_scale) if x is not None],
+            others=self.make_others(parts, tensors),
+        )
+
+    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments | None:
+        """See `Batch.others`."""
+        return None
 
     def find_tiles(self, p: Tensor) -> tuple[Tile, Plan]:
         """How `accumulate` and `mlp` divide parameters of the dtype and on the device of this one."""
@@ -132,56 +159,68 @@ class FeatureProgram(Program):
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
         """See `Program.run`."""
         factor = self.schedule(items, loss, clock)
-        for index, (batch, own) in enumerate(zip(self.made, items, strict=True)):
+        network = (self.family, self.shape, self.network, factor)
+        for batch in self.made:
+            own = items[batch.which]
             if batch.lines is not None:
                 lines.launch_segments(batch.lines, self.decays, own, self.family, sanitize)
             sums = accumulate.launch_segments(
                 batch.accumulate, self.decays, own, self.family, sanitize, batch.kinds, batch.tile
             )
-            network = (self.family, self.shape, self.network, factor)
-            weights = fold.launch_segments(batch.accumulate, sums, self.weights, own, *network)
-            self.move(index, weights, own, sanitize)
+            self.move(batch, fold.launch_segments(batch.accumulate, sums, self.weights, own, *network), own, sanitize)
 
-    def move(self, index: int, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
+    def move(self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
         """The last pass over a batch: the parameters' steps."""
-        batch = self.made[index]
-        mlp.launch_segments(
-            batch.mlp, weights, items, self.family, self.shape, batch.plan, sanitize, kinds=batch.kinds
-        )  # fmt: skip
+        self.launch_mlp(batch, weights, items, sanitize, None)
+
+    def launch_mlp(
+        self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool, out: Tensor | None
+    ) -> None:
+        """`lopt_kernels.mlp` on a batch."""
+        options = (sanitize, out, batch.kinds)
+        mlp.launch_segments(batch.mlp, weights, items, self.family, self.shape, batch.plan, *options)
 
 
 class UnitProgram(FeatureProgram):
-    """celo2 and celo2_base: steps, orthogonalised or not, are scaled to unit size. They take 4 bytes per parameter."""
+    """celo2 and celo2_base: steps, orthogonalised or not, are scaled to unit size.
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
-        self.moves = []
-        for batch in self.made:
-            rows = zip(batch.parts, batch.tensors, find_places(batch.parts), strict=False)
-            made = [scaled_move.make_segments(t.p, part.item, place, t.groups, t.inner) for part, t, place in rows]
-            self.moves.append(Segments([s for own in made for s in own], by_elements(scaled_move.BLOCK)))
+    They are kept, 4 bytes per parameter, of so many tensors at once as `STEP_BYTES` allow, and of one at least.
+    """
 
-    def make_batch(self, parts: Sequence[Part]) -> Batch:
-        """Equal shapes one behind the other: their steps are one stack of matrices."""
-        return super().make_batch(sorted(parts, key=_name_shape))
+    def divide(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        """See `FeatureProgram.divide`: equal shapes lie one behind the other, their steps are a stack of matrices."""
+        together: list[Part] = []
+        size = 0
+        for part in sorted(parts, key=_name_shape):
+            size += 4 * part.p.numel()
+            if together and size > STEP_BYTES:
+                yield together
+                together, size = [], 4 * part.p.numel()
+            together.append(part)
+        yield together
 
-    def move(self, index: int, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
+    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments:
+        """See `FeatureProgram.make_others`: `scaled_move`'s."""
+        triples = zip(parts, tensors, find_places(parts)[:-1], strict=True)
+        made = [scaled_move.make_segments(t.p, part.item, place, t.groups, t.inner) for part, t, place in triples]
+        return Segments([s for own in made for s in own], by_elements(scaled_move.BLOCK))
+
+    def move(self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
         """See `FeatureProgram.move`."""
-        rule, batch = self.rule, self.made[index]
+        rule = self.rule
         assert isinstance(rule, Celo2), "which `FUSED` names"
-        steps = torch.empty(find_places(batch.parts)[-1], device=items.grads.device)
-        mlp.launch_segments(
-            batch.mlp, weights, items, self.family, self.shape, batch.plan, sanitize, steps, kinds=batch.kinds
-        )  # fmt: skip
+        assert batch.others is not None, "made above"
+        steps = weights.gain.new_empty(find_places(batch.parts)[-1])
+        self.launch_mlp(batch, weights, items, sanitize, steps)
         if rule.orthogonalizes:
             orthogonalize_equal(stack_matrices(batch.parts, steps))
-        scaled_move.launch_segments(self.moves[index], steps, items, rule.step_mult)
+        scaled_move.launch_segments(batch.others, steps, items, rule.step_mult)
 
 
 def make_table(parts: Sequence[Part], tensors: Sequence[Tensors], tile: Tile) -> Segments:
     """The segments of parts, cut into tiles; their steps are one behind the other."""
-    rows = zip(parts, tensors, find_places(parts), strict=False)
-    made = [s for part, t, place in rows for s in features.make_segments(t, part.item, tile.block, place)]
+    triples = zip(parts, tensors, find_places(parts)[:-1], strict=True)
+    made = [s for part, t, place in triples for s in features.make_segments(t, part.item, tile.block, place)]
     return Segments(made, features.by_tiles(tile.block, tile.steps))
 
 
@@ -214,18 +253,15 @@ def _name_shape(part: Part) -> tuple[tuple[int, ...], Order]:
 
 
 class ScheduledProgram(FeatureProgram):
-    """celo, and what it shares with velo: rows of all tensors, one behind the other, for the schedule."""
+    """celo, and what it shares with velo: a schedule that sees the rows of all tensors."""
 
     relative = True
 
     def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
         super().__init__(rule, batches, count)
-        self.parts = sorted((part for parts in batches for part in parts), key=lambda part: part.item)
-        self.rows: Accumulators = {}
-        for key in rule.row_keys:
-            self.rows[key] = torch.stack([part.state[key] for part in self.parts])
-            for part, row in zip(self.parts, self.rows[key].unbind(), strict=True):
-                part.state[key].data = row  # the optimizer's own tensor, in the memory of all
+        parts = [part for own in batches for part in own]
+        self.table = rows.make_table([(part.item, tuple(part.state[key] for key in rule.row_keys)) for part in parts])
+        self.widths = [parts[0].state[key].numel() for key in rule.row_keys]
 
     def describe_network(self, rule: FeatureMLP) -> Network:
         """See `FeatureProgram.describe_network`."""
@@ -233,17 +269,14 @@ class ScheduledProgram(FeatureProgram):
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         """See `FeatureProgram.schedule`."""
-        rule = self.rule
-        assert isinstance(rule, Scheduled), "which `FUSED` names"
-        rows, terms = rule.fold_tensors(self.rows, [], [], None if loss is None else loss[None], clock)
-        self.keep(rows, items[0].live)
+        old = dict(zip(self.rule.row_keys, rows.gather(self.table, self.widths, self.count), strict=True))
+        new, terms = self.fold(old, None if loss is None else loss[None], clock)
+        rows.scatter(self.table, [new[key] for key in self.rule.row_keys], items[0].live)
         return terms["factor"].contiguous()
 
-    def keep(self, rows: Accumulators, live: Tensor) -> None:
-        """New rows of parameters that are live."""
-        for key, row in self.rows.items():
-            if rows[key] is not row:
-                row.copy_(torch.where(live[:, None], rows[key], row))
+    def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
+        """New rows `[n, width]`, and terms `[n, ...]`: see `Rule.fold_tensors`."""
+        return self.rule.fold_tensors(old, [], [], loss, clock)
 
 
 class VeLOProgram(ScheduledProgram):
@@ -253,32 +286,31 @@ class VeLOProgram(ScheduledProgram):
         super().__init__(rule, batches, count)
         self.decays = self.decays.expand(count, -1).contiguous()  # as many rows as slots
         self.bank = self.weights
-        block = by_elements(moments.BLOCK * moments.STEPS)
-        self.tables = [
-            Segments([moments.make_segment(t, i) for i, t in enumerate(batch.tensors)], block) for batch in self.made
-        ]
-        order = torch.tensor([part.item for batch in self.made for part in batch.parts])
-        self.place = order.argsort().to(self.bank.device)
-        large = [count_large(part.layout) for part in self.parts]
-        self.large = torch.tensor(large).to(self.bank.device)
+        parts = [part for batch in self.made for part in batch.parts]
+        device = self.bank.device
+        self.place = torch.tensor([part.item for part in parts]).argsort().to(device)
+        large = [count_large(part.layout) for part in sorted(parts, key=lambda part: part.item)]
+        self.large = torch.tensor(large).to(device)
 
     def slot(self, part: Part) -> int:
         """See `FeatureProgram.slot`: its own mixture."""
         return part.item
 
-    def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
-        """See `FeatureProgram.schedule`; mixes the networks, too."""
+    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments:
+        """See `FeatureProgram.make_others`: `moments`'s."""
+        made = [moments.make_segment(t, part.item) for part, t in zip(parts, tensors, strict=True)]
+        return Segments(made, by_elements(moments.BLOCK * moments.STEPS))
+
+    def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
+        """See `ScheduledProgram.fold`; mixes the networks, too."""
         rule = self.rule
         assert isinstance(rule, VeLO), "which `FUSED` names"
-        means = torch.cat([moments.launch_segments(table) for table in self.tables])
-        if len(self.tables) > 1:
-            means = means[self.place]
-        p2, m, m2, v, v2 = torch.split(means, [1, 3, 3, 1, 1], 1)
+        means = torch.cat([moments.launch_segments(batch.others) for batch in self.made if batch.others is not None])
+        p2, m, m2, v, v2 = torch.split(means[self.place], [1, 3, 3, 1, 1], 1)
         described = describe_moments(p2.float(), m, m2, v, v2, self.large)
-        rows, terms = rule.schedule(self.rows, described, None if loss is None else loss[None], clock)
-        self.keep(rows, items[0].live)
+        new, terms = rule.schedule(old, described, loss, clock)
         self.weights = (terms["control"] * (BANK_SCALE / len(self.bank))) @ self.bank
-        return terms["factor"].contiguous()
+        return new, terms
 
 
 # -- a rule as the kernels see it --------------------------------------------------------------------------------------
@@ -302,7 +334,7 @@ def describe_part(rule: FeatureMLP, part: Part, slot: int) -> Tensors:
     state, layout = part.state, part.layout
     t = Tensors(part.p, part.p, state["m"], state.get("v"), slot=slot)
     divided = _find_divided(rule, layout, part.order)
-    if divided:
+    if divided and part.p.numel():
         sizes = part.p.shape
         t = t._replace(groups=sizes[divided[0] : divided[-1] + 1].numel(), inner=sizes[divided[-1] + 1 :].numel())
     if "averages" in state:

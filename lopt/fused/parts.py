@@ -36,6 +36,11 @@ class Part(NamedTuple):
     order: Order
     source: Tensor | None
 
+    def release(self) -> Part:
+        """The part without tensors that belong to the optimizer: what holds it does not keep their memory."""
+        p = self.p if self.source is not None else torch.empty(self.p.shape, dtype=self.p.dtype, device="meta")
+        return self._replace(p=p, state={})
+
     def place(self, axis: int) -> int:
         """Where an axis of the layout is in the order of memory."""
         return self.order.index(axis % self.layout.ndim)

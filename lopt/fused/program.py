@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from lopt_kernels.apply import Items
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lopt.rules.layout import Layout
 
 
 class Program(ABC):
-    """Tables for parameters that stay where they are; `run` steps them all.
+    """Tables for parameters that stay where they are; `run` steps them all. Parts are not kept: they hold state.
 
     Args:
         rule: frozen, on the parameters' device.
@@ -23,12 +24,12 @@ class Program(ABC):
     """
 
     def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        self.rule, self.batches, self.count = rule, batches, count
+        self.rule, self.count = rule, count
 
     @classmethod
     @abstractmethod
-    def find_obstacle(cls, rule: Rule) -> str | None:
-        """Why the kernels do not take a rule as it is configured, or None if they do."""
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
+        """Why the kernels do not take a rule as it is configured on a device, or None if they do."""
 
     @classmethod
     def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:

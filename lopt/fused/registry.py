@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lopt.fused.elementwise import AdamWProgram, LSTMProgram, RNNpropProgram
 from lopt.fused.features import FeatureProgram, ScheduledProgram, UnitProgram, VeLOProgram
 from lopt.fused.program import Program
@@ -21,8 +23,8 @@ FUSED: dict[str, type[Program]] = {
 }
 
 
-def find_obstacle(rule: Rule) -> str | None:
-    """Why there is no fused step for a rule, or None if there is one."""
+def find_obstacle(rule: Rule, device: torch.device) -> str | None:
+    """Why there is no fused step for a rule on a device, or None if there is one."""
     if rule.name not in FUSED:
         return f"there is no fused step for rule {rule.name!r}; there is one for {', '.join(FUSED)}"
-    return FUSED[rule.name].find_obstacle(rule)
+    return FUSED[rule.name].find_obstacle(rule, device)

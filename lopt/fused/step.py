@@ -14,7 +14,7 @@ from lopt_kernels.apply import PARAMETER_DTYPES, Items, Terms
 from lopt_kernels.segments import Segment, Segments, by_elements, find_alignment, upload
 from torch import Tensor
 
-from lopt.engine import SEED, STEP, Member, Scaled, Unit, read_lr, read_plans
+from lopt.engine import SEED, STEP, Member, Scaled, Unit, find_run_steps, read_lr
 from lopt.fused.parts import Part, make_part
 from lopt.fused.registry import FUSED
 from lopt.rules import Clock, Rule
@@ -28,7 +28,7 @@ class FusedStep:
         units: at least one member; `takes` says which.
 
     Attributes:
-        copies: how many parameters are stepped on copies, as they have gaps in memory.
+        captured: a CUDA graph addresses the tables.
     """
 
     def __init__(self, rule: Rule, units: Sequence[Unit]) -> None:
@@ -39,7 +39,7 @@ class FusedStep:
             make_part(i, member, rule.row_keys, lambda layout, order: program.suits(rule, layout, order))
             for i, member in enumerate(members)
         ]
-        self.copies = sum(part.source is not None for part in self.parts)
+        self.captured = False
         self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
         self._order = list(dict.fromkeys(self._kinds))
         batches = [[part for part in self.parts if self._kinds[part.item] == kind] for kind in self._order]
@@ -48,10 +48,16 @@ class FusedStep:
         self.clocks = [_make_clock(parts, members) for parts in batches]
         self.live = torch.empty(n, dtype=torch.bool, device=device)
         self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-        self._grads = _Uploaded(torch.int64, device)
+        self._grads, self._plans = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
         self._terms = _Uploaded(torch.float32, device)
         self._grad_copies: dict[int, Tensor] = {}
-        self._key = _read_key(members)  # last: state may have been laid out anew
+        self._key = _read_key(members)  # state may have been laid out anew
+        self.parts = [part.release() for part in self.parts]
+
+    @property
+    def copies(self) -> int:
+        """Parameters, and gradients, that are copied for a step as they have gaps or lie in another order."""
+        return sum(part.source is not None for part in self.parts) + len(self._grad_copies)
 
     @staticmethod
     def takes(member: Member) -> bool:
@@ -79,6 +85,7 @@ class FusedStep:
             loss, sanitize, decay_scale, amp: see `lopt.engine.step_units`.
             skipped: int64; its first number grows by the parameters whose gradients are not finite.
         """
+        self.captured = self.captured or _is_capturing(self.live.device)
         terms = self._read_terms(units, decay_scale, amp)
         for part in self.parts:
             if part.source is not None:
@@ -94,7 +101,8 @@ class FusedStep:
         clock = Clock(self.steps, None)
         if self.rule.needs_num_steps:
             plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
-            clock = Clock(self.steps, *read_plans(self.steps, plans))
+            totals = self._plans.send(plans)
+            clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(plans)) == 1))
         self.program.run(items, sanitize, loss, clock)
         for part in self.parts:
             if part.source is not None:
@@ -146,18 +154,53 @@ class FusedStep:
 
 
 class _Uploaded:
-    """Numbers on a device, sent there only when they change."""
+    """Numbers on a device, sent there only when they change.
+
+    A copy that is recorded in a CUDA graph has not been made: it is not cached, and its source, pinned before, is kept
+    for the graph's replays, as is all that the graph addresses.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.numbers: Sequence[float] | None = None
         self.tensor: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.kept: list[Tensor] = []
 
     def send(self, numbers: Sequence[float]) -> Tensor:
-        """The numbers as a tensor."""
+        """The numbers as a tensor.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and no step was made outside of one before.
+        """
+        capturing = _is_capturing(self.device)
         if self.tensor is None or numbers != self.numbers:
+            if capturing:
+                return self._record(numbers)
             self.numbers, self.tensor = numbers, upload(numbers, self.dtype, self.device)
+        if capturing:
+            self.kept.append(self.tensor)
+        elif self.spare is None and self.device.type == "cuda":
+            self.spare = torch.empty(len(numbers), dtype=self.dtype, pin_memory=True)
         return self.tensor
+
+    def _record(self, numbers: Sequence[float]) -> Tensor:
+        """A copy in the graph that is being captured."""
+        host, self.spare = self.spare, None
+        if host is None:
+            raise RuntimeError(
+                "LearnedOptimizer.step is captured with gradients or rates other than in the step before, and has no "
+                "pinned memory for them: make one step outside of a graph before each capture."
+            )
+        host.copy_(torch.tensor(numbers, dtype=self.dtype))
+        tensor = host.to(self.device, non_blocking=True)
+        self.kept += [host, tensor]
+        return tensor
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device is recorded in a CUDA graph instead."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
@@ -174,5 +217,5 @@ def _read_key(members: Sequence[Member]) -> list[tuple[object, ...]]:
     """All that the tables and programs depend on."""
     key: list[tuple[object, ...]] = [(torch.get_float32_matmul_precision(),)]
     for p, g, state in ((member.p, member.g, member.state) for member in members):
-        key.append((p.data_ptr(), p.shape, p.dtype, g.dtype, *(x.data_ptr() for x in state.values())))
+        key.append((p.data_ptr(), p.shape, p.stride(), p.dtype, g.dtype, *(x.data_ptr() for x in state.values())))
     return key
