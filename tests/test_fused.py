@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,7 @@ from lopt.fused import FUSED
 from lopt.rules import RULES, Rule
 from lopt.tensors import make_generator
 
+ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG: dict[str, dict[str, Any]] = {
     "celo": {"hidden": 2, "width": 4},
@@ -591,3 +596,28 @@ def test_training_a_transformer_goes_the_same_way(name: str) -> None:
     want, got = (torch.tensor(train(name, backend, steps)) for backend in ("torch", "triton"))
     assert ((got - want).abs() <= 1e-3 * want).all()
     assert want[-1] != want[0]
+
+
+# --- compilation ---
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, marks=[pytest.mark.slow] * ((name, capability) != ("mlp", 90)))
+        for name in FUSED
+        for capability in (80, 90)
+        if name != "adam"  # it is adamw's
+    ],
+)
+def test_every_kernel_of_a_step_compiles_without_spills(name: str, capability: int) -> None:
+    """In fp32, in bf16 with random rounding and sanitized gradients, and in fp16 under a gradient scaler."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, str(ROOT / "tests" / "kernel_launches.py"), str(capability), name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len({kernel for kernel, *_ in lines}) == MAX_LAUNCHES.get(name, 0) or name not in MAX_LAUNCHES
+    assert all(int(spilled) == 0 for _, _, spilled, _ in lines), done.stdout

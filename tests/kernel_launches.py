@@ -1,0 +1,88 @@
+"""A script: compiles every kernel that the steps of some rules launch, as a GPU would, and prints what each takes.
+
+    python kernel_launches.py CAPABILITY RULE...
+
+prints a line `kernel, registers, spilled bytes, shared bytes` for each kernel and specialisation.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from lopt_kernels import apply, clock, moments, op, rows, scaled_move
+from lopt_kernels.figures import compile_figures
+from lopt_kernels.op import CompileSource
+from torch import nn
+
+import lopt.optim
+import lopt.options
+from lopt import LearnedOptimizer
+from lopt.rules import RULES
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+NAMES |= {torch.int64: "i64", torch.int8: "i8", torch.bool: "i1"}
+CONFIG: dict[str, dict[str, Any]] = {"celo": {"width": 8}, "velo": {"width": 8, "bank": 2}}
+SHAPES = [(), (5,), (3, 304), (4, 3, 2, 2)]  # a vector, rows that are kept, and strides
+
+
+class Compiler:
+    """In place of `triton.JITFunction.run`: tensors are on the CPU, so kernels are compiled and not run."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.seen = capability, set[str]()
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        given |= {key: value for key, value in keywords.items() if key in kernel.arg_names}
+        options = {key: value for key, value in keywords.items() if key not in kernel.arg_names}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        for parameter in kernel.params:
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + NAMES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        key = f"{kernel.__name__} {signature} {constants} {options}"
+        if key not in self.seen:
+            self.seen.add(key)
+            found = compile_figures(CompileSource(kernel, signature, constants, options), self.capability)
+            print(kernel.__name__, found.registers, found.spilled, found.shared, flush=True)  # noqa: T201
+
+
+def step(name: str, dtype: torch.dtype, scaled: bool, **options: Any) -> None:
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    rule = RULES[name](**CONFIG.get(name, {}))
+    optimizer = LearnedOptimizer(params, rule, backend="triton", num_steps=20, **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    if scaled:
+        optimizer._is_skipped_on_host = lambda: False  # type: ignore[method-assign]
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros(1), torch.ones(1)  # type: ignore[attr-defined]
+    optimizer.step(loss=0.5)
+
+
+def main() -> None:
+    compiler = Compiler(int(sys.argv[1]))
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        compiler.compile(self, args, keywords)
+
+    triton.JITFunction.run = run
+    for module in (op, apply, clock, moments, rows, scaled_move):
+        module.check_triton = lambda *_: None  # type: ignore[attr-defined]
+    for module in (lopt.optim, lopt.options):
+        module.find_missing = lambda *_, **__: None  # type: ignore[attr-defined]
+    for name in sys.argv[2:]:
+        step(name, torch.float32, scaled=False)
+        step(name, torch.bfloat16, scaled=False, stochastic_rounding=True, nonfinite="sanitize")
+        step(name, torch.float16, scaled=True, capturable=True)
+
+
+if __name__ == "__main__":
+    main()
