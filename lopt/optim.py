@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -36,7 +36,7 @@ from lopt.engine import (
     make_units,
     step_units,
 )
-from lopt.fused import FusedStep, find_obstacle, register, step_in_graph
+from lopt.fused import Dispatch, find_obstacle
 from lopt.guard import Guard, GuardOptions, guard_step, restore_snapshot, save_snapshot
 from lopt.horizons import find_longest
 from lopt.options import (
@@ -48,7 +48,6 @@ from lopt.options import (
     check_state_dtype,
     choose,
     choose_backend,
-    find_missing,
     read_guard,
 )
 from lopt.resume import check_shapes, copy_to, match_names
@@ -57,7 +56,6 @@ from lopt.tensors import derive_seeds
 
 DEFAULT_RULE = "digits-lstm"
 MAX_REPLICAS = 64
-MAX_TABLES = 8  # sets of parameters with gradients, as of the two networks of a GAN, that are not tabulated anew
 
 
 class Report(NamedTuple):
@@ -163,7 +161,6 @@ class LearnedOptimizer(Optimizer):
         choose("backend", backend, BACKENDS)
         self.state_dtype = check_state_dtype(state_dtype, self.rule)
         self._rules: list[Rule] = []  # all that step, each on a device
-        self._numbers: list[int] = []  # of those that kernels step, for `lopt.fused`; 0 for others
         self._replicas: dict[object, Rule] = {}
         self._steps: int | None = 0  # calls of `step`; None: to be read from the state
         self._guard_options, self._num_steps = read_guard(guard), num_steps
@@ -188,7 +185,7 @@ class LearnedOptimizer(Optimizer):
         self.backend: Backend = choose_backend(
             backend, next(filter(None, obstacles), None), devices, self.guard is not None
         )
-        self._fused: dict[tuple[int, torch.device], list[FusedStep]] = {}
+        self._dispatch = Dispatch(enabled=self.backend.name == "triton")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the options but for another rule may be the group's own.
@@ -258,13 +255,12 @@ class LearnedOptimizer(Optimizer):
             decay, sanitize = partial(self._scale_decay, rule=rule), self.nonfinite == "sanitize"
             with _without_autocast(device.type):
                 amp = self._read_scaler(device)
-                fused, rest = self._choose_fused(key[0], own)
-                if fused and torch.compiler.is_compiling():
-                    decays = [float(unit.group["weight_decay"]) * decay(unit) for unit in fused]
-                    step_in_graph(self._numbers[key[0]], fused, decays, sanitize, tally, amp)
-                elif fused:
-                    self._fuse(key, fused).step(fused, heard, sanitize, decay, tally, amp)
+                fused, rest = self._dispatch.choose(key[0], rule, own)
+                if fused:
+                    self._dispatch.step(key[0], rule, fused, heard, sanitize, decay, tally, amp)
                 if rest:
+                    if (kind := self._dispatch.name_first(key[0], rest)) is not None:
+                        self._warn_once(f"kernels do not step {kind}: torch does.")
                     divided = self._divide(key, rest)
                     tally[0].add_(step_units(rule, divided, heard, sanitize, self._make_transform, decay, amp))
         return result
@@ -324,7 +320,8 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
-        return own | super().__getstate__() | {"_rules": [], "_numbers": [], "_replicas": {}, "_fused": {}}
+        dispatch = Dispatch(self._dispatch.enabled)
+        return own | super().__getstate__() | {"_rules": [], "_replicas": {}, "_dispatch": dispatch}
 
     def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with the rule's identity in place of what the constructor was given.
@@ -380,8 +377,7 @@ class LearnedOptimizer(Optimizer):
         if len(self._replicas) > MAX_REPLICAS:  # of a schedule on betas
             self._replicas.clear()
             self._rules.clear()
-            self._numbers.clear()
-            self._fused.clear()
+            self._dispatch.clear()
         for group in self.param_groups:
             if group["rule"] not in (self.defaults["rule"], ADAMW):
                 group.update(self._name_rule(group))
@@ -404,42 +400,6 @@ class LearnedOptimizer(Optimizer):
         """Units that are stepped as one."""
         rule = self._rules[key[0]]
         return [part for unit in units for part in make_units(rule, unit.members, unit.group)]
-
-    def _choose_fused(self, index: int, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
-        """The units, without some of their members, that kernels step under a rule, and what is left."""
-        rows = bool(self._rules[index].row_keys)
-        if not self._numbers[index] or (rows and torch.compiler.is_compiling()):
-            return [], units
-        fused, rest = [], []
-        for unit in units:
-            taken: list[Member] = []
-            left: list[Member] = []
-            for member in unit.members:
-                (taken if unit.group["foreach"] is not False and FusedStep.takes(member) else left).append(member)
-            fused += [unit._replace(members=taken)] if taken else []
-            rest += [unit._replace(members=left)] if left else []
-        if rest:
-            member = rest[0].members[0]
-            kind = f"a parameter of {member.p.dtype} with a gradient of {member.g.dtype}"
-            kind = "foreach=False" if rest[0].group["foreach"] is False else kind
-            self._warn_once(f"kernels do not step {'a DTensor' if member.shard else kind}: torch does.")
-        return ([], units) if rest and rows else (fused, rest)  # with rows, all tensors step together
-
-    def _can_fuse(self, rule: Rule, device: torch.device) -> bool:
-        """Whether kernels step a rule's parameters on a device."""
-        if self.backend.name != "triton" or find_missing([device], interpreted=True) is not None:
-            return False
-        return find_obstacle(rule, device) is None
-
-    def _fuse(self, key: tuple[int, torch.device], units: Sequence[Unit]) -> FusedStep:
-        """The tables for these units: the last few are kept, and those that a CUDA graph has addressed."""
-        known = self._fused.setdefault(key, [])
-        fused = next((step for step in known if step.matches(units)), None)
-        if fused is None:
-            fused = FusedStep(self._rules[key[0]], units)
-            spare = [step for step in known if not step.captured][MAX_TABLES - 1 :]
-            known[:] = [fused, *(step for step in known if step not in spare)]
-        return fused
 
     def _init_group(
         self,
@@ -464,7 +424,7 @@ class LearnedOptimizer(Optimizer):
                 state.update(self._make_state(rule, name, p))
             if rule not in self._rules:
                 self._rules.append(rule)
-                self._numbers.append(register(rule) if self._can_fuse(rule, p.device) else 0)
+                self._dispatch.add(rule, p.device)
                 self._tally.setdefault(p.device, torch.zeros(2, dtype=torch.int64, device=p.device))
             params.append(p)
             grads.append(p.grad)

@@ -17,7 +17,7 @@ from lopt_kernels.figures import compile_figures
 from lopt_kernels.op import CompileSource
 from torch import nn
 
-import lopt.optim
+import lopt.fused.dispatch
 import lopt.options
 from lopt import LearnedOptimizer
 from lopt.rules import RULES
@@ -76,7 +76,7 @@ def main() -> None:
     triton.JITFunction.run = run
     for module in (op, apply, clock, moments, rows, scaled_move):
         module.check_triton = lambda *_: None  # type: ignore[attr-defined]
-    for module in (lopt.optim, lopt.options):
+    for module in (lopt.fused.dispatch, lopt.options):
         module.find_missing = lambda *_, **__: None  # type: ignore[attr-defined]
     for name in sys.argv[2:]:
         step(name, torch.float32, scaled=False)

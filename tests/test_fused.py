@@ -116,7 +116,7 @@ def assert_same(start: list[Tensor], name: str, tolerance: float | None = None, 
     want, torchs = run(start, name, "torch", **options)
     got, fused = run(start, name, "triton", **options)
     assert fused.backend.name == "triton"
-    assert fused._fused
+    assert fused._dispatch.steps
     assert fused.report() == torchs.report()
     assert_close(got, want, start, CLOSE.get(name, TOLERANCE) if tolerance is None else tolerance)
     assert_states(fused, torchs)
@@ -264,7 +264,7 @@ def test_any_layout_is_stepped_where_it_lies(name: str, layout: str) -> None:
 
     start = [change(p) for p in draw_start(shapes)]
     optimizer = assert_same(start, name, change=lay_out)
-    ((fused,),) = optimizer._fused.values()
+    ((fused,),) = optimizer._dispatch.steps.values()
     assert (
         fused.copies == {"transposed": 2, "channels last": 1, "gaps": 4}[layout]
     )  # of gradients; gaps: and parameters
@@ -332,7 +332,7 @@ def test_celo2_keeps_the_steps_of_a_bounded_number_of_tensors(monkeypatch: pytes
     want, _ = run(start, "celo2", "triton")
     monkeypatch.setattr(lopt.fused.features, "STEP_BYTES", 4 * 120)
     got, optimizer = run(start, "celo2", "triton")
-    ((fused,),) = optimizer._fused.values()
+    ((fused,),) = optimizer._dispatch.steps.values()
     sizes = [[part.p.numel() for part in batch.parts] for batch in fused.program.made]  # type: ignore[attr-defined]
     assert sorted(map(sorted, sizes)) == [[16, 48], [60, 60], [600]]
     assert_close(got, want, start, CLOSE["celo2"])
@@ -504,7 +504,7 @@ def test_what_kernels_do_not_take_torch_steps(name: str) -> None:
     want, _ = run(start, name, "torch")
     with pytest.warns(UserWarning, match=r"kernels do not step a parameter of torch.float64 with a gradient"):
         got, optimizer = run(start, name, "triton")
-    assert len(optimizer._fused) == (name == "small_fc")  # celo's schedule sees all tensors
+    assert len(optimizer._dispatch.steps) == (name == "small_fc")  # celo's schedule sees all tensors
     assert_close(got, want, start, TOLERANCE)
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lopt.engine import Member, Scaled, Unit
-from lopt.fused.step import FusedStep
+from lopt.fused.step import FusedStep, find_step
 from lopt.rules import Rule
 
 BETWEEN_KEYS, BETWEEN_MEMBERS = ",", ";"
 _numbers = itertools.count(1)
 _rules: WeakValueDictionary[int, Rule] = WeakValueDictionary()
-_steps: dict[int, FusedStep] = {}
+_steps: dict[int, list[FusedStep]] = {}
 
 
 def register(rule: Rule) -> int:
@@ -92,9 +92,7 @@ def fused_step(
         group = {"lr": rate, "weight_decay": decays[i], "maximize": bool(maximize[i])}
         units.append(Unit(members[start : start + count], group))
         start += count
-    step = _steps.get(number)
-    if step is None or not step.matches(units):
-        step = _steps[number] = FusedStep(_rules[number], units)
+    step = find_step(_steps.setdefault(number, []), _rules[number], units)
     amp = None if found_inf is None else Scaled(unscale, found_inf)
     step.step(units, None, sanitize, lambda unit: 1.0, tally, amp)
 

@@ -153,6 +153,19 @@ class FusedStep:
         return self._grad_copies[part.item].copy_(g)
 
 
+MAX_STEPS = 8  # sets of parameters with gradients, as of the two networks of a GAN, whose tables are kept
+
+
+def find_step(known: list[FusedStep], rule: Rule, units: Sequence[Unit]) -> FusedStep:
+    """The step of these units, if it is known, or a new one; the last few are kept, and those that graphs address."""
+    found = next((step for step in known if step.matches(units)), None)
+    if found is None:
+        found = FusedStep(rule, units)
+        spare = [step for step in known if not step.captured][MAX_STEPS - 1 :]
+        known[:] = [found, *(step for step in known if step not in spare)]
+    return found
+
+
 class _Uploaded:
     """Numbers on a device, sent there only when they change.
 
