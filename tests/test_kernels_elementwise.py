@@ -316,7 +316,7 @@ def test_table_knows_what_is_aligned() -> None:
     x = torch.zeros(64)
     aligned = Segments([Segment((x,), (32, 3)), Segment((x[16:],), (48, 16))], by_elements(4))
     assert (aligned.align, aligned.multiples) == (16, (16, 1))
-    assert Segments([Segment((x,), (32,)), Segment((x[1:],), (32,))], by_elements(4)).align == 1
+    assert Segments([Segment((x,), (32,)), Segment((x[1:],), (34,))], by_elements(4)).align == 4
 
 
 Change = Callable[[list[Segment]], list[Segment]]
