@@ -7,7 +7,7 @@ contributes is computed once for all its columns.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: RUF005, SIM102, SIM109 (Triton concatenates tuples, and tests constants apart from values)
+# ruff: noqa: SIM102, SIM109 (Triton concatenates tuples, and tests constants apart from values)
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ try:
         make_factors,
         make_features,
         make_line_features,
+    )  # fmt: skip
+    from lopt_kernels.layers import (
+        dot,
+        finish_dot,
+        finish_plain,
+        load_column,
+        load_numbers,
+        load_rest,
+        load_tile,
+        multiply,
+        stack,
     )  # fmt: skip
     from lopt_kernels.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size, load_slot
 except ImportError:  # the reference needs torch only
@@ -141,111 +152,7 @@ def reference(
 if triton is not None:
     WIDE_, STRIDED_, VECTOR_ = (tl.constexpr(x) for x in (WIDE, STRIDED, VECTOR))
     NUM_KINDS_ = tl.constexpr(features.NUM_KINDS)
-    INTERPRETED_ = tl.constexpr(not isinstance(find_row, triton.JITFunction))
     LINE_FEATURES_ = tl.constexpr(LINE_FEATURES)
-
-    @triton.jit
-    def _relu(x):
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-    # -- plain multiplications: layers are tuples of vectors [BLOCK] --
-
-    @triton.jit
-    def _multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-        """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH."""
-        out = ()
-        for j in tl.static_range(WIDTH):
-            acc = base[j]
-            for k in tl.static_range(COUNT):
-                acc += x[k] * tl.load(w + j * STRIDE + k)
-            out = out + (acc,)
-        return out
-
-    @triton.jit
-    def _load_numbers(b, COUNT: tl.constexpr):
-        """COUNT numbers as a tuple."""
-        out = ()
-        for j in tl.static_range(COUNT):
-            out = out + (tl.load(b + j),)
-        return out
-
-    @triton.jit
-    def _finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr):
-        """The layers after the first product: a tuple of outputs."""
-        for layer in tl.static_range(LAYERS):
-            active = ()
-            for j in tl.static_range(H):
-                active = active + (_relu(h[j]),)
-            if layer + 1 < LAYERS:
-                h = _multiply(active, _load_numbers(rest + H * H, H), rest, H, H, H)
-                rest += H * (H + 1)
-            else:
-                h = _multiply(active, _load_numbers(rest + OUTPUTS * H, OUTPUTS), rest, H, H, OUTPUTS)
-        return h
-
-    # -- tensor cores: layers are tiles [BLOCK, HP] --
-
-    @triton.jit
-    def _stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
-        """COUNT vectors [BLOCK] as [BLOCK, PADDED], zeros behind them."""
-        y = x
-        for _ in tl.static_range(PADDED - COUNT):
-            y = y + (tl.zeros_like(x[0]),)
-        for level in tl.static_range(1, 10):
-            if (PADDED >> level) > 0:
-                joined = ()
-                for i in tl.static_range(PADDED >> level):
-                    joined = joined + (tl.join(y[i], y[i + (PADDED >> level)]),)
-                y = joined
-        return tl.reshape(y[0], [x[0].shape[0], PADDED])
-
-    @triton.jit
-    def _dot(x, w, acc, PRECISION: tl.constexpr):
-        if PRECISION == "bf16":
-            x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
-            if INTERPRETED_:  # its tl.dot takes the bits of bf16 for integers
-                return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
-            else:
-                return tl.dot(x, w, acc)
-        else:
-            return tl.dot(x, w, acc, input_precision=PRECISION)
-
-    @triton.jit
-    def _load_tile(
-        w, ROWS: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, HP: tl.constexpr
-    ):
-        """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded: [PADDED, HP]."""
-        k, j = tl.arange(0, PADDED), tl.arange(0, HP).to(tl.int64)
-        return tl.load(w + j * STRIDE + k[:, None], (j < ROWS) & (k < COUNT)[:, None], 0.0)
-
-    @triton.jit
-    def _load_column(w, ROWS: tl.constexpr, STRIDE: tl.constexpr, HP: tl.constexpr):
-        j = tl.arange(0, HP).to(tl.int64)
-        return tl.load(w + j * STRIDE, j < ROWS, 0.0)
-
-    @triton.jit
-    def _load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, HP: tl.constexpr):
-        """Tiles and biases of the hidden layers after the first, then weights and bias of each output."""
-        tiles = ()
-        for _ in tl.static_range(LAYERS - 1):
-            tiles = tiles + (_load_tile(rest, H, H, H, HP, HP), _load_column(rest + H * H, H, 1, HP))
-            rest += H * (H + 1)
-        for i in tl.static_range(OUTPUTS):
-            tiles = tiles + (_load_column(rest + i * H, H, 1, HP), tl.load(rest + OUTPUTS * H + i))
-        return tiles
-
-    @triton.jit
-    def _finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
-        """The layers after the first product: a tuple of outputs [BLOCK]."""
-        for layer in tl.static_range(LAYERS - 1):
-            base = tl.zeros_like(h) + tiles[2 * layer + 1][None, :]
-            h = _dot(_relu(h), tiles[2 * layer], base, PRECISION)
-        h = _relu(h)
-        out = ()
-        for i in tl.static_range(OUTPUTS):
-            w, b = tiles[2 * (LAYERS - 1 + i)], tiles[2 * (LAYERS - 1 + i) + 1]
-            out = out + (tl.sum(h * w[None, :], axis=1) + b,)
-        return out
 
     # -- one program --
 
@@ -273,11 +180,11 @@ if triton is not None:
         COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
         PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
         if DOT:
-            w_first = _load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
-            tiles = _load_rest(rest, H, LAYERS, OUTPUTS, HP)
-            base = tl.zeros([BLOCK, HP], tl.float32) + _load_column(bias, H, 1, HP)[None, :]
+            w_first = load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
+            tiles = load_rest(rest, H, LAYERS, OUTPUTS, HP)
+            base = tl.zeros([BLOCK, HP], tl.float32) + load_column(bias, H, 1, HP)[None, :]
         else:
-            base = _load_numbers(bias, H)
+            base = load_numbers(bias, H)
         columns = ()
         if KIND == WIDE_:
             inside = lane < second_length
@@ -285,10 +192,10 @@ if triton is not None:
             of_columns = make_line_features(load_several(second_ptr, lane, inside, second_length, 3))
             if DOT:
                 for k in tl.static_range(LINE_FEATURES_):
-                    w = _load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
+                    w = load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
                     base += of_columns[k][:, None] * w[None, :]
             else:
-                base = _multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
+                base = multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
 
         for step in range(start, stop):
             at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
@@ -322,16 +229,16 @@ if triton is not None:
                 if DOT:
                     total = tl.zeros([HP], tl.float32)
                     for k in tl.static_range(LINE_FEATURES_):
-                        total += of_row[k] * _load_column(first_weights + F + k, H, INPUTS, HP)
+                        total += of_row[k] * load_column(first_weights + F + k, H, INPUTS, HP)
                     shared = base + total[None, :]
                 else:
-                    shared = _multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
+                    shared = multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
             if DOT:
-                h = _dot(_stack(x, COUNT, PADDED), w_first, shared, PRECISION)
-                out = _finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
+                h = dot(stack(x, COUNT, PADDED), w_first, shared, PRECISION)
+                out = finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
             else:
-                h = _multiply(x, shared, first_weights, COUNT, INPUTS, H)
-                out = _finish_plain(h, rest, H, LAYERS, OUTPUTS)
+                h = multiply(x, shared, first_weights, COUNT, INPUTS, H)
+                out = finish_plain(h, rest, H, LAYERS, OUTPUTS)
             delta = -gain * out[0]
             if EXP_MULT != 0:
                 delta = delta * tl.exp(EXP_MULT * out[1])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from lopt_kernels.newton_schulz import orthogonalize
+from lopt_kernels.scaled_move import EPS as STEP_EPS
 from torch import Tensor
 
 from lopt.rules.adam import AdamW
@@ -18,7 +19,6 @@ from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
 
-STEP_EPS = 1e-9
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
 EMBEDDING_NAMES = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
 

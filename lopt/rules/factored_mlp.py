@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from lopt_kernels.features import CLIP, LARGEST
+from lopt_kernels.fold import RMS_EPS
 from torch import Tensor
 
 from lopt.rules import features
@@ -15,9 +17,6 @@ from lopt.rules.layout import Layout
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
 K = 3
-CLIP = 1000.0  # of Celo's family
-LARGEST = 1e7  # beyond it the mean of v^2 = g^4 is not finite in fp32 for large tensors
-RMS_EPS = 1e-9  # of parameter_rms
 CLIPS_NAMES = ("clip(g, 0.1)", "g rs")  # the features that small_fc_lopt does not have
 FEATURE_NAMES = (
     *("g", "clip(g, 0.1)", "p"),
