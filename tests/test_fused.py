@@ -222,7 +222,7 @@ def test_rounding_at_random_is_torchs(name: str) -> None:
 @some_rules
 def test_tensors_of_several_dtypes_are_stepped_in_one_step(name: str) -> None:
     start = [*draw_start([(3, 20), (5, 4)]), *draw_start([(4, 6)], torch.float16)]
-    assert_same(start, name, 2e-3)
+    assert_same(start, name, 2e-3, lr=100.0 if name.startswith("celo2") else 10.0)  # steps that fp16 can hold
 
 
 @pytest.mark.parametrize("name", ["lstm", "rnnprop"])
@@ -571,7 +571,7 @@ def train(name: str, backend: str, steps: int) -> list[float]:
         with torch.no_grad():
             p.copy_(torch.randn(p.shape, generator=make_generator(i)) * (0.3 if p.ndim > 1 else 0.1))
     model.to(DEVICE)
-    lr = {"adamw": 1.0, "celo2": 20.0, "celo2_base": 10.0, "velo": 0.1, "celo": 0.1}.get(name, 1.0)
+    lr = {"adamw": 1.0, "celo2": 3.0, "celo2_base": 10.0, "velo": 0.1, "celo": 0.1}.get(name, 1.0)
     optimizer = LearnedOptimizer(model.named_parameters(), make_rule(name), lr=lr, num_steps=steps, backend=backend)
     losses = []
     for step in range(steps):

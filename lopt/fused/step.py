@@ -116,10 +116,11 @@ class FusedStep:
         signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
         counts = [len(unit.members) for unit in units]
         known = [rate if isinstance(rate, float) else 0.0 for rate in rates]
-        numbers = [
-            x for column in (known, decays, signs) for x, k in zip(column, counts, strict=True) for _ in range(k)
-        ]
-        lr, decay, sign = self._terms.send(numbers).view(3, -1).unbind()
+        numbers: list[float] = []
+        for column in (known, decays, signs):
+            numbers += [x for x, k in zip(column, counts, strict=True) for _ in range(k)]
+            numbers += [0.0] * (-len(numbers) % 4)  # kernels are compiled for columns that begin at 16 bytes
+        lr, decay, sign = self._terms.send(numbers).view(3, -1)[:, : sum(counts)].unbind()
         if any(isinstance(rate, Tensor) for rate in rates):
             lr = torch.cat([
                 rate.float().expand(k) if isinstance(rate, Tensor) else lr.new_full((k,), rate)
