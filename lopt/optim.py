@@ -181,9 +181,8 @@ class LearnedOptimizer(Optimizer):
         }
         super().__init__(params, options)
         devices = {p.device for group in self.param_groups for p in group["params"]}
-        obstacles = [find_obstacle(self.rule, device) for device in devices]
         self.backend: Backend = choose_backend(
-            backend, next(filter(None, obstacles), None), devices, self.guard is not None
+            backend, partial(find_obstacle, self.rule), devices, self.guard is not None
         )
         self._dispatch = Dispatch(enabled=self.backend.name == "triton")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -38,19 +38,24 @@ def choose(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def choose_backend(wanted: str, obstacle: str | None, devices: Iterable[torch.device], guarded: bool) -> Backend:
+def choose_backend(
+    wanted: str, find_obstacle: Callable[[torch.device], str | None], devices: Iterable[torch.device], guarded: bool
+) -> Backend:
     """The backend that runs; a warning where it is not the one asked for.
 
     Args:
-        obstacle: why the rule has no fused step, if it has none.
+        find_obstacle: why the rule has no fused step on a device where Triton runs, or None if it has one.
         devices: of the parameters.
         guarded: with the guard, which works on whole steps.
     """
     if wanted == "torch":
         return Backend("torch", "asked for")
-    if guarded:
-        obstacle = "the guard works on steps that are not fused"
-    obstacle = obstacle or find_missing(devices, interpreted=wanted == "triton")
+    obstacle: str | None = "the guard works on steps that are not fused"
+    if not guarded:
+        interpreted, devices = wanted == "triton", set(devices)
+        able = [device for device in devices if find_missing([device], interpreted) is None]
+        found = [find_obstacle(device) for device in able] or [find_missing(devices, interpreted)]
+        obstacle = next(filter(None, found), None)
     if obstacle is None:
         return Backend("triton", "the rule has a fused step" if wanted == "auto" else "asked for")
     if wanted == "triton":

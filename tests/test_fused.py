@@ -516,6 +516,22 @@ def test_wide_networks_fall_back() -> None:
         LearnedOptimizer(params, RULES["lstm"](hidden=65), backend="triton")
 
 
+def test_machine_where_triton_cannot_compile_is_stepped_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise FileNotFoundError("no C compiler")
+
+    try_triton = lopt_kernels.op.try_triton
+    monkeypatch.setattr(lopt_kernels.op, "_probe", {(1,): fail})  # its launch
+    monkeypatch.setattr(lopt_kernels.op, "check_triton", lambda *_: None)
+    try_triton.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="falls back to torch: FileNotFoundError: no C compiler"):
+            optimizer = LearnedOptimizer([nn.Parameter(torch.ones(2, device=DEVICE))], backend="triton")
+    finally:
+        try_triton.cache_clear()
+    assert optimizer.backend.name == "torch"
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of machines without a GPU")
 def test_auto_never_interprets() -> None:
     optimizer = LearnedOptimizer([nn.Parameter(torch.ones(2))])
