@@ -82,6 +82,9 @@ def main() -> None:
         step(name, torch.float32, scaled=False)
         step(name, torch.bfloat16, scaled=False, stochastic_rounding=True, nonfinite="sanitize")
         step(name, torch.float16, scaled=True, capturable=True)
+        torch.set_float32_matmul_precision("high")
+        step(name, torch.float32, scaled=False)
+        torch.set_float32_matmul_precision("highest")
 
 
 if __name__ == "__main__":
