@@ -124,6 +124,4 @@ def test_one_launch_steps_every_slot_with_its_own_meta_weights(name: str, count:
             for a, b in ((want.params[key], start[key]), (got.params[key], want.params[key]))
         )
         assert (moved > 0).all()
-        size = torch.linalg.vector_norm(want.params[key].flatten(1).double(), dim=1)
-        rounding = torch.finfo(torch.float32).eps / 2 * size  # some of many slots hardly move
-        assert (error <= TOLERANCE * moved + rounding).all()  # slot by slot
+        assert (error <= TOLERANCE * moved).all()  # slot by slot
