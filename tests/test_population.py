@@ -26,6 +26,9 @@ from lopt.tensors import make_generator
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"0.weight": (32, 64), "0.bias": (32,), "2.weight": (10, 32), "2.bias": (10,)}  # digits MLP, 2,410 parameters
 TOLERANCE = 1e-5
+# Parameters of an initial network's size. At size 1, slots of small steps are compared in their parameters' last bits:
+# the rule itself is then 3e-5 of the movement away from float64, and the kernels by the same.
+SCALE = 0.1
 
 
 class Population:
@@ -37,7 +40,7 @@ class Population:
         self.weights = {
             key: w + 0.05 * self.draw(i, count, *w.shape) for i, (key, w) in enumerate(self.rule.named_parameters())
         }
-        self.params = {key: self.draw(100 + i, count, *shape) for i, (key, shape) in enumerate(SHAPES.items())}
+        self.params = {key: SCALE * self.draw(100 + i, count, *shape) for i, (key, shape) in enumerate(SHAPES.items())}
         self.state: State = self.rule.init_state(self.params, 1)
         self.state = self.state._replace(step=torch.arange(count, device=DEVICE) % 7)  # every slot at another step
 
@@ -124,4 +127,5 @@ def test_one_launch_steps_every_slot_with_its_own_meta_weights(name: str, count:
             for a, b in ((want.params[key], start[key]), (got.params[key], want.params[key]))
         )
         assert (moved > 0).all()
-        assert (error <= TOLERANCE * moved).all()  # slot by slot
+        worst = int((error / moved).argmax())
+        assert float(error[worst] / moved[worst]) <= TOLERANCE, (key, worst)  # slot by slot
