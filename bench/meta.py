@@ -42,17 +42,17 @@ def measure(
     """
     loop = InnerLoop(RULES[rule]().to(device), TASKS[task](), seed=0)
     estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
-    slots = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, estimator.start(loop, tasks))
+    slots = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, estimator.start(loop, torch.arange(tasks)))
     begin = time.perf_counter()
-    slots = estimator.estimate(loop, slots).slots
+    slots = estimator.estimate(loop, slots).carry
     synchronize(device)
     first = time.perf_counter() - begin
-    slots = estimator.estimate(loop, slots).slots
+    slots = estimator.estimate(loop, slots).carry
     synchronize(device)
     per_cpu, per_wall = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
-        slots = estimator.estimate(loop, slots).slots
+        slots = estimator.estimate(loop, slots).carry
         synchronize(device)
         per_wall.append(tasks * steps / (time.perf_counter() - wall))
         per_cpu.append(tasks * steps / (time.process_time() - cpu))

@@ -38,13 +38,13 @@ def soak(minutes: float, tasks: int, steps: int, threads: int, as_json: bool) ->
     loop = InnerLoop(rule, TASKS["mlp"](), seed=0)
     estimator = ESTIMATORS["truncated"](num_steps=steps)
     outer = torch.optim.AdamW(rule.parameters(), lr=1e-3)
-    slots = estimator.start(loop, tasks)
+    slots = estimator.start(loop, torch.arange(tasks))
     begin, rows, count = time.monotonic(), [], 0
     while time.monotonic() - begin < minutes * 60:
         minute_end, cpu, done = begin + 60 * (len(rows) + 1), time.process_time(), 0
         while time.monotonic() < minute_end:
             estimate = estimator.estimate(loop, slots)
-            slots = estimate.slots
+            slots = estimate.carry
             for name, weight in rule.named_parameters():
                 weight.grad = estimate.gradient[name]
             outer.step()

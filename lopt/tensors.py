@@ -8,6 +8,7 @@ same numbers whatever batch, process or order it runs in.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -95,6 +96,14 @@ def draw_uniform(seeds: Tensor, count: int) -> Tensor:
     """`count` float64 numbers in [0, 1) for each seed: int64 `[...]` -> `[..., count]`."""
     lanes = torch.arange(1, count + 1, device=seeds.device)
     return _shift_right(_mix(seeds[..., None] + _GOLDEN * lanes), 11).double() * 2.0**-53
+
+
+def draw_normal(seeds: Tensor, count: int) -> Tensor:
+    """`count` standard normal float64 numbers for each seed: int64 `[...]` -> `[..., count]` (Box & Muller 1958)."""
+    half = (count + 1) // 2
+    u = draw_uniform(seeds, 2 * half)
+    radius, angle = (-2 * (1 - u[..., :half]).log()).sqrt(), 2 * math.pi * u[..., half:]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :count]
 
 
 def draw_bits(seeds: Tensor, first: int, count: int, bits: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The outer loop: meta-gradients into AdamW, validation on held-out tasks, checkpoints, exact resume.
 
-A run is a pure function of its configuration. Its checkpoint holds meta-weights, outer optimizer, slots, horizon stage
-and the best weights so far; there is no other state, because random draws are named (see `lopt.tensors`).
+A run is a pure function of its configuration. Its checkpoint holds meta-weights, outer optimizer, the estimator's
+carry, horizon stage and the best weights so far; there is no other state, because random draws are named (see
+`lopt.tensors`).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.loop = InnerLoop(rule, family, config.seed, horizon)
-        self.slots = estimator.start(self.loop, config.tasks)
+        self.carry = estimator.start(self.loop, torch.arange(config.tasks))
         self.seconds = 0.0
         self._stop, self._dead_steps = False, 0
 
@@ -177,8 +178,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One outer step; returns what to log."""
         begin = time.perf_counter()
-        estimate = self.estimator.estimate(self.loop, self.slots)
-        self.slots = estimate.slots
+        estimate = self.estimator.estimate(self.loop, self.carry)
+        self.carry = estimate.carry
         for name, weight in self.rule.meta_weights().items():
             weight.grad = estimate.gradient[name]
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), self.config.clip)
@@ -266,8 +267,8 @@ class Trainer:
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
         for index, state in self.outer.state_dict()["state"].items():
             tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
-        leaves, _ = tree_flatten(self.slots)
-        return tensors | {f"slots.{i}": leaf for i, leaf in enumerate(leaves)}
+        leaves, _ = tree_flatten(self.carry)
+        return tensors | {f"carry.{i}": leaf for i, leaf in enumerate(leaves)}
 
     def _check_config(self, path: Path, found: Any) -> None:
         expected = self.card.get("config")
@@ -300,9 +301,9 @@ class Trainer:
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         self.outer.load_state_dict(self.outer.state_dict() | {"state": state})
-        leaves, spec = tree_flatten(self.slots)
-        restored = [tensors[f"slots.{i}"] for i in range(len(leaves))]
-        self.slots = tree_unflatten(restored, spec)
+        leaves, spec = tree_flatten(self.carry)
+        restored = [tensors[f"carry.{i}"] for i in range(len(leaves))]
+        self.carry = tree_unflatten(restored, spec)
         self.step, self.best_step = metadata["step"], metadata["best_step"]
         self.best = math.inf if metadata["best"] is None else metadata["best"]
         self.seconds = metadata["seconds"]

@@ -61,6 +61,8 @@ class Window(NamedTuple):
         imitation: `[K, T]`, half mean squared difference to the teacher's step (0 without a teacher).
         first_loss: `[K, T]`, the loss at step 0 of the task that the slot was on.
         finished: `[K, T]` bool, the task ended with this step.
+        episode: `[K, T]` int64, of the task that the slot was on.
+        active: `[K, T]` bool, the slot made a step; the other entries of a window mean nothing.
         slots: where the slots are now, cut from the graph.
     """
 
@@ -68,6 +70,8 @@ class Window(NamedTuple):
     imitation: Tensor
     first_loss: Tensor
     finished: Tensor
+    episode: Tensor
+    active: Tensor
     slots: Slots
 
 
@@ -86,7 +90,10 @@ class InnerLoop:
         follow: probability that a task follows the teacher's steps instead of the rule's.
         update: a replacement of `rule.update`, such as its compiled form; same signature.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
-        meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own.
+        meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
+            that makes them of the slots, called at the start of a window and whenever slots start new tasks.
+        members: every task has this many slots, next to each other and always at the same step; what they share is
+            drawn once.
     """
 
     rule: Rule
@@ -98,7 +105,8 @@ class InnerLoop:
     teacher: Rule | None = None
     follow: float = 0.0
     update: Callable[..., tuple[Params, State]] | None = None
-    meta_weights: Params | None = None
+    meta_weights: Params | Callable[[Slots], Params] | None = None
+    members: int = 1
     meta_split: str = "train"
 
     def __post_init__(self) -> None:
@@ -128,7 +136,11 @@ class InnerLoop:
 
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that belong to the slots' present steps."""
-        return self.family.batch(slots.task, self._seeds("batch", slots), split)
+        first = select_slots(slots, slice(None, None, self.members))
+        batch = self.family.batch(first.task, self._seeds("batch", first), split)
+        if self.members == 1:
+            return batch
+        return {key: x.repeat_interleave(self.members, 0) for key, x in batch.items()}
 
     # -- starting tasks ----------------------------------------------------------------------------
 
@@ -146,24 +158,21 @@ class InnerLoop:
 
     def restart(self, ids: Tensor, episode: Tensor) -> Slots:
         """New tasks for the slots `ids` in the given episodes, both int64 `[T]`."""
-        tasks, flats = [], []
-        for i, e in zip(ids.tolist(), episode.tolist(), strict=True):
-            task = self.family.sample(make_generator(derive_seeds(self.seed, "task", i, e)))
-            generator = make_generator(derive_seeds(self.seed, "init", i, e))
-            flats.append(self.family.spec.flatten(self.family.init(task, generator)))
-            tasks.append(task)
-        params = torch.stack(flats)
+        device = ids.device
+        names = list(zip(ids.tolist(), episode.tolist(), strict=True))
+        drawn = {name: self._draw(*name) for name in dict.fromkeys(names)}
+        params = torch.stack([drawn[name][1] for name in names]).to(device)
         if self.horizon is None:
             horizon = torch.full_like(ids, self.family.horizon)
         else:
             horizon = self.horizon(derive_seeds(self.seed, "horizon", ids, episode))
-        empty = torch.zeros(len(ids))
+        empty = params.new_zeros(len(ids))
         slots = Slots(
             ids=ids,
             episode=episode,
             step=torch.zeros_like(ids),
             horizon=horizon,
-            task=stack_trees(tasks),
+            task={key: x.to(device) for key, x in stack_trees(drawn[name][0] for name in names).items()},
             params=params,
             state=self.rule.init_state(self._views(self.rule, params), 1),
             teacher_state=self._start_teacher(params),
@@ -173,6 +182,12 @@ class InnerLoop:
         )
         loss, grad = self.evaluate(params, self.batch(slots))
         return slots._replace(loss=loss, grad=grad, first_loss=loss)
+
+    def _draw(self, slot: int, episode: int) -> tuple[Task, Tensor]:
+        """A slot's task of an episode, and its flat initial parameters `[P]`."""
+        task = self.family.sample(make_generator(derive_seeds(self.seed, "task", slot, episode)))
+        generator = make_generator(derive_seeds(self.seed, "init", slot, episode))
+        return task, self.family.spec.flatten(self.family.init(task, generator))
 
     def _start_teacher(self, params: Tensor) -> State | tuple[()]:
         if self.teacher is None:
@@ -188,11 +203,14 @@ class InnerLoop:
     def _join(self, rule: Rule, params: Params) -> Tensor:
         return params["flat"] if rule.elementwise else self.family.spec.flatten(params)
 
-    def _update(self, slots: Slots) -> tuple[Tensor, State]:
+    def _find_weights(self, slots: Slots) -> Params | None:
+        """The slots' own meta-weights, if they have any."""
+        return self.meta_weights(slots) if callable(self.meta_weights) else self.meta_weights
+
+    def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
         """The rule's step for all slots."""
         update: Callable[..., Any] = self.update or self.rule
-        if self.meta_weights is not None:
-            weights = self.meta_weights
+        if weights is not None:
 
             def update(*args: Any) -> Any:
                 return functional_call(self.rule, weights, args)
@@ -223,13 +241,15 @@ class InnerLoop:
         follows = draw_uniform(seeds, 1) < self.follow
         return torch.where(follows, target, params), state, distance
 
-    def step(self, slots: Slots) -> tuple[Slots, Tensor, Tensor]:
+    def step(self, slots: Slots, weights: Params | None = None) -> tuple[Slots, Tensor, Tensor]:
         """One step of every slot, no restarts.
 
+        Args:
+            weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
         Returns:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
-        params, state = self._update(self._attach(slots) if self.order == 2 else slots)
+        params, state = self._update(self._attach(slots) if self.order == 2 else slots, weights)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(slots, params)
@@ -260,21 +280,59 @@ class InnerLoop:
         Args:
             restart: False lets tasks run past their horizon instead.
         """
-        losses, imitations, first_losses, finished = [], [], [], []
+        losses, imitations, first_losses, finished, episodes = [], [], [], [], []
+        weights = self._find_weights(slots)
         for _ in range(num_steps):
-            slots, loss, imitation = self.step(slots)
+            slots, loss, imitation = self.step(slots, weights)
             done = slots.step >= slots.horizon
+            episodes.append(slots.episode)
             losses.append(loss)
             imitations.append(imitation)
             first_losses.append(slots.first_loss)
             finished.append(done)
             if restart and bool(done.any()):
                 slots = self.replace(slots, done)
+                weights = self._find_weights(slots)
+        ended = torch.stack(finished)
         return Window(
             torch.stack(losses),
             torch.stack(imitations),
             torch.stack(first_losses),
+            ended,
+            torch.stack(episodes),
+            torch.ones_like(ended),
+            detach_slots(slots),
+        )
+
+    def run_to_end(self, slots: Slots) -> Window:
+        """Steps of every slot up to its own horizon; slots that are there rest. K is the longest way."""
+        weights = self._find_weights(slots)
+        now, rows = slots, torch.arange(len(slots.ids), device=slots.ids.device)
+        losses, imitations, finished, active = [], [], [], []
+
+        def spread(values: Tensor) -> Tensor:
+            """The values of the rows that are left, `[T]`, and 0."""
+            return values.new_zeros(len(slots.ids)).index_copy(0, rows, values)
+
+        while len(rows):
+            for _ in range(max(1, int((now.horizon - now.step).min()))):
+                now, loss, imitation = self.step(now, weights)
+                losses.append(spread(loss))
+                imitations.append(spread(imitation))
+                finished.append(spread(now.step >= now.horizon))
+                active.append(spread(torch.ones_like(rows, dtype=torch.bool)))
+            slots = put_slots(slots, rows, now)
+            left = (now.step < now.horizon).nonzero()[:, 0]
+            now, rows = select_slots(now, left), rows[left]
+            weights = None if weights is None else {key: w[left] for key, w in weights.items()}
+        count = len(losses)
+        return Window(
+            torch.stack(losses),
+            torch.stack(imitations),
+            slots.first_loss.expand(count, -1),
             torch.stack(finished),
+            slots.episode.expand(count, -1),
+            torch.stack(active),
             detach_slots(slots),
         )
 
@@ -282,7 +340,7 @@ class InnerLoop:
         """The slots with new tasks where `done` (bool `[T]`)."""
         where = done.nonzero()[:, 0]
         fresh = self.restart(slots.ids[where], slots.episode[where] + 1)
-        return _map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
+        return put_slots(slots, where, fresh)
 
 
 def detach_slots(slots: Slots) -> Slots:
@@ -293,6 +351,16 @@ def detach_slots(slots: Slots) -> Slots:
 def select_slots(slots: Slots, which: Tensor | slice) -> Slots:
     """Some of the slots, by int64 indices or a slice."""
     return _map(lambda x: x[which], slots)
+
+
+def put_slots(slots: Slots, where: Tensor, fresh: Slots) -> Slots:
+    """The slots with `fresh` ones at the int64 indices `where`."""
+    return _map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
+
+
+def repeat_slots(slots: Slots, count: int) -> Slots:
+    """Every slot `count` times in a row."""
+    return _map(lambda x: x.repeat_interleave(count, 0), slots)
 
 
 def join_slots(parts: list[Slots]) -> Slots:

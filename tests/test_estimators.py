@@ -30,7 +30,7 @@ def estimate_once(name: str, rule: Rule, family: TaskFamily, tasks: int = 4, **o
     estimator = ESTIMATORS[name](**options)
     horizon = constant(options["num_steps"])  # type: ignore[arg-type]
     loop = InnerLoop(rule, family, 0, horizon)
-    slots = estimator.start(loop, tasks)
+    slots = estimator.start(loop, torch.arange(tasks))
     return estimator.estimate(loop, slots._replace(horizon=horizon(slots.ids)))
 
 
@@ -127,11 +127,11 @@ def test_a_short_window_is_biased() -> None:
     full = flatten(estimate_once("full", rule, family, num_steps=8).gradient)
     estimator = ESTIMATORS["truncated"](num_steps=2)
     loop = InnerLoop(rule, family, 0, constant(8))
-    slots = estimator.start(loop, 4)._replace(horizon=torch.full((4,), 8))
+    slots = estimator.start(loop, torch.arange(4))._replace(horizon=torch.full((4,), 8))
     total = torch.zeros_like(full)
     for _ in range(4):
         estimate = estimator.estimate(loop, slots)
-        slots, total = estimate.slots, total + flatten(estimate.gradient) / 4
+        slots, total = estimate.carry, total + flatten(estimate.gradient) / 4
     assert (total - full).norm() > 0.05 * full.norm()
 
 
@@ -142,7 +142,7 @@ def test_ways_of_computing_do_not_change_the_gradient(options: dict[str, object]
     other = estimate_once("truncated", rule, TASKS["quadratic"](), 8, num_steps=5, **options)
     difference = flatten(plain.gradient) - flatten(other.gradient)
     assert difference.norm() < 1e-5 * flatten(plain.gradient).norm()  # float32, sums in another order
-    torch.testing.assert_close(plain.slots.params, other.slots.params, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(plain.carry.params, other.carry.params, rtol=1e-5, atol=1e-8)
     assert abs(plain.metrics["loss"] - other.metrics["loss"]) < 1e-5 * plain.metrics["loss"]
 
 
@@ -208,9 +208,9 @@ def test_a_task_that_is_not_finite_is_dropped_counted_and_restarted(
     estimate = estimate_once("truncated", rule, family, 4, num_steps=5, task_chunk=chunk)
     assert estimate.metrics["skipped_slots"] == len(bad)
     assert flatten(estimate.gradient).isfinite().all()
-    assert estimate.slots.ids.tolist() == [0, 1, 2, 3]
-    assert estimate.slots.params.isfinite().all()
-    assert estimate.slots.episode.tolist() == [1] * 4  # bad ones restarted early, good ones ended
+    assert estimate.carry.ids.tolist() == [0, 1, 2, 3]
+    assert estimate.carry.params.isfinite().all()
+    assert estimate.carry.episode.tolist() == [1] * 4  # bad ones restarted early, good ones ended
     good = [i for i in range(4) if i not in bad]
     if not good:
         assert flatten(estimate.gradient).abs().max() == 0
@@ -227,7 +227,7 @@ def test_a_rule_that_diverges_everywhere_gives_a_zero_gradient() -> None:
     assert flatten(estimate.gradient).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ["truncated", "full"])
 @pytest.mark.parametrize("objective", ["mean", "sum", "log", "final"])
 def test_objectives_are_what_they_say(name: str, objective: str) -> None:
     family, steps = TASKS["quadratic"](), 4
@@ -296,8 +296,8 @@ def test_final_objective_counts_only_tasks_that_end_in_the_window() -> None:
 
 def test_truncated_starts_staggered_and_full_does_not() -> None:
     loop = InnerLoop(RULES["sgd"](), TASKS["quadratic"](), 0, constant(40))
-    assert ESTIMATORS["truncated"](num_steps=5).start(loop, 16).horizon.unique().numel() > 8
-    assert ESTIMATORS["full"](num_steps=5).start(loop, 16).horizon.unique().tolist() == [5]
+    assert ESTIMATORS["truncated"](num_steps=5).start(loop, torch.arange(16)).horizon.unique().numel() > 8
+    assert ESTIMATORS["full"](num_steps=5).start(loop, torch.arange(16)).horizon.unique().tolist() == [5]
 
 
 class PeakMemory(TorchDispatchMode):
@@ -351,8 +351,8 @@ def test_held_out_objective_measures_other_data_and_leaves_the_training_alone() 
         estimate_once("truncated", rule, family, 2, num_steps=3, objective_split=split)
         for split in ("train", "inner_valid")
     )
-    assert torch.equal(plain.slots.params, held_out.slots.params)
-    assert torch.equal(plain.slots.grad, held_out.slots.grad)
+    assert torch.equal(plain.carry.params, held_out.carry.params)
+    assert torch.equal(plain.carry.grad, held_out.carry.grad)
     loop = InnerLoop(rule, family, 0, constant(9), meta_split="inner_valid")
     slots, loss, _ = loop.step(loop.start(torch.arange(2)))
     (gradient,) = torch.autograd.grad(loss.sum(), [rule.lr])
@@ -384,7 +384,7 @@ def test_live_memory_is_constant_over_200_outer_steps() -> None:
     rule, family = RULES["lstm"](hidden=4), TASKS["quadratic"]()
     estimator = ESTIMATORS["truncated"](num_steps=3)
     loop = InnerLoop(rule, family, 0, constant(7))
-    slots = estimator.start(loop, 3)
+    slots = estimator.start(loop, torch.arange(3))
 
     def count_tensors() -> tuple[int, int]:
         gc.collect()
@@ -393,7 +393,7 @@ def test_live_memory_is_constant_over_200_outer_steps() -> None:
 
     counts = []
     for step in range(200):
-        slots = estimator.estimate(loop, slots).slots
+        slots = estimator.estimate(loop, slots).carry
         if step in (20, 199):
             counts.append(count_tensors())
     assert counts[0] == counts[1]

@@ -441,7 +441,7 @@ def test_truncated_backpropagation_gives_the_same_meta_gradient(
     steps, family = (3, TASKS["quadratic"](dim=5)) if rule.elementwise else (2, TASKS["mlp"](width=2, batch_size=4))
     estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
     loop = InnerLoop(rule, family, 0, lambda seeds: torch.full_like(seeds, steps + 1))
-    start = estimator.start(loop, slots)._replace(horizon=torch.full((slots,), steps + 1))
+    start = estimator.start(loop, torch.arange(slots))._replace(horizon=torch.full((slots,), steps + 1))
     want = estimator.estimate(loop, start)
     ran = on_kernels()
     got = estimator.estimate(loop, start)
@@ -450,7 +450,7 @@ def test_truncated_backpropagation_gives_the_same_meta_gradient(
     assert len(ran) == times * steps * tensors
     flat = [torch.cat([g.flatten() for g in e.gradient.values()]) for e in (got, want)]
     assert (flat[0] - flat[1]).norm() <= TOLERANCE * flat[1].norm()
-    torch.testing.assert_close(got.slots.params, want.slots.params, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.carry.params, want.carry.params, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["lstm", "small_fc"])

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lopt.estimators.base import Estimate, Estimator
+from lopt.estimators.objectives import check_objective, find_finite, weigh_losses
 from lopt.rules import Rule
 from lopt.tasks.base import check_split
 from lopt.unroll import InnerLoop, Slots, Window, join_slots, select_slots
-
-OBJECTIVES = ("mean", "sum", "log", "final")
 
 
 class Backprop(Estimator):
@@ -23,11 +22,10 @@ class Backprop(Estimator):
     Args:
         num_steps: steps of a window, K.
         order: 1, or 2 to differentiate through the base learner's gradients as well.
-        objective: what is minimised, averaged over tasks: the "mean" or "sum" of the window's losses, the mean
-            "log" loss (all phases of training count alike), or the "final" losses of tasks that end in the window.
+        objective: what is minimised, averaged over tasks: "mean", "sum", "log" (all phases of training count alike) or
+            "final"; see `weigh_losses`.
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
-        normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
-        loss_clamp: losses above this multiple of the task's first loss have no gradient.
+        normalize, loss_clamp: see `weigh_losses`.
         task_chunk: tasks per backward pass, to bound memory; all by default.
         checkpoint: "update" recomputes the rule's activations in backward, None stores them.
         compile: run the rule's update through `torch.compile`.
@@ -53,8 +51,6 @@ class Backprop(Estimator):
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         if order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {order}")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
         if checkpoint not in (None, "update"):
             raise ValueError(f"checkpoint must be None or 'update', got {checkpoint!r}")
         if task_chunk is not None and task_chunk < 1:
@@ -64,7 +60,7 @@ class Backprop(Estimator):
         if teacher is None and (imitation or follow):
             raise ValueError("imitation and follow need a teacher")
         self.num_steps, self.order = num_steps, order
-        self.objective, self.objective_split = objective, check_split(objective_split)
+        self.objective, self.objective_split = check_objective(objective), check_split(objective_split)
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
         self.teacher, self.imitation, self.follow = teacher, imitation, follow
@@ -127,6 +123,7 @@ class Backprop(Estimator):
         }
         return Estimate(
             {name: total * scale for name, total in zip(weights, totals, strict=True)},
+            alive,
             select_slots(joined, joined.ids.argsort()),
             metrics,
         )
@@ -136,7 +133,7 @@ class Backprop(Estimator):
     ) -> list[tuple[Tensor, Window | None, list[Tensor]]]:
         """Summed gradients of the tasks in `rows`, and apart from them the rows that must be dropped."""
         window = loop.unroll(select_slots(slots, rows), num_steps, restart=restart)
-        finite = _finite_tasks(window)
+        finite = find_finite(window)
         if finite.all():
             gradients = self._differentiate(loop.rule, window)
             if all(bool(g.isfinite().all()) for g in gradients):
@@ -154,31 +151,10 @@ class Backprop(Estimator):
 
     def _differentiate(self, rule: Rule, window: Window) -> list[Tensor]:
         """Gradient of the tasks' summed objectives in the meta-weights."""
-        total = self._objective(window).sum() + self.imitation * window.imitation.mean(0).sum()
+        terms = weigh_losses(window, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
+        total = terms.sum() + self.imitation * window.imitation.mean(0).sum()
         weights = list(rule.meta_weights().values())
         if not total.requires_grad:
             return [torch.zeros_like(w) for w in weights]
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
-
-    def _objective(self, window: Window) -> Tensor:
-        """The objective of every task, `[T]`."""
-        first = window.first_loss.abs()
-        losses = torch.minimum(window.losses, self.loss_clamp * first)
-        if self.objective == "log":
-            if bool((losses < 0).any()):
-                raise ValueError("objective 'log' needs losses above 0, but a task's loss is negative; use 'mean'")
-            tiny = torch.finfo(losses.dtype).tiny
-            return (losses / first).clamp(min=tiny).log().mean(0)
-        if self.normalize:
-            losses = losses / first
-        if self.objective == "final":
-            ended = window.finished.to(losses.dtype)
-            return (losses * ended).sum(0)
-        return losses.mean(0) if self.objective == "mean" else losses.sum(0)
-
-
-def _finite_tasks(window: Window) -> Tensor:
-    """Which tasks stayed finite, bool `[T]`."""
-    values = [window.losses.T, window.slots.params, window.slots.grad, window.imitation.T]
-    return torch.stack([v.isfinite().all(-1) for v in values]).all(0)

@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
+
+Carry = Any
+"""What goes on from one estimate to the next: a tuple (of tuples, dicts, ...) of tensors, `Slots` or more."""
 
 
 class Estimate(NamedTuple):
     """A meta-gradient and what it cost.
 
     Attributes:
-        gradient: one tensor per meta-weight, by name.
-        slots: the tasks in progress, to be handed to the next call.
-        metrics: numbers to log: `meta_loss` (mean loss over the window relative to the tasks' first losses),
-            `loss`, `skipped_slots`, `finished_tasks`, `inner_steps` (steps x tasks), `imitation_loss`.
+        gradient: one tensor per meta-weight, by name: the mean over `num_tasks` tasks.
+        num_tasks: tasks that were not dropped; 0 where none was finite, and then the gradient is 0.
+        carry: the tasks in progress, to be handed to the next call.
+        metrics: numbers to log: `meta_loss` (mean loss over the window relative to the tasks' first losses), `loss`,
+            both means over `num_tasks`, `skipped_slots`, `finished_tasks`, `inner_steps` (steps x tasks, each member
+            of a pair counted), and what else the estimator knows.
     """
 
     gradient: Params
-    slots: Slots
+    num_tasks: int
+    carry: Carry
     metrics: dict[str, float]
 
 
 class Estimator(ABC):
     """Estimates the gradient of a rule's meta-loss over a family of tasks.
 
-    An estimator is pure: all that goes on between calls is in `Slots`, and all draws are named by the
-    loop's seed.
+    An estimator is pure: all that goes on between calls is in the carry, and all draws are named by the loop's seed
+    and the slots' global numbers. So a carry resumes bitwise, and the slots may be shared out among processes.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
-    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
-        """The slots before the first estimate.
+    def start(self, loop: InnerLoop, ids: Tensor) -> Carry:
+        """The carry before the first estimate.
 
         Args:
             loop: rule, family, seed and horizons; the estimator sets the rest.
+            ids: global numbers of the slots, int64 `[T]`.
         """
 
     @abstractmethod
-    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
-        """The meta-gradient on the next window of `slots`, which is left as it was.
+    def estimate(self, loop: InnerLoop, carry: Carry) -> Estimate:
+        """The meta-gradient on the next window of the tasks in `carry`, which is left as it was.
 
         The rule's parameters are differentiated; they are not changed and their `.grad` is not used.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lopt.estimators.backprop import Backprop
 from lopt.estimators.base import Estimate
@@ -23,12 +24,12 @@ class Full(Backprop):
         """As `Backprop.configure`; every task runs for `num_steps` steps."""
         return replace(super().configure(loop), horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
 
-    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
+    def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
         """See `Estimator.start`."""
-        return self.configure(loop).start(torch.arange(num_tasks))
+        return self.configure(loop).start(ids)
 
-    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
+    def estimate(self, loop: InnerLoop, carry: Slots) -> Estimate:
         """See `Estimator.estimate`."""
         loop = self.configure(loop)
-        estimate = self.backpropagate(loop, slots, self.num_steps, restart=False)
-        return estimate._replace(slots=loop.restart(slots.ids, slots.episode + 1))
+        estimate = self.backpropagate(loop, carry, self.num_steps, restart=False)
+        return estimate._replace(carry=loop.restart(carry.ids, carry.episode + 1))

@@ -5,7 +5,7 @@ Source: Andrychowicz et al. 2016, arXiv 1606.04474 (K = 20 of 100 steps).
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from lopt.estimators.backprop import Backprop
 from lopt.estimators.base import Estimate
@@ -20,10 +20,10 @@ class Truncated(Backprop):
 
     name = "truncated"
 
-    def start(self, loop: InnerLoop, num_tasks: int) -> Slots:
+    def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
         """See `Estimator.start`."""
-        return self.configure(loop).start(torch.arange(num_tasks), stagger=True)
+        return self.configure(loop).start(ids, stagger=True)
 
-    def estimate(self, loop: InnerLoop, slots: Slots) -> Estimate:
+    def estimate(self, loop: InnerLoop, carry: Slots) -> Estimate:
         """See `Estimator.estimate`."""
-        return self.backpropagate(self.configure(loop), slots, self.num_steps, restart=True)
+        return self.backpropagate(self.configure(loop), carry, self.num_steps, restart=True)
