@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.lasso import Lasso
+from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
 from lopt.tasks.module import ModuleTask
 from lopt.tasks.quadratic import Quadratic
+from lopt.tasks.rastrigin import Rastrigin
+from lopt.tasks.rosenbrock import Rosenbrock
 from lopt.tasks.transforms import RandomScaling
 
 TASKS: dict[str, type[TaskFamily]] = {
     "quadratic": Quadratic,
+    "rosenbrock": Rosenbrock,
+    "rastrigin": Rastrigin,
+    "lasso": Lasso,
+    "logistic": Logistic,
     "mlp": MLP,
     "module": ModuleTask,
 }

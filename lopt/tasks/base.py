@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from lopt.tensors import Params, ParamSpec, make_generator
 
 Task = dict[str, Tensor]
 Batch = dict[str, Tensor]
+Data = tuple[Tensor, Tensor]
+"""Inputs `[n, ...]` and targets `[n, ...]`."""
+
+Family = TypeVar("Family", bound="TaskFamily")
 
 SPLITS = ("train", "inner_valid", "outer_valid", "test")
 
@@ -25,12 +29,17 @@ SPLITS = ("train", "inner_valid", "outer_valid", "test")
 class TaskFamily(ABC):
     """A distribution over tasks; `config` rebuilds it: `TASKS[name](**config)`.
 
+    `sample` and `init` draw on the CPU; `batch` and `full_batch` return tensors on the device of the seeds and tasks
+    that they are given, to which `to` must have moved what the family holds.
+
     Attributes:
         horizon: number of steps that a task of this family is meant to be trained for.
+        examples: the entries `[T, B, ...]` of a batch whose B rows are examples that the loss is a mean over.
     """
 
     name: ClassVar[str]
     horizon: int = 100
+    examples: tuple[str, ...] = ()
 
     def __init__(self, **config: Any) -> None:
         self.config = config
@@ -38,6 +47,10 @@ class TaskFamily(ABC):
     def sample(self, generator: torch.Generator) -> Task:
         """Draw one task: tensors without batch dimension; `{}` if all tasks share everything but their draws."""
         return {}
+
+    def to(self: Family, device: torch.device | str) -> Family:
+        """Move the tensors that the family holds (data, not tasks) to `device`; the family itself comes back."""
+        return self
 
     @abstractmethod
     def init(self, task: Task, generator: torch.Generator) -> Params:

@@ -1,19 +1,23 @@
-"""Multi-layer perceptrons on scikit-learn's handwritten digits: 1,797 real 8 x 8 images, no download.
+"""Multi-layer perceptrons that classify images, by default scikit-learn's digits: 1,797 real 8 x 8 images, no download.
 
 Source: Andrychowicz et al. 2016, section 3.2 (an MLP with 20 sigmoid units, batch 128, 100 steps; there on MNIST).
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lopt.tasks.base import SPLITS
-from lopt.tasks.module import Data, ModuleTask
+from lopt.tasks.base import Task
+from lopt.tasks.data import load_digits, load_images
+from lopt.tasks.images import ImageTask, count_classes, flatten_images
+from lopt.tensors import Params
+
+__all__ = ["ACTIVATIONS", "MLP", "build_mlp", "check_network", "load_digits"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -23,8 +27,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class MLP(ModuleTask):
-    """A classifier 64-width-...-10 with torch's default initialisation, cross-entropy, pixels in [0, 1].
+class MLP(ImageTask):
+    """A classifier pixels-width-...-classes with torch's default initialisation, cross-entropy, pixels in [0, 1].
 
     Args:
         width: units of every hidden layer.
@@ -32,6 +36,8 @@ class MLP(ModuleTask):
         activation: one of `ACTIVATIONS`.
         batch_size: images per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
+        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER"; see `load_images`.
+        init_scale: factor on the initial weights and biases.
     """
 
     name = "mlp"
@@ -43,49 +49,46 @@ class MLP(ModuleTask):
         activation: str = "sigmoid",
         batch_size: int = 128,
         horizon: int = 100,
+        data: str = "digits",
+        init_scale: float = 1.0,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        if width < 1 or depth < 0:
-            raise ValueError(f"width must be >= 1 and depth >= 0, got {width} and {depth}")
-
-        def build() -> nn.Module:
-            widths = [64] + [width] * depth
-            layers: list[nn.Module] = []
-            for fan_in, fan_out in pairwise(widths):
-                layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
-            return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
-
-        super().__init__(build, F.cross_entropy, load_digits(), batch_size, horizon)
+        check_network(width, depth, activation)
+        if init_scale < 0:
+            raise ValueError(f"init_scale must not be negative, got {init_scale}")
+        images = flatten_images(load_images(data))
+        widths = [images["train"][0].shape[1], *[width] * depth, count_classes(images)]
+        super().__init__(lambda: build_mlp(widths, activation), F.cross_entropy, images, batch_size, horizon)
+        self.init_scale = init_scale
         self.config = {
             "width": width,
             "depth": depth,
             "activation": activation,
             "batch_size": batch_size,
             "horizon": horizon,
+            "data": data,
+            "init_scale": init_scale,
         }
 
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        """The weights of a freshly built network, scaled."""
+        return {name: self.init_scale * p for name, p in super().init(task, generator).items()}
 
-@cache
-def load_digits() -> dict[str, Data]:
-    """The digits in four splits, stratified by class: 1,437 train and 120 for each of the others.
 
-    Returns:
-        For each split images `[n, 64]` float32 in [0, 1] and classes `[n]` int64.
+def build_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
+    """Linear layers between `widths` units, with the activation after all but the last."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths[:-1]):
+        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def check_network(width: int, depth: int, activation: str) -> None:
+    """Refuse what `build_mlp` cannot build.
+
     Raises:
-        ImportError: scikit-learn is missing (`pip install lopt[train]`).
+        ValueError: the activation is unknown, the width less than 1 or the depth negative.
     """
-    try:
-        from sklearn import datasets
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        message = "the digits come with scikit-learn: pip install 'lopt[train]'"
-        raise ImportError(message) from error
-    images, classes = datasets.load_digits(return_X_y=True)
-    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(classes)
-    parts, rest = [], torch.arange(len(y)).numpy()
-    for size in (360, 240, 120):  # held out of what is left, each from the one before
-        kept, rest = train_test_split(rest, test_size=size, stratify=y[rest], random_state=0)
-        parts.append(torch.from_numpy(kept))
-    parts.append(torch.from_numpy(rest))
-    return {split: (x[i], y[i]) for split, i in zip(SPLITS, parts, strict=True)}
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    if width < 1 or depth < 0:
+        raise ValueError(f"width must be >= 1 and depth >= 0, got {width} and {depth}")

@@ -8,17 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
-from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, check_split
-from lopt.tensors import Params, derive_seeds, draw_indices, make_generator
+from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily, check_split
+from lopt.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
 
-Data = tuple[Tensor, Tensor]
+Module = TypeVar("Module", bound="ModuleTask")
 RawData = tuple[Any, Any] | Dataset[Any]
 
 ADVICE = {
@@ -54,6 +54,7 @@ class ModuleTask(TaskFamily):
     """
 
     name = "module"
+    examples = ("x", "y")
 
     def __init__(
         self,
@@ -78,6 +79,12 @@ class ModuleTask(TaskFamily):
         self.module = self._build_seeded(0)
         self._try_step()
 
+    def to(self: Module, device: torch.device | str) -> Module:
+        """Move the data, frozen parameters and buffers."""
+        self.data = {split: (x.to(device), y.to(device)) for split, (x, y) in self.data.items()}
+        self.module = self.module.to(device)
+        return self
+
     def _build_seeded(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -94,7 +101,8 @@ class ModuleTask(TaskFamily):
         if {p.dtype for p in weights.values()} != {torch.float32}:
             found = {k: p.dtype for k, p in weights.items()} or "none"
             raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {found}")
-        batch = self.batch({}, derive_seeds(0, "trial", torch.arange(2)))
+        tasks = stack_trees([self.sample(make_generator(0))] * 2)
+        batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(2)))
         with torch.random.fork_rng(devices=[]), _explain_failure(batch):
             changed = _find_changed_buffers(self.module, batch["x"][0])
             if not changed:

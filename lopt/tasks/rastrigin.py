@@ -1,0 +1,60 @@
+"""Random Rastrigin functions: a quadratic bowl under a lattice of local minima.
+
+Source: Cao et al. 2019, arXiv 1911.03787; Chen et al. 2021, arXiv 2103.12828, whose code (Open-L2O) has alpha 10 and
+the same distributions. Differs from that code: the constant is alpha dim, not alpha dim^2.
+"""
+
+from __future__ import annotations
+
+from math import pi
+
+import torch
+from torch import Tensor
+
+from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tensors import Params
+
+
+class Rastrigin(TaskFamily):
+    """|A x - b|^2 / 2 - alpha <c, cos(2 pi x)> + alpha dim; A, b, c and the starting point are standard normal.
+
+    c may be negative and larger than 1, so the optimum is not 0; it is at least alpha (dim - |c|_1), which is
+    alpha dim (1 - sqrt(2 / pi)) = 0.2 alpha dim in the mean, and that is reached only if A x = b has a solution on the
+    lattice.
+
+    Args:
+        dim: number of parameters.
+        alpha: height of the local minima's walls; 0 leaves the bowl.
+        horizon: steps that a problem is meant to be optimised for.
+    """
+
+    name = "rastrigin"
+
+    def __init__(self, dim: int = 10, alpha: float = 10.0, horizon: int = 100) -> None:
+        super().__init__(dim=dim, alpha=alpha, horizon=horizon)
+        if dim < 1 or alpha < 0:
+            raise ValueError(f"dim must be at least 1 and alpha not negative, got {dim} and {alpha}")
+        self.dim, self.alpha, self.horizon = dim, alpha, horizon
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """A `[dim, dim]`, b `[dim]` and c `[dim]`."""
+        return {
+            "A": torch.randn(self.dim, self.dim, generator=generator),
+            "b": torch.randn(self.dim, generator=generator),
+            "c": torch.randn(self.dim, generator=generator),
+        }
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        """x `[dim]`."""
+        return {"x": torch.randn(self.dim, generator=generator)}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The problem itself: the loss is exact."""
+        check_split(split)
+        return tasks
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The function's value."""
+        x = params["x"]
+        bowl = (batch["A"] @ x - batch["b"]).square().sum() / 2
+        return bowl + self.alpha * (self.dim - (batch["c"] * (2 * pi * x).cos()).sum())

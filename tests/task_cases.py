@@ -1,0 +1,51 @@
+"""Families for the tests of tasks, and how tasks are drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lopt.tasks import TASKS, ModuleTask, RandomScaling, TaskFamily
+from lopt.tensors import derive_seeds, make_generator, stack_trees
+
+
+def make_module_task(**options: object) -> ModuleTask:
+    x = torch.randn(90, 5, generator=make_generator(0))
+    data = (x, x.sum(1, keepdim=True))
+    return ModuleTask(lambda: nn.Linear(5, 1), F.mse_loss, data, batch_size=16, **options)  # type: ignore[arg-type]
+
+
+def make_classes() -> tuple[Tensor, Tensor]:
+    x = torch.randn(60, 3, generator=make_generator(1))
+    return x, (x.sum(1) > 0).long()
+
+
+class Scaled(nn.Module):
+    """A layer and a scalar parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.rand(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(x)
+
+
+FAMILIES = {
+    **{name: cls for name, cls in TASKS.items() if name != "module"},
+    "module": make_module_task,
+    "module with a scalar parameter": lambda: ModuleTask(Scaled, F.cross_entropy, make_classes(), batch_size=8),
+    "uniform quadratic": lambda: TASKS["quadratic"](distribution="uniform"),
+    "deep relu mlp": lambda: TASKS["mlp"](depth=2, activation="relu"),
+    "scaled": lambda: RandomScaling(TASKS["quadratic"](), 3.0),
+}
+
+
+def draw_tasks(family: TaskFamily, count: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    tasks, params = [], []
+    for i in range(count):
+        tasks.append(family.sample(make_generator(10 + i)))
+        params.append(family.init(tasks[-1], make_generator(20 + i)))
+    batch = family.batch(stack_trees(tasks), derive_seeds(0, "batch", torch.arange(count)))
+    return stack_trees(tasks), stack_trees(params), batch
