@@ -38,6 +38,9 @@ FAMILIES = {
     "module with a scalar parameter": lambda: ModuleTask(Scaled, F.cross_entropy, make_classes(), batch_size=8),
     "uniform quadratic": lambda: TASKS["quadratic"](distribution="uniform"),
     "deep relu mlp": lambda: TASKS["mlp"](depth=2, activation="relu"),
+    "conv on patches": lambda: TASKS["conv"](data="patches", batch_size=8),
+    "vae of patches": lambda: TASKS["vae"](data="patches", depth=2, batch_size=8),
+    "regression": lambda: TASKS["tabular"](data="diabetes"),
     "scaled": lambda: RandomScaling(TASKS["quadratic"](), 3.0),
 }
 

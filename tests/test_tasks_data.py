@@ -135,7 +135,7 @@ def test_bytes_become_pixels_between_0_and_1() -> None:
     assert to_pixels(torch.tensor([0.5])) == 0.5
 
 
-@pytest.mark.parametrize("name", ["mlp"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "autoencoder", "vae"])
 def test_families_on_images_take_local_files(tmp_path: Path, name: str) -> None:
     write_cifar10(tmp_path)
     family = TASKS[name](data=f"cifar10:{tmp_path}", batch_size=2)

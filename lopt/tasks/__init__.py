@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lopt.tasks.autoencoder import Autoencoder
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.conv import Conv
 from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
@@ -10,7 +12,9 @@ from lopt.tasks.module import ModuleTask
 from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.rosenbrock import Rosenbrock
+from lopt.tasks.tabular import Tabular
 from lopt.tasks.transforms import RandomScaling
+from lopt.tasks.vae import VAE
 
 TASKS: dict[str, type[TaskFamily]] = {
     "quadratic": Quadratic,
@@ -19,6 +23,10 @@ TASKS: dict[str, type[TaskFamily]] = {
     "lasso": Lasso,
     "logistic": Logistic,
     "mlp": MLP,
+    "conv": Conv,
+    "autoencoder": Autoencoder,
+    "vae": VAE,
+    "tabular": Tabular,
     "module": ModuleTask,
 }
 

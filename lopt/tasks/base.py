@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from lopt.tensors import Params, ParamSpec, make_generator
+from lopt.tensors import Params, ParamSpec, fold_in, make_generator
 
 Task = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -24,6 +25,9 @@ Data = tuple[Tensor, Tensor]
 Family = TypeVar("Family", bound="TaskFamily")
 
 SPLITS = ("train", "inner_valid", "outer_valid", "test")
+
+BRANCHES = 2**32
+"""Above the lanes of `draw_uniform`: a branch's seed is none of the numbers that are drawn from the seed itself."""
 
 
 class TaskFamily(ABC):
@@ -72,6 +76,10 @@ class TaskFamily(ABC):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Scalar loss of one task on one batch; pure and differentiable."""
 
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """Losses `[T]` of T tasks, from parameters and batches `[T, ...]`: `loss` batched with `vmap`, or faster."""
+        return vmap(self.loss)(params, batch)
+
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         """The whole split for `count` tasks, `[count, ...]`; None where a batch is already exact."""
         return None
@@ -90,6 +98,11 @@ class TaskFamily(ABC):
         """One line: the family's name and configuration."""
         config = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
         return f"{self.name}({config})"
+
+
+def branch_seeds(seeds: Tensor, branch: int) -> Tensor:
+    """Seeds of the same shape for a further kind of draws, such as noise; `branch` names it within a family."""
+    return fold_in(seeds, torch.tensor(BRANCHES + branch))
 
 
 def check_split(split: str) -> str:
