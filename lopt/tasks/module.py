@@ -16,7 +16,6 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily, check_split
-from lopt.tasks.batched import batch_losses
 from lopt.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
 
 Module = TypeVar("Module", bound="ModuleTask")
@@ -78,7 +77,6 @@ class ModuleTask(TaskFamily):
         else:
             self.data = _divide(_as_tensors(data), seed)
         self.module = self._build_seeded(0)
-        self._batched = batch_losses(self.module, loss)
         self._try_step()
 
     def to(self: Module, device: torch.device | str) -> Module:
@@ -133,14 +131,6 @@ class ModuleTask(TaskFamily):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The user's loss on the module's output."""
         return self.loss_fn(functional_call(self.module, params, (batch["x"],)), batch["y"])
-
-    def losses(self, params: Params, batch: Batch) -> Tensor:
-        """See `TaskFamily.losses`; plain networks as batched matrix products."""
-        x, y = batch["x"], batch["y"]
-        plain = x.ndim == 3 and y.ndim == (3 if y.is_floating_point() else 2)
-        if self._batched is None or not plain or type(self).loss is not ModuleTask.loss:
-            return super().losses(params, batch)
-        return self._batched(params, x, y)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Accuracy, where targets `[...]` are integers and outputs `[..., classes]`."""
