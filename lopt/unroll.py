@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -123,13 +123,15 @@ class InnerLoop:
 
     def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses `[T]` and gradients `[T, P]` of flat parameters `[T, P]`, constants to autograd."""
-        grads, losses = vmap(grad_and_value(self._flat_loss()))(params.detach(), batch)
-        return losses.detach(), grads.detach()
+        with torch.enable_grad():
+            flat = params.detach().requires_grad_()
+            losses = self._losses(flat, batch)
+            (grads,) = torch.autograd.grad(losses.sum(), [flat])
+        return losses.detach(), grads
 
-    def _flat_loss(self) -> Callable[[Tensor, Batch], Tensor]:
-        """The loss of one task as a function of its flat parameters `[P]`."""
-        spec = self.family.spec  # drawn on first use, which must not be inside vmap
-        return lambda flat, batch: self.family.loss(spec.unflatten(flat), batch)
+    def _losses(self, flat: Tensor, batch: Batch) -> Tensor:
+        """Losses `[T]` as functions of flat parameters `[T, P]`."""
+        return self.family.losses(self.family.spec.unflatten(flat), batch)
 
     def _seeds(self, stream: str, slots: Slots) -> Tensor:
         return derive_seeds(self.seed, stream, slots.ids, slots.episode, slots.step)
@@ -257,7 +259,7 @@ class InnerLoop:
         value, grad = self.evaluate(params, self.batch(slots))
         slots = slots._replace(loss=value, grad=grad)
         if self.order == 2:
-            return slots, vmap(self._flat_loss())(params, self.batch(slots, self.meta_split)), imitation
+            return slots, self._losses(params, self.batch(slots, self.meta_split)), imitation
         if self.meta_split != "train":
             value, grad = self.evaluate(params, self.batch(slots, self.meta_split))
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the
@@ -268,7 +270,7 @@ class InnerLoop:
     def _attach(self, slots: Slots) -> Slots:
         """The slots with loss and gradient as functions of `slots.params`, for second order."""
         params = slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
-        loss = vmap(self._flat_loss())(params, self.batch(slots))
+        loss = self._losses(params, self.batch(slots))
         (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=True)
         return slots._replace(loss=loss, grad=grad)
 

@@ -522,9 +522,9 @@ def test_a_short_meta_training_makes_a_rule_converge_on_new_quadratics(name: str
     weights = rule.meta_weights()
     outer = torch.optim.Adam(weights.values(), 0.03)
     estimator = Truncated(num_steps=5, objective="log")
-    slots = estimator.start(loop, 8)
+    slots = estimator.start(loop, torch.arange(8))
     for _ in range(60):
-        gradient, slots, _ = estimator.estimate(loop, slots)
+        gradient, _, slots, _ = estimator.estimate(loop, slots)
         for key, weight in weights.items():
             weight.grad = gradient[key]
         nn.utils.clip_grad_norm_(weights.values(), 1.0)

@@ -5,6 +5,7 @@ Meta-weights may carry the same leading dimensions, one set per task, by `torch.
 
 A rule is written once, as stages of one step:
 
+    prepare       -             meta-weights, clock -> terms that all tensors share
     measure       elements      old accumulators -> sums
     fold_tensors  all tensors   one row of numbers per tensor -> their terms; the recurrent schedulers live here
     fold_lines    one tensor    means -> accumulators that rows or columns share
@@ -81,12 +82,14 @@ class Elements(NamedTuple):
         g, p: gradient and parameter `[*batch, *shape]`.
         acc: accumulators and fields, `[*batch, (features,) *shape or 1s]`.
         layout: of the whole parameter.
+        whole: this is the whole parameter, and the fields that a stage makes are kept for the next ones.
     """
 
     g: Tensor
     p: Tensor
     acc: Accumulators
     layout: Layout
+    whole: bool = False
 
 
 class Sum(NamedTuple):
@@ -97,11 +100,12 @@ class Sum(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What a stage on elements makes: new accumulators, sums, the additive step."""
+    """What a stage on elements makes: new accumulators, sums, the additive step, and fields where they are `whole`."""
 
     acc: Mapping[str, Tensor] = NOTHING
     sums: Mapping[str, Sum] = NOTHING
     delta: Tensor | None = None
+    fields: Mapping[str, Tensor] = NOTHING
 
 
 class Fold(NamedTuple):
@@ -156,6 +160,14 @@ class Rule(nn.Module, ABC):
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         """The accumulators before the first step of one parameter `[*batch, *layout.shape]`; none is called "step"."""
 
+    def prepare(self, clock: Clock) -> Means:
+        """Terms that all tensors share; `fold_lines`, `accumulate` and `fold` find them in theirs.
+
+        Args:
+            clock: `[*batch]`; where parameters have clocks of their own, this is called once for each of these.
+        """
+        return {}
+
     def measure(self, e: Elements) -> Visit:
         """Sums that the step needs before anything is updated."""
         return Visit()
@@ -181,8 +193,8 @@ class Rule(nn.Module, ABC):
         """
         return {}, {}
 
-    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
-        """Accumulators and fields that rows or columns share, from the means of `measure`."""
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
+        """Accumulators and fields that rows or columns share, from the means of `measure` and the tensor's terms."""
         return Fold()
 
     def accumulate(self, e: Elements, terms: Means) -> Visit:
@@ -346,8 +358,8 @@ def step_tensors(
         return x.select(dim, starts[i]) if count is None else x.narrow(dim, starts[i], count)
 
     indices = range(len(tensors))
-    clocks = [clock] * len(tensors)
-    if clock.step.ndim > dim:
+    clocks, alike = [clock] * len(tensors), clock.step.ndim == dim
+    if not alike:
         clocks = [clock.map(partial(take, i)) for i in indices]
     else:
         clock = clock.map(lambda x: x[..., None])
@@ -361,9 +373,10 @@ def step_tensors(
         new, terms = rule.fold_tensors(rows, lifted, layouts, None if loss is None else loss[..., None], clock)
         for i in indices:
             tensors[i].keep({key: take(i, value) for key, value in new.items()})
-    own = [{key: take(i, value) for key, value in terms.items()} for i in indices]
+    shared = [rule.prepare(c) for c in (clocks[:1] if alike else clocks)]
+    own = [{key: take(i, value) for key, value in terms.items()} | shared[0 if alike else i] for i in indices]
     for i, tensor in enumerate(tensors):
-        tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout)[:2])
+        tensor.keep(*rule.fold_lines(means[i], tensor.acc, tensor.layout, own[i])[:2])
     stages = [partial(rule.accumulate, terms=own[i]) for i in indices]
     means = to_means(tensors, [tensors[i].visit(stages[i]) if rule.has("accumulate") else nothing for i in indices])
     for i, tensor in enumerate(tensors):
@@ -386,8 +399,9 @@ class WholeTensor:
         self.g, self.p = (x.reshape(*self.batch, *self.layout.shape) for x in (g, p))
 
     def _call(self, stage: Callable[[Elements], Visit]) -> Visit:
-        visit = stage(Elements(self.g, self.p, self.acc | self.fields, self.layout))
+        visit = stage(Elements(self.g, self.p, self.acc | self.fields, self.layout, whole=True))
         self.acc |= visit.acc
+        self.fields |= visit.fields
         return visit
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:

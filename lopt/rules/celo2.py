@@ -13,6 +13,7 @@ from lopt_kernels.newton_schulz import orthogonalize
 from lopt_kernels.scaled_move import EPS as STEP_EPS
 from torch import Tensor
 
+from lopt.rules import features
 from lopt.rules.adam import AdamW
 from lopt.rules.base import Elements, Means, Rule, count_elements
 from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
@@ -80,7 +81,7 @@ class Celo2(FactoredMLP):
         own, lines, constant = super().slots(layout)
         return (own[:1], [], constant) if layout.factored is None else (own, lines, constant)
 
-    def element_features(self, e: Elements) -> list[Tensor]:
+    def element_features(self, e: Elements) -> list[features.Piece]:
         """See `FeatureMLP.element_features`."""
         pieces = super().element_features(e)
         return pieces[:-1] if e.layout.factored is None else pieces

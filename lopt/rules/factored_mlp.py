@@ -10,7 +10,7 @@ from lopt_kernels.fold import RMS_EPS
 from torch import Tensor
 
 from lopt.rules import features
-from lopt.rules.base import Accumulators, Elements, Fold, Means, Visit
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Visit
 from lopt.rules.feature_mlp import FeatureMLP
 from lopt.rules.layout import Layout
 
@@ -91,18 +91,25 @@ class FactoredMLP(FeatureMLP):
             return Visit()
         return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
 
-    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
+    def prepare(self, clock: Clock) -> Means:
+        """As `FeatureMLP.prepare`, and the decays."""
+        decays = zip(("momentum decays", "second decays", "factored decays"), self.decays(), strict=True)
+        return super().prepare(clock) | dict(decays)
+
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
         """Row and column averages, and the factors that they make."""
         if layout.factored is None:
             return Fold()
-        decays = features.spread(self.decays()[2], layout.ndim)
+        decays = features.spread(terms["factored decays"], layout.ndim)
         lines = {key: features.average(acc[key], means[key], decays) for key in ("rows", "cols")}
         return Fold(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
 
     def accumulate(self, e: Elements, terms: Means) -> Visit:
         """Momenta and second moment, and the features' sums of squares."""
         ndim, g = e.layout.ndim, self.clip(e.g)
-        momentum, second, factored = (features.spread(decay, ndim) for decay in self.decays())
+        momentum, second, factored = (
+            features.spread(terms[f"{key} decays"], ndim) for key in ("momentum", "second", "factored")
+        )
         square, lifted = g.square(), features.lift(g, ndim)
         acc = {
             "m": features.average(e.acc["m"], lifted, momentum),
@@ -112,15 +119,19 @@ class FactoredMLP(FeatureMLP):
             acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
         new = e._replace(acc=e.acc | acc)
         axes = self.norm_axes(e.layout)
-        sums = {"squares": features.sum_squares(self.element_features(new), axes, e)}
+        joined, fields = self.join_features(new)
+        sums = {"squares": features.sum_squares([joined], axes, e)}
         if e.layout.factored is None:  # a vector's averages are its elements' own, and both groups of lines
-            lines = [features.sum_squares([feature], axes, e) for feature in self.line_features(acc, e.layout)[:1]]
-            sums |= {f"squares {i}": total for total in lines for i in range(2)}
-        return Visit(acc, sums)
+            lines = self.line_features(acc, e.layout)
+            totals = [features.sum_squares([feature], axes, e) for feature in lines[:1]]
+            sums |= {f"squares {i}": total for total in totals for i in range(2)}
+            if e.whole:
+                fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
+        return Visit(acc, sums, fields=fields)
 
     # -- features ------------------------------------------------------------------------------------------------------
 
-    def element_features(self, e: Elements) -> list[Tensor]:
+    def element_features(self, e: Elements) -> list[features.Piece]:
         """See `FeatureMLP.element_features`."""
         ndim = e.layout.ndim
         g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
@@ -131,13 +142,14 @@ class FactoredMLP(FeatureMLP):
         else:
             factor = factor_m = e.acc["row_scale"] * e.acc["col_scale"]
         if self.clips:
-            return [g, g.clamp(-0.1, 0.1), p, m, v, m * rs, rs, g * factor, g * rs, m * factor_m]
-        return [g, p, m, v, m * rs, rs, g * factor, m * factor_m]
+            return [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs), (m, factor_m)]
+        return [g, p, m, v, (m, rs), rs, (g, factor), (m, factor_m)]
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
         """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
-        keys = ("averages", "averages") if layout.factored is None else ("rows", "cols")
-        return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]
+        keys = ("averages",) if layout.factored is None else ("rows", "cols")
+        lines = [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]
+        return lines * 2 if layout.factored is None else lines
 
     def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """See `FeatureMLP.slots`."""

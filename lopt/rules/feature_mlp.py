@@ -78,13 +78,13 @@ class FeatureMLP(Rule):
     # -- what a rule says of itself ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def element_features(self, e: Elements) -> list[Tensor]:
+    def element_features(self, e: Elements) -> list[features.Piece]:
         """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
         """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`.
 
-        `accumulate` sums the squares of group i, as "squares i", where they are elements' own.
+        Those of a vector are elements' own: `accumulate` sums their squares, as "squares i" of group i.
         """
         return []
 
@@ -108,42 +108,56 @@ class FeatureMLP(Rule):
     def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
         """Factor on the step `[*batch]`, given the element features' mean squares `[*batch, k]`."""
 
+    def join_features(self, e: Elements) -> tuple[Tensor, Accumulators]:
+        """The element features `[*batch, k, *shape]`, and the fields that save `emit` from making them again."""
+        joined = features.join_pieces(self.element_features(e), e.p, e.layout.ndim)
+        return joined, {"features": joined} if e.whole else {}
+
     # -- stages --------------------------------------------------------------------------------------------------------
+
+    def prepare(self, clock: Clock) -> Means:
+        """The features that all elements share."""
+        shared = self.constant_features(clock)
+        return {} if shared is None else {"constant": shared}
 
     def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
         """See `Rule.fold`: the first layer, with everything that is not an element's own folded in."""
         axes, ndim = self.norm_axes(layout), layout.ndim
         (weight, bias), *rest = self.layers(terms)
         own, groups, constant = self.slots(layout)
-        fields: Accumulators = {}  # normalisation that is not one number per tensor
-        shared = self.constant_features(clock)
-        if shared is not None:
-            bias = bias + _multiply(weight[..., constant], shared)
-        squares = {"scale": means["squares"]}
-        for i, feature in enumerate(self.line_features(acc, layout)):
-            key = f"squares {i}"
-            squares[f"scale {i}"] = means[key] if key in means else feature.square().mean(axes, keepdim=True)
-        first, *lines = (torch.cat([weight[..., part] for part in parts], -1) for parts in (own, *groups))
-        folded = []
-        for part, (key, square) in zip((first, *lines), squares.items(), strict=True):
-            scale = (square + self.norm_eps).rsqrt()
-            if scale.shape[scale.ndim - ndim :].numel() == 1:
-                part = part * scale.flatten(-ndim)[..., 0].unsqueeze(-2)
-            else:
-                fields[key] = scale
-            folded.append(part)
+        fields: Accumulators = {}
+        if "constant" in terms:
+            bias = bias + _multiply(weight[..., constant], terms["constant"])
+        squares = [means["squares"]]
+        if layout.factored is None:  # lines are elements' own, and summed by `accumulate`
+            squares += [means[f"squares {i}"] for i in range(len(groups))]
+        else:
+            lines = self.line_features(acc, layout)
+            fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
+            squares += [feature.square().mean(axes, keepdim=True) for feature in lines]
+        widths = [square.shape[-ndim - 1] for square in squares]
+        first = torch.cat([weight[..., part] for parts in (own, *groups) for part in parts], -1)
+        if all(square.shape[square.ndim - ndim :].numel() == 1 for square in squares):
+            mean_squares = torch.cat([square.flatten(-ndim)[..., 0] for square in squares], -1)
+            first = first * (mean_squares + self.norm_eps).rsqrt().unsqueeze(-2)
+        else:  # the normalisation is not one number per tensor
+            scales = ("scale", *(f"scale {i}" for i in range(len(groups))))
+            fields |= {key: (square + self.norm_eps).rsqrt() for key, square in zip(scales, squares, strict=True)}
+        weight, *line_weights = torch.split(first, widths, -1)
         gain = self.gain(means["squares"].flatten(-ndim).mean(-1), terms)
-        return Fold(fields=fields, terms=MLPTerms([(folded[0], bias), *rest], folded[1:], gain))
+        return Fold(fields=fields, terms=MLPTerms([(weight, bias), *rest], line_weights, gain))
 
     def emit(self, e: Elements, terms: MLPTerms) -> Visit:
         """See `Rule.emit`."""
         ndim, shape = e.layout.ndim, e.p.shape[e.p.ndim - e.layout.ndim :]
-        x = torch.cat(self.element_features(e), -ndim - 1)
+        x = e.acc["features"] if "features" in e.acc else self.join_features(e)[0]
         if "scale" in e.acc:
             x = x * e.acc["scale"]
         (weight, bias), *rest = terms.layers
         base = features.spread(bias, ndim)
-        for i, (line, feature) in enumerate(zip(terms.lines, self.line_features(e.acc, e.layout), strict=True)):
+        made = "lines 0" in e.acc
+        lines = [e.acc[f"lines {i}"] for i in range(len(terms.lines))] if made else self.line_features(e.acc, e.layout)
+        for i, (line, feature) in enumerate(zip(terms.lines, lines, strict=True)):
             feature = feature * e.acc[f"scale {i}"] if f"scale {i}" in e.acc else feature
             product = line @ feature.flatten(-ndim)
             base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
@@ -181,4 +195,6 @@ def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """`base + weight @ x`."""
     if weight.ndim == 2 and x.ndim == 2:
         return torch.addmm(base, weight, x)
+    if weight.ndim == 3 and x.ndim == 3:
+        return torch.baddbmm(base, weight, x)
     return base + weight @ x

@@ -30,6 +30,27 @@ def spread(x: Tensor, ndim: int) -> Tensor:
     return x.reshape(*x.shape, *[1] * ndim)
 
 
+Piece = Tensor | tuple[Tensor, Tensor]
+"""A group of features `[*batch, k, *shape]`, or two tensors that it is the product of."""
+
+
+def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
+    """All groups one after the other, `[*batch, features, *shape]`, of a parameter p `[*batch, *shape]`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat([piece if isinstance(piece, Tensor) else piece[0] * piece[1] for piece in pieces], -ndim - 1)
+    # Without gradients products are written where they belong, which saves a copy of everything.
+    factors = [(piece,) if isinstance(piece, Tensor) else piece for piece in pieces]
+    counts = [max([x.shape[-ndim - 1] for x in group]) for group in factors]
+    batch, shape = p.shape[: p.ndim - ndim], p.shape[p.ndim - ndim :]
+    joined = factors[0][0].new_empty((*batch, sum(counts), *shape))
+    for piece, place in zip(pieces, joined.split(counts, -ndim - 1), strict=True):
+        if isinstance(piece, Tensor):
+            place.copy_(piece)
+        else:
+            torch.mul(*piece, out=place)
+    return joined
+
+
 # -- accumulators ------------------------------------------------------------------------------------------------------
 
 

@@ -52,10 +52,10 @@ class MLPLOpt(FeatureMLP):
         """Momenta, and the features' sums of squares."""
         decays = features.spread(self.decays, e.layout.ndim)  # type: ignore[arg-type]
         acc = {"m": features.average(e.acc["m"], features.lift(e.g, e.layout.ndim), decays)}
-        pieces = self.element_features(e._replace(acc=acc))
-        return Visit(acc, {"squares": features.sum_squares(pieces, e.layout.axes, e)})
+        joined, fields = self.join_features(e._replace(acc=acc))
+        return Visit(acc, {"squares": features.sum_squares([joined], e.layout.axes, e)}, fields=fields)
 
-    def element_features(self, e: Elements) -> list[Tensor]:
+    def element_features(self, e: Elements) -> list[features.Piece]:
         """See `FeatureMLP.element_features`."""
         return [features.lift(e.g, e.layout.ndim), features.lift(e.p, e.layout.ndim), e.acc["m"]]
 

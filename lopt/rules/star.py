@@ -107,9 +107,13 @@ class Star(Rule):
         """See `Rule.fold_tensors`."""
         return self.inner.fold_tensors(rows, means, layouts, loss, clock)
 
-    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout) -> Fold:
+    def prepare(self, clock: Clock) -> Means:
+        """See `Rule.prepare`."""
+        return self.inner.prepare(clock)
+
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
         """See `Rule.fold_lines`."""
-        return self.inner.fold_lines(means, acc, layout)
+        return self.inner.fold_lines(means, acc, layout, terms)
 
     def accumulate(self, e: Elements, terms: Means) -> Visit:
         """See `Rule.accumulate`."""

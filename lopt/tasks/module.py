@@ -16,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily, check_split
+from lopt.tasks.batched import batch_losses
 from lopt.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
 
 Module = TypeVar("Module", bound="ModuleTask")
@@ -76,7 +77,8 @@ class ModuleTask(TaskFamily):
                 raise ValueError(f"data has splits {sorted(self.data)} but no 'train'")
         else:
             self.data = _divide(_as_tensors(data), seed)
-        self.module = self._build_seeded(0)
+        self.module = _build_seeded(build, 0)
+        self._batched = batch_losses(self.module, loss)
         self._try_step()
 
     def to(self: Module, device: torch.device | str) -> Module:
@@ -85,15 +87,9 @@ class ModuleTask(TaskFamily):
         self.module = self.module.to(device)
         return self
 
-    def _build_seeded(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.build()
-
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """The weights of a freshly built module."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return _trainable(self._build_seeded(seed))
+        return draw_weights(self.build, generator)
 
     def _try_step(self) -> None:
         """What one step and one evaluation of two tasks compute, so that what they cannot is refused here."""
@@ -132,6 +128,14 @@ class ModuleTask(TaskFamily):
         """The user's loss on the module's output."""
         return self.loss_fn(functional_call(self.module, params, (batch["x"],)), batch["y"])
 
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """See `TaskFamily.losses`; plain networks as batched matrix products."""
+        x, y = batch["x"], batch["y"]
+        plain = x.ndim == 3 and y.ndim == (3 if y.is_floating_point() else 2)
+        if self._batched is None or not plain or type(self).loss is not ModuleTask.loss:
+            return super().losses(params, batch)
+        return self._batched(params, x, y)
+
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Accuracy, where targets `[...]` are integers and outputs `[..., classes]`."""
         y = batch["y"]
@@ -141,6 +145,18 @@ class ModuleTask(TaskFamily):
         if not isinstance(output, Tensor) or output.shape[:-1] != y.shape or output.shape[-1] < 2:
             return {}
         return {"accuracy": (output.argmax(-1) == y).float().mean()}
+
+
+def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> Params:
+    """The trainable weights of a freshly built module; torch's global generator is left as it was."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return _trainable(_build_seeded(build, seed))
+
+
+def _build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def _trainable(module: nn.Module) -> Params:
