@@ -144,10 +144,17 @@ def evaluate(
     card = read_card(content)
     if task is None and card.config is None:
         raise click.UsageError(f"{rule} has no training card that names a task; give --task")
+    trained = card.config.list_families() if card.config else []
     if card.config and not (task or overrides or steps):
         settings = list_settings(card.config)
+    elif len(trained) > 1 and not task:
+        if overrides:
+            raise click.UsageError(
+                f"{rule} was trained on {len(trained)} tasks: say with --task which one --set changes"
+            )
+        settings = [Setting(None, source.build_task(), length) for source in trained for length in steps]
     else:
-        options = {"name": task} if task or card.config is None else dict(card.config.task)
+        options = {"name": task} if task or not trained else dict(trained[0].task)
         for override in overrides:
             merge(options, parse_override(override))
         family = build("task", TASKS, options)

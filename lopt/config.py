@@ -1,14 +1,15 @@
 """The configuration of a meta-training run: TOML presets, overrides, and what they build.
 
 A preset has the sections of `RunConfig`. `[task]`, `[rule]`, `[estimator]` and `[horizon]` name an entry of a
-registry; their other keys are its constructor's arguments.
+registry; their other keys are its constructor's arguments. `[[source]]` mixes several tasks and estimators.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,9 @@ from lopt.estimators import ESTIMATORS, Estimator
 from lopt.horizons import HORIZONS, HorizonSchedule
 from lopt.names import suggest
 from lopt.rules import RULES, Rule
+from lopt.samplers import draw_options, is_sampler
 from lopt.schema import conform, list_options
-from lopt.tasks import TASKS, RandomScaling, TaskFamily
+from lopt.tasks import TASKS, TaskFamily
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,16 +39,22 @@ class TrainerConfig:
 
     Attributes:
         steps: outer steps.
-        tasks: slots, T.
+        tasks: slots of each source, T.
         learning_rate: of AdamW on the meta-weights; linear warm-up over `warmup` steps, then cosine decay to
             `final_learning_rate` times this.
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
         clip: largest global norm of the meta-gradient.
         seed: names every random draw of the run.
+        warm_start: shipped name or rule file whose meta-weights are started from; of the same rule.
+        train_only: patterns of names (as of files, with * and ?) of the meta-weights that are learned; all by default.
+        average: of the meta-weights, by this share of the average and the rest of the present ones; it is validated
+            and saved instead of them. 0.999 averages about 1000 steps, 0 does not average.
         validate_every: outer steps between validations.
-        validation_tasks, validation_steps: held-out tasks and their length.
-        validation_metric: what "best" means: "final" (mean loss over the last tenth of the steps), "mean" or "log".
+        validation_tasks, validation_steps: held-out tasks of each family, and their length.
+        validation_metric: what "best" means: "final" (mean loss over the last tenth of the steps), "mean" or "log";
+            with several families the mean over them of its log relative to the first loss.
+        patience: validations without a better one after which the run ends; 0 goes on to the last step.
         checkpoint_every: outer steps between checkpoints.
         threads: of torch on the CPU; results are reproducible for a given number.
     """
@@ -60,10 +68,14 @@ class TrainerConfig:
     beta2: float = 0.999
     clip: float = 1.0
     seed: int = 0
+    warm_start: str = ""
+    train_only: list[str] = field(default_factory=list)
+    average: float = 0.0
     validate_every: int = 50
     validation_tasks: int = 16
     validation_steps: int = 100
     validation_metric: str = "final"
+    patience: int = 0
     checkpoint_every: int = 50
     threads: int = 2
 
@@ -75,9 +87,11 @@ class TrainerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")
-        for name in ("final_learning_rate", "warmup", "weight_decay", "seed"):
+        for name in ("final_learning_rate", "warmup", "weight_decay", "seed", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"trainer.average must be from 0 to below 1, got {self.average}")
         if self.validation_metric not in ("final", "mean", "log"):
             raise ValueError(f"trainer.validation_metric must be final, mean or log, got {self.validation_metric!r}")
 
@@ -127,56 +141,139 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """All of a run. `name` labels the rule, `description` says in a line what it is for.
+class SourceConfig:
+    """A share of every outer step: tasks of a family, and an estimator of the meta-gradient on them.
 
-    A `horizon` without a name is constant.
+    Attributes:
+        task, estimator, horizon: as the sections of the same names, which are the defaults. An option of the task may
+            be drawn: see `lopt.samplers`.
+        name: what logs and reports call it; the task's name by default.
+        tasks: slots; `trainer.tasks` by default.
+        weight: of its meta-gradient.
+        random_scaling: that of the run by default.
+        buckets: families that are drawn from the task's samplers, by the run's seed. Each is a source by itself, with
+            its share of slots and weight.
     """
 
-    name: str
-    task: Options
-    rule: Options
-    estimator: Options
-    description: str = ""
+    task: Options = field(default_factory=dict)
+    name: str = ""
+    estimator: Options = field(default_factory=dict)
     horizon: Options = field(default_factory=dict)
-    random_scaling: float = 0.0
-    imitation: ImitationConfig = field(default_factory=ImitationConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tasks: int | None = None
+    weight: float = 1.0
+    random_scaling: float | None = None
+    buckets: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.random_scaling < inf:
-            raise ValueError(f"random_scaling must be finite and not negative, got {self.random_scaling}")
-        object.__setattr__(self, "horizon", {"name": "constant"} | self.horizon)
+        for name in ("tasks", "buckets"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"source.{name} must be at least 1, got {value}")
+        if not 0 < self.weight < inf:
+            raise ValueError(f"source.weight must be positive and finite, got {self.weight}")
+        _check_scaling(self.random_scaling or 0.0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts; `parse_config` undoes it."""
-        return asdict(self)
-
-    def build_task(self, **changes: Any) -> TaskFamily:
-        """The family that the rule is judged on, without augmentation; `changes` to its options make a variant."""
-        return build("task", TASKS, self.task | changes)
-
-    def build_training_task(self) -> TaskFamily:
-        """The family that the rule is trained on."""
-        family = self.build_task()
-        return RandomScaling(family, self.random_scaling) if self.random_scaling else family
-
-    def build_rule(self) -> Rule:
-        """The untrained rule."""
-        return build("rule", RULES, self.rule)
+    def build_task(self) -> TaskFamily:
+        """The family that the rule is judged on, without augmentation."""
+        return build("task", TASKS, self.task)
 
     def build_horizon(self) -> HorizonSchedule:
         """The schedule of horizons."""
         return build("horizon", HORIZONS, self.horizon)
 
-    def build_estimator(self) -> Estimator:
-        """The estimator, with the teacher of `[imitation]`."""
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run. `name` labels the rule, `description` says in a line what it is for.
+
+    A `horizon` without a name is constant. Without a `source`, the sections `task`, `estimator` and `horizon` are one.
+    """
+
+    name: str
+    rule: Options
+    task: Options = field(default_factory=dict)
+    estimator: Options = field(default_factory=dict)
+    description: str = ""
+    horizon: Options = field(default_factory=dict)
+    random_scaling: float = 0.0
+    source: list[SourceConfig] = field(default_factory=list)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _check_scaling(self.random_scaling)
+        object.__setattr__(self, "horizon", {"name": "constant"} | self.horizon)
+        for section in ("task", "estimator"):
+            if not getattr(self, section) and not (self.source and all(getattr(s, section) for s in self.source)):
+                raise ValueError(f"{section} is missing")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts; `parse_config` undoes it."""
+        return asdict(self)
+
+    def list_sources(self) -> list[SourceConfig]:
+        """The sources with all defaults filled in, and buckets drawn: there are no samplers and no buckets any more.
+
+        Raises:
+            ValueError: a sampler is not understood, fewer slots than buckets, buckets of which all would be equal.
+        """
+        found = [bucket for i, s in enumerate(self.source or [SourceConfig()]) for bucket in self._draw_buckets(i, s)]
+        count, seen, named = Counter(source.name for source in found), Counter[str](), []
+        for source in found:
+            seen[source.name] += 1
+            more = f" {seen[source.name]}" if count[source.name] > 1 else ""
+            named.append(replace(source, name=source.name + more))
+        return named
+
+    def _draw_buckets(self, index: int, source: SourceConfig) -> list[SourceConfig]:
+        task, tasks, buckets = source.task or self.task, source.tasks or self.trainer.tasks, source.buckets
+        name = conform(task.get("name"), str, "task.name")
+        where = f"source {source.name or name!r}"
+        if buckets > tasks:
+            raise ValueError(f"{where}: {buckets} buckets need as many tasks (slots) at least, got {tasks}")
+        if buckets > 1 and not any(map(is_sampler, task.values())):
+            raise ValueError(f"{where}: {buckets} buckets would be equal: no option of its task is drawn")
+        kinds = list_options(TASKS[name]) if name in TASKS else {}
+        drawn = draw_options(task, kinds, buckets, self.trainer.seed, f"source {index}", "task")
+        slots = [tasks // buckets + (i < tasks % buckets) for i in range(buckets)]
+        return [
+            SourceConfig(
+                task=options,
+                name=source.name or name,
+                estimator=source.estimator or self.estimator,
+                horizon={"name": "constant"} | source.horizon if source.horizon else self.horizon,
+                tasks=share,
+                weight=source.weight * share / tasks,
+                random_scaling=self.random_scaling if source.random_scaling is None else source.random_scaling,
+            )
+            for options, share in zip(drawn, slots, strict=True)
+        ]
+
+    def list_families(self) -> list[SourceConfig]:
+        """The first source of each different task: what the rule is validated and judged on."""
+        found: list[SourceConfig] = []
+        for source in self.list_sources():
+            if source.task not in [other.task for other in found]:
+                found.append(source)
+        return found
+
+    def build_rule(self) -> Rule:
+        """The untrained rule."""
+        return build("rule", RULES, self.rule)
+
+    def build_estimator(self, source: SourceConfig) -> Estimator:
+        """A source's estimator, with the teacher of `[imitation]`."""
         given: dict[str, Any] = {}
         if self.imitation.teacher:
             teacher = build("imitation.teacher", RULES, {"name": self.imitation.teacher, **self.imitation.options})
             given = {"teacher": teacher, "imitation": self.imitation.weight, "follow": self.imitation.follow}
-        return build("estimator", ESTIMATORS, self.estimator, **given)
+        return build("estimator", ESTIMATORS, source.estimator, **given)
+
+
+def _check_scaling(value: float) -> None:
+    if not 0 <= value < inf:
+        raise ValueError(f"random_scaling must be finite and not negative, got {value}")
 
 
 def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, Any], **given: Any) -> T:

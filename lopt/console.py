@@ -33,7 +33,11 @@ def run_trainer(trainer: Trainer, console: Console) -> None:
     from lopt.runs import resume_command
     from lopt.trainer import Interrupted
 
-    console.print(escape(f"{trainer.rule.describe()}\n  on {trainer.family.describe()}"), soft_wrap=True)
+    several = len(trainer.sources) > 1
+    console.print(escape(trainer.rule.describe()), soft_wrap=True)
+    for source in trainer.sources:
+        share = f" ({source.name}: {source.tasks} tasks, {source.estimator.name}, weight {source.weight:g})"
+        console.print(escape(f"  on {source.family.describe()}{share if several else ''}"), soft_wrap=True)
     try:
         with TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update)

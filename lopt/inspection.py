@@ -59,8 +59,9 @@ def _measure_state(rule: Rule, shape: tuple[int, ...]) -> float:
 def find_horizon(card: Mapping[str, Any]) -> int | None:
     """Length of the runs that the rule was trained on, if its card tells and it was one length."""
     config = read_card(card).config
-    schedule = None if config is None else config.build_horizon()
-    return schedule.steps if isinstance(schedule, Constant) else None
+    schedules = [] if config is None else [source.build_horizon() for source in config.list_sources()]
+    lengths = {schedule.steps if isinstance(schedule, Constant) else None for schedule in schedules}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Console) -> None:

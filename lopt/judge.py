@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from lopt.config import RunConfig
+from lopt.config import RunConfig, build
 from lopt.evaluate import BASELINES, Comparison, Summary
 from lopt.evaluate.comparison import DEFAULT_LABEL
 from lopt.schema import conform
-from lopt.tasks import TaskFamily
+from lopt.tasks import TASKS, TaskFamily
 
 
 class Setting(NamedTuple):
@@ -74,23 +74,27 @@ def check_label(label: str) -> str:
 
 
 def list_settings(config: RunConfig) -> list[Setting]:
-    """The task of the run at its evaluation's lengths, then the variants at the first of them.
+    """Every family of the run at its evaluation's lengths, then the variants at the first of them.
 
-    The first setting is the one that the rule was trained for.
+    The first setting is one that the rule was trained for. A variant changes options of the first family's task, or
+    names a task of its own.
 
     Raises:
         ValueError: a variant has a title that is no string, or an option that its task does not accept.
     """
-    evaluation, name = config.evaluation, config.build_task().name
+    evaluation, families = config.evaluation, config.list_families()
     settings = []
-    for i, steps in enumerate(evaluation.steps):
-        title = f"{name}: {steps} steps" if i else f"{name}: as trained, {steps} steps"
-        settings.append(Setting(title, config.build_task(), steps))
+    for source in families:
+        family = source.build_task()
+        for i, steps in enumerate(evaluation.steps):
+            title = f"{source.name}: {steps} steps" if i else f"{source.name}: as trained, {steps} steps"
+            settings.append(Setting(title, family, steps))
     for variant in evaluation.variants:
         changes = dict(variant)
         title = conform(changes.pop("title", ""), str, "evaluation.variants: title")
         title = title or ", ".join(f"{key} {value}" for key, value in changes.items())
-        settings.append(Setting(f"{name}: {title}", config.build_task(**changes), evaluation.steps[0]))
+        changed = build("task", TASKS, changes if "name" in changes else families[0].task | changes)
+        settings.append(Setting(f"{changed.name}: {title}", changed, evaluation.steps[0]))
     return settings
 
 

@@ -29,6 +29,7 @@ class TrainingProgress:
         )
         steps = trainer.config.steps
         self.task = self.bars.add_task("", total=steps, completed=trainer.step, loss="-", best="-", speed="-")
+        self.families = trainer.list_families()
         self.speed = 0.0
         self.trouble = ""
 
@@ -55,8 +56,9 @@ class TrainingProgress:
         if progress.validation:
             values = progress.validation
             self.bars.update(self.task, best=f"{values['best']:.4g}")
+            figure = "loss" if len(self.families) == 1 else f"log(loss / first loss) of {len(self.families)} families"
             self.console.print(
-                f"step {progress.step:>5}/{progress.steps}  held-out tasks: final loss {values['final']:.4g}, "
+                f"step {progress.step:>5}/{progress.steps}  held-out tasks: final {figure} {values['final']:.4g}, "
                 f"mean {values['mean']:.4g}  (best {values['best']:.4g})  {self.speed:,.0f} inner steps/s"
                 f"{self.trouble}",
                 highlight=False,

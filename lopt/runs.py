@@ -11,6 +11,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +24,60 @@ from lopt.checkpoint import write_atomic
 from lopt.config import RunConfig, parse_config
 from lopt.judge import check_label, list_settings
 from lopt.log import METRICS, read_metrics
+from lopt.ranks import Ranks
 from lopt.schema import conform
-from lopt.tasks import TaskFamily
+from lopt.sources import Source
+from lopt.tasks import RandomScaling
 from lopt.trainer import CHECKPOINT, RULE, Trainer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 
 
-def build_trainer(config: RunConfig, folder: Path | None = None, command: str = "") -> Trainer:
-    """The trainer that a configuration describes; `command` goes into the training card."""
-    family = config.build_training_task()
+def build_trainer(
+    config: RunConfig, folder: Path | None = None, command: str = "", ranks: Ranks | None = None, *, warm: bool = True
+) -> Trainer:
+    """The trainer that a configuration describes; `command` goes into the training card.
+
+    Args:
+        warm: load the weights of `trainer.warm_start`, which a checkpoint makes needless.
+    """
+    families = [(source.task, source.build_task()) for source in config.list_families()]
+    sources = []
+    for source in config.list_sources():
+        family = next(built for task, built in families if task == source.task)
+        sources.append(
+            Source(
+                RandomScaling(family, source.random_scaling) if source.random_scaling else family,
+                config.build_estimator(source),
+                source.tasks or config.trainer.tasks,
+                name=source.name,
+                weight=source.weight,
+                horizon=source.build_horizon(),
+                validation_family=family,
+            )
+        )
     return Trainer(
         config.build_rule(),
-        family,
-        config.build_estimator(),
-        config.trainer,
-        horizon=config.build_horizon(),
-        validation_family=config.build_task(),
+        sources,
+        None,
+        config.trainer if warm else replace(config.trainer, warm_start=""),
         folder=folder,
-        card=describe_run(config, family, command),
+        card=describe_run(config, sources, command),
+        ranks=ranks,
     )
 
 
-def describe_run(config: RunConfig, family: TaskFamily, command: str) -> dict[str, Any]:
+def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> dict[str, Any]:
     """The training card before training: what, on what, how."""
+    resolved = config.list_sources()
+    longest = max(resolved, key=lambda source: source.build_horizon().longest)
     return {
         "name": config.name,
         "description": config.description,
-        "tasks": family.describe(),
-        "horizon": config.horizon,
-        "estimator": config.estimator,
+        "tasks": "; ".join(source.family.describe() for source in sources),
+        "horizon": longest.horizon,
+        "estimator": resolved[0].estimator if len(resolved) == 1 else {s.name: s.estimator for s in resolved},
         "seed": config.trainer.seed,
         "command": command,
         "licence": "Apache-2.0",
@@ -60,49 +85,74 @@ def describe_run(config: RunConfig, family: TaskFamily, command: str) -> dict[st
     }
 
 
-def start_run(config: RunConfig, folder: Path) -> Trainer:
+def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Trainer:
     """Make the folder of a new run and its trainer, once all that the configuration asks for is known to exist.
 
     Raises:
         FileExistsError: the folder holds a run already.
         ValueError: the configuration cannot be built, or its rule not be judged.
         OSError: the folder cannot be written.
+        FailedLead: one of these on rank 0.
     """
-    if (folder / CONFIG).exists():
-        raise FileExistsError(
-            f"{folder} holds a run already: go on with `{resume_command(folder)}`, or choose another folder with --out"
-        )
-    check_label(config.name)
-    list_settings(config)
-    environment = describe_environment()
-    trainer = build_trainer(config, folder, environment["command"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / ENVIRONMENT, _to_json(environment))
-    write_atomic(folder / CONFIG, _to_json(config.to_dict()))
-    return trainer
+    ranks = ranks or Ranks()
+    built: list[Trainer] = []
+
+    def prepare() -> str:
+        if (folder / CONFIG).exists():
+            raise FileExistsError(
+                f"{folder} holds a run already: go on with `{resume_command(folder)}`, or choose another folder "
+                "with --out"
+            )
+        check_label(config.name)
+        list_settings(config)
+        environment = describe_environment() | {"processes": ranks.size}
+        command: str = environment["command"]
+        built.append(build_trainer(config, folder, command, ranks))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ENVIRONMENT, _to_json(environment))
+        write_atomic(folder / CONFIG, _to_json(config.to_dict()))
+        return command
+
+    command = ranks.lead(prepare)
+    return built[0] if built else build_trainer(config, folder, command, ranks)
 
 
-def resume_run(folder: Path) -> tuple[RunConfig, Trainer]:
+def resume_run(folder: Path, ranks: Ranks | None = None) -> tuple[RunConfig, Trainer]:
     """Configuration and trainer of an interrupted run, where its last checkpoint left it.
+
+    Rank 0 reads the folder for all; their number need not be that of before.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
         ValueError: its configuration or checkpoint is damaged, or the checkpoint is gone.
+        FailedLead: one of these on rank 0.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
-    raw, environment = _read_json(path), _read_json(folder / ENVIRONMENT)
-    command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
-    try:
-        config = parse_config(raw)
-        trainer = build_trainer(config, folder, command)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if (folder / CHECKPOINT).exists():
+    ranks = ranks or Ranks()
+    built: list[Trainer] = []
+
+    def read() -> dict[str, Any]:
+        path = folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
+        raw, environment = _read_json(path), _read_json(folder / ENVIRONMENT)
+        command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
+        saved = (folder / CHECKPOINT).exists()
+        if not saved and _has_trained(folder):  # otherwise killed before the first checkpoint: start again
+            raise ValueError(
+                f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out"
+            )
+        try:
+            built.append(build_trainer(parse_config(raw), folder, command, ranks, warm=not saved))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return {"config": raw, "command": command, "saved": saved}
+
+    found = ranks.lead(read)
+    config = parse_config(found["config"])
+    warm = not found["saved"]
+    trainer = built[0] if built else build_trainer(config, folder, found["command"], ranks, warm=warm)
+    if found["saved"]:
         trainer.restore(folder / CHECKPOINT)
-    elif _has_trained(folder):  # otherwise killed before the first checkpoint: start again
-        raise ValueError(f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out")
     return config, trainer
 
 

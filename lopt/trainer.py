@@ -1,35 +1,36 @@
 """The outer loop: meta-gradients into AdamW, validation on held-out tasks, checkpoints, exact resume.
 
-A run is a pure function of its configuration. Its checkpoint holds meta-weights, outer optimizer, the estimator's
-carry, horizon stage and the best weights so far; there is no other state, because random draws are named (see
-`lopt.tensors`).
+A run is a pure function of its configuration. Its checkpoint holds meta-weights and their average, outer optimizer, the
+estimators' carries, horizon stage and the best weights so far; there is no other state, because random draws are named
+(see `lopt.tensors`). Every rank has all of it but the carries, which are of its own slots.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lopt.checkpoint import load_state, save, save_state
+from lopt.checkpoint import load, load_state, save, save_state
 from lopt.config import TrainerConfig
 from lopt.estimators import Estimator
-from lopt.evaluate import run_curves
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog, flatten_dict
+from lopt.names import suggest
+from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
+from lopt.sources import Source, merge_ranks, merge_sources
+from lopt.stop import Reason, Stop
 from lopt.tasks import TaskFamily
-from lopt.unroll import InnerLoop
+from lopt.validation import plot_losses, validate
 
 CHECKPOINT = "checkpoint.safetensors"
 RULE = "rule.safetensors"
@@ -54,73 +55,92 @@ class Trainer:
 
     Args:
         rule: trained in place.
-        family: tasks to train on.
-        estimator: where the meta-gradient comes from.
+        tasks: a family to train on, with `estimator`; or sources, which have estimators and horizons of their own.
+        estimator: where the meta-gradient comes from; None for sources.
         config: settings of the outer loop.
         horizon: schedule of the training tasks' lengths.
-        validation_family: tasks to choose the best weights on; `family` by default.
+        validation_family: tasks to choose the best weights on; the family that is trained on by default.
         folder: where checkpoints, metrics and the best rule go; nothing is written without one.
         card: training card to put into the rule file.
+        ranks: the processes that share the slots; all of them make the same trainer.
+    Raises:
+        ValueError: there are more processes than slots, `trainer.train_only` fits no meta-weight, or
+            `trainer.warm_start` is not a file of this rule.
     """
 
     def __init__(
         self,
         rule: Rule,
-        family: TaskFamily,
-        estimator: Estimator,
+        tasks: TaskFamily | Sequence[Source],
+        estimator: Estimator | None,
         config: TrainerConfig,
         *,
         horizon: HorizonSchedule | None = None,
         validation_family: TaskFamily | None = None,
         folder: Path | str | None = None,
         card: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.rule, self.family, self.estimator, self.config = rule, family, estimator, config
-        self.horizon = horizon
-        self.validation_family = validation_family or family
+        if isinstance(tasks, TaskFamily):
+            assert estimator is not None, "a family needs an estimator"
+            options = {"horizon": horizon, "validation_family": validation_family}
+            tasks = [Source(tasks, estimator, config.tasks, **options)]  # type: ignore[arg-type]
+        self.rule, self.sources, self.config, self.ranks = rule, list(tasks), config, ranks or Ranks()
         self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
-        self.step = 0
-        self.best = math.inf
-        self.best_step = 0
+        self.slots = sum(source.tasks for source in self.sources)
+        if self.ranks.size > self.slots:
+            raise ValueError(
+                f"{self.ranks.size} processes cannot share {self.slots} tasks (slots): start at most {self.slots} "
+                "processes, or raise trainer.tasks"
+            )
+        if config.warm_start:
+            load_weights(rule, config.warm_start)
+        freeze_weights(rule, config.train_only)
+        self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
         self.best_weights = _copy_weights(rule)
+        self.average = {name: weight.detach().clone() for name, weight in rule.meta_weights().items()}
         self.outer = torch.optim.AdamW(
-            rule.parameters(),
+            rule.meta_weights().values(),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.loop = InnerLoop(rule, family, config.seed, horizon)
-        self.carry = estimator.start(self.loop, torch.arange(config.tasks))
+        first = 0
+        for source in self.sources:
+            source.start(rule, config.seed, first, self.ranks)
+            first += source.tasks
         self.seconds = 0.0
-        self._stop, self._dead_steps = False, 0
+        self._stop, self._dead_steps = Stop(), 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def run(self, on_step: Callable[[Progress], None] | None = None) -> Rule:
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made, or validations have not improved for as long as `patience` allows."""
+        return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
+
+    def run(self, on_step: Callable[[Progress], None] | None = None, time_limit: float | None = None) -> Rule:
         """Train to the end and return the rule with the best weights found.
 
+        Args:
+            on_step: called after every outer step.
+            time_limit: seconds after which the run ends as if it were over; its checkpoint can be gone on from, as if
+                it had not ended.
         Raises:
-            Interrupted: a signal (SIGINT, SIGTERM) arrived; the state is saved if there is a folder.
+            Interrupted: a signal (SIGINT, SIGTERM) arrived on a rank; the state is saved if there is a folder.
+            LostRank: another process is gone.
             ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
         """
-        self._stop, self._dead_steps = False, 0
-        if self.folder:
+        self._stop, self._dead_steps = Stop(time_limit), 0
+        writes = self.folder is not None and self.ranks.leads
+        if self.folder and writes:
             self.folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
-        log = RunLog(self.folder, self.step) if self.folder else None
+        log = RunLog(self.folder, self.step) if self.folder and writes else None
         try:
-            with _stop_on_signal(self._request_stop):
-                if self.step == 0:
-                    self._after_step(log, on_step, {})
-                while self.step < self.config.steps:
-                    metrics = self.train_step()
-                    self._after_step(log, on_step, metrics)
-                    self._check_progress(metrics)
-                    if self._stop and self.step < self.config.steps:
-                        if self.folder:
-                            self.save()
-                        raise Interrupted
+            with self._stop.on_signals():
+                self._loop(log, on_step)
             if log:
                 log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
         finally:
@@ -129,43 +149,71 @@ class Trainer:
             torch.set_num_threads(threads)
         return self.build_best()
 
+    def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
+        if self.step == 0:
+            self._after_step(log, on_step, {}, {})
+        while not self.finished:
+            metrics, parts = self._step_sources()
+            validated = self._after_step(log, on_step, metrics, parts)
+            self._check_progress(metrics)
+            reason = Reason(self.ranks.find_largest(self._stop.reason))
+            if reason == Reason.NONE or self.finished:
+                continue
+            if self.folder:
+                self.save()
+            if reason == Reason.SIGNAL:
+                raise Interrupted
+            if not validated:  # not in the checkpoint, from which the run goes on as if it had not ended
+                self.validate(log)
+                if self.folder and self.ranks.leads:
+                    self.save_rule()
+            return
+
     def build_best(self) -> Rule:
         """A rule with the best weights so far."""
-        best = deepcopy(self.rule)
-        best.load_state_dict(self.best_weights)
-        return best
+        return self._build(self.best_weights)
+
+    def _build(self, weights: Mapping[str, Tensor]) -> Rule:
+        rule = deepcopy(self.rule)
+        rule.load_state_dict(dict(weights))
+        return rule
 
     def _check_progress(self, metrics: Mapping[str, float]) -> None:
         """Give up where nothing is learned any more."""
-        alive = math.isfinite(metrics["gradient_norm"]) and metrics["skipped_slots"] < self.config.tasks
+        alive = math.isfinite(metrics["gradient_norm"]) and metrics["skipped_slots"] < self.slots
         self._dead_steps = 0 if alive else self._dead_steps + 1
         if self._dead_steps >= MAX_DEAD_STEPS:
-            raise ValueError(
+            error = ValueError if self.ranks.leads else FailedLead
+            raise error(
                 f"in the last {MAX_DEAD_STEPS} outer steps no task gave a finite meta-gradient (step {self.step}). "
                 "Lower trainer.learning_rate, the rule's output scale or the loss's scale; the best weights so far "
                 f"are those of step {self.best_step}"
             )
 
     def _request_stop(self) -> None:
-        self._stop = True
+        self._stop.asked = True
 
     def _after_step(
         self,
         log: RunLog | None,
         on_step: Callable[[Progress], None] | None,
         metrics: Mapping[str, float],
-    ) -> None:
-        """Validate, log, save and tell, where it is time to."""
-        config, last = self.config, self.step >= self.config.steps
+        parts: Mapping[str, Mapping[str, float]],
+    ) -> bool:
+        """Validate, log, save and tell, where it is time to; returns whether it has validated."""
+        config = self.config
         if log and metrics:
             log.scalars("train", self.step, metrics)
+            for name, values in parts.items():
+                log.scalars(f"source {name}", self.step, values)
         validation = None
-        if self.step % config.validate_every == 0 or last:
+        if self.step % config.validate_every == 0 or self.finished:
             validation = self.validate(log)
-        if self.folder and (self.step % config.checkpoint_every == 0 or last):
+        if self.folder and (self.step % config.checkpoint_every == 0 or self.finished):
             self.save()
         if on_step:
             on_step(Progress(self.step, config.steps, metrics, validation))
+        return validation is not None
 
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
@@ -177,12 +225,18 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One outer step; returns what to log."""
+        return self._step_sources()[0]
+
+    def _step_sources(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """One outer step; what to log of the whole, and of each source where there are several."""
         begin = time.perf_counter()
-        estimate = self.estimator.estimate(self.loop, self.carry)
-        self.carry = estimate.carry
-        for name, weight in self.rule.meta_weights().items():
-            weight.grad = estimate.gradient[name]
-        norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), self.config.clip)
+        weights = self.rule.meta_weights()
+        totals = merge_ranks([source.estimate() for source in self.sources], weights, self.ranks)
+        total = merge_sources(totals, [source.weight for source in self.sources])
+        pieces = torch.split(total.gradient, [weight.numel() for weight in weights.values()])
+        for weight, piece in zip(weights.values(), pieces, strict=True):
+            weight.grad = piece.view(weight.shape).to(weight)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.config.clip)
         rate = self.learning_rate()
         for group in self.outer.param_groups:
             group["lr"] = rate
@@ -190,60 +244,84 @@ class Trainer:
             self.outer.step()
         self.outer.zero_grad()
         self.step += 1
+        self._update_average()
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        return estimate.metrics | {
+        parts = {
+            source.name: own.metrics
+            | {"gradient_norm": float(own.gradient.norm()), "horizon_stage": _find_stage(source)}
+            for source, own in zip(self.sources, totals, strict=True)
+        }
+        whole = total.metrics | {
             "gradient_norm": float(norm),
             "learning_rate": rate,
-            "inner_steps_per_second": estimate.metrics["inner_steps"] / seconds,
-            "horizon_stage": float(self.horizon.stage if self.horizon else 0),
+            "inner_steps_per_second": total.metrics["inner_steps"] / seconds,
+            "horizon_stage": max(map(_find_stage, self.sources)),
         }
+        return whole, parts if len(parts) > 1 else {}
+
+    def _update_average(self) -> None:
+        """Over about the last 1 / (1 - `average`) steps, and fewer at first, when the weights move most."""
+        decay = min(self.config.average, self.step / (self.step + 9))
+        for name, weight in self.rule.meta_weights().items():
+            self.average[name].lerp_(weight.detach(), 1 - decay)
 
     # -- validation --------------------------------------------------------------------------------
 
     def validate(self, log: RunLog | None = None) -> dict[str, float]:
-        """Run held-out tasks with the present weights; keep them if they are the best so far."""
-        config = self.config
-        curves = run_curves(
-            self.rule,
-            self.validation_family,
-            torch.arange(config.validation_tasks),
-            config.validation_steps,
-            seed=config.seed,
-            stream="validation",
-            split="outer_valid",
-        )
-        losses = curves.losses[1:]
-        tail = losses[-max(1, len(losses) // 10) :]
-        values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
-        result = {key: float(value) for key, value in values.items()}
-        metric = result[config.validation_metric]
+        """Run held-out tasks with the present weights, or their average; keep them if they are the best so far.
+
+        The figures are those of `lopt.validation.Validation`: losses for one family of tasks; for several the mean
+        over them of the log of the loss relative to the first loss.
+        """
+        weights = _copy_weights(self.rule) | (self.average if self.config.average else {})
+        rule = self._build(weights) if self.config.average else self.rule
+        found = validate(rule, self.list_families(), self.config, self.ranks)
+        metric = found.figures[self.config.validation_metric]
         improved = metric < self.best  # false for NaN
+        self.stale = 0 if improved else self.stale + 1
         if improved:
             self.best, self.best_step = metric, self.step
-            self.best_weights = _copy_weights(self.rule)
-        if self.horizon and self.step > 0:
-            self.horizon.validated(improved)
-        result |= {"best": self.best} | {key: float(value.mean()) for key, value in curves.metrics.items()}
+            self.best_weights = {name: value.clone() for name, value in weights.items()}
+        for source in self.sources:
+            if source.horizon and self.step > 0:
+                source.horizon.validated(improved)
+        result = found.figures | {"best": self.best}
         if log:
             log.scalars("validation", self.step, result)
-            log.figure("validation/curves", self.step, _plot_losses(losses))
+            for name, losses in found.losses.items():
+                kind = f"validation {name}" if found.families else "validation"
+                if found.families:
+                    log.scalars(kind, self.step, found.families[name])
+                log.figure(f"{kind}/curves", self.step, plot_losses(losses))
         return result
+
+    def list_families(self) -> dict[str, TaskFamily]:
+        """What is validated on: every family once, by the name of its first source."""
+        families: dict[str, TaskFamily] = {}
+        for source in self.sources:
+            if all(source.validation_family is not known for known in families.values()):
+                families[source.name] = source.validation_family
+        return families
 
     # -- saving ------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint, and the best rule so far beside it."""
+        """Write the checkpoint, and the best rule so far beside it; rank 0 writes what all have."""
         assert self.folder is not None
+        tensors = self._tensors()
+        if not self.ranks.leads:
+            return
         metadata = {
             "step": self.step,
             "best": self.best if math.isfinite(self.best) else None,
             "best_step": self.best_step,
-            "horizon_improved": self.horizon.improved if self.horizon else 0,
+            "stale": self.stale,
+            "horizon_improved": max((s.horizon.improved for s in self.sources if s.horizon), default=0),
             "seconds": self.seconds,
             "config": self.card.get("config"),
         }
-        save_state(self.folder / CHECKPOINT, self._tensors(), metadata)
+        save_state(self.folder / CHECKPOINT, tensors, metadata)
         self.save_rule()
 
     @property
@@ -263,12 +341,15 @@ class Trainer:
         save(self.build_best(), self.rule_path, self.card | {"training": trained})
 
     def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; on other ranks than 0 without the carries."""
         tensors = {f"weights.{k}": v for k, v in _copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items() if self.config.average}
         for index, state in self.outer.state_dict()["state"].items():
             tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
-        leaves, _ = tree_flatten(self.carry)
-        return tensors | {f"carry.{i}": leaf for i, leaf in enumerate(leaves)}
+        for i, source in enumerate(self.sources):
+            tensors |= {f"carry.{i}.{key}": value for key, value in source.gather_carry().items()}
+        return tensors
 
     def _check_config(self, path: Path, found: Any) -> None:
         expected = self.card.get("config")
@@ -279,59 +360,88 @@ class Trainer:
                 changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
                 raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of a run with the same configuration.
-
-        Raises:
-            ValueError: not a checkpoint of this configuration.
-        """
-        tensors, metadata = load_state(path)
-        self._check_config(path, metadata.get("config"))
-        expected, found = set(self._tensors()), set(tensors)
-        outer = {key for key in found if key.startswith("outer.")}
-        if expected - outer != found - outer:
+    def _check_names(self, path: Path, found: set[str]) -> None:
+        expected = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
+        expected |= {f"average.{name}" for name in self.average if self.config.average}
+        expected |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
+        found = {name for name in found if not name.startswith("outer.")}
+        if expected != found:
             raise ValueError(
                 f"{path} does not belong to this configuration: it lacks "
                 f"{sorted(expected - found)[:3]} and has {sorted(found - expected)[:3]} besides"
             )
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of a run with the same configuration, made by any number of processes.
+
+        Rank 0 reads it for all.
+
+        Raises:
+            ValueError: not a checkpoint of this configuration.
+        """
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> dict[str, Any]:
+            found, metadata = load_state(path)
+            self._check_config(path, metadata.get("config"))
+            self._check_names(path, set(found))
+            tensors.update(found)
+            return metadata
+
+        metadata = self.ranks.lead(read)
+        tensors = self.ranks.send(tensors)
         self.rule.load_state_dict(_section(tensors, "weights."))
         self.best_weights = _section(tensors, "best.")
+        self.average |= _section(tensors, "average.")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _section(tensors, "outer.").items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         self.outer.load_state_dict(self.outer.state_dict() | {"state": state})
-        leaves, spec = tree_flatten(self.carry)
-        restored = [tensors[f"carry.{i}"] for i in range(len(leaves))]
-        self.carry = tree_unflatten(restored, spec)
-        self.step, self.best_step = metadata["step"], metadata["best_step"]
+        for i, source in enumerate(self.sources):
+            source.restore_carry(_section(tensors, f"carry.{i}."))
+            if source.horizon:
+                source.horizon.improved = metadata["horizon_improved"]
+        self.step, self.best_step, self.stale = metadata["step"], metadata["best_step"], metadata["stale"]
         self.best = math.inf if metadata["best"] is None else metadata["best"]
         self.seconds = metadata["seconds"]
-        if self.horizon:
-            self.horizon.improved = metadata["horizon_improved"]
 
 
-@contextmanager
-def _stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks to stop, the second one is as usual; only in the main thread."""
-    previous: dict[int, Any] = {}
+def load_weights(rule: Rule, name_or_path: str) -> None:
+    """Give `rule` the meta-weights of a shipped rule or a rule file.
 
-    def handle(number: int, frame: Any) -> None:
-        request_stop()
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a rule file, or of another rule or configuration.
+    """
+    found = load(name_or_path)
+    if (found.name, found.config) != (rule.name, rule.config):
+        raise ValueError(
+            f"trainer.warm_start: {name_or_path} holds {found.describe()}, but the run trains {rule.describe()}. "
+            "Train the rule with the file's configuration"
+        )
+    rule.load_state_dict(found.state_dict())
 
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.getsignal(wanted)
-            signal.signal(wanted, handle)
-    except ValueError:  # not the main thread: signals are the caller's affair
-        previous.clear()
-    try:
-        yield
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+
+def freeze_weights(rule: Rule, patterns: Sequence[str]) -> None:
+    """Leave learned only the meta-weights whose names fit one of the patterns (as file names do); all without one.
+
+    Raises:
+        ValueError: a pattern fits no meta-weight.
+    """
+    names = list(rule.meta_weights())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"trainer.train_only: {pattern!r} fits no meta-weight of {rule.name!r}. {suggest(pattern, names)}"
+            )
+    if patterns:
+        for name, weight in rule.meta_weights().items():
+            weight.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _find_stage(source: Source) -> float:
+    return float(source.horizon.stage if source.horizon else 0)
 
 
 def _copy_weights(rule: Rule) -> dict[str, Tensor]:
@@ -340,15 +450,3 @@ def _copy_weights(rule: Rule) -> dict[str, Tensor]:
 
 def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _plot_losses(losses: Tensor) -> Any:
-    """Held-out loss curves for TensorBoard: every task thin, the median thick."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(losses.numpy(), color="tab:blue", alpha=0.2, linewidth=0.7)
-    axes.plot(losses.median(1).values.numpy(), color="tab:blue", linewidth=2)
-    axes.set(yscale="log", xlabel="step", ylabel="training-batch loss")
-    return figure

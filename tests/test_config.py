@@ -21,10 +21,16 @@ RAW: dict[str, Any] = {
 
 
 def build_all(config: RunConfig) -> None:
-    config.build_training_task()
     config.build_rule()
-    config.build_horizon()
-    config.build_estimator()
+    for source in config.list_sources():
+        source.build_task()
+        source.build_horizon()
+        config.build_estimator(source)
+
+
+def build_estimator(raw: dict[str, Any]) -> Any:
+    config = parse_config(raw)
+    return config.build_estimator(config.list_sources()[0])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_plain_data_and_back_is_the_same_configuration() -> None:
 
 def test_the_teacher_and_its_settings_reach_the_estimator() -> None:
     imitation = {"teacher": "adam", "options": {"lr": 1}, "weight": 2, "follow": 0.25}
-    estimator: Any = parse_config(RAW | {"imitation": imitation}).build_estimator()
+    estimator = build_estimator(RAW | {"imitation": imitation})
     assert (estimator.teacher.config["lr"], estimator.imitation, estimator.follow) == (1.0, 2.0, 0.25)
 
 
@@ -146,6 +152,6 @@ def test_long_labels_keep_different_slugs() -> None:
 
 def test_options_that_json_cannot_hold_are_no_options() -> None:
     with pytest.raises(ValueError, match=r"task.data is unknown to 'module'. Known: batch_size"):
-        parse_config(RAW | {"task": {"name": "module", "data": "x"}}).build_task()
+        parse_config(RAW | {"task": {"name": "module", "data": "x"}}).list_sources()[0].build_task()
     with pytest.raises(ValueError, match=r"task: module: .*build"):
-        parse_config(RAW | {"task": {"name": "module"}}).build_task()
+        parse_config(RAW | {"task": {"name": "module"}}).list_sources()[0].build_task()

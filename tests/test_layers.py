@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard", "lopt.resume"}  # what the optimizer is made of
 LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing"},
-    {"lopt.tensors", "lopt.schema", "lopt.weights"},
-    {"lopt.rules", "lopt.tasks"},
+    {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop"},
+    {"lopt.rules", "lopt.tasks", "lopt.samplers"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
     {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
-    {"lopt.config", "lopt.evaluate", "lopt.engine"},
-    {"lopt.fused"},
+    {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources"},
+    {"lopt.fused", "lopt.validation"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},
     {"lopt.portrait", "lopt.console"},

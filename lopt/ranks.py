@@ -1,0 +1,173 @@
+"""The processes of a run: who does which slots, and what they tell each other. With one process nothing is sent.
+
+All ranks make the same calls in the same order. What is sent is numbers, JSON and named tensors (as safetensors), never
+pickles; a rank that dies shows in the others as `LostRank`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as decode_tensors
+from safetensors.torch import save as encode_tensors
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LostRank(Exception):
+    """Another process of the run is gone."""
+
+
+class FailedLead(Exception):
+    """Rank 0 has met an error, of which it tells."""
+
+
+def _notice(collective: Callable[P, T]) -> Callable[P, T]:
+    """`collective`, with the error that torch raises when a process is gone made a `LostRank`."""
+
+    @wraps(collective)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise LostRank(f"another process of the run is gone ({str(error).splitlines()[0]})") from error
+
+    return call
+
+
+class Ranks:
+    """`size` processes, of which this one has number `rank`; they are those of torch's default group."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return self.rank == 0
+
+    def share(self, ids: Tensor) -> Tensor:
+        """Those of the global numbers, int64 `[n]`, that are this rank's."""
+        return ids[ids % self.size == self.rank]
+
+    @_notice
+    def add(self, values: Tensor) -> Tensor:
+        """Sums over ranks, on all of them the same bits."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @_notice
+    def find_largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def exchange(self, message: Any) -> list[Any]:
+        """Every rank's message, which JSON can hold, in order of rank."""
+        if self.size == 1:
+            return [message]
+        return [json.loads(data) for data in self._gather(json.dumps(message).encode(), to_all=True)]
+
+    def gather(self, tensors: Mapping[str, Tensor], *, to_all: bool = True) -> list[dict[str, Tensor]]:
+        """Every rank's tensors, in order of rank; with `to_all=False` they reach rank 0 alone, the others get []."""
+        if self.size == 1:
+            return [dict(tensors)]
+        data = encode_tensors({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
+        return [decode_tensors(part) for part in self._gather(data, to_all=to_all)]
+
+    def lead(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, the only one to call it; JSON can hold it.
+
+        Raises:
+            FailedLead: `make` raised an error, which rank 0 raises itself.
+        """
+        if self.size == 1:
+            return make()
+        if not self.leads:
+            failed, value = json.loads(self._broadcast(b""))
+            if failed:
+                raise FailedLead(value)
+            return value  # type: ignore[no-any-return]
+        try:
+            made = make()
+        except Exception as error:
+            self._broadcast(json.dumps([True, str(error)]).encode())
+            raise
+        self._broadcast(json.dumps([False, made]).encode())
+        return made
+
+    def send(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's tensors."""
+        if self.size == 1:
+            return dict(tensors)
+        return decode_tensors(self._broadcast(encode_tensors(dict(tensors)) if self.leads else b""))
+
+    @_notice
+    def _broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes."""
+        size = torch.tensor(len(data))
+        dist.broadcast(size, 0)
+        buffer = _to_tensor(data) if self.leads else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(buffer, 0)
+        return buffer.numpy().tobytes()
+
+    @_notice
+    def _gather(self, data: bytes, *, to_all: bool) -> list[bytes]:
+        """Every rank's bytes, here or on rank 0 alone."""
+        sizes = [torch.tensor(0) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor(len(data)))
+        longest = max(map(int, sizes))
+        buffer = torch.zeros(longest, dtype=torch.uint8)
+        buffer[: len(data)] = _to_tensor(data)
+        found = [torch.empty_like(buffer) for _ in range(self.size if to_all or self.leads else 0)]
+        if to_all:
+            dist.all_gather(found, buffer)
+        else:
+            dist.gather(buffer, found if self.leads else None, 0)
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(found, sizes, strict=False)]
+
+
+def _to_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process again, in the place of one that was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """The processes that torchrun has started with this one, or this one alone.
+
+    Raises:
+        LostRank: the others do not come.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        yield Ranks()
+        return
+    _notice(dist.init_process_group)("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    except Exception:  # the others may never come to take the group apart
+        raise
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
