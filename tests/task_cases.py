@@ -41,6 +41,10 @@ FAMILIES = {
     "conv on patches": lambda: TASKS["conv"](data="patches", batch_size=8),
     "vae of patches": lambda: TASKS["vae"](data="patches", depth=2, batch_size=8),
     "regression": lambda: TASKS["tabular"](data="diabetes"),
+    "vanilla rnn": lambda: TASKS["char_rnn"](cell="vanilla", width=8, batch_size=4),
+    "lstm": lambda: TASKS["char_rnn"](cell="lstm", width=8, batch_size=4),
+    "deep transformer": lambda: TASKS["char_transformer"](depth=2, width=8, length=8, batch_size=4),
+    "sine network": lambda: TASKS["coordinate_mlp"](encoding="sine", frequency=10.0),
     "scaled": lambda: RandomScaling(TASKS["quadratic"](), 3.0),
 }
 

@@ -39,7 +39,10 @@ def test_a_task_draws_the_same_batch_in_any_company(family: TaskFamily) -> None:
     tasks, _, batch = draw_tasks(family, 3)
     last = {k: t[2:] for k, t in tasks.items()}
     alone = family.batch(last, derive_seeds(0, "batch", torch.tensor([2])))
-    assert all(torch.equal(batch[k][2:], alone[k]) for k in batch)
+    # a teacher's answers are matrix products, which are rounded differently in batches of another size
+    tolerance = 1e-5 if family.name == "teacher_student" else 0
+    for key in batch:
+        torch.testing.assert_close(batch[key][2:], alone[key], rtol=tolerance, atol=tolerance / 10)
 
 
 def test_gradient_equals_finite_differences(family: TaskFamily) -> None:
@@ -106,12 +109,13 @@ def test_to_moves_what_a_family_holds(family: TaskFamily) -> None:
     expected = draw_tasks(family, 2)[2]
     assert family.to("cpu") is family
     assert all(torch.equal(x, expected[key]) for key, x in draw_tasks(family, 2)[2].items())
-    family.spec  # noqa: B018  drawn before
-    tasks, params, _ = draw_tasks(family.to("meta"), 2)
-    assert {p.device.type for p in params.values()} == {"cpu"}
-    there = {key: x.to("meta") for key, x in tasks.items()}
-    batch = family.batch(there, torch.arange(2, device="meta"))
-    assert {x.device.type for x in batch.values()} == {"meta"}
+    moved = family.to("meta")
+    task = moved.sample(make_generator(0))
+    params = moved.init(task, make_generator(0))
+    assert {x.device.type for x in [*task.values(), *params.values()]} == {"cpu"}
+    there = {key: x[None].to("meta") for key, x in task.items()}
+    for batch in (moved.batch(there, torch.arange(1, device="meta")), moved.full_batch(there, 1)):
+        assert batch is None or {x.device.type for x in batch.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", sorted(set(TASKS) - {"module"}))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from lopt.tasks.autoencoder import Autoencoder
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.char_rnn import CharRNN
+from lopt.tasks.char_transformer import CharTransformer
 from lopt.tasks.conv import Conv
+from lopt.tasks.coordinate_mlp import CoordinateMLP
 from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
@@ -13,6 +16,7 @@ from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.rosenbrock import Rosenbrock
 from lopt.tasks.tabular import Tabular
+from lopt.tasks.teacher_student import TeacherStudent
 from lopt.tasks.transforms import RandomScaling
 from lopt.tasks.vae import VAE
 
@@ -27,6 +31,10 @@ TASKS: dict[str, type[TaskFamily]] = {
     "autoencoder": Autoencoder,
     "vae": VAE,
     "tabular": Tabular,
+    "char_rnn": CharRNN,
+    "char_transformer": CharTransformer,
+    "coordinate_mlp": CoordinateMLP,
+    "teacher_student": TeacherStudent,
     "module": ModuleTask,
 }
 

@@ -52,7 +52,7 @@ class VAE(ImageTask):
     """
 
     name = "vae"
-    examples = ("x", "noise")
+    examples = ("x", "y", "noise")
 
     def __init__(
         self,
@@ -87,17 +87,18 @@ class VAE(ImageTask):
         }
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """Images `[T, batch_size, pixels]` and noise `[T, batch_size, code]`, both float32."""
+        """Images `[T, batch_size, pixels]`, classes (not used) and noise `[T, batch_size, code]` float32."""
         noise = draw_normal(branch_seeds(seeds, NOISE), self.batch_size * self.code).float()
         noise = noise.view(*seeds.shape, self.batch_size, self.code)
-        return {"x": super().batch(tasks, seeds, split)["x"], "noise": noise}
+        return super().batch(tasks, seeds, split) | {"noise": noise}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         """All of a split with one draw of noise, the same for all tasks."""
-        x = cast(Batch, super().full_batch(tasks, count, split))["x"]
+        batch = cast(Batch, super().full_batch(tasks, count, split))
+        x = batch["x"]
         seed = derive_seeds(0, "vae", SPLITS.index(split)).to(x.device)
         noise = draw_normal(seed, x.shape[1] * self.code).float().view(x.shape[1], self.code)
-        return {"x": x, "noise": noise.expand(count, *noise.shape)}
+        return batch | {"noise": noise.expand(count, *noise.shape)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The negative evidence lower bound per pixel."""
