@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import log
+
+import pytest
 import torch
 from task_cases import draw_tasks
-from torch.func import vmap
+from torch.func import grad_and_value, vmap
 
+from lopt.rules import RULES
 from lopt.tasks import TASKS, RandomScaling
+from lopt.tasks.transforms import TRANSFORMS, GradientNoise, LossScaling, ReducedBatch, Transform
+from lopt.tensors import derive_seeds, make_generator, stack_trees
+from lopt.unroll import InnerLoop
+
+SMALL = {"width": 3, "batch_size": 16}
 
 
 def test_scaled_task_is_the_same_problem_in_other_units() -> None:
@@ -20,3 +30,136 @@ def test_scaled_task_is_the_same_problem_in_other_units() -> None:
     expected = vmap(inner.loss)(plain, {k: b for k, b in batch.items() if k != "coordinate_scale"})
     torch.testing.assert_close(vmap(scaled.loss)(params, batch), expected, rtol=1e-6, atol=0)
     assert plain["x"].abs().max() < 0.1  # starts where the inner family starts
+
+
+def test_element_factors_are_what_they_were_before_there_were_levels() -> None:
+    family = RandomScaling(TASKS["quadratic"](), 3.0)
+    generator = make_generator(5)
+    TASKS["quadratic"]().sample(generator)
+    expected = ((torch.rand(10, generator=generator) * 2 - 1) * 3.0).exp()
+    assert torch.equal(family.sample(make_generator(5))["coordinate_scale"], expected)
+
+
+@pytest.mark.parametrize(("level", "units"), [("global", 1), ("tensor", 4), ("element", 237)])
+def test_a_level_has_that_many_units(level: str, units: int) -> None:
+    family = RandomScaling(TASKS["mlp"](**SMALL), level=level)
+    scale = family.sample(make_generator(0))["coordinate_scale"]
+    assert len(scale) == family.spec.size
+    parts = [p.unique() for p in family.spec.unflatten(scale).values()]
+    assert torch.cat(parts).unique().numel() == pytest.approx(units, abs=2)  # float32 draws may coincide
+    if level != "element":
+        assert all(len(part) == 1 for part in parts)
+
+
+def test_units_are_log_uniform_from_a_thousandth_to_a_thousand() -> None:
+    family = RandomScaling(TASKS["quadratic"](dim=2000))
+    logs = family.sample(make_generator(0))["coordinate_scale"].log10()
+    assert logs.abs().max() <= 3.0001
+    torch.testing.assert_close(logs.histc(4, -3, 3), torch.full((4,), 500.0), rtol=0.15, atol=0)
+
+
+def test_noise_changes_gradients_by_what_was_drawn_and_no_loss() -> None:
+    inner = TASKS["mlp"](**SMALL)
+    noisy = GradientNoise(inner, std=0.5)
+    _, params, batch = draw_tasks(noisy, 2)
+    plain = {key: x for key, x in batch.items() if key != noisy.key}
+    noisy_grads, noisy_losses = vmap(grad_and_value(noisy.loss))(params, batch)
+    grads, losses = vmap(grad_and_value(inner.loss))(params, plain)
+    assert torch.equal(noisy_losses, losses)
+    difference = inner.spec.flatten(noisy_grads) - inner.spec.flatten(grads)
+    torch.testing.assert_close(difference, batch[noisy.key], rtol=0, atol=1e-6)
+    assert difference.std() == pytest.approx(0.5, rel=0.1)
+    assert abs(float(difference.mean())) < 0.1
+    assert not torch.equal(difference[0], difference[1])
+
+
+def test_noise_is_new_in_every_batch_and_absent_from_other_splits() -> None:
+    family = GradientNoise(TASKS["mlp"](**SMALL))
+    seeds = derive_seeds(0, "batch", torch.arange(2))
+    draws = [family.batch({}, s)[family.key] for s in (seeds, seeds, seeds + 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert family.key not in family.batch({}, seeds, "inner_valid")
+    whole = family.full_batch({}, 2, "train")
+    assert whole is not None
+    assert family.key not in whole
+
+
+def test_reduced_batches_are_the_first_examples_in_turn() -> None:
+    inner = TASKS["mlp"](**SMALL)
+    family = ReducedBatch(inner)
+    seeds = derive_seeds(0, "batch", torch.arange(3))
+    tasks = {family.key: torch.tensor([1.0, 0.25, 0.01])}
+    batch, plain = family.batch(tasks, seeds), inner.batch({}, seeds)
+    assert torch.equal(batch["x"][0], plain["x"][0])
+    assert torch.equal(batch["x"][1], plain["x"][1, :4].repeat(4, 1))
+    assert torch.equal(batch["y"][1], plain["y"][1, :4].repeat(4))
+    assert torch.equal(batch["x"][2], plain["x"][2, :1].expand(16, -1))
+    held_out = family.batch(tasks, seeds, "test")
+    assert torch.equal(held_out["x"], inner.batch({}, seeds, "test")["x"])
+
+
+def test_shares_are_log_uniform_from_the_smallest_to_one() -> None:
+    family = ReducedBatch(TASKS["mlp"](**SMALL), smallest=0.01)
+    shares = torch.stack([family.sample(make_generator(i))[family.key] for i in range(400)])
+    assert shares.min() >= 0.01
+    assert shares.max() <= 1
+    assert (shares < 0.1).float().mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_loss_scaling_scales_losses_and_gradients_of_a_task_and_no_metric() -> None:
+    inner = TASKS["mlp"](**SMALL)
+    family = LossScaling(inner, log(100))
+    tasks, params, batch = draw_tasks(family, 4)
+    factors = tasks[family.key]
+    assert factors.unique().numel() == 4
+    plain = {key: x for key, x in batch.items() if key != family.key}
+    grads, losses = vmap(grad_and_value(family.loss))(params, batch)
+    expected_grads, expected = vmap(grad_and_value(inner.loss))(params, plain)
+    torch.testing.assert_close(losses, factors * expected)
+    torch.testing.assert_close(inner.spec.flatten(grads), factors[:, None] * inner.spec.flatten(expected_grads))
+    assert torch.equal(vmap(family.metrics)(params, batch)["accuracy"], vmap(inner.metrics)(params, plain)["accuracy"])
+
+
+def chain(names: list[str]) -> Transform:
+    family = TASKS["mlp"](**SMALL)
+    for name in names:
+        family = TRANSFORMS[name](family)
+    assert isinstance(family, Transform)
+    return family
+
+
+@pytest.mark.parametrize("names", [*([name] for name in TRANSFORMS), list(TRANSFORMS), list(TRANSFORMS)[::-1]])
+def test_transforms_run_alone_and_one_on_another(names: list[str]) -> None:
+    family = chain(names)
+    tasks, params, batch = draw_tasks(family, 3)
+    torch.testing.assert_close(family.losses(params, batch), vmap(family.loss)(params, batch), rtol=1e-5, atol=0)
+    for split in ("train", "test"):
+        whole = family.full_batch(tasks, 3, split)
+        assert whole is not None
+        assert vmap(family.loss)(params, whole).isfinite().all()
+    window = InnerLoop(RULES["adam"](), family, seed=0).unroll(
+        InnerLoop(RULES["adam"](), family, seed=0).start(torch.arange(3)), 3
+    )
+    assert window.losses.isfinite().all()
+    moved = family.to("meta")
+    there = {key: x.to("meta") for key, x in stack_trees([moved.sample(make_generator(0))]).items()}
+    found = moved.batch(there, torch.arange(1, device="meta"))
+    assert {x.device.type for x in found.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda family: RandomScaling(family, -1), "scale_range"),
+        (lambda family: RandomScaling(family, level="row"), "global.*row"),
+        (lambda family: GradientNoise(family, std=-1.0), "std"),
+        (lambda family: ReducedBatch(family, smallest=0.0), "smallest"),
+        (lambda family: ReducedBatch(TASKS["lasso"]()), "lasso.*no batches of examples"),
+        (lambda family: LossScaling(family, -1.0), "scale_range"),
+        (lambda family: RandomScaling(LossScaling(RandomScaling(family))), "applied twice"),
+    ],
+)
+def test_bad_arguments_are_named(make: Callable[..., Transform], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(TASKS["mlp"](**SMALL))

@@ -17,7 +17,7 @@ from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.rosenbrock import Rosenbrock
 from lopt.tasks.tabular import Tabular
 from lopt.tasks.teacher_student import TeacherStudent
-from lopt.tasks.transforms import RandomScaling
+from lopt.tasks.transforms import TRANSFORMS, RandomScaling
 from lopt.tasks.vae import VAE
 
 TASKS: dict[str, type[TaskFamily]] = {
@@ -38,4 +38,4 @@ TASKS: dict[str, type[TaskFamily]] = {
     "module": ModuleTask,
 }
 
-__all__ = ["SPLITS", "TASKS", "Batch", "ModuleTask", "RandomScaling", "Task", "TaskFamily"]
+__all__ = ["SPLITS", "TASKS", "TRANSFORMS", "Batch", "ModuleTask", "RandomScaling", "Task", "TaskFamily"]

@@ -1,68 +1,287 @@
-"""Task transforms: families made from other families."""
+"""Task transforms: families made from other families, to train rules on more than the tasks that there are.
+
+Transforms can be applied to one another, each kind once. They leave shapes, splits, horizon and metrics as they are.
+"""
 
 from __future__ import annotations
+
+from math import log
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from lopt.tasks.base import Batch, Task, TaskFamily
-from lopt.tensors import Params
+from lopt.tasks.base import Batch, Task, TaskFamily, branch_seeds
+from lopt.tensors import Params, draw_normal
 
-SCALE = "coordinate_scale"
+T = TypeVar("T", bound="Transform")
+
+LEVELS = ("global", "tensor", "element")
+NOISE = 1000
+"""The branch of a batch's seeds that the gradient's noise is drawn from."""
 
 
-class RandomScaling(TaskFamily):
-    """Every coordinate of every task is measured in its own random unit: p = exp(U(-range, range)) * z.
+class Transform(TaskFamily):
+    """A family with the tasks of another one, changed: by default not at all.
 
-    The rule optimises z. It sees gradients and parameters of very different scales, which keeps it from relying on
-    those of the training tasks. Source: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4.1 (range 3).
+    What a transform adds to a task and to a batch has the name `key` there, which the inner family does not see.
 
     Args:
-        family: the family whose coordinates are rescaled.
-        scale_range: half-width of the log-uniform distribution; 0 changes nothing.
+        family: the inner family.
+        config: the transform's own options.
+    Raises:
+        ValueError: the inner family has been transformed in this way already.
+    """
+
+    key: ClassVar[str]
+
+    def __init__(self, family: TaskFamily, **config: Any) -> None:
+        super().__init__(family=family.describe(), **config)
+        self.family, self.horizon, self.examples = family, family.horizon, family.examples
+        inner: TaskFamily = family
+        while isinstance(inner, Transform):
+            if inner.key == self.key:
+                raise ValueError(
+                    f"{self.name} is applied twice, to {family.describe()}; apply it once, with more range"
+                )
+            inner = inner.family
+
+    def _inner(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in tensors.items() if key != self.key}
+
+    def to(self: T, device: torch.device | str) -> T:
+        """Move what the inner family holds."""
+        self.family = self.family.to(device)
+        return self
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """The inner family's task."""
+        return self.family.sample(generator)
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        """The inner family's parameters."""
+        return self.family.init(self._inner(task), generator)
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The inner family's batch."""
+        return self.family.batch(self._inner(tasks), seeds, split)
+
+    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
+        """The inner family's split."""
+        return self.family.full_batch(self._inner(tasks), count, split)
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's loss."""
+        return self.family.loss(params, self._inner(batch))
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's losses `[T]`."""
+        return self.family.losses(params, self._inner(batch))
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
+        """The inner family's metrics."""
+        return self.family.metrics(params, self._inner(batch))
+
+
+class RandomScaling(Transform):
+    """Every task's parameters are measured in random units s = exp(U(-range, range)): p = s * z.
+
+    The rule optimises z. It sees gradients and parameters of very different scales, which keeps it from relying on
+    those of the training tasks. Sources: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4.1 (one unit per element,
+    range 3); Moudgil et al. 2025, arXiv 2501.12670 (Celo; units from 1e-3 to 1e3).
+
+    Args:
+        family: the family whose parameters are rescaled.
+        scale_range: half-width of the log-uniform distribution, by default ln 1000; 0 changes nothing.
+        level: what has a unit of its own: "global" (a task), "tensor" (each tensor of a task) or "element".
     """
 
     name = "random_scaling"
+    key = "coordinate_scale"
 
-    def __init__(self, family: TaskFamily, scale_range: float) -> None:
-        super().__init__(family=family.describe(), scale_range=scale_range)
+    def __init__(self, family: TaskFamily, scale_range: float = log(1000), level: str = "element") -> None:
+        super().__init__(family, scale_range=scale_range, level=level)
         if scale_range < 0:
             raise ValueError(f"scale_range must not be negative, got {scale_range}")
-        self.family, self.scale_range, self.horizon = family, scale_range, family.horizon
+        if level not in LEVELS:
+            raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
+        self.scale_range, self.level = scale_range, level
 
     def sample(self, generator: torch.Generator) -> Task:
         """The inner family's task and one factor per parameter `[P]`."""
         task = self.family.sample(generator)
-        units = torch.rand(self.family.spec.size, generator=generator) * 2 - 1
-        return task | {SCALE: (units * self.scale_range).exp()}
+        spec = self.family.spec
+        count = {"global": 1, "tensor": len(spec.names), "element": spec.size}[self.level]
+        scale = ((torch.rand(count, generator=generator) * 2 - 1) * self.scale_range).exp()
+        if self.level == "global":
+            scale = scale.repeat(spec.size)
+        elif self.level == "tensor":
+            sizes = torch.tensor([torch.Size(shape).numel() for shape in spec.shapes])
+            scale = scale.repeat_interleave(sizes)
+        return task | {self.key: scale}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """The inner family's parameters in the task's units."""
-        params = self.family.init(_inner(task), generator)
-        scale = self.family.spec.unflatten(task[SCALE])
+        params = super().init(task, generator)
+        scale = self.family.spec.unflatten(task[self.key])
         return {name: p / scale[name] for name, p in params.items()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         """The inner family's batch with the factors."""
-        return self.family.batch(_inner(tasks), seeds, split) | {SCALE: tasks[SCALE]}
+        return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         """The inner family's split with the factors."""
-        batch = self.family.full_batch(_inner(tasks), count, split)
-        return None if batch is None else batch | {SCALE: tasks[SCALE]}
+        batch = super().full_batch(tasks, count, split)
+        return None if batch is None else batch | {self.key: tasks[self.key]}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's loss."""
-        return self.family.loss(*self._unscale(params, batch))
+        """The inner family's loss of the parameters in its units."""
+        return super().loss(self._unscale(params, batch), batch)
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's losses `[T]` of the parameters in its units."""
+        return super().losses(self._unscale(params, batch), batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The inner family's metrics."""
-        return self.family.metrics(*self._unscale(params, batch))
+        """The inner family's metrics of the parameters in its units."""
+        return super().metrics(self._unscale(params, batch), batch)
 
-    def _unscale(self, params: Params, batch: Batch) -> tuple[Params, Batch]:
-        scale = self.family.spec.unflatten(batch[SCALE])
-        return {name: p * scale[name] for name, p in params.items()}, _inner(batch)
+    def _unscale(self, params: Params, batch: Batch) -> Params:
+        scale = self.family.spec.unflatten(batch[self.key])
+        return {name: p * scale[name] for name, p in params.items()}
 
 
-def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in tensors.items() if key != SCALE}
+class GradientNoise(Transform):
+    """The rule sees gradients with Gaussian noise; the losses are as they were.
+
+    The noise is drawn anew for every step, and only in batches of the train split: other splits, and whole splits, have
+    right gradients. The meta-gradient of a first-order unroll is made of the same gradients, so on the train split it
+    is noisy, too, without bias.
+
+    Args:
+        family: the family whose gradients are disturbed.
+        std: standard deviation of the noise of every element of the gradient.
+    """
+
+    name = "gradient_noise"
+    key = "gradient_noise"
+
+    def __init__(self, family: TaskFamily, std: float = 0.01) -> None:
+        super().__init__(family, std=std)
+        if std < 0:
+            raise ValueError(f"std must not be negative, got {std}")
+        self.std = std
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The inner family's batch, for the train split with noise `[T, P]` float32."""
+        batch = super().batch(tasks, seeds, split)
+        if split != "train":
+            return batch
+        noise = self.std * draw_normal(branch_seeds(seeds, NOISE), self.family.spec.size)
+        return batch | {self.key: noise.float()}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's loss; its gradient has the noise added."""
+        return super().loss(params, batch) + self._tilt(params, batch)
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's losses `[T]`; their gradients have the noise added."""
+        return super().losses(params, batch) + self._tilt(params, batch)
+
+    def _tilt(self, params: Params, batch: Batch) -> Tensor | float:
+        """0 with the noise as its gradient, or 0 without noise."""
+        if self.key not in batch:
+            return 0.0
+        flat = self.family.spec.flatten(params)
+        return (batch[self.key] * (flat - flat.detach())).sum(-1)
+
+
+class ReducedBatch(Transform):
+    """Every task learns from smaller batches, of a random share of their examples: noisier gradients, at equal cost.
+
+    The first examples of a batch, at least one, stand in for the others, so shapes stay what they are; each counts
+    equally but for the remainder of the division. Only batches of the train split are reduced.
+
+    Args:
+        family: the family whose batches are reduced; its batches must consist of examples.
+        smallest: the least share, in (0, 1]; shares are log-uniform from here to 1.
+    Raises:
+        ValueError: the family's batches are no examples (its losses are exact), or `smallest` is not in (0, 1].
+    """
+
+    name = "reduced_batch"
+    key = "batch_share"
+
+    def __init__(self, family: TaskFamily, smallest: float = 1 / 16) -> None:
+        super().__init__(family, smallest=smallest)
+        if not 0 < smallest <= 1:
+            raise ValueError(f"smallest must be above 0 and at most 1, got {smallest}")
+        if not family.examples:
+            raise ValueError(f"{family.describe()} has no batches of examples that could be reduced")
+        self.smallest = smallest
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """The inner family's task and the share `[]`."""
+        task = super().sample(generator)
+        return task | {self.key: (torch.rand((), generator=generator) * log(self.smallest)).exp()}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The inner family's batch, for the train split with repeated examples."""
+        batch = super().batch(tasks, seeds, split)
+        if split != "train":
+            return batch
+        size = batch[self.examples[0]].shape[1]
+        share = tasks[self.key]
+        kept = (share * size).round().clamp(min=1).long()
+        index = torch.arange(size, device=share.device) % kept[:, None]
+        row = torch.arange(len(share), device=share.device)[:, None]
+        return batch | {key: batch[key][row, index] for key in self.examples}
+
+
+class LossScaling(Transform):
+    """Every task's losses, and so its gradients, have a random factor exp(U(-range, range)); metrics do not.
+
+    Args:
+        family: the family whose losses are scaled.
+        scale_range: half-width of the log-uniform distribution, by default ln 10; 0 changes nothing.
+    """
+
+    name = "loss_scaling"
+    key = "loss_scale"
+
+    def __init__(self, family: TaskFamily, scale_range: float = log(10)) -> None:
+        super().__init__(family, scale_range=scale_range)
+        if scale_range < 0:
+            raise ValueError(f"scale_range must not be negative, got {scale_range}")
+        self.scale_range = scale_range
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """The inner family's task and the factor `[]`."""
+        task = super().sample(generator)
+        return task | {self.key: ((torch.rand((), generator=generator) * 2 - 1) * self.scale_range).exp()}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        """The inner family's batch with the factors `[T]`."""
+        return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
+
+    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
+        """The inner family's split with the factors."""
+        batch = super().full_batch(tasks, count, split)
+        return None if batch is None else batch | {self.key: tasks[self.key]}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's loss, scaled."""
+        return batch[self.key] * super().loss(params, batch)
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """The inner family's losses `[T]`, scaled."""
+        return batch[self.key] * super().losses(params, batch)
+
+
+TRANSFORMS: dict[str, type[Transform]] = {
+    "random_scaling": RandomScaling,
+    "gradient_noise": GradientNoise,
+    "reduced_batch": ReducedBatch,
+    "loss_scaling": LossScaling,
+}
