@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,16 +273,16 @@ def list_(what: str | None, as_json: bool) -> None:
     from lopt.config import list_presets
     from lopt.estimators import ESTIMATORS
     from lopt.rules import RULES
-    from lopt.tasks import TASKS
+    from lopt.tasks.catalogue import list_families
 
     def first_lines(registry: dict[str, Any]) -> dict[str, str]:
         return {key: (cls.__doc__ or "").strip().splitlines()[0] for key, cls in registry.items()}
 
-    contents: dict[str, Callable[[], dict[str, str]]] = {
+    contents: dict[str, Callable[[], Mapping[str, Any]]] = {
         "shipped": lambda: {name: lopt.load_card(name).get("description", "") for name in lopt.list_rules()},
         "presets": list_presets,
         "rules": lambda: first_lines(RULES),
-        "tasks": lambda: first_lines(TASKS),
+        "tasks": list_families,
         "estimators": lambda: first_lines(ESTIMATORS),
     }
     chosen = {key: contents[key]() for key in ([what] if what else contents)}
@@ -291,11 +291,20 @@ def list_(what: str | None, as_json: bool) -> None:
         return
     console = Console()
     for title, entries in chosen.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        told = {name: entry if isinstance(entry, dict) else {"": entry} for name, entry in entries.items()}
+        columns = list(next(iter(told.values()), {}))
+        table = Table(title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
-        for row in entries.items():
-            table.add_row(*map(escape, row))
+        for column in columns:
+            table.add_column(column, justify="left" if column in ("", "what") else "right")
+        for name, entry in told.items():
+            table.add_row(escape(name), *(_write_cell(entry[column]) for column in columns))
         console.print(table, "")
+
+
+def _write_cell(value: object) -> str:
+    """A text as it is, a number with commas, `-` for what is not known."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
 @cli.command(short_help="Show what a rule is and does, and how it was trained.")

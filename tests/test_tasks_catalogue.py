@@ -1,0 +1,45 @@
+"""`lopt list tasks`: every family with its size and horizon."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lopt.tasks import TASKS
+from lopt.tasks.catalogue import list_families
+
+
+def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None:
+    told = list_families()
+    assert set(told) == set(TASKS)
+    for name, entry in told.items():
+        assert 20 < len(entry["what"]) <= 120
+        if name != "module":
+            assert entry["parameters"] == TASKS[name]().spec.size
+            assert entry["horizon"] == TASKS[name]().horizon
+    assert told["module"]["parameters"] is None
+
+
+def test_a_family_without_its_data_is_told_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ImportError("no data")
+
+    monkeypatch.setattr(TASKS["mlp"], "__init__", refuse)
+    assert list_families()["mlp"]["parameters"] is None
+
+
+def test_sizes_are_those_of_meta_training_on_a_cpu() -> None:
+    sizes = [entry["parameters"] for entry in list_families().values() if entry["parameters"] is not None]
+    assert max(sizes) <= 20_000
+
+
+def test_command_prints_a_table_or_json(run: Callable[..., Any]) -> None:
+    told = json.loads(run("list", "tasks", "--json").out)
+    assert told == {"tasks": list_families()}
+    table = run("list", "tasks").out
+    assert all(name in table for name in TASKS)
+    assert "parameters" in table
+    assert f"{told['tasks']['char_rnn']['parameters']:,}" in table
