@@ -1,10 +1,11 @@
-"""Speed of meta-training: inner updates (a step of one task each) per second, with their backward pass."""
+"""Speed of meta-training: inner updates (a step of one task each) per second, with all that an estimate takes."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import click
 import torch
 from rich.table import Table
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from bench import setting
 from bench.timing import synchronize
-from lopt.estimators import ESTIMATORS
+from lopt.config import build, merge, parse_override
+from lopt.estimators import ESTIMATORS, Estimator
+from lopt.meter import PARTS, MeteredLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS
 from lopt.unroll import InnerLoop
@@ -30,35 +31,37 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(
-    rule: str, task: str, tasks: int, steps: int, repeats: int, options: dict[str, Any], device: torch.device
-) -> dict[str, float]:
-    """Time `repeats` estimates of a truncated window after a warm-up.
+def measure(loop: InnerLoop, estimator: Estimator, tasks: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Time `repeats` estimates after a warm-up, and one more for where the time goes.
 
     Returns:
         `first_seconds` (the first estimate, with compilation), median and quartiles of inner updates per second of wall
-        clock, `parameter_updates_per_second` (each inner update moves all parameters of its task), and on the CPU
-        median and quartiles of inner updates per CPU-second.
+        clock, `parameter_updates_per_second` (each inner update moves all parameters of its task), on the CPU median
+        and quartiles of inner updates per CPU-second, and the shares of `lopt.meter`.
     """
-    loop = InnerLoop(RULES[rule]().to(device), TASKS[task](), seed=0)
-    estimator = ESTIMATORS["truncated"](num_steps=steps, **options)
-    slots = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, estimator.start(loop, torch.arange(tasks)))
+    carry = estimator.start(loop, torch.arange(tasks, device=device))
     begin = time.perf_counter()
-    slots = estimator.estimate(loop, slots).carry
+    carry = estimator.estimate(loop, carry).carry
     synchronize(device)
     first = time.perf_counter() - begin
-    slots = estimator.estimate(loop, slots).carry
-    synchronize(device)
     per_cpu, per_wall = [], []
-    for _ in range(repeats):
+    for repeat in range(repeats + 1):
         wall, cpu = time.perf_counter(), time.process_time()
-        slots = estimator.estimate(loop, slots).carry
+        estimate = estimator.estimate(loop, carry)
         synchronize(device)
-        per_wall.append(tasks * steps / (time.perf_counter() - wall))
-        per_cpu.append(tasks * steps / (time.process_time() - cpu))
+        steps = estimate.metrics["inner_steps"]
+        carry = estimate.carry
+        if repeat > 0:  # the second call is a warm-up, too
+            per_wall.append(steps / (time.perf_counter() - wall))
+            per_cpu.append(steps / (time.process_time() - cpu))
     result = {"first_seconds": first, **name_quartiles("per_second", per_wall)}
     result["parameter_updates_per_second"] = result["per_second"] * count_parameters(loop)
-    return result | (name_quartiles("per_cpu_second", per_cpu) if device.type == "cpu" else {})
+    if device.type == "cpu":
+        result |= name_quartiles("per_cpu_second", per_cpu)
+    metered = MeteredLoop(**{f.name: getattr(loop, f.name) for f in fields(loop)})
+    begin = time.perf_counter()
+    estimator.estimate(metered, carry)
+    return result | {f"share of {key}": x for key, x in metered.meter.shares(time.perf_counter() - begin).items()}
 
 
 def count_parameters(loop: InnerLoop) -> int:
@@ -85,19 +88,22 @@ def list_columns(base: dict[str, float]) -> dict[str, Callable[[dict[str, float]
             "per CPU-second": lambda r: f"{r[key]:.0f}",
             "its quartiles": lambda r: write_quartiles(r, key),
         }
+    shares = [f"share of {part}" for part in (*PARTS, "estimator")]
+    columns["per second"] = lambda r: f"{r['per_second']:.0f}"
+    if key == "per_second":
+        columns["its quartiles"] = lambda r: write_quartiles(r, "per_second")
     return columns | {
-        "per second": lambda r: f"{r['per_second']:.0f}",
-        "quartiles": lambda r: write_quartiles(r, "per_second"),
-        "parameters per second": lambda r: f"{r['parameter_updates_per_second']:.3g}",
-        "against the first": lambda r: f"{r[key] / base[key]:.2f} x",
-        "first call, s": lambda r: f"{r['first_seconds']:.1f}",
+        "parameters/s": lambda r: f"{r['parameter_updates_per_second']:.3g}",
+        "to first": lambda r: f"{r[key] / base[key]:.2f} x",
+        "first, s": lambda r: f"{r['first_seconds']:.1f}",
+        "data, learner, rule, rest": lambda r: ", ".join(f"{r[share]:.0%}" for share in shares),
     }
 
 
 def make_table(results: dict[str, dict[str, float]]) -> Table:
     """One row per way."""
     columns = list_columns(next(iter(results.values())))
-    table = setting.start_table("inner updates (one task each, forward and backward)", ["way", *columns])
+    table = setting.start_table("inner updates (a step of one task each)", ["way", *columns])
     for way, result in results.items():
         table.add_row(way, *(write(result) for write in columns.values()))
     return table
@@ -106,7 +112,9 @@ def make_table(results: dict[str, dict[str, float]]) -> Table:
 @click.command()
 @click.option("--rule", default="lstm", show_default=True, type=click.Choice(sorted(RULES)))
 @click.option("--task", default="mlp", show_default=True, type=click.Choice(sorted(set(TASKS) - {"module"})))
-@click.option("--tasks", default=16, show_default=True, help="Slots, T.")
+@click.option("--estimator", default="truncated", show_default=True, type=click.Choice(sorted(ESTIMATORS)))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Such as rule.hidden=4; repeatable.")
+@click.option("--tasks", default=(16,), show_default=True, multiple=True, help="Slots or pairs, T; repeatable.")
 @click.option("--steps", default=20, show_default=True, help="Steps of a window, K.")
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(min=2))
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
@@ -116,7 +124,9 @@ def make_table(results: dict[str, dict[str, float]]) -> Table:
 def meta(
     rule: str,
     task: str,
-    tasks: int,
+    estimator: str,
+    overrides: tuple[str, ...],
+    tasks: tuple[int, ...],
     steps: int,
     repeats: int,
     threads: int,
@@ -124,24 +134,42 @@ def meta(
     ways: tuple[str, ...],
     file: Path | None,
 ) -> None:
-    """Inner updates per second of truncated backpropagation, eager and compiled."""
+    """Inner updates per second of meta-training: backpropagation eager and compiled, or an evolution strategy.
+
+    Both members of a pair count. Other jobs on the machine disturb even the figures per CPU-second.
+    """
     torch.set_num_threads(threads)
     device = torch.device(where)
-    results = {}
-    for way in ways or WAYS:
-        try:
-            results[way] = measure(rule, task, tasks, steps, repeats, WAYS[way], device)
-        except (RuntimeError, NotImplementedError) as error:
-            if device.type == "cpu":
-                raise
-            raise click.ClickException(
-                f"meta-training does not run on {device}: {setting.write_error(error)}"
-            ) from error
+    sections: dict[str, dict[str, Any]] = {
+        "rule": {"name": rule},
+        "task": {"name": task},
+        "estimator": {"name": estimator, "num_steps": steps},
+    }
+    for override in overrides:
+        merge(sections, parse_override(override))
+    if sorted(sections) != ["estimator", "rule", "task"]:
+        raise click.UsageError(f"--set takes rule.*, task.* and estimator.*, got {', '.join(overrides)}")
+    knows = ESTIMATORS[estimator].__init__.__annotations__
+    possible = {way: options for way, options in WAYS.items() if set(options) <= set(knows)}
+    results: dict[str, dict[str, float]] = {}
+    for way in ways or possible:
+        if way not in possible:
+            raise click.UsageError(f"--way: {estimator} has no way {way!r}, only {', '.join(possible)}")
+        for count in tasks:
+            try:
+                family = build("task", TASKS, sections["task"]).to(device)
+                loop = InnerLoop(build("rule", RULES, sections["rule"]).to(device), family, seed=0)
+                made = build("estimator", ESTIMATORS, sections["estimator"] | possible[way])
+                results[f"{way}, {count} tasks"] = measure(loop, made, count, repeats, device)
+            except (RuntimeError, NotImplementedError) as error:
+                if device.type == "cpu":
+                    raise
+                message = f"meta-training does not run on {device}: {setting.write_error(error)}"
+                raise click.ClickException(message) from error
     told = {
-        "rule": RULES[rule]().describe(),
-        "task": TASKS[task]().describe(),
-        "tasks": tasks,
-        "steps": steps,
+        "rule": build("rule", RULES, sections["rule"]).describe(),
+        "task": build("task", TASKS, sections["task"]).describe(),
+        "estimator": ", ".join(f"{key}={value}" for key, value in sections["estimator"].items()),
         "repeats": repeats,
         "threads": threads,
         "dtype": "float32",

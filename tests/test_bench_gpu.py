@@ -221,12 +221,37 @@ def test_meta_counts_inner_and_parameter_updates(tmp_path: Path) -> None:
     options = ["--tasks", "2", "--steps", "2", "--repeats", "3", "--way", "eager", "--json", str(file)]
     result = CliRunner().invoke(cli, ["meta", *options])
     assert result.exit_code == 0, result.output
-    eager = json.loads(file.read_text())["results"]["eager"]
+    eager = json.loads(file.read_text())["results"]["eager, 2 tasks"]
     parameters = 64 * 20 + 20 + 20 * 10 + 10
     assert eager["parameter_updates_per_second"] == pytest.approx(parameters * eager["per_second"])
     assert eager["per_second_low"] <= eager["per_second"] <= eager["per_second_high"]
     assert eager["per_cpu_second"] > 0
     assert "per CPU-second" in result.output
+    shares = [value for key, value in eager.items() if key.startswith("share of")]
+    assert sum(shares) == pytest.approx(1)
+    assert all(share > 0 for share in shares)
+
+
+def test_meta_measures_evolution_strategies_with_options(tmp_path: Path) -> None:
+    file = tmp_path / "meta.json"
+    options = ["--estimator", "pes", "--rule", "small_fc", "--set", "rule.hidden=4", "--set", "task.width=8"]
+    sizes = ["--tasks", "2", "--tasks", "3", "--steps", "2", "--repeats", "3", "--json", str(file)]
+    result = CliRunner().invoke(cli, ["meta", *options, *sizes])
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    assert list(found["results"]) == ["eager, 2 tasks", "eager, 3 tasks"]
+    assert "width=8" in found["setting"]["task"]
+    parameters = 64 * 8 + 8 + 8 * 10 + 10
+    assert all(
+        r["parameter_updates_per_second"] == pytest.approx(parameters * r["per_second"])
+        for r in found["results"].values()
+    )
+
+
+def test_meta_refuses_ways_that_an_estimator_does_not_have() -> None:
+    result = CliRunner().invoke(cli, ["meta", "--estimator", "pes", "--way", "compiled"])
+    assert result.exit_code == 2
+    assert "pes has no way 'compiled', only eager" in result.output
 
 
 def test_meta_says_where_it_does_not_run() -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop"},
     {"lopt.rules", "lopt.tasks", "lopt.samplers"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
-    {"lopt.estimators", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
+    {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources"},
     {"lopt.fused", "lopt.validation"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},

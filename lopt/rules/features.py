@@ -43,7 +43,7 @@ def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
     counts = [max([x.shape[-ndim - 1] for x in group]) for group in factors]
     batch, shape = p.shape[: p.ndim - ndim], p.shape[p.ndim - ndim :]
     joined = factors[0][0].new_empty((*batch, sum(counts), *shape))
-    for piece, place in zip(pieces, joined.split(counts, -ndim - 1), strict=True):
+    for piece, place in zip(pieces, torch.split(joined, counts, -ndim - 1), strict=True):
         if isinstance(piece, Tensor):
             place.copy_(piece)
         else:

@@ -1,0 +1,66 @@
+"""Where the time of meta-training goes: data, base learner, rule, and the estimator around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lopt.rules import State
+from lopt.tasks import Batch
+from lopt.tensors import Params
+from lopt.unroll import InnerLoop, Slots
+
+PARTS = ("data", "base learner", "rule")
+
+T = TypeVar("T")
+
+
+@dataclass
+class Meter:
+    """Seconds spent in each of `PARTS`, and updates of one parameter by the rule."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    parameter_updates: int = 0
+
+    def time(self, part: str, function: Callable[[], T]) -> T:
+        """Call and time it; on a GPU, which is waited for."""
+        _wait()
+        begin = time.perf_counter()
+        result = function()
+        _wait()
+        self.seconds[part] += time.perf_counter() - begin
+        return result
+
+    def shares(self, total: float) -> dict[str, float]:
+        """Shares of `total` seconds, the estimator's among them: all that is in no other part."""
+        parts = {part: seconds / total for part, seconds in self.seconds.items()}
+        return parts | {"estimator": max(0.0, 1 - sum(parts.values()))}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class MeteredLoop(InnerLoop):
+    """An inner loop that fills a meter; copies made with `dataclasses.replace` share it. Restarts are not metered."""
+
+    meter: Meter = field(default_factory=Meter)
+
+    def batch(self, slots: Slots, split: str = "train") -> Batch:
+        """See `InnerLoop.batch`."""
+        return self.meter.time("data", lambda: super(MeteredLoop, self).batch(slots, split))
+
+    def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `InnerLoop.evaluate`."""
+        return self.meter.time("base learner", lambda: super(MeteredLoop, self).evaluate(params, batch))
+
+    def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
+        self.meter.parameter_updates += slots.params.numel()
+        return self.meter.time("rule", lambda: super(MeteredLoop, self)._update(slots, weights))
