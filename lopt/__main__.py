@@ -20,6 +20,7 @@ except ImportError as missing:
 
 import lopt
 from lopt.console import ARCHIVE, RUNS, compare_all, judge_run, make_folder, open_rule, run_trainer, say, show
+from lopt.ranks import FailedLead, LostRank
 
 TRAIN_EXAMPLES = """
 \b
@@ -27,7 +28,11 @@ Examples:
   lopt train digits-lstm
   lopt train quadratic-lstm --out runs/q --set trainer.steps=500 --set rule.hidden=16
   lopt train my.toml
-  lopt train --resume runs/q
+  lopt train --resume runs/q --time-limit 30m
+  torchrun --nproc-per-node 2 --max-restarts 3 -m lopt train quadratic-lstm --set trainer.threads=1
+
+Under torchrun the processes share the tasks of every outer step; one that is lost is started again, and the run goes on
+from its last checkpoint. docs/meta-training.md has more.
 """
 
 EVAL_EXAMPLES = """
@@ -67,6 +72,11 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), help="Short for --set trainer.seed=N.")
+@click.option(
+    "--time-limit",
+    metavar="TIME",
+    help="End training after 90s, 30m or 1.5h with the best rule so far. Schedules follow the steps all the same.",
+)
 @click.option("--eval/--no-eval", "evaluate", default=True, help="Judge the finished rule [default: yes].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
@@ -75,27 +85,35 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     seed: int | None,
+    time_limit: str | None,
     evaluate: bool,
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
-    from lopt.config import load_config
+    from lopt.config import load_config, parse_config
     from lopt.names import slugify
-    from lopt.runs import resume_run, start_run
+    from lopt.ranks import join_ranks
+    from lopt.runs import open_run, resume_run
+    from lopt.stop import parse_duration
 
-    if resume is not None:
-        if preset or out or overrides or seed is not None:
-            raise click.UsageError("--resume takes its settings from the run; give nothing else")
-        config, trainer = resume_run(resume)
-    elif preset is None:
+    if resume is not None and (preset or out or overrides or seed is not None):
+        raise click.UsageError("--resume takes its settings from the run; give nothing else")
+    if resume is None and preset is None:
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
-    else:
-        config = load_config(preset, [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])])
-        trainer = start_run(config, out or RUNS / slugify(config.name))
-    if evaluate:
-        make_folder(ARCHIVE)
-    console = Console(stderr=as_json)
-    run_trainer(trainer, console)
+    seconds = parse_duration(time_limit) if time_limit else None
+    changes = [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])]
+    with join_ranks() as ranks:
+        if resume is not None:
+            config, trainer = resume_run(resume, ranks)
+        else:
+            config = parse_config(ranks.lead(lambda: load_config(str(preset), changes).to_dict()))
+            trainer = open_run(config, out or RUNS / slugify(config.name), ranks)
+        if evaluate:
+            ranks.lead(lambda: make_folder(ARCHIVE))
+        console = Console(stderr=as_json, quiet=not ranks.leads)
+        run_trainer(trainer, console, seconds)
+    if not ranks.leads:
+        return
     best = trainer.best if math.isfinite(trainer.best) else None
     result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": best}
     if evaluate:
@@ -353,6 +371,11 @@ def main() -> None:
     """Run the command line; bad input ends in one line and exit status 2, not in a traceback."""
     try:
         cli(standalone_mode=True)
+    except FailedLead:  # rank 0 tells
+        sys.exit(2)
+    except LostRank as error:
+        click.echo(f"lopt: error: {error}; the run can go on from its last checkpoint", err=True)
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("LOPT_TRACEBACK"):
             raise

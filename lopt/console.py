@@ -27,8 +27,8 @@ RUNS = Path("runs")
 ARCHIVE = RUNS / "baselines"
 
 
-def run_trainer(trainer: Trainer, console: Console) -> None:
-    """Train with a progress bar; on a signal say how to resume and exit with 130."""
+def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = None) -> None:
+    """Train with a progress bar, for `time_limit` seconds at most; on a signal say how to resume and exit with 130."""
     from lopt.progress import TrainingProgress
     from lopt.runs import resume_command
     from lopt.trainer import Interrupted
@@ -40,11 +40,17 @@ def run_trainer(trainer: Trainer, console: Console) -> None:
         console.print(escape(f"  on {source.family.describe()}{share if several else ''}"), soft_wrap=True)
     try:
         with TrainingProgress(console, trainer) as progress:
-            trainer.run(progress.update)
+            trainer.run(progress.update, time_limit)
     except Interrupted:
         hint = resume_command(trainer.rule_path.parent)
         say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
         sys.exit(130)
+    steps = trainer.config.steps
+    if not trainer.finished:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"the time is over at step {trainer.step} of {steps}; go on with: {hint}")
+    elif trainer.step < steps:
+        say(console, f"ended at step {trainer.step} of {steps}: {trainer.stale} validations without a better one")
     say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
 
 

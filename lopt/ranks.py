@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,11 @@ from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=10)
+"""For processes that do not come."""
+
+START = "lopt/start"
 
 
 class LostRank(Exception):
@@ -161,9 +169,11 @@ def join_ranks() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         yield Ranks()
         return
-    _notice(dist.init_process_group)("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = _notice(_meet)()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    _notice(dist.init_process_group)(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank, size)
     except Exception:  # the others may never come to take the group apart
         raise
     except BaseException:
@@ -171,3 +181,35 @@ def join_ranks() -> Iterator[Ranks]:
         raise
     else:
         dist.destroy_process_group()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """A store that only processes started together share, the number of this one, and how many they are.
+
+    When torchrun starts processes again, its store still has what those before them wrote, such as their addresses; and
+    the processes of several hosts do not agree on how often they were started. So rank 0 names each start, and answers
+    the others, who ask until it does: those before have no answer to give.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    own = uuid4().hex
+    if rank == 0:
+        store.set(START, own)
+        for other in range(1, size):
+            asked = store.get(f"{own}/{other}").decode()
+            store.set(f"{own}/{other}/{asked}", "")
+        return PrefixStore(own, store), rank, size
+    end = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        name = store.get(START).decode()
+        store.set(f"{name}/{rank}", own)
+        try:
+            store.wait([f"{name}/{rank}/{own}"], timedelta(seconds=1))
+        except dist.DistStoreError:
+            if time.monotonic() > end:
+                raise
+            continue
+        return PrefixStore(name, store), rank, size

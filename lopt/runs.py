@@ -24,7 +24,7 @@ from lopt.checkpoint import write_atomic
 from lopt.config import RunConfig, parse_config
 from lopt.judge import check_label, list_settings
 from lopt.log import METRICS, read_metrics
-from lopt.ranks import Ranks
+from lopt.ranks import Ranks, is_restart
 from lopt.schema import conform
 from lopt.sources import Source
 from lopt.tasks import RandomScaling
@@ -115,6 +115,20 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Tr
 
     command = ranks.lead(prepare)
     return built[0] if built else build_trainer(config, folder, command, ranks)
+
+
+def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
+    """The trainer of a new run, or, where torchrun has started its processes again, of that run where it was left.
+
+    Raises as `start_run` and `resume_run` do.
+    """
+
+    def is_begun() -> bool:
+        return (folder / CONFIG).exists() and parse_config(_read_json(folder / CONFIG)) == config
+
+    if ranks.find_largest(is_restart()) and ranks.lead(is_begun):
+        return resume_run(folder, ranks)[1]
+    return start_run(config, folder, ranks)
 
 
 def resume_run(folder: Path, ranks: Ranks | None = None) -> tuple[RunConfig, Trainer]:

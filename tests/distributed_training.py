@@ -1,0 +1,173 @@
+"""Meta-training in several processes; a check's kind is the estimator, or a mixture of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_workers import World, assert_ranks_equal, check
+from torch import Tensor
+
+from lopt.checkpoint import load_state, save_state
+from lopt.config import RunConfig, parse_config
+from lopt.log import read_metrics
+from lopt.ranks import FailedLead, Ranks
+from lopt.runs import build_trainer, open_run, resume_run, start_run
+from lopt.trainer import CHECKPOINT, Interrupted, Trainer
+
+TOLERANCE = 1e-6  # of the meta-gradient's norm, in float64: the order of a sum over tasks is all that differs
+STEPS = 3
+
+
+def make_config(kind: str, **trainer: Any) -> RunConfig:
+    """Five slots, or five and one: uneven shares, and ranks that have none of a source."""
+    named = {"mixture": "pes", "average": "truncated"}.get(kind, kind)
+    source: dict[str, Any] = {"task": {"name": "quadratic", "dim": 3}, "estimator": {"name": named, "num_steps": 4}}
+    other = {"task": {"name": "rosenbrock", "dim": 4}, "estimator": {"name": "truncated", "num_steps": 3}, "tasks": 1}
+    options = {
+        "tasks": 5,
+        "steps": 8,
+        "warmup": 1,
+        "validate_every": 2,
+        "validation_tasks": 2,
+        "validation_steps": 4,
+        "checkpoint_every": 3,
+        "threads": 1,
+    }
+    raw = {
+        "name": "shared",
+        "rule": {"name": "linear"},
+        "horizon": {"steps": 6},
+        "source": [source, other] if kind == "mixture" else [source],
+        "trainer": options | trainer,
+    }
+    return parse_config(raw)
+
+
+def with_dtype(dtype: torch.dtype) -> Callable[..., Any]:
+    """A check under a default dtype, which is not left to the checks after it."""
+
+    def decorate(function: Callable[[World], None]) -> Callable[[World], None]:
+        @wraps(function)
+        def run(world: World) -> None:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                function(world)
+            finally:
+                torch.set_default_dtype(before)
+
+        return run
+
+    return decorate
+
+
+def collect_gradients(trainer: Trainer, steps: int) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """The meta-gradients of some outer steps, before clipping, and the metrics."""
+    gradients: list[Tensor] = []
+    step = trainer.outer.step
+
+    def remember() -> None:
+        gradients.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters() if w.grad is not None]))
+        step()
+
+    trainer.outer.step = remember  # type: ignore[method-assign,assignment]
+    metrics = [trainer.train_step() for _ in range(steps)]
+    return [g.clone() for g in gradients], metrics
+
+
+@check("truncated", "pes", "full_es", "mixture", sizes=(1, 2, 3))
+@with_dtype(torch.float64)
+def meta_gradient_is_that_of_one_process(world: World) -> None:
+    trainer = build_trainer(make_config(world.optimizer, clip=1e9), ranks=Ranks(world.rank, world.size))
+    gradients, metrics = collect_gradients(trainer, STEPS)
+    for number in metrics:
+        number.pop("inner_steps_per_second")
+    found = {str(i): g for i, g in enumerate(gradients)}
+    assert_ranks_equal(found | {f"weights.{k}": v for k, v in trainer.rule.state_dict().items()})
+    path = world.folder / "alone.safetensors"
+    if world.size == 1:
+        save_state(path, found, {"metrics": metrics})
+        return
+    alone, told = load_state(path)
+    for name, gradient in found.items():
+        apart = float((gradient - alone[name]).norm() / alone[name].norm())
+        assert apart <= TOLERANCE, f"step {name}: {apart:.1e} apart"
+    for ours, theirs in zip(metrics, told["metrics"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert abs(value - theirs[name]) <= 1e-6 * abs(theirs[name]), f"{name}: {value} and {theirs[name]}"
+
+
+@check("truncated", "pes", sizes=(1, 3))
+def meta_gradient_in_single_precision_is_that_of_one_process(world: World) -> None:
+    ranks = Ranks(world.rank, world.size)
+    gradients, _ = collect_gradients(build_trainer(make_config(world.optimizer, clip=1e9), ranks=ranks), 1)
+    path = world.folder / "alone.safetensors"
+    if world.size == 1:
+        save_state(path, {"gradient": gradients[0]}, {})
+        return
+    alone = load_state(path)[0]["gradient"]
+    apart = float((gradients[0] - alone).norm() / alone.norm())
+    assert apart <= TOLERANCE, f"{apart:.1e} apart"
+
+
+@check("mixture", also=("average", "full", "es", "nres"), sizes=(2, 3, 1))
+@with_dtype(torch.float64)
+def run_goes_on_in_another_number_of_processes(world: World) -> None:
+    ranks, folder = Ranks(world.rank, world.size), world.folder / "run"
+    config = make_config(world.optimizer, average=0.5 if world.optimizer == "average" else 0.0)
+    trainer = start_run(config, folder, ranks) if world.stage == 0 else resume_run(folder, ranks)[1]
+    stops = (3, 5, 8)
+
+    def stop(progress: Any) -> None:
+        if progress.step == stops[world.stage] and world.rank == world.size - 1:  # on one rank alone
+            trainer._request_stop()
+
+    try:
+        trainer.run(stop)
+    except Interrupted:
+        assert world.stage < 2
+    assert trainer.step == stops[world.stage]
+    if world.stage < 2:
+        return
+    start_run(config, world.folder / "whole", ranks).run()
+    (ours, about), (theirs, whole) = (load_state(world.folder / name / CHECKPOINT) for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-9, atol=1e-12), name
+    for name in ("step", "best_step", "stale", "horizon_improved"):
+        assert about[name] == whole[name], name
+    lines = [read_metrics(world.folder / name / "metrics.jsonl") for name in ("run", "whole")]
+    assert [(m["kind"], m["step"]) for m in lines[0]] == [(m["kind"], m["step"]) for m in lines[1]]
+
+
+@check("truncated")
+def errors_of_rank_0_end_all(world: World) -> None:
+    ranks = Ranks(world.rank, world.size)
+    config = make_config("truncated")
+    bad = parse_config(config.to_dict() | {"rule": {"name": "lstn"}})
+    kind: type[Exception] = ValueError if ranks.leads else FailedLead
+    with pytest.raises(kind, match="lstn"):
+        start_run(bad, world.folder / "run", ranks)
+    few = parse_config(config.to_dict() | {"trainer": {"tasks": 1}})
+    with pytest.raises(kind, match="2 processes cannot share 1 tasks"):
+        start_run(few, world.folder / "run", ranks)
+    assert not (world.folder / "run").exists()
+    dist.barrier()
+    assert open_run(config, world.folder / "run", ranks).step == 0
+
+
+@check("truncated")
+def time_ends_all_at_the_same_step(world: World) -> None:
+    ranks = Ranks(world.rank, world.size)
+    trainer = start_run(make_config("truncated", steps=100_000), world.folder / "run", ranks)
+    trainer.run(time_limit=1.0 if ranks.leads else 1e9)
+    assert ranks.exchange(trainer.step) == [trainer.step] * 2
+    assert 0 < trainer.step < 100_000
+    if ranks.leads:
+        assert load_state(world.folder / "run" / CHECKPOINT)[1]["step"] == trainer.step
