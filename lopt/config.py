@@ -20,7 +20,7 @@ from lopt.names import suggest
 from lopt.rules import RULES, Rule
 from lopt.samplers import draw_options, is_sampler
 from lopt.schema import conform, list_options
-from lopt.tasks import TASKS, TaskFamily
+from lopt.tasks import TASKS, TRANSFORMS, RandomScaling, TaskFamily
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -150,7 +150,7 @@ class SourceConfig:
         name: what logs and reports call it; the task's name by default.
         tasks: slots; `trainer.tasks` by default.
         weight: of its meta-gradient.
-        random_scaling: that of the run by default.
+        random_scaling, transforms: those of the run by default.
         buckets: families that are drawn from the task's samplers, by the run's seed. Each is a source by itself, with
             its share of slots and weight.
     """
@@ -162,6 +162,7 @@ class SourceConfig:
     tasks: int | None = None
     weight: float = 1.0
     random_scaling: float | None = None
+    transforms: list[Options] | None = None
     buckets: int = 1
 
     def __post_init__(self) -> None:
@@ -177,6 +178,14 @@ class SourceConfig:
         """The family that the rule is judged on, without augmentation."""
         return build("task", TASKS, self.task)
 
+    def transform(self, family: TaskFamily) -> TaskFamily:
+        """The family that the rule is trained on."""
+        if self.random_scaling:
+            family = RandomScaling(family, self.random_scaling)
+        for i, options in enumerate(self.transforms or []):
+            family = build(f"transforms[{i}]", TRANSFORMS, options, family=family)
+        return family
+
     def build_horizon(self) -> HorizonSchedule:
         """The schedule of horizons."""
         return build("horizon", HORIZONS, self.horizon)
@@ -187,6 +196,8 @@ class RunConfig:
     """All of a run. `name` labels the rule, `description` says in a line what it is for.
 
     A `horizon` without a name is constant. Without a `source`, the sections `task`, `estimator` and `horizon` are one.
+    `transforms` are changes to the tasks that are trained on, one after the other, each an entry of `TRANSFORMS`;
+    `random_scaling = x` is short for one by element with the range x.
     """
 
     name: str
@@ -196,6 +207,7 @@ class RunConfig:
     description: str = ""
     horizon: Options = field(default_factory=dict)
     random_scaling: float = 0.0
+    transforms: list[Options] = field(default_factory=list)
     source: list[SourceConfig] = field(default_factory=list)
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -246,6 +258,7 @@ class RunConfig:
                 tasks=share,
                 weight=source.weight * share / tasks,
                 random_scaling=self.random_scaling if source.random_scaling is None else source.random_scaling,
+                transforms=self.transforms if source.transforms is None else source.transforms,
             )
             for options, share in zip(drawn, slots, strict=True)
         ]

@@ -27,7 +27,6 @@ from lopt.log import METRICS, read_metrics
 from lopt.ranks import Ranks, is_restart
 from lopt.schema import conform
 from lopt.sources import Source
-from lopt.tasks import RandomScaling
 from lopt.trainer import CHECKPOINT, RULE, Trainer
 
 CONFIG = "config.json"
@@ -48,7 +47,7 @@ def build_trainer(
         family = next(built for task, built in families if task == source.task)
         sources.append(
             Source(
-                RandomScaling(family, source.random_scaling) if source.random_scaling else family,
+                source.transform(family),
                 config.build_estimator(source),
                 source.tasks or config.trainer.tasks,
                 name=source.name,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lopt.config import RunConfig, load_config, merge, parse_config, parse_override
-from lopt.judge import read_card
+from lopt.config import RunConfig, list_presets, load_config, merge, parse_config, parse_override
+from lopt.judge import list_settings, read_card
 from lopt.names import slugify
+from lopt.trainer import freeze_weights
 
 RAW: dict[str, Any] = {
     "name": "tiny",
@@ -23,7 +24,7 @@ RAW: dict[str, Any] = {
 def build_all(config: RunConfig) -> None:
     config.build_rule()
     for source in config.list_sources():
-        source.build_task()
+        source.transform(source.build_task())
         source.build_horizon()
         config.build_estimator(source)
 
@@ -60,6 +61,10 @@ def build_estimator(raw: dict[str, Any]) -> Any:
         ("trainer.steps=many", "trainer.steps must be a whole number, got 'many'"),
         ("trainer.stepz=3", "trainer.stepz is unknown. Did you mean steps"),
         ("trainre.steps=3", "trainre is unknown. Did you mean trainer"),
+        ("trainer.average=1", "trainer.average must be from 0 to below 1, got 1"),
+        ("trainer.patience=-1", "trainer.patience must not be negative, got -1"),
+        ("trainer.train_only=w1", "trainer.train_only must be a list, got 'w1'"),
+        ("trainer.warm_start=3", "trainer.warm_start must be a string, got 3"),
         ("imitation.follow=7", "imitation.follow must be from 0 to 1, got 7"),
         ("imitation.weight=nan", "imitation.weight must be a finite number, got nan"),
         ("imitation.weight=-1", "imitation.weight must be finite and not negative, got -1"),
@@ -155,3 +160,12 @@ def test_options_that_json_cannot_hold_are_no_options() -> None:
         parse_config(RAW | {"task": {"name": "module", "data": "x"}}).list_sources()[0].build_task()
     with pytest.raises(ValueError, match=r"task: module: .*build"):
         parse_config(RAW | {"task": {"name": "module"}}).list_sources()[0].build_task()
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_every_preset_can_be_built_and_judged(preset: str) -> None:
+    config = load_config(preset)
+    build_all(config)
+    assert config.description
+    assert list_settings(config)
+    freeze_weights(config.build_rule(), config.trainer.train_only)

@@ -121,6 +121,21 @@ def test_sources_take_the_sections_that_they_leave_out() -> None:
     assert (only.name, only.tasks, only.weight) == ("quadratic", 8, 1.0)
 
 
+def test_transforms_change_what_is_trained_on_and_not_what_is_judged() -> None:
+    transforms = [{"name": "loss_scaling"}, {"name": "random_scaling", "level": "tensor"}]
+    config = make_config(
+        transforms=transforms, source=[MIXTURE["source"][0], MIXTURE["source"][1] | {"transforms": []}]
+    )
+    first, second = build_trainer(config).sources
+    assert first.family.name == "random_scaling"
+    assert "loss_scaling(family=" in first.family.describe()
+    assert "level='tensor'" in first.family.describe()
+    assert first.validation_family.name == "quadratic"
+    assert second.family is second.validation_family
+    with pytest.raises(ValueError, match=r"transforms\[0\].name: 'louder' is unknown"):
+        build_trainer(make_config(transforms=[{"name": "louder"}]))
+
+
 def test_sources_of_one_name_are_numbered() -> None:
     twice = make_config(source=[MIXTURE["source"][0]] * 2)
     assert [source.name for source in twice.list_sources()] == ["bowls 1", "bowls 2"]
