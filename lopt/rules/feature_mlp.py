@@ -195,6 +195,6 @@ def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """`base + weight @ x`."""
     if weight.ndim == 2 and x.ndim == 2:
         return torch.addmm(base, weight, x)
-    if weight.ndim == 3 and x.ndim == 3:
-        return torch.baddbmm(base, weight, x)
+    if x.ndim == 3:  # also with shared weights, which `matmul` would transpose all of x for
+        return torch.baddbmm(base, weight.expand(len(x), *weight.shape[-2:]), x)
     return base + weight @ x
