@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lopt.estimators import ESTIMATORS, Estimate
+from lopt.planner import PeakMemory
 from lopt.rules import RULES, Rule
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
@@ -298,35 +295,6 @@ def test_truncated_starts_staggered_and_full_does_not() -> None:
     loop = InnerLoop(RULES["sgd"](), TASKS["quadratic"](), 0, constant(40))
     assert ESTIMATORS["truncated"](num_steps=5).start(loop, torch.arange(16)).horizon.unique().numel() > 8
     assert ESTIMATORS["full"](num_steps=5).start(loop, torch.arange(16)).horizon.unique().tolist() == [5]
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside that are alive at the same time, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.watch(tensor.untyped_storage())
-        return result
-
-    def watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self.known:
-            return
-
-        def forget(_: object) -> None:
-            self.live -= size
-            del self.known[key]
-
-        self.known[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 @pytest.mark.parametrize(

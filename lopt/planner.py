@@ -1,0 +1,120 @@
+"""How backpropagation is to be cut for a budget of memory: chunks of tasks, and updates that are computed twice."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lopt.estimators import Estimator
+from lopt.estimators.backprop import Backprop
+from lopt.unroll import InnerLoop
+
+MIN_CHUNK = 4
+"""Fewer tasks at a time cost more, in small operations, than computing updates twice."""
+
+SHORT = (3, 6)
+"""Steps of the windows that are measured."""
+
+
+class Plan(NamedTuple):
+    """Options of an estimator.
+
+    Attributes:
+        task_chunk, checkpoint: see `Backprop`.
+        bytes: that one chunk's window is expected to take.
+        whole: that the window of all tasks would take, nothing computed twice.
+    """
+
+    task_chunk: int
+    checkpoint: str | None
+    bytes: int
+    whole: int
+
+    def describe(self, tasks: int) -> str:
+        """What is done and why, in one line."""
+        means = f"all {tasks} tasks" if self.task_chunk >= tasks else f"{self.task_chunk} of {tasks} tasks"
+        twice = ", computing updates twice" if self.checkpoint else ""
+        return (
+            f"backpropagation takes {means} at a time{twice}: about {self.bytes / 2**20:,.0f} MiB "
+            f"({self.whole / 2**20:,.0f} MiB for all at once)"
+        )
+
+
+def plan_memory(loop: InnerLoop, estimator: Estimator, tasks: int, budget: int) -> Plan | None:
+    """The options with which a window stays within `budget` bytes; None where nothing is saved.
+
+    Nothing is computed twice unless fewer than `MIN_CHUNK` tasks fit. What a task takes is measured on its first steps.
+
+    Raises:
+        ValueError: one task does not fit.
+    """
+    if not isinstance(estimator, Backprop):
+        return None
+    slot = tree_leaves(estimator.start(loop, torch.zeros(1, dtype=torch.int64)))
+    held = tasks * sum(x.numel() * x.element_size() for x in slot)  # where all tasks are after the window
+    whole = held + tasks * _measure_task(loop, estimator, None)
+    found = None
+    for checkpoint in (None, "update"):
+        size = _measure_task(loop, estimator, checkpoint)
+        chunk = max(0, min(tasks, (budget - held) // size))
+        if chunk and (found is None or chunk > found.task_chunk):
+            found = Plan(chunk, checkpoint, held + chunk * size, whole)
+        if chunk >= min(tasks, MIN_CHUNK):
+            break
+    if found is None:
+        raise ValueError(
+            f"one task's window of {estimator.num_steps} steps takes {size / 2**20:,.0f} MiB, and the budget is "
+            f"{budget / 2**20:,.0f} MiB: raise it, or lower estimator.num_steps or the sizes of task and rule"
+        )
+    return found
+
+
+def _measure_task(loop: InnerLoop, estimator: Backprop, checkpoint: str | None) -> int:
+    """Bytes that are alive at most during one task's estimate: those of short windows, which grow with the steps."""
+    peaks: list[int] = []
+    for steps in SHORT:
+        own = copy(estimator)
+        own.checkpoint, own.compile, own.num_steps = checkpoint, False, steps
+        slots = own.configure(loop).start(torch.zeros(1, dtype=torch.int64))
+        with PeakMemory() as memory:
+            own.backpropagate(own.configure(loop), slots, steps, restart=False)
+        peaks.append(memory.peak)
+    growth: float = (peaks[1] - peaks[0]) / (SHORT[1] - SHORT[0])
+    return math.ceil(peaks[0] + max(0, estimator.num_steps - SHORT[0]) * growth)
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors made inside that are alive at the same time, at most: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak = 0, 0
+        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and watch its results."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+
+        def forget(_: object) -> None:
+            self.live -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
