@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from bench.compile import compile_kernels
+from bench.estimators import estimators
 from bench.gpu import gpu
 from bench.kernels import kernels
 from bench.meta import meta
@@ -19,7 +20,7 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, gpu, kernels, meta, overhead, soak, step, tune):
+for command in (compile_kernels, estimators, gpu, kernels, meta, overhead, soak, step, tune):
     cli.add_command(command)
 
 if __name__ == "__main__":
