@@ -89,7 +89,7 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
 
 def fold_in(seeds: Tensor, counters: Tensor | int) -> Tensor:
     """Independent seeds for every counter: int64, broadcast."""
-    return _mix(seeds + _GOLDEN * (counters + 1))
+    return _mix(seeds + _GOLDEN * (torch.as_tensor(counters, dtype=torch.int64) + 1))
 
 
 def draw_uniform(seeds: Tensor, count: int) -> Tensor:

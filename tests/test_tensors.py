@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lopt.tensors import ParamSpec, derive_seeds, draw_indices, draw_uniform, make_generator
+from lopt.tensors import ParamSpec, derive_seeds, draw_indices, draw_normal, draw_uniform, fold_in, make_generator
 
 
 def test_unflatten_undoes_flatten_with_and_without_batch_dimensions() -> None:
@@ -62,3 +62,21 @@ def test_draws_leave_the_global_generator_alone() -> None:
     torch.rand(3, generator=make_generator(derive_seeds(0, "x")))
     draw_uniform(derive_seeds(0, "x", 1), 3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_counter_may_be_a_number_or_a_tensor() -> None:
+    seeds = derive_seeds(0, "x", torch.arange(3))
+    for counter in (0, 1, 10**6):
+        assert torch.equal(fold_in(seeds, counter), fold_in(seeds, torch.tensor(counter)))
+
+
+def test_normal_draws_are_standard_normal_and_named_by_their_seed() -> None:
+    seeds = derive_seeds(0, "x", torch.arange(1000))
+    draws = draw_normal(seeds, 101)
+    assert draws.shape == (1000, 101)
+    assert abs(draws.mean()) < 4 / draws.numel() ** 0.5
+    assert abs(draws.var() - 1) < 4 * (2 / draws.numel()) ** 0.5
+    assert abs((draws**4).mean() - 3) < 4 * (96 / draws.numel()) ** 0.5
+    assert (draws.T.cov() - torch.eye(101)).abs().max() < 6 / 1000**0.5
+    assert torch.equal(draw_normal(seeds[5:6], 101)[0], draws[5])
+    assert not torch.equal(draws[0], draws[1])
