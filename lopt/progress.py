@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from lopt.sources import list_families
 from lopt.trainer import Progress, Trainer
 
 
@@ -29,7 +30,7 @@ class TrainingProgress:
         )
         steps = trainer.config.steps
         self.task = self.bars.add_task("", total=steps, completed=trainer.step, loss="-", best="-", speed="-")
-        self.families = trainer.list_families()
+        self.families = list_families(trainer.sources)
         self.speed = 0.0
         self.trouble = ""
 

@@ -111,6 +111,15 @@ def join_rows(parts: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str,
     return {name: torch.cat([own[name] for own in split])[order].flatten(0, 1) for name in split[0]}
 
 
+def list_families(sources: Sequence[Source]) -> dict[str, TaskFamily]:
+    """What is validated on: every family once, by the name of its first source."""
+    families: dict[str, TaskFamily] = {}
+    for source in sources:
+        if all(source.validation_family is not known for known in families.values()):
+            families[source.name] = source.validation_family
+    return families
+
+
 class Total(NamedTuple):
     """A meta-gradient `[W]` float64, the mean over `num_tasks` tasks, and what goes with it."""
 

@@ -12,22 +12,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lopt.checkpoint import load, load_state, save, save_state
+from lopt.checkpoint import load_state, save, save_state
 from lopt.config import TrainerConfig
 from lopt.estimators import Estimator
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog, flatten_dict
-from lopt.names import suggest
+from lopt.metaweights import copy_weights, freeze_weights, load_weights, update_average
 from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
-from lopt.sources import Source, merge_ranks, merge_sources
+from lopt.sources import Source, list_families, merge_ranks, merge_sources
 from lopt.stop import Reason, Stop
 from lopt.tasks import TaskFamily
 from lopt.validation import plot_losses, validate
@@ -64,8 +63,8 @@ class Trainer:
         card: training card to put into the rule file.
         ranks: the processes that share the slots; all of them make the same trainer.
     Raises:
-        ValueError: there are more processes than slots, `trainer.train_only` fits no meta-weight, or
-            `trainer.warm_start` is not a file of this rule.
+        ValueError: there are more processes than slots, no estimator for a family, `trainer.train_only` fits no
+            meta-weight, or `trainer.warm_start` is not a file of this rule.
     """
 
     def __init__(
@@ -82,7 +81,8 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         if isinstance(tasks, TaskFamily):
-            assert estimator is not None, "a family needs an estimator"
+            if estimator is None:
+                raise ValueError("Trainer: a family of tasks needs an estimator, got None")
             options = {"horizon": horizon, "validation_family": validation_family}
             tasks = [Source(tasks, estimator, config.tasks, **options)]  # type: ignore[arg-type]
         self.rule, self.sources, self.config, self.ranks = rule, list(tasks), config, ranks or Ranks()
@@ -97,8 +97,8 @@ class Trainer:
             load_weights(rule, config.warm_start)
         freeze_weights(rule, config.train_only)
         self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
-        self.best_weights = _copy_weights(rule)
-        self.average = {name: weight.detach().clone() for name, weight in rule.meta_weights().items()}
+        self.best_weights = copy_weights(rule)
+        self.average = copy_weights(rule, learned=True)
         self.outer = torch.optim.AdamW(
             rule.meta_weights().values(),
             lr=config.learning_rate,
@@ -244,7 +244,7 @@ class Trainer:
             self.outer.step()
         self.outer.zero_grad()
         self.step += 1
-        self._update_average()
+        update_average(self.average, self.rule, self.config.average, self.step)
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         parts = {
@@ -260,12 +260,6 @@ class Trainer:
         }
         return whole, parts if len(parts) > 1 else {}
 
-    def _update_average(self) -> None:
-        """Over about the last 1 / (1 - `average`) steps, and fewer at first, when the weights move most."""
-        decay = min(self.config.average, self.step / (self.step + 9))
-        for name, weight in self.rule.meta_weights().items():
-            self.average[name].lerp_(weight.detach(), 1 - decay)
-
     # -- validation --------------------------------------------------------------------------------
 
     def validate(self, log: RunLog | None = None) -> dict[str, float]:
@@ -274,9 +268,9 @@ class Trainer:
         The figures are those of `lopt.validation.Validation`: losses for one family of tasks; for several the mean
         over them of the log of the loss relative to the first loss.
         """
-        weights = _copy_weights(self.rule) | (self.average if self.config.average else {})
+        weights = copy_weights(self.rule) | (self.average if self.config.average else {})
         rule = self._build(weights) if self.config.average else self.rule
-        found = validate(rule, self.list_families(), self.config, self.ranks)
+        found = validate(rule, list_families(self.sources), self.config, self.ranks)
         metric = found.figures[self.config.validation_metric]
         improved = metric < self.best  # false for NaN
         self.stale = 0 if improved else self.stale + 1
@@ -295,14 +289,6 @@ class Trainer:
                     log.scalars(kind, self.step, found.families[name])
                 log.figure(f"{kind}/curves", self.step, plot_losses(losses))
         return result
-
-    def list_families(self) -> dict[str, TaskFamily]:
-        """What is validated on: every family once, by the name of its first source."""
-        families: dict[str, TaskFamily] = {}
-        for source in self.sources:
-            if all(source.validation_family is not known for known in families.values()):
-                families[source.name] = source.validation_family
-        return families
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -342,7 +328,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds; on other ranks than 0 without the carries."""
-        tensors = {f"weights.{k}": v for k, v in _copy_weights(self.rule).items()}
+        tensors = {f"weights.{k}": v for k, v in copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items() if self.config.average}
         for index, state in self.outer.state_dict()["state"].items():
@@ -407,45 +393,8 @@ class Trainer:
         self.seconds = metadata["seconds"]
 
 
-def load_weights(rule: Rule, name_or_path: str) -> None:
-    """Give `rule` the meta-weights of a shipped rule or a rule file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a rule file, or of another rule or configuration.
-    """
-    found = load(name_or_path)
-    if (found.name, found.config) != (rule.name, rule.config):
-        raise ValueError(
-            f"trainer.warm_start: {name_or_path} holds {found.describe()}, but the run trains {rule.describe()}. "
-            "Train the rule with the file's configuration"
-        )
-    rule.load_state_dict(found.state_dict())
-
-
-def freeze_weights(rule: Rule, patterns: Sequence[str]) -> None:
-    """Leave learned only the meta-weights whose names fit one of the patterns (as file names do); all without one.
-
-    Raises:
-        ValueError: a pattern fits no meta-weight.
-    """
-    names = list(rule.meta_weights())
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"trainer.train_only: {pattern!r} fits no meta-weight of {rule.name!r}. {suggest(pattern, names)}"
-            )
-    if patterns:
-        for name, weight in rule.meta_weights().items():
-            weight.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
 def _find_stage(source: Source) -> float:
     return float(source.horizon.stage if source.horizon else 0)
-
-
-def _copy_weights(rule: Rule) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in rule.state_dict().items()}
 
 
 def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import pytest
 
 from lopt.config import RunConfig, list_presets, load_config, merge, parse_config, parse_override
 from lopt.judge import list_settings, read_card
+from lopt.metaweights import freeze_weights
 from lopt.names import slugify
-from lopt.trainer import freeze_weights
 
 RAW: dict[str, Any] = {
     "name": "tiny",

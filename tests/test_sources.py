@@ -19,7 +19,7 @@ from lopt.log import read_metrics
 from lopt.ranks import Ranks
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
-from lopt.sources import Source, Total, merge_ranks, merge_sources
+from lopt.sources import Source, Total, list_families, merge_ranks, merge_sources
 from lopt.tasks import TASKS
 from lopt.trainer import CHECKPOINT, Progress, Trainer
 from lopt.validation import relate
@@ -145,7 +145,7 @@ def test_sources_of_one_name_are_numbered() -> None:
 def test_two_sources_of_one_task_are_validated_on_once() -> None:
     sources = [MIXTURE["source"][0], MIXTURE["source"][0] | {"estimator": {"name": "es"}}]
     trainer = build_trainer(make_config(source=sources))
-    assert list(trainer.list_families()) == ["bowls 1"]
+    assert list(list_families(trainer.sources)) == ["bowls 1"]
     assert "families" not in trainer.validate()
 
 
@@ -229,7 +229,7 @@ def test_buckets_of_different_shapes_train_together() -> None:
     trainer = build_trainer(config)
     assert len({source.family.spec.size for source in trainer.sources}) == 4
     assert math.isfinite(trainer.train_step()["loss"])
-    assert len(trainer.list_families()) == len(list_settings(config)) == 4
+    assert len(list_families(trainer.sources)) == len(list_settings(config)) == 4
 
 
 def test_bounds_are_reached_and_kept() -> None:

@@ -16,10 +16,11 @@ import lopt
 from lopt.checkpoint import load_state
 from lopt.config import parse_config
 from lopt.log import read_metrics
+from lopt.metaweights import freeze_weights, load_weights
 from lopt.rules import RULES, Rule
 from lopt.runs import build_trainer, resume_run, start_run
 from lopt.stop import parse_duration
-from lopt.trainer import CHECKPOINT, RULE, Progress, freeze_weights, load_weights
+from lopt.trainer import CHECKPOINT, RULE, Progress
 
 # -- time limits -------------------------------------------------------------------------------------------------------
 
