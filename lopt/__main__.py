@@ -321,7 +321,9 @@ def list_(what: str | None, as_json: bool) -> None:
 
 
 def _write_cell(value: object) -> str:
-    """A text as it is, a number with commas, `-` for what is not known."""
+    """A text as it is, a count with commas, four digits of another number, `-` for what is not known."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
@@ -354,17 +356,32 @@ def inspect(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -
             say(console, f"{name:>16}  {picture}")
 
 
-@cli.command(short_help="Write the page of an evaluation again.")
+@cli.command(short_help="Say how healthy a run is; write its page again.")
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write the HTML page of RUN (a folder with an evaluation) again from its data, and print its tables."""
-    from lopt.evaluate.results import load_evaluation
+    """Say how healthy the meta-training in RUN is, and write the HTML page of its evaluation again from its data.
 
-    path = run / "evaluation.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no evaluation in {run} (no evaluation.json); make one with `lopt eval`")
-    comparisons, command = load_evaluation(path)
-    show(comparisons, run, Console(), command)
+    Findings are on dead tasks, exploding or noisy meta-gradients, stalled validation and too short windows, each with
+    its figures and, where something is wrong, what to try.
+    """
+    from lopt.diagnosis import examine_run
+    from lopt.evaluate.results import load_evaluation
+    from lopt.runs import CONFIG
+
+    path, console, trained = run / "evaluation.json", Console(), (run / CONFIG).is_file()
+    if not trained and not path.is_file():
+        raise FileNotFoundError(
+            f"{run} holds neither a run ({CONFIG}) nor an evaluation ({path.name}); make one with `lopt train` or "
+            "`lopt eval`"
+        )
+    if trained:
+        for finding in examine_run(run):
+            say(console, f"{'SICK' if finding.sick else ' ok '}  {finding.what}")
+            if finding.advice:
+                say(console, f"      -> {finding.advice}")
+    if path.is_file():
+        comparisons, command = load_evaluation(path)
+        show(comparisons, run, console, command)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"lopt.fused", "lopt.validation", "lopt.planner"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},
-    {"lopt.portrait", "lopt.console"},
+    {"lopt.portrait", "lopt.console", "lopt.diagnosis"},
     {"lopt.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -65,6 +65,7 @@ def test_train_makes_a_rule_that_the_optimizer_loads(run, in_folder: Path) -> No
     assert "lopt train tiny.toml --json" in page
     again = run("report", "runs/tiny")
     assert again.status == 0
+    assert " ok   dead slots: 0.0%" in again.out
     assert Path("runs/tiny/report.html").read_text() == page
 
 
@@ -185,7 +186,7 @@ def write_pickle(path: str) -> None:
         (["eval", "linear.safetensors", "--task", "module"], "module"),
         (["inspect", "bomb.safetensors"], "pickle"),
         (["inspect", "linear.safetensors", "--out", "tiny.toml"], "tiny.toml"),
-        (["report", "nowhere"], "no evaluation in nowhere"),
+        (["report", "nowhere"], "nowhere holds neither a run"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_status_two(run, arguments: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
