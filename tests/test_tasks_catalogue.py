@@ -1,4 +1,4 @@
-"""`lopt list tasks`: every family with its size and horizon."""
+"""`lopt list tasks`: every family with its size, its horizon and tuned Adam's loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from lopt.tasks import TASKS
 from lopt.tasks.catalogue import list_families
+from lopt.tasks.levels import load_levels
 
 
 def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None:
@@ -20,7 +21,8 @@ def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None
         if name != "module":
             assert entry["parameters"] == TASKS[name]().spec.size
             assert entry["horizon"] == TASKS[name]().horizon
-    assert told["module"]["parameters"] is None
+            assert entry["tuned_adam"] == load_levels()[name].final
+    assert told["module"]["parameters"] is told["module"]["tuned_adam"] is None
 
 
 def test_a_family_without_its_data_is_told_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +45,4 @@ def test_command_prints_a_table_or_json(run: Callable[..., Any]) -> None:
     assert all(name in table for name in TASKS)
     assert "parameters" in table
     assert f"{told['tasks']['char_rnn']['parameters']:,}" in table
+    assert f"{told['tasks']['quadratic']['tuned_adam']:.4g}" in table

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lopt.tasks.levels import Level, find_level
 from lopt.tensors import Params, ParamSpec, fold_in, make_generator
 
 Task = dict[str, Tensor]
@@ -93,6 +94,11 @@ class TaskFamily(ABC):
         """Names and shapes of the parameters."""
         generator = make_generator(0)
         return ParamSpec.of(self.init(self.sample(generator), generator))
+
+    @property
+    def baseline(self) -> Level | None:
+        """What tuned Adam reaches on these tasks; None if the archive does not have it."""
+        return find_level(self.name, self.config)
 
     def describe(self) -> str:
         """One line: the family's name and configuration."""

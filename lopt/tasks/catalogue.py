@@ -15,11 +15,13 @@ class Entry(TypedDict):
         what: the first line of its file.
         parameters: of one task.
         horizon: steps that a task is meant to be trained for.
+        tuned_adam: mean loss that Adam with a tuned learning rate reaches in them; see `lopt.tasks.levels`.
     """
 
     what: str
     parameters: int | None
     horizon: int | None
+    tuned_adam: float | None
 
 
 def list_families() -> dict[str, Entry]:
@@ -34,9 +36,10 @@ def _look_at(name: str) -> Entry:
     cls = TASKS[name]
     what = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
     if name == "module":
-        return {"what": what, "parameters": None, "horizon": None}
+        return {"what": what, "parameters": None, "horizon": None, "tuned_adam": None}
     try:
         family = cls()
     except ImportError:
-        return {"what": what, "parameters": None, "horizon": None}
-    return {"what": what, "parameters": family.spec.size, "horizon": family.horizon}
+        return {"what": what, "parameters": None, "horizon": None, "tuned_adam": None}
+    final = None if family.baseline is None else family.baseline.final
+    return {"what": what, "parameters": family.spec.size, "horizon": family.horizon, "tuned_adam": final}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lopt.tasks.base import Batch, Task, TaskFamily, branch_seeds
+from lopt.tasks.levels import Level
 from lopt.tensors import Params, draw_normal
 
 T = TypeVar("T", bound="Transform")
@@ -81,6 +82,11 @@ class Transform(TaskFamily):
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """The inner family's metrics."""
         return self.family.metrics(params, self._inner(batch))
+
+    @property
+    def baseline(self) -> Level | None:
+        """The inner family's: what tuned Adam reaches on the tasks as they were (factors of the loss average out)."""
+        return self.family.baseline
 
 
 class RandomScaling(Transform):
