@@ -57,6 +57,8 @@ class TrainerConfig:
         patience: validations without a better one after which the run ends; 0 goes on to the last step.
         checkpoint_every: outer steps between checkpoints.
         threads: of torch on the CPU; results are reproducible for a given number.
+        memory_mib: budget for backpropagation on each rank, from which `task_chunk` and `checkpoint` follow where an
+            estimator is given neither; 0 sets no bound.
     """
 
     steps: int = 1000
@@ -78,6 +80,7 @@ class TrainerConfig:
     patience: int = 0
     checkpoint_every: int = 50
     threads: int = 2
+    memory_mib: int = 0
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "tasks", "validate_every", "validation_tasks", "validation_steps")
@@ -87,7 +90,7 @@ class TrainerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")
-        for name in ("final_learning_rate", "warmup", "weight_decay", "seed", "patience"):
+        for name in ("memory_mib", "final_learning_rate", "warmup", "weight_decay", "seed", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.average < 1:

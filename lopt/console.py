@@ -38,6 +38,8 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     for source in trainer.sources:
         share = f" ({source.name}: {source.tasks} tasks, {source.estimator.name}, weight {source.weight:g})"
         console.print(escape(f"  on {source.family.describe()}{share if several else ''}"), soft_wrap=True)
+    for plan in trainer.plans:
+        say(console, f"  {plan}")
     try:
         with TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update, time_limit)

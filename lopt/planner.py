@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lopt.estimators import Estimator
 from lopt.estimators.backprop import Backprop
+from lopt.sources import Source
 from lopt.unroll import InnerLoop
 
 MIN_CHUNK = 4
@@ -74,6 +76,32 @@ def plan_memory(loop: InnerLoop, estimator: Estimator, tasks: int, budget: int) 
             f"{budget / 2**20:,.0f} MiB: raise it, or lower estimator.num_steps or the sizes of task and rule"
         )
     return found
+
+
+def fit_all(sources: Sequence[Source], mib: int) -> list[str]:
+    """`fit_memory` for all sources with a budget of `mib` MiB each (0: no bound); returns what there is to say."""
+    return [plan for source in sources if mib and (plan := fit_memory(source, mib * 2**20))]
+
+
+def fit_memory(source: Source, budget: int) -> str | None:
+    """Give a source's estimator the options of the plan for this rank's slots; returns what it comes to.
+
+    Options that were given stay as they are: then there is no plan.
+
+    Raises:
+        ValueError: see `plan_memory`.
+    """
+    estimator = source.estimator
+    if source.carry is None or not isinstance(estimator, Backprop):
+        return None
+    if estimator.task_chunk is not None or estimator.checkpoint is not None:
+        return None
+    tasks = len(source.carry.ids)
+    plan = plan_memory(source.loop, estimator, tasks, budget)
+    assert plan is not None
+    source.estimator = planned = copy(estimator)
+    planned.task_chunk, planned.checkpoint = plan.task_chunk, plan.checkpoint
+    return f"{source.name}: {plan.describe(tasks)}"
 
 
 def _measure_task(loop: InnerLoop, estimator: Backprop, checkpoint: str | None) -> int:

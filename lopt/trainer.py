@@ -24,6 +24,7 @@ from lopt.estimators import Estimator
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog, flatten_dict
 from lopt.metaweights import copy_weights, freeze_weights, load_weights, update_average
+from lopt.planner import fit_all
 from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
 from lopt.sources import Source, list_families, merge_ranks, merge_sources
@@ -109,6 +110,7 @@ class Trainer:
         for source in self.sources:
             source.start(rule, config.seed, first, self.ranks)
             first += source.tasks
+        self.plans = fit_all(self.sources, config.memory_mib)
         self.seconds = 0.0
         self._stop, self._dead_steps = Stop(), 0
 
@@ -189,9 +191,6 @@ class Trainer:
                 "Lower trainer.learning_rate, the rule's output scale or the loss's scale; the best weights so far "
                 f"are those of step {self.best_step}"
             )
-
-    def _request_stop(self) -> None:
-        self._stop.asked = True
 
     def _after_step(
         self,

@@ -126,7 +126,7 @@ def run_goes_on_in_another_number_of_processes(world: World) -> None:
 
     def stop(progress: Any) -> None:
         if progress.step == stops[world.stage] and world.rank == world.size - 1:  # on one rank alone
-            trainer._request_stop()
+            trainer._stop.asked = True
 
     try:
         trainer.run(stop)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_estimators import constant, flatten
 
+from lopt.config import TrainerConfig
 from lopt.estimators import ESTIMATORS
 from lopt.planner import PeakMemory, plan_memory
 from lopt.rules import RULES
 from lopt.tasks import TASKS
+from lopt.trainer import Trainer
 from lopt.unroll import InnerLoop
 
 TASKS_AT_ONCE = 8
@@ -52,3 +54,26 @@ def test_a_budget_that_holds_no_task_is_refused() -> None:
 
 def test_estimators_that_save_nothing_need_no_plan() -> None:
     assert plan_memory(make_loop(), ESTIMATORS["pes"](), 8, 1) is None
+
+
+def test_the_trainer_plans_and_says_so() -> None:
+    loop = make_loop()
+    whole, _ = measure_peak(loop)
+    results = {}
+    for mib in (0, 1, 2):
+        config = TrainerConfig(steps=1, tasks=8, validation_tasks=2, validation_steps=5, memory_mib=mib)
+        trainer = Trainer(RULES["lstm"](), TASKS["quadratic"](dim=32), ESTIMATORS["truncated"](num_steps=10), config)
+        results[mib] = (trainer.plans, trainer.sources[0].estimator.task_chunk, trainer.sources[0].estimator.checkpoint)  # type: ignore[attr-defined]
+    assert whole > 2 * 2**20
+    assert results[0] == ([], None, None)
+    assert results[1][1:] == (4, "update")
+    assert "quadratic: backpropagation takes 4 of 8 tasks at a time, computing updates twice" in results[1][0][0]
+    assert results[2][1:] == (4, None)
+
+
+def test_given_options_and_evolution_strategies_are_left_alone() -> None:
+    for estimator in (ESTIMATORS["truncated"](num_steps=10, task_chunk=3), ESTIMATORS["pes"](num_steps=10)):
+        config = TrainerConfig(steps=1, tasks=4, validation_tasks=2, validation_steps=5, memory_mib=1)
+        trainer = Trainer(RULES["lstm"](), TASKS["quadratic"](), estimator, config)
+        assert trainer.plans == []
+        assert trainer.sources[0].estimator is estimator
