@@ -62,6 +62,7 @@ class Window(NamedTuple):
         first_loss: `[K, T]`, the loss at step 0 of the task that the slot was on.
         finished: `[K, T]` bool, the task ended with this step.
         episode: `[K, T]` int64, of the task that the slot was on.
+        steps: `[K, T]` int64, that the task had made with this one.
         active: `[K, T]` bool, the slot made a step; the other entries of a window mean nothing.
         slots: where the slots are now, cut from the graph.
     """
@@ -71,6 +72,7 @@ class Window(NamedTuple):
     first_loss: Tensor
     finished: Tensor
     episode: Tensor
+    steps: Tensor
     active: Tensor
     slots: Slots
 
@@ -282,12 +284,13 @@ class InnerLoop:
         Args:
             restart: False lets tasks run past their horizon instead.
         """
-        losses, imitations, first_losses, finished, episodes = [], [], [], [], []
+        losses, imitations, first_losses, finished, episodes, steps = [], [], [], [], [], []
         weights = self._find_weights(slots)
         for _ in range(num_steps):
             slots, loss, imitation = self.step(slots, weights)
             done = slots.step >= slots.horizon
             episodes.append(slots.episode)
+            steps.append(slots.step)
             losses.append(loss)
             imitations.append(imitation)
             first_losses.append(slots.first_loss)
@@ -302,6 +305,7 @@ class InnerLoop:
             torch.stack(first_losses),
             ended,
             torch.stack(episodes),
+            torch.stack(steps),
             torch.ones_like(ended),
             detach_slots(slots),
         )
@@ -310,7 +314,7 @@ class InnerLoop:
         """Steps of every slot up to its own horizon; slots that are there rest. K is the longest way."""
         weights = self._find_weights(slots)
         now, rows = slots, torch.arange(len(slots.ids), device=slots.ids.device)
-        losses, imitations, finished, active = [], [], [], []
+        losses, imitations, finished, steps, active = [], [], [], [], []
 
         def spread(values: Tensor) -> Tensor:
             """The values of the rows that are left, `[T]`, and 0."""
@@ -322,6 +326,7 @@ class InnerLoop:
                 losses.append(spread(loss))
                 imitations.append(spread(imitation))
                 finished.append(spread(now.step >= now.horizon))
+                steps.append(spread(now.step))
                 active.append(spread(torch.ones_like(rows, dtype=torch.bool)))
             slots = put_slots(slots, rows, now)
             left = (now.step < now.horizon).nonzero()[:, 0]
@@ -334,6 +339,7 @@ class InnerLoop:
             slots.first_loss.expand(count, -1),
             torch.stack(finished),
             slots.episode.expand(count, -1),
+            torch.stack(steps),
             torch.stack(active),
             detach_slots(slots),
         )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lopt.estimators.base import Estimate, Estimator
-from lopt.estimators.objectives import check_objective, find_finite, weigh_losses
+from lopt.estimators.objectives import check_objective, find_baseline, find_finite, weigh_losses
 from lopt.rules import Rule
-from lopt.tasks.base import check_split
+from lopt.tasks.base import TaskFamily, check_split
 from lopt.unroll import InnerLoop, Slots, Window, join_slots, select_slots
 
 
@@ -22,8 +22,8 @@ class Backprop(Estimator):
     Args:
         num_steps: steps of a window, K.
         order: 1, or 2 to differentiate through the base learner's gradients as well.
-        objective: what is minimised, averaged over tasks: "mean", "sum", "log" (all phases of training count alike) or
-            "final"; see `weigh_losses`.
+        objective: what is minimised, averaged over tasks: "mean", "sum", "log" (all phases of training count alike),
+            "baseline" (its value tells how far from tuned Adam the rule is) or "final"; see `weigh_losses`.
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize, loss_clamp: see `weigh_losses`.
         task_chunk: tasks per backward pass, to bound memory; all by default.
@@ -68,6 +68,8 @@ class Backprop(Estimator):
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""
+        if self.objective == "baseline":
+            find_baseline(loop.family)  # a family without one is refused before anything runs
         return replace(
             loop,
             order=self.order,
@@ -94,7 +96,7 @@ class Backprop(Estimator):
         parts, healthy = [], torch.ones(count, dtype=torch.bool)
         weights = loop.rule.meta_weights()
         totals = [torch.zeros_like(w) for w in weights.values()]
-        sums: dict[str, float] = dict.fromkeys(("loss", "meta_loss", "imitation_loss"), 0.0)
+        sums: dict[str, float] = dict.fromkeys(("loss", "meta_loss", "objective", "imitation_loss"), 0.0)
         finished = 0
         for begin in range(0, count, size):
             rows = torch.arange(begin, min(begin + size, count))
@@ -107,6 +109,7 @@ class Backprop(Estimator):
                 losses = window.losses.detach()
                 sums["loss"] += float(losses.mean(0).sum())
                 sums["meta_loss"] += float((losses / window.first_loss.abs()).mean(0).sum())
+                sums["objective"] += float(self._weigh(loop.family, window).detach().sum())
                 sums["imitation_loss"] += float(window.imitation.detach().mean(0).sum())
                 finished += int(window.finished.sum())
                 parts.append(window.slots)
@@ -135,7 +138,7 @@ class Backprop(Estimator):
         window = loop.unroll(select_slots(slots, rows), num_steps, restart=restart)
         finite = find_finite(window)
         if finite.all():
-            gradients = self._differentiate(loop.rule, window)
+            gradients = self._differentiate(loop, window)
             if all(bool(g.isfinite().all()) for g in gradients):
                 return [(rows, window, gradients)]
             if len(rows) == 1:
@@ -149,11 +152,14 @@ class Backprop(Estimator):
         found = [part for half in halves for part in self._window(loop, slots, half, num_steps, restart)]
         return found + ([] if finite.all() else [(rows[~finite], None, [])])
 
-    def _differentiate(self, rule: Rule, window: Window) -> list[Tensor]:
+    def _weigh(self, family: TaskFamily, window: Window) -> Tensor:
+        """See `weigh_losses`."""
+        return weigh_losses(window, family, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
+
+    def _differentiate(self, loop: InnerLoop, window: Window) -> list[Tensor]:
         """Gradient of the tasks' summed objectives in the meta-weights."""
-        terms = weigh_losses(window, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
-        total = terms.sum() + self.imitation * window.imitation.mean(0).sum()
-        weights = list(rule.meta_weights().values())
+        total = self._weigh(loop.family, window).sum() + self.imitation * window.imitation.mean(0).sum()
+        weights = list(loop.rule.meta_weights().values())
         if not total.requires_grad:
             return [torch.zeros_like(w) for w in weights]
         gradients = torch.autograd.grad(total, weights, allow_unused=True)

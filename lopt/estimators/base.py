@@ -22,8 +22,8 @@ class Estimate(NamedTuple):
         num_tasks: tasks that were not dropped; 0 where none was finite, and then the gradient is 0.
         carry: the tasks in progress, to be handed to the next call.
         metrics: numbers to log: `meta_loss` (mean loss over the window relative to the tasks' first losses), `loss`,
-            both means over `num_tasks`, `skipped_slots`, `finished_tasks`, `inner_steps` (steps x tasks, each member
-            of a pair counted), and what else the estimator knows.
+            `objective` (what is minimised), all means over `num_tasks`, `skipped_slots`, `finished_tasks`,
+            `inner_steps` (steps x tasks, each member of a pair counted), and what else the estimator knows.
     """
 
     gradient: Params

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lopt.estimators.base import Estimate, Estimator
-from lopt.estimators.objectives import average_steps, check_objective, find_finite, weigh_losses
+from lopt.estimators.objectives import (
+    OBJECTIVES,
+    average_steps,
+    check_objective,
+    find_baseline,
+    find_finite,
+    weigh_losses,
+)
 from lopt.rules import Rule
 from lopt.tasks.base import check_split
 from lopt.tensors import Params, derive_seeds, draw_normal
@@ -51,7 +58,7 @@ class Evolution(Estimator):
     Args:
         num_steps: steps of a window, K.
         sigma: standard deviation of the perturbations.
-        objective: "mean", "sum", "log" or "final"; see `weigh_losses`.
+        objective: "mean", "sum", "log", "baseline" or "final"; see `weigh_losses`.
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize, loss_clamp: see `weigh_losses`; the clamp also bounds what one diverging pair does to the estimate.
         task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
@@ -67,7 +74,7 @@ class Evolution(Estimator):
     kept: ClassVar[int] = 2
     persistent: ClassVar[bool] = False
     staggered: ClassVar[bool] = True
-    objectives: ClassVar[tuple[str, ...]] = ("mean", "sum", "log", "final")
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
 
     def __init__(
         self,
@@ -107,6 +114,8 @@ class Evolution(Estimator):
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""
+        if self.objective == "baseline":
+            find_baseline(loop.family)  # a family without one is refused before anything runs
         return replace(loop, meta_split=self.objective_split)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
@@ -134,6 +143,7 @@ class Evolution(Estimator):
         metrics = {
             "loss": math.nan if nothing else total.loss * scale,
             "meta_loss": math.nan if nothing else total.meta_loss * scale,
+            "objective": math.nan if nothing else total.objective * scale,
             "skipped_slots": float(count - total.alive),
             "finished_tasks": total.finished,
             "inner_steps": total.inner_steps,
@@ -161,7 +171,7 @@ class Evolution(Estimator):
             replace(loop, meta_weights=perturb_weights, members=members),
             pairs.slots if self.kept == members else repeat_slots(pairs.slots, members),
         )
-        terms = weigh_losses(window, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
+        terms = weigh_losses(window, loop.family, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
         healthy = find_finite(window).view(count, members).all(1)
         rise = (terms[:, 0::members] - terms[:, 1::members]).double()  # of the loss, from minus to plus
         age = window.episode[:, ::members] - start.episode
@@ -176,9 +186,13 @@ class Evolution(Estimator):
             influence = find_influence(start.episode + later)
             parts += (rise * (age == later)).sum(0)[:, None] * influence / (2 * self.sigma)
         parts = torch.where(healthy[:, None], parts, 0.0)
-        losses, relative = (
-            average_steps(window, values).view(count, members)[healthy].mean(1)
-            for values in (window.losses, window.losses / window.first_loss.abs())
+        losses, relative, objective = (
+            values.view(count, members)[healthy].mean(1)
+            for values in (
+                average_steps(window, window.losses),
+                average_steps(window, window.losses / window.first_loss.abs()),
+                terms.sum(0),
+            )
         )
         totals = Totals(
             parts.sum(0),
@@ -186,6 +200,7 @@ class Evolution(Estimator):
             int(healthy.sum()),
             float(losses.sum()),
             float(relative.sum()),
+            float(objective.sum()),
             float(window.finished[:, ::members].sum()),
             float(window.active.sum()),
         )
@@ -213,6 +228,7 @@ class Totals(NamedTuple):
     alive: int
     loss: float
     meta_loss: float
+    objective: float
     finished: float
     inner_steps: float
 

@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from lopt.tasks import TaskFamily
+from lopt.tasks.levels import Level, load_levels
 from lopt.unroll import Window
 
-OBJECTIVES = ("mean", "sum", "log", "final")
+OBJECTIVES = ("mean", "sum", "log", "baseline", "final")
+LOGARITHMIC = ("log", "baseline")
 
 
 def check_objective(objective: str, known: tuple[str, ...] = OBJECTIVES) -> str:
@@ -23,25 +26,34 @@ def check_objective(objective: str, known: tuple[str, ...] = OBJECTIVES) -> str:
     return objective
 
 
-def weigh_losses(window: Window, objective: str, *, normalize: bool, loss_clamp: float) -> Tensor:
+def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normalize: bool, loss_clamp: float) -> Tensor:
     """What each step adds to the task's objective, `[K, T]`; the objective is their sum over the window.
 
     Args:
-        objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one, the
-            "final" losses of tasks that end in the window, or the lowest loss ("min").
+        family: that the tasks are of.
+        objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one or
+            ("baseline") to that of tuned Adam after as many steps, the "final" losses of tasks that end in the window,
+            or the lowest loss ("min").
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
+
+    "log" and "baseline" differ by what no rule can change, so they have the same gradient: "baseline" has a value, the
+    metric `objective`, that is comparable between families and is 0 for tuned Adam.
+
     Raises:
-        ValueError: objective "log" and a negative loss.
+        ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family without a level.
     """
     first, active = window.first_loss.abs(), window.active.to(window.losses.dtype)
     count = active.sum(0)
     losses = torch.minimum(window.losses, loss_clamp * first)
-    if objective == "log":
+    if objective in LOGARITHMIC:
         if bool((losses < 0).any()):
-            raise ValueError("objective 'log' needs losses above 0, but a task's loss is negative; use 'mean'")
+            raise ValueError(f"objective {objective!r} needs losses above 0, but a task's loss is negative; use 'mean'")
         tiny = torch.finfo(losses.dtype).tiny
-        return (losses / first).clamp(min=tiny).log() * active / count
+        relative = (losses / first).clamp(min=tiny).log()
+        if objective == "baseline":
+            relative = relative.double() + first.double().log() - find_baseline(family).read_log_losses(window.steps)
+        return relative * active / count
     if normalize:
         losses = losses / first
     if objective == "final":
@@ -50,6 +62,27 @@ def weigh_losses(window: Window, objective: str, *, normalize: bool, loss_clamp:
         where = losses.masked_fill(~window.active, math.inf).argmin(0, keepdim=True)
         return losses * torch.zeros_like(losses).scatter(0, where, 1.0)
     return losses * active / count if objective == "mean" else losses * active
+
+
+def find_baseline(family: TaskFamily) -> Level:
+    """What tuned Adam reaches on `family`, for objective "baseline".
+
+    Raises:
+        ValueError: the archive has no level of this family, or one with losses that are not above 0.
+    """
+    level = family.baseline
+    if level is None:
+        raise ValueError(
+            f"objective 'baseline' needs tuned Adam's losses on {family.describe()}; archived are those on families "
+            f"with their default options, whatever the horizon: {', '.join(load_levels())}. Use one of these, or "
+            "objective 'log', which has the same meta-gradient"
+        )
+    if level.average != "geometric":
+        raise ValueError(
+            f"objective 'baseline' needs losses above 0, but tuned Adam's on {family.describe()} are not all; "
+            "use 'mean'"
+        )
+    return level
 
 
 def average_steps(window: Window, values: Tensor) -> Tensor:

@@ -62,16 +62,9 @@ class Level:
     def read_log_losses(self, steps: Tensor) -> Tensor:
         """Logarithms of the loss after so many steps, float64 on the device of `steps`, an int64 tensor.
 
-        Interpolated in the logarithms of step and loss; from `horizon` on the loss stays where it is.
-
-        Raises:
-            ValueError: the curve is no geometric mean.
+        Interpolated in the logarithms of step and loss; from `horizon` on the loss stays where it is. Of a geometric
+        mean only.
         """
-        if self.average != "geometric":
-            raise ValueError(
-                f"objective 'baseline' needs losses above 0, but tuned Adam's on tasks with {self.config} are not all; "
-                "use 'mean'"
-            )
         return self._log_curve.to(steps.device)[steps.clamp(0, self.horizon)]
 
 
