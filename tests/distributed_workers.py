@@ -29,7 +29,13 @@ from lopt import LearnedOptimizer
 from lopt.rules import RULES
 from lopt.tensors import make_generator
 
-MODULES = ("distributed_replicas", "distributed_shards", "distributed_files", "distributed_guards", "distributed_training")
+MODULES = (
+    "distributed_replicas",
+    "distributed_shards",
+    "distributed_files",
+    "distributed_guards",
+    "distributed_training",
+)
 LIMIT = 1200  # seconds for all worlds of a call
 CHECK_LIMIT = 120  # seconds for one check
 PATIENCE = timedelta(seconds=30)  # for a rank that does not come
