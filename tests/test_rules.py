@@ -505,9 +505,15 @@ QUICK: dict[str, dict[str, Any]] = {
     "star": {"inner_config": {"hidden": 8}, "lr": 0.03, "residual_scale": 0.03},
 }
 """Small rules whose steps are of the size that 15 steps need."""
+LONG = {"celo_adam", "celo2_base", "hierarchical_rnn"}  # a relative of each is in the quick suite
+LEARNED = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+    for name, rule in sorted(RULES.items())
+    if not issubclass(rule, HandDesigned)
+]
 
 
-@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if not issubclass(rule, HandDesigned)))
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_short_meta_training_makes_a_rule_converge_on_new_quadratics(name: str) -> None:
     rule = RULES[name](**QUICK[name])
     loop = InnerLoop(rule, Bowl(), 0)

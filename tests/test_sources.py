@@ -328,6 +328,7 @@ def test_the_noise_of_independent_sources_adds_up() -> None:
     assert merge_sources(totals, [1, 1]).metrics["gradient_noise"] == pytest.approx(0.2 / math.sqrt(2))
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_judges_on_every_family(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     config = make_config().to_dict()
