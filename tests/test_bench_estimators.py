@@ -53,6 +53,7 @@ def find(run: Run, estimator: str, steps: int = HORIZON) -> dict[str, Any]:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_estimator_is_measured_at_every_window_with_finite_figures(run: Run) -> None:
     output, found, picture = run
     assert {r["estimator"].split(",")[0] for r in found["results"]} == set(ESTIMATORS)
@@ -69,6 +70,7 @@ def test_every_estimator_is_measured_at_every_window_with_finite_figures(run: Ru
     assert picture.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_short_windows_are_biased_and_whole_runs_are_not(run: Run) -> None:
     whole = find(run, "full, order 2")
     assert whole["bias"] < 4 * whole["bias_error"]
@@ -79,6 +81,7 @@ def test_short_windows_are_biased_and_whole_runs_are_not(run: Run) -> None:
         assert short["bias"] > find(run, name)["bias"], name
 
 
+@pytest.mark.slow
 def test_persistent_and_reused_perturbations_are_unbiased_in_short_windows(run: Run) -> None:
     for name in ("pes", "nres", "es_single"):
         found = find(run, name, 2)
@@ -86,6 +89,7 @@ def test_persistent_and_reused_perturbations_are_unbiased_in_short_windows(run: 
         assert found["bias"] < 0.6 * find(run, "es", 2)["bias"], name
 
 
+@pytest.mark.slow
 def test_mean_over_a_run_does_not_depend_on_windows_where_perturbations_are_kept(run: Run) -> None:
     for name in ("nres", "es_single"):  # the same tasks and perturbations, added up in other pieces
         short, long = (find(run, name, steps) for steps in WINDOWS)
@@ -93,6 +97,7 @@ def test_mean_over_a_run_does_not_depend_on_windows_where_perturbations_are_kept
         assert short["variance_run"] == pytest.approx(long["variance_run"], rel=1e-2), name
 
 
+@pytest.mark.slow
 def test_cost_counts_every_run_of_a_window(run: Run) -> None:
     for name, runs in (("truncated, order 1", 1), ("es", 3), ("pes", 2), ("nres", 2), ("es_single", 2)):
         assert find(run, name, 2)["inner_steps"] == runs * 2 * 64, name
