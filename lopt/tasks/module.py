@@ -78,7 +78,9 @@ class ModuleTask(TaskFamily):
         else:
             self.data = _divide(_as_tensors(data), seed)
         self.module = _build_seeded(build, 0)
-        self._batched = batch_losses(self.module, loss)
+        # Negative classes are those that cross-entropy leaves out, which the batched form does not know.
+        whole = all(y.is_floating_point() or bool((y >= 0).all()) for _, y in self.data.values())
+        self._batched = batch_losses(self.module, loss) if whole else None
         self._try_step()
 
     def to(self: Module, device: torch.device | str) -> Module:
@@ -130,11 +132,11 @@ class ModuleTask(TaskFamily):
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """See `TaskFamily.losses`; plain networks as batched matrix products."""
+        if self._batched is None or type(self).loss is not ModuleTask.loss:
+            return super().losses(params, batch)
         x, y = batch["x"], batch["y"]
         plain = x.ndim == 3 and y.ndim == (3 if y.is_floating_point() else 2)
-        if self._batched is None or not plain or type(self).loss is not ModuleTask.loss:
-            return super().losses(params, batch)
-        return self._batched(params, x, y)
+        return self._batched(params, x, y) if plain else super().losses(params, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Accuracy, where targets `[...]` are integers and outputs `[..., classes]`."""
