@@ -22,10 +22,9 @@ T = TypeVar("T")
 
 @dataclass
 class Meter:
-    """Seconds spent in each of `PARTS`, and updates of one parameter by the rule."""
+    """Seconds spent in each of `PARTS`."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    parameter_updates: int = 0
 
     def time(self, part: str, function: Callable[[], T]) -> T:
         """Call and time it; on a GPU, which is waited for."""
@@ -62,5 +61,4 @@ class MeteredLoop(InnerLoop):
         return self.meter.time("base learner", lambda: super(MeteredLoop, self).evaluate(params, batch))
 
     def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
-        self.meter.parameter_updates += slots.params.numel()
         return self.meter.time("rule", lambda: super(MeteredLoop, self)._update(slots, weights))

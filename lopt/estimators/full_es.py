@@ -21,6 +21,7 @@ class FullES(Evolution):
     Args:
         num_steps: length of the runs; 0 (default) takes each task's horizon.
         objective: also "min", the lowest loss of the run.
+        sigma, objective_split, normalize, loss_clamp, task_chunk: see `Evolution`.
     """
 
     name = "full_es"
