@@ -19,7 +19,7 @@ from lopt.sources import Source
 from lopt.unroll import InnerLoop
 
 MIN_CHUNK = 4
-"""Fewer tasks at a time cost more, in small operations, than computing updates twice."""
+"""Fewer tasks at a time are mostly small operations: with `mlp` on digits chunks of 4 took twice as long as all 16."""
 
 SHORT = (3, 6)
 """Steps of the windows that are measured."""
