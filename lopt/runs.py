@@ -26,8 +26,9 @@ from lopt.judge import check_label, list_settings
 from lopt.log import METRICS, read_metrics
 from lopt.ranks import Ranks, is_restart
 from lopt.schema import conform
+from lopt.snapshot import CHECKPOINT, RULE
 from lopt.sources import Source
-from lopt.trainer import CHECKPOINT, RULE, Trainer
+from lopt.trainer import Trainer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

@@ -7,7 +7,6 @@ estimators' carries, horizon stage and the best weights so far; there is no othe
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.checkpoint import load_state, save, save_state
+from lopt.checkpoint import save, save_state
 from lopt.config import TrainerConfig
 from lopt.estimators import Estimator
 from lopt.horizons import HorizonSchedule
-from lopt.log import RunLog, flatten_dict
-from lopt.metaweights import copy_weights, freeze_weights, load_weights, update_average
+from lopt.log import RunLog
+from lopt.metaweights import copy_weights, freeze_weights, load_weights
+from lopt.outer import OuterOptimizer
 from lopt.planner import fit_all
 from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
+from lopt.snapshot import CHECKPOINT, RULE, read_snapshot, select
 from lopt.sources import Source, list_families, merge_ranks, merge_sources
 from lopt.stop import Reason, Stop
 from lopt.tasks import TaskFamily
-from lopt.validation import plot_losses, validate
+from lopt.validation import log_validation, validate
 
-CHECKPOINT = "checkpoint.safetensors"
-RULE = "rule.safetensors"
 MAX_DEAD_STEPS = 20
 
 
@@ -99,13 +98,7 @@ class Trainer:
         freeze_weights(rule, config.train_only)
         self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
         self.best_weights = copy_weights(rule)
-        self.average = copy_weights(rule, learned=True)
-        self.outer = torch.optim.AdamW(
-            rule.meta_weights().values(),
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.outer = OuterOptimizer(rule, config)
         first = 0
         for source in self.sources:
             source.start(rule, config.seed, first, self.ranks)
@@ -214,14 +207,6 @@ class Trainer:
             on_step(Progress(self.step, config.steps, metrics, validation))
         return validation is not None
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
-        config = self.config
-        warm = min(1.0, (self.step + 1) / max(config.warmup, 1))
-        low = config.final_learning_rate
-        decay = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
-        return config.learning_rate * warm * decay
-
     def train_step(self) -> dict[str, float]:
         """One outer step; returns what to log."""
         return self._step_sources()[0]
@@ -229,21 +214,10 @@ class Trainer:
     def _step_sources(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """One outer step; what to log of the whole, and of each source where there are several."""
         begin = time.perf_counter()
-        weights = self.rule.meta_weights()
-        totals = merge_ranks([source.estimate() for source in self.sources], weights, self.ranks)
+        totals = merge_ranks([source.estimate() for source in self.sources], self.rule.meta_weights(), self.ranks)
         total = merge_sources(totals, [source.weight for source in self.sources])
-        pieces = torch.split(total.gradient, [weight.numel() for weight in weights.values()])
-        for weight, piece in zip(weights.values(), pieces, strict=True):
-            weight.grad = piece.view(weight.shape).to(weight)
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.config.clip)
-        rate = self.learning_rate()
-        for group in self.outer.param_groups:
-            group["lr"] = rate
-        if bool(norm.isfinite()) and float(norm) > 0:  # all slots may have been dropped
-            self.outer.step()
-        self.outer.zero_grad()
+        stepped = self.outer.apply(total.gradient, self.step)
         self.step += 1
-        update_average(self.average, self.rule, self.config.average, self.step)
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         parts = {
@@ -251,9 +225,8 @@ class Trainer:
             | {"gradient_norm": float(own.gradient.norm()), "horizon_stage": _find_stage(source)}
             for source, own in zip(self.sources, totals, strict=True)
         }
-        whole = total.metrics | {
-            "gradient_norm": float(norm),
-            "learning_rate": rate,
+        whole = total.metrics | stepped
+        whole |= {
             "inner_steps_per_second": total.metrics["inner_steps"] / seconds,
             "horizon_stage": max(map(_find_stage, self.sources)),
         }
@@ -267,7 +240,7 @@ class Trainer:
         The figures are those of `lopt.validation.Validation`: losses for one family of tasks; for several the mean
         over them of the log of the loss relative to the first loss.
         """
-        weights = copy_weights(self.rule) | (self.average if self.config.average else {})
+        weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
         rule = self._build(weights) if self.config.average else self.rule
         found = validate(rule, list_families(self.sources), self.config, self.ranks)
         metric = found.figures[self.config.validation_metric]
@@ -279,15 +252,9 @@ class Trainer:
         for source in self.sources:
             if source.horizon and self.step > 0:
                 source.horizon.validated(improved)
-        result = found.figures | {"best": self.best}
         if log:
-            log.scalars("validation", self.step, result)
-            for name, losses in found.losses.items():
-                kind = f"validation {name}" if found.families else "validation"
-                if found.families:
-                    log.scalars(kind, self.step, found.families[name])
-                log.figure(f"{kind}/curves", self.step, plot_losses(losses))
-        return result
+            log_validation(log, self.step, found, self.best)
+        return found.figures | {"best": self.best}
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -329,32 +296,16 @@ class Trainer:
         """What a checkpoint holds; on other ranks than 0 without the carries."""
         tensors = {f"weights.{k}": v for k, v in copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items() if self.config.average}
-        for index, state in self.outer.state_dict()["state"].items():
-            tensors |= {f"outer.{index}.{key}": value for key, value in state.items()}
+        tensors |= self.outer.gather_state()
         for i, source in enumerate(self.sources):
             tensors |= {f"carry.{i}.{key}": value for key, value in source.gather_carry().items()}
         return tensors
 
-    def _check_config(self, path: Path, found: Any) -> None:
-        expected = self.card.get("config")
-        if isinstance(expected, dict) and isinstance(found, dict):
-            old, new = flatten_dict(found), flatten_dict(json.loads(json.dumps(expected)))
-            changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-            if changed:
-                changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
-                raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
-
-    def _check_names(self, path: Path, found: set[str]) -> None:
-        expected = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
-        expected |= {f"average.{name}" for name in self.average if self.config.average}
-        expected |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
-        found = {name for name in found if not name.startswith("outer.")}
-        if expected != found:
-            raise ValueError(
-                f"{path} does not belong to this configuration: it lacks "
-                f"{sorted(expected - found)[:3]} and has {sorted(found - expected)[:3]} besides"
-            )
+    def _list_tensors(self) -> set[str]:
+        """The names of what a checkpoint holds, but for the outer optimizer's moments."""
+        names = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
+        names |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
+        return names | set(self.outer.list_average())
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration, made by any number of processes.
@@ -362,29 +313,15 @@ class Trainer:
         Rank 0 reads it for all.
 
         Raises:
-            ValueError: not a checkpoint of this configuration.
+            ValueError: not a checkpoint of this configuration, or a damaged one.
+            FailedLead: this on rank 0.
         """
-        tensors: dict[str, Tensor] = {}
-
-        def read() -> dict[str, Any]:
-            found, metadata = load_state(path)
-            self._check_config(path, metadata.get("config"))
-            self._check_names(path, set(found))
-            tensors.update(found)
-            return metadata
-
-        metadata = self.ranks.lead(read)
-        tensors = self.ranks.send(tensors)
-        self.rule.load_state_dict(_section(tensors, "weights."))
-        self.best_weights = _section(tensors, "best.")
-        self.average |= _section(tensors, "average.")
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _section(tensors, "outer.").items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.outer.load_state_dict(self.outer.state_dict() | {"state": state})
+        tensors, metadata = read_snapshot(path, self.card.get("config"), self._list_tensors(), self.ranks)
+        self.rule.load_state_dict(select(tensors, "weights."))
+        self.best_weights = select(tensors, "best.")
+        self.outer.restore_state(tensors)
         for i, source in enumerate(self.sources):
-            source.restore_carry(_section(tensors, f"carry.{i}."))
+            source.restore_carry(select(tensors, f"carry.{i}."))
             if source.horizon:
                 source.horizon.improved = metadata["horizon_improved"]
         self.step, self.best_step, self.stale = metadata["step"], metadata["best_step"], metadata["stale"]
@@ -394,7 +331,3 @@ class Trainer:
 
 def _find_stage(source: Source) -> float:
     return float(source.horizon.stage if source.horizon else 0)
-
-
-def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lopt.config import TrainerConfig
 from lopt.evaluate import run_curves
+from lopt.log import RunLog
 from lopt.ranks import Ranks
 from lopt.rules import Rule
 from lopt.sources import join_rows
@@ -81,6 +82,16 @@ def relate(first: Tensor, losses: Tensor) -> dict[str, float]:
     logs = {key: value.clamp(min=1e-30).log() for key, value in values.items()}
     logs["log"] = losses.clamp(min=1e-30).log().mean(0)
     return {key: float((value - start).mean()) for key, value in logs.items()}
+
+
+def log_validation(log: RunLog, step: int, found: Validation, best: float) -> None:
+    """Write figures and curves, those of each family by itself if there are several, and the best figure so far."""
+    log.scalars("validation", step, found.figures | {"best": best})
+    for name, losses in found.losses.items():
+        kind = f"validation {name}" if found.families else "validation"
+        if found.families:
+            log.scalars(kind, step, found.families[name])
+        log.figure(f"{kind}/curves", step, plot_losses(losses))
 
 
 def plot_losses(losses: Tensor) -> Any:

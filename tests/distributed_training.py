@@ -17,7 +17,8 @@ from lopt.config import RunConfig, parse_config
 from lopt.log import read_metrics
 from lopt.ranks import FailedLead, Ranks
 from lopt.runs import build_trainer, open_run, resume_run, start_run
-from lopt.trainer import CHECKPOINT, Interrupted, Trainer
+from lopt.snapshot import CHECKPOINT
+from lopt.trainer import Interrupted, Trainer
 
 TOLERANCE = 1e-6  # of the meta-gradient's norm, in float64: the order of a sum over tasks is all that differs
 STEPS = 3
@@ -69,13 +70,13 @@ def with_dtype(dtype: torch.dtype) -> Callable[..., Any]:
 def collect_gradients(trainer: Trainer, steps: int) -> tuple[list[Tensor], list[dict[str, float]]]:
     """The meta-gradients of some outer steps, before clipping, and the metrics."""
     gradients: list[Tensor] = []
-    step = trainer.outer.step
+    step = trainer.outer.adamw.step
 
     def remember() -> None:
         gradients.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters() if w.grad is not None]))
         step()
 
-    trainer.outer.step = remember  # type: ignore[method-assign,assignment]
+    trainer.outer.adamw.step = remember  # type: ignore[method-assign,assignment]
     metrics = [trainer.train_step() for _ in range(steps)]
     return [g.clone() for g in gradients], metrics
 

@@ -19,9 +19,10 @@ from lopt.log import read_metrics
 from lopt.ranks import Ranks
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
+from lopt.snapshot import CHECKPOINT
 from lopt.sources import Source, Total, list_families, merge_ranks, merge_sources
 from lopt.tasks import TASKS
-from lopt.trainer import CHECKPOINT, Progress, Trainer
+from lopt.trainer import Progress, Trainer
 from lopt.validation import relate
 
 MIXTURE: dict[str, Any] = {
@@ -82,7 +83,7 @@ def step_given(*sources: tuple[float, int, float]) -> tuple[dict[str, float], Te
     ]
     trainer = Trainer(RULES["linear"](), made, None, TrainerConfig(clip=1e9))
     seen = []
-    trainer.outer.step = lambda: seen.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters()]))  # type: ignore
+    trainer.outer.adamw.step = lambda: seen.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters()]))  # type: ignore
     return trainer.train_step(), seen[0] if seen else torch.zeros(1)
 
 

@@ -16,7 +16,7 @@ from test_trainer import TINY, hash_state, timeless
 
 from lopt.checkpoint import load_state
 from lopt.log import read_metrics
-from lopt.trainer import CHECKPOINT
+from lopt.snapshot import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (dist.is_available() and dist.is_gloo_available()),

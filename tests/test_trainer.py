@@ -24,9 +24,10 @@ from lopt.horizons import Curriculum
 from lopt.log import read_metrics
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
+from lopt.snapshot import CHECKPOINT, RULE
 from lopt.tasks import TASKS
 from lopt.tasks.base import Task
-from lopt.trainer import CHECKPOINT, MAX_DEAD_STEPS, RULE, Interrupted, Progress, Trainer
+from lopt.trainer import MAX_DEAD_STEPS, Interrupted, Progress, Trainer
 from lopt.unroll import InnerLoop, Slots
 
 TINY = """
@@ -253,13 +254,13 @@ def make_trainer(estimator: str = "truncated", folder: Path | str | None = None,
 def test_clipping_bounds_the_gradient_that_is_stepped_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clip, norms = 1e-3, []
     trainer = make_trainer(clip=clip)
-    step = trainer.outer.step
+    step = trainer.outer.adamw.step
 
     def spy() -> None:
         norms.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters() if w.grad is not None]).norm())
         step()
 
-    monkeypatch.setattr(trainer.outer, "step", spy)
+    monkeypatch.setattr(trainer.outer.adamw, "step", spy)
     raw = [trainer.train_step()["gradient_norm"] for _ in range(3)]
     assert min(raw) > 10 * clip  # what is logged is the norm before
     assert all(0.9 * clip < norm <= clip * (1 + 1e-5) for norm in norms)  # the clipping adds 1e-6 to the norm
@@ -273,7 +274,7 @@ def test_learning_rate_rises_linearly_and_falls_to_the_final_one() -> None:
         rates[warmup] = []
         for _ in range(40):
             rates[warmup].append(trainer.train_step()["learning_rate"])
-            assert trainer.outer.param_groups[0]["lr"] == rates[warmup][-1]  # used, not only logged
+            assert trainer.outer.adamw.param_groups[0]["lr"] == rates[warmup][-1]  # used, not only logged
     assert rates[0][0] == 0.02
     assert rates[0] == sorted(rates[0], reverse=True)
     assert rates[0][20] == pytest.approx(0.02 * (1 + 0.1) / 2)  # a cosine is half-way in the middle

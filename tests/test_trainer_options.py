@@ -19,8 +19,9 @@ from lopt.log import read_metrics
 from lopt.metaweights import freeze_weights, load_weights
 from lopt.rules import RULES, Rule
 from lopt.runs import build_trainer, resume_run, start_run
+from lopt.snapshot import CHECKPOINT, RULE
 from lopt.stop import parse_duration
-from lopt.trainer import CHECKPOINT, RULE, Progress
+from lopt.trainer import Progress
 
 # -- time limits -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ def test_the_average_is_not_of_the_initial_weights_for_long() -> None:
         trainer.train_step()
     for name, weight in trainer.rule.meta_weights().items():
         moved = float((weight.detach() - start[name]).norm())
-        assert float((trainer.average[name] - start[name]).norm()) > 0.3 * moved
+        assert float((trainer.outer.average[name] - start[name]).norm()) > 0.3 * moved
 
 
 # -- warm starts -------------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_a_warm_start_begins_with_the_weights_of_the_file(tmp_path: Path) -> Non
     trainer = start_run(config, tmp_path / "run")
     given = lopt.load(path).state_dict()
     assert all(torch.equal(given[k], w) for k, w in trainer.rule.state_dict().items())
-    assert all(torch.equal(given[k], w) for k, w in trainer.average.items())
+    assert all(torch.equal(given[k], w) for k, w in trainer.outer.average.items())
     _, again = resume_run(tmp_path / "run")  # killed before the first checkpoint
     assert all(torch.equal(given[k], w) for k, w in again.rule.state_dict().items())
     again.run()
