@@ -72,6 +72,7 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), help="Short for --set trainer.seed=N.")
+@click.option("--device", help="Short for --set trainer.device=DEVICE; with --resume, go on there.")
 @click.option(
     "--time-limit",
     metavar="TIME",
@@ -85,6 +86,7 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     seed: int | None,
+    device: str | None,
     time_limit: str | None,
     evaluate: bool,
     as_json: bool,
@@ -101,10 +103,11 @@ def train(
     if resume is None and preset is None:
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
     seconds = parse_duration(time_limit) if time_limit else None
-    changes = [*overrides, *([f"trainer.seed={seed}"] if seed is not None else [])]
+    given = {"seed": seed, "device": device}
+    changes = [*overrides, *(f"trainer.{key}={value}" for key, value in given.items() if value is not None)]
     with join_ranks() as ranks:
         if resume is not None:
-            config, trainer = resume_run(resume, ranks)
+            config, trainer = resume_run(resume, ranks, device)
         else:
             config = parse_config(ranks.lead(lambda: load_config(str(preset), changes).to_dict()))
             trainer = open_run(config, out or RUNS / slugify(config.name), ranks)

@@ -14,6 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lopt.devices import check_device
 from lopt.estimators import ESTIMATORS, Estimator
 from lopt.horizons import HORIZONS, HorizonSchedule
 from lopt.names import suggest
@@ -56,6 +57,7 @@ class TrainerConfig:
             with several families the mean over them of its log relative to the first loss.
         patience: validations without a better one after which the run ends; 0 goes on to the last step.
         checkpoint_every: outer steps between checkpoints.
+        device: of rule, data and slots: "cpu", "cuda" (under torchrun each process its own GPU) or such as "cuda:1".
         threads: of torch on the CPU; results are reproducible for a given number.
         memory_mib: budget for backpropagation on each rank, from which `task_chunk` and `checkpoint` follow where an
             estimator is given neither; 0 sets no bound.
@@ -79,6 +81,7 @@ class TrainerConfig:
     validation_metric: str = "final"
     patience: int = 0
     checkpoint_every: int = 50
+    device: str = "cpu"
     threads: int = 2
     memory_mib: int = 0
 
@@ -93,6 +96,7 @@ class TrainerConfig:
         for name in ("memory_mib", "final_learning_rate", "warmup", "weight_decay", "seed", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
+        check_device(self.device)
         if not 0 <= self.average < 1:
             raise ValueError(f"trainer.average must be from 0 to below 1, got {self.average}")
         if self.validation_metric not in ("final", "mean", "log"):

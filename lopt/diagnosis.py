@@ -44,13 +44,13 @@ class Finding(NamedTuple):
 
 
 def examine_run(folder: Path) -> list[Finding]:
-    """All findings on a run's folder; the bias of its windows is measured with its best weights.
+    """All findings on a run's folder; the bias of its windows is measured with its best weights, on the CPU.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
         ValueError: its files are damaged.
     """
-    config, trainer = resume_run(folder)
+    config, trainer = resume_run(folder, device="cpu")
     path = folder / METRICS
     found = diagnose(read_metrics(path) if path.exists() else [], config.trainer, trainer.slots)
     rule = trainer.build_best()

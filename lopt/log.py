@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,13 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Where nested dicts differ, such as "a.b 1 -> 2", sorted; the dotted keys in `but` may."""
+    before, after = flatten_dict(old), flatten_dict(new)
+    keys = sorted(key for key in {*before, *after}.difference(but) if before.get(key) != after.get(key))
+    return [f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
 
 
 def _plain(value: Any) -> Any:

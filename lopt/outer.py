@@ -87,7 +87,7 @@ class OuterOptimizer:
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith(AVERAGE):
-                self.average[name.removeprefix(AVERAGE)] = value
+                self.average[name.removeprefix(AVERAGE)].copy_(value)  # wherever it is
             elif name.startswith(MOMENTS):
                 index, key = name.removeprefix(MOMENTS).split(".", 1)
                 state.setdefault(int(index), {})[key] = value

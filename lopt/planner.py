@@ -59,7 +59,7 @@ def plan_memory(loop: InnerLoop, estimator: Estimator, tasks: int, budget: int) 
     """
     if not isinstance(estimator, Backprop):
         return None
-    slot = tree_leaves(estimator.start(loop, torch.zeros(1, dtype=torch.int64)))
+    slot = tree_leaves(estimator.start(loop, _name_first(loop)))
     held = tasks * sum(x.numel() * x.element_size() for x in slot)  # where all tasks are after the window
     whole = held + tasks * _measure_task(loop, estimator, None)
     found = None
@@ -110,12 +110,17 @@ def _measure_task(loop: InnerLoop, estimator: Backprop, checkpoint: str | None) 
     for steps in SHORT:
         own = copy(estimator)
         own.checkpoint, own.compile, own.num_steps = checkpoint, False, steps
-        slots = own.configure(loop).start(torch.zeros(1, dtype=torch.int64))
+        slots = own.configure(loop).start(_name_first(loop))
         with PeakMemory() as memory:
             own.backpropagate(own.configure(loop), slots, steps, restart=False)
         peaks.append(memory.peak)
     growth: float = (peaks[1] - peaks[0]) / (SHORT[1] - SHORT[0])
     return math.ceil(peaks[0] + max(0, estimator.num_steps - SHORT[0]) * growth)
+
+
+def _name_first(loop: InnerLoop) -> Tensor:
+    """The number of slot 0, `[1]`, where the rule is."""
+    return torch.zeros(1, dtype=torch.int64, device=next(loop.rule.parameters()).device)
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -131,11 +131,13 @@ def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
     return start_run(config, folder, ranks)
 
 
-def resume_run(folder: Path, ranks: Ranks | None = None) -> tuple[RunConfig, Trainer]:
+def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = None) -> tuple[RunConfig, Trainer]:
     """Configuration and trainer of an interrupted run, where its last checkpoint left it.
 
     Rank 0 reads the folder for all; their number need not be that of before.
 
+    Args:
+        device: to go on there, instead of where the run was.
     Raises:
         FileNotFoundError: there is no run in the folder.
         ValueError: its configuration or checkpoint is damaged, or the checkpoint is gone.
@@ -156,18 +158,23 @@ def resume_run(folder: Path, ranks: Ranks | None = None) -> tuple[RunConfig, Tra
                 f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out"
             )
         try:
-            built.append(build_trainer(parse_config(raw), folder, command, ranks, warm=not saved))
+            built.append(build_trainer(move_run(parse_config(raw), device), folder, command, ranks, warm=not saved))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return {"config": raw, "command": command, "saved": saved}
 
     found = ranks.lead(read)
-    config = parse_config(found["config"])
+    config = move_run(parse_config(found["config"]), device)
     warm = not found["saved"]
     trainer = built[0] if built else build_trainer(config, folder, found["command"], ranks, warm=warm)
     if found["saved"]:
         trainer.restore(folder / CHECKPOINT)
     return config, trainer
+
+
+def move_run(config: RunConfig, device: str | None) -> RunConfig:
+    """The configuration with another device, if there is one."""
+    return config if device is None else replace(config, trainer=replace(config.trainer, device=device))
 
 
 def resume_command(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lopt.checkpoint import load_state
-from lopt.log import flatten_dict
+from lopt.log import list_changes
 from lopt.outer import MOMENTS
 from lopt.ranks import Ranks
 
@@ -22,7 +22,7 @@ def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tup
     """The tensors and metadata of a checkpoint, on all ranks.
 
     Args:
-        config: that the run has, as in its card.
+        config: that the run has, as in its card; its device may be another.
         names: of the tensors that it has, but for AdamW's moments, which come with its first step.
     Raises:
         ValueError: not a checkpoint, or a damaged one, or of another configuration.
@@ -48,10 +48,8 @@ def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _check_config(path: Path, expected: Any, found: Any) -> None:
     if isinstance(expected, dict) and isinstance(found, dict):
-        old, new = flatten_dict(found), flatten_dict(json.loads(json.dumps(expected)))
-        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        if changed:
-            changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+        changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=("trainer.device",)))
+        if changes:
             raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
 
 

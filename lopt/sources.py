@@ -55,11 +55,13 @@ class Source:
         self.carry: Any = None
         """None where none of the slots is this rank's."""
 
-    def start(self, rule: Rule, seed: int, first: int, ranks: Ranks) -> None:
-        """Start those of the slots, numbered from `first` on, that are this rank's."""
-        self.ranks, self.ids = ranks, torch.arange(first, first + self.tasks)
+    def start(self, rule: Rule, seed: int, first: int, ranks: Ranks, device: torch.device) -> None:
+        """Start those of the slots, numbered from `first` on, that are this rank's, where the rule is."""
+        self.ranks, self.ids, self.device = ranks, torch.arange(first, first + self.tasks), device
+        self.family, self.validation_family = self.family.to(device), self.validation_family.to(device)
+        self.estimator = self.estimator.to(device)
         self.loop = InnerLoop(rule, self.family, seed, self.horizon)
-        own = ranks.share(self.ids)
+        own = ranks.share(self.ids).to(device)
         self.carry = self.estimator.start(self.loop, own) if len(own) else None
 
     def estimate(self) -> Estimate | None:
@@ -73,8 +75,8 @@ class Source:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def gather_carry(self) -> dict[str, Tensor]:
-        """The carry of all slots in order of their numbers, on rank 0; the others get {}."""
-        leaves = tree_flatten(self.carry)[0] if self.carry is not None else []
+        """The carry of all slots in order of their numbers, on rank 0 and its CPU; the others get {}."""
+        leaves = [leaf.cpu() for leaf in tree_flatten(self.carry)[0]] if self.carry is not None else []
         parts = self.ranks.gather({str(i): leaf for i, leaf in enumerate(leaves)}, to_all=False)
         shares = [Ranks(rank, self.ranks.size).share(self.ids) for rank in range(self.ranks.size)]
         return join_rows([(own, part) for own, part in zip(shares, parts, strict=False) if len(own)])
@@ -90,11 +92,11 @@ class Source:
         leaves, spec = tree_flatten(self.carry)
         own = self.ranks.share(self.ids) - self.ids[0]
         restored = [_split_rows(tensors[str(i)], self.tasks)[own].flatten(0, 1) for i in range(len(leaves))]
-        self.carry = tree_unflatten(restored, spec)
+        self.carry = tree_unflatten([leaf.to(self.device) for leaf in restored], spec)
 
     def _example(self) -> Any:
         """A carry of the structure of all."""
-        return self.estimator.start(self.loop, self.ids[:1]) if self.carry is None else self.carry
+        return self.carry or self.estimator.start(self.loop, self.ids[:1].to(self.device))
 
 
 def _split_rows(tensor: Tensor, slots: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lopt.checkpoint import save, save_state
 from lopt.config import TrainerConfig
+from lopt.devices import find_device
 from lopt.estimators import Estimator
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog
@@ -53,7 +54,7 @@ class Trainer:
     """Meta-trains a rule.
 
     Args:
-        rule: trained in place.
+        rule: trained in place, on the device of the configuration.
         tasks: a family to train on, with `estimator`; or sources, which have estimators and horizons of their own.
         estimator: where the meta-gradient comes from; None for sources.
         config: settings of the outer loop.
@@ -63,8 +64,8 @@ class Trainer:
         card: training card to put into the rule file.
         ranks: the processes that share the slots; all of them make the same trainer.
     Raises:
-        ValueError: there are more processes than slots, no estimator for a family, `trainer.train_only` fits no
-            meta-weight, or `trainer.warm_start` is not a file of this rule.
+        ValueError: there are more processes than slots, no estimator for a family, `trainer.device` is not there,
+            `trainer.train_only` fits no meta-weight, or `trainer.warm_start` is not a file of this rule.
     """
 
     def __init__(
@@ -93,15 +94,16 @@ class Trainer:
                 f"{self.ranks.size} processes cannot share {self.slots} tasks (slots): start at most {self.slots} "
                 "processes, or raise trainer.tasks"
             )
+        self.device = find_device(config.device)
         if config.warm_start:
             load_weights(rule, config.warm_start)
-        freeze_weights(rule, config.train_only)
+        freeze_weights(rule.to(self.device), config.train_only)
         self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
         self.best_weights = copy_weights(rule)
         self.outer = OuterOptimizer(rule, config)
         first = 0
         for source in self.sources:
-            source.start(rule, config.seed, first, self.ranks)
+            source.start(rule, config.seed, first, self.ranks, self.device)
             first += source.tasks
         self.plans = fit_all(self.sources, config.memory_mib)
         self.seconds = 0.0
@@ -308,7 +310,7 @@ class Trainer:
         return names | set(self.outer.list_average())
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of a run with the same configuration, made by any number of processes.
+        """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.
 
         Rank 0 reads it for all.
 

@@ -163,7 +163,7 @@ class InnerLoop:
     def restart(self, ids: Tensor, episode: Tensor) -> Slots:
         """New tasks for the slots `ids` in the given episodes, both int64 `[T]`."""
         device = ids.device
-        names = list(zip(ids.tolist(), episode.tolist(), strict=True))
+        names = list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))
         drawn = {name: self._draw(*name) for name in dict.fromkeys(names)}
         params = torch.stack([drawn[name][1] for name in names]).to(device)
         if self.horizon is None:

@@ -49,9 +49,13 @@ def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConf
 
 
 def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ranks) -> dict[str, Tensor]:
-    """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order."""
+    """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order, on the CPU.
+
+    They run where the rule is, and so must be what the family holds.
+    """
     ids = torch.arange(config.validation_tasks)
-    own, found = ranks.share(ids), {}
+    device = next(rule.parameters()).device
+    own, found = ranks.share(ids).to(device), {}
     if len(own):
         curves = run_curves(
             rule,
@@ -62,7 +66,7 @@ def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ran
             stream="validation",
             split="outer_valid",
         )
-        found = curves.metrics | {"losses": curves.losses.T}
+        found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
     shares = [Ranks(rank, ranks.size).share(ids) for rank in range(ranks.size)]
     return join_rows([(part, values) for part, values in zip(shares, ranks.gather(found), strict=True) if len(part)])
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard", "lopt.resume"}  # what the optimizer is made of
 LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing"},
-    {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop"},
+    {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop", "lopt.devices"},
     {"lopt.rules", "lopt.tasks", "lopt.samplers"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
     {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},

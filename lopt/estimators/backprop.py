@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from lopt.estimators.objectives import check_objective, find_baseline, find_fini
 from lopt.rules import Rule
 from lopt.tasks.base import TaskFamily, check_split
 from lopt.unroll import InnerLoop, Slots, Window, join_slots, select_slots
+
+Kind = TypeVar("Kind", bound="Backprop")
 
 
 class Backprop(Estimator):
@@ -66,6 +68,11 @@ class Backprop(Estimator):
         self.teacher, self.imitation, self.follow = teacher, imitation, follow
         self._compiled: tuple[Rule, Callable[..., Any]] | None = None
 
+    def to(self: Kind, device: torch.device | str) -> Kind:
+        """Move the teacher."""
+        self.teacher = None if self.teacher is None else self.teacher.to(device)
+        return self
+
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""
         if self.objective == "baseline":
@@ -91,15 +98,15 @@ class Backprop(Estimator):
         A task whose losses, parameters or meta-gradient are not finite is dropped: the window is run again without
         it, it contributes nothing and its slot starts a new task. Slots are independent: the others are unaffected.
         """
-        count = len(slots.ids)
+        count, device = len(slots.ids), slots.ids.device
         size = self.task_chunk or count
-        parts, healthy = [], torch.ones(count, dtype=torch.bool)
+        parts, healthy = [], torch.ones(count, dtype=torch.bool, device=device)
         weights = loop.rule.meta_weights()
         totals = [torch.zeros_like(w) for w in weights.values()]
         sums: dict[str, float] = dict.fromkeys(("loss", "meta_loss", "objective", "imitation_loss"), 0.0)
         finished = 0
         for begin in range(0, count, size):
-            rows = torch.arange(begin, min(begin + size, count))
+            rows = torch.arange(begin, min(begin + size, count), device=device)
             rows_done = self._window(loop, slots, rows, num_steps, restart)
             for good, window, gradients in rows_done:
                 if window is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from lopt.tensors import Params
@@ -12,6 +13,9 @@ from lopt.unroll import InnerLoop
 
 Carry = Any
 """What goes on from one estimate to the next: a tuple (of tuples, dicts, ...) of tensors, `Slots` or more."""
+
+
+Kind = TypeVar("Kind", bound="Estimator")
 
 
 class Estimate(NamedTuple):
@@ -41,13 +45,17 @@ class Estimator(ABC):
 
     name: ClassVar[str]
 
+    def to(self: Kind, device: torch.device | str) -> Kind:
+        """Move the tensors that the estimator holds (not carries) to `device`; the estimator itself comes back."""
+        return self
+
     @abstractmethod
     def start(self, loop: InnerLoop, ids: Tensor) -> Carry:
         """The carry before the first estimate.
 
         Args:
             loop: rule, family, seed and horizons; the estimator sets the rest.
-            ids: global numbers of the slots, int64 `[T]`.
+            ids: global numbers of the slots, int64 `[T]`, on the device of rule and family.
         """
 
     @abstractmethod

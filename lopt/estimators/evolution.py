@@ -182,7 +182,7 @@ class Evolution(Estimator):
             noise = self.perturb(loop, start, episode)
             return noise + pairs.drift * (episode == start.episode)[:, None] if self.persistent else noise
 
-        for later in torch.unique(age).tolist():
+        for later in torch.unique(age).cpu().tolist():
             influence = find_influence(start.episode + later)
             parts += (rise * (age == later)).sum(0)[:, None] * influence / (2 * self.sigma)
         parts = torch.where(healthy[:, None], parts, 0.0)
