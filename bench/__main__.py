@@ -6,6 +6,7 @@ import click
 
 from bench.compile import compile_kernels
 from bench.estimators import estimators
+from bench.families import families
 from bench.gpu import gpu
 from bench.kernels import kernels
 from bench.levels import levels
@@ -21,7 +22,7 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, estimators, gpu, kernels, levels, meta, overhead, soak, step, tune):
+for command in (compile_kernels, estimators, families, gpu, kernels, levels, meta, overhead, soak, step, tune):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ class HorizonSchedule(ABC):
     """Draws horizons; calling it makes it a `lopt.unroll.Horizon`.
 
     Attributes:
+        shared: the tasks that all slots make in one turn have one horizon; otherwise each task has its own.
         improved: validations so far that improved on the best before them; to be saved and restored.
     """
 
     name: ClassVar[str]
     improved: int = 0
+    shared: bool = False
 
     def validated(self, improved: bool) -> None:
         """Hear whether the latest validation improved on the best so far."""
@@ -64,12 +66,17 @@ class Constant(HorizonSchedule):
 
 
 class LogUniform(HorizonSchedule):
-    """Horizons log-uniform in [low, high]: short and long runs in equal shares per octave."""
+    """Horizons log-uniform in [low, high]: short and long runs in equal shares per octave.
+
+    Args:
+        shared: one horizon for all slots' n-th tasks. Evolution strategies on whole runs then keep their batch full to
+            the end, instead of finishing the longest run almost alone.
+    """
 
     name = "log_uniform"
 
-    def __init__(self, low: int = 50, high: int = 500) -> None:
-        self.low, self.high = _positive("low", low), _positive("high", high)
+    def __init__(self, low: int = 50, high: int = 500, shared: bool = False) -> None:
+        self.low, self.high, self.shared = _positive("low", low), _positive("high", high), shared
         if high < low:
             raise ValueError(f"high must be at least low, got low={low} and high={high}")
 

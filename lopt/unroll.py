@@ -169,7 +169,9 @@ class InnerLoop:
         if self.horizon is None:
             horizon = torch.full_like(ids, self.family.horizon)
         else:
-            horizon = self.horizon(derive_seeds(self.seed, "horizon", ids, episode))
+            # What is shared is drawn for slot 0.
+            owners = torch.zeros_like(ids) if getattr(self.horizon, "shared", False) else ids
+            horizon = self.horizon(derive_seeds(self.seed, "horizon", owners, episode))
         empty = params.new_zeros(len(ids))
         slots = Slots(
             ids=ids,

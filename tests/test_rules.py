@@ -494,6 +494,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "lstm": {"hidden": 8, "output_scale": 0.1},
     "rnnprop": {"hidden": 8},
     "linear": {},
+    "blend": {},
     "small_fc": {"hidden": 8, "step_mult": 0.1},
     "mlp": {"hidden": 8, "step_mult": 0.1},
     "velo": {"width": 8, "bank": 4},

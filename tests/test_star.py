@@ -16,7 +16,7 @@ from lopt.rules.star import Star
 from lopt.tensors import Params, make_generator
 
 SHAPES = {"w": (30, 50), "b": (7,), "s": ()}
-REFUSED = {"star", "celo2", "celo2_base"}
+REFUSED = {"blend", "star", "celo2", "celo2_base"}
 ROUNDING = 1e-5  # the same formula in another order of operations, fp32
 STAGED = ["lstm", "small_fc", "hierarchical_rnn"]  # elementwise, with sums and lines, with rows
 

@@ -11,8 +11,8 @@ from lopt.tasks import TaskFamily
 from lopt.tasks.levels import Level, load_levels
 from lopt.unroll import Window
 
-OBJECTIVES = ("mean", "sum", "log", "baseline", "final")
-LOGARITHMIC = ("log", "baseline")
+OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
+LOGARITHMIC = ("log", "baseline", "log_final")
 
 
 def check_objective(objective: str, known: tuple[str, ...] = OBJECTIVES) -> str:
@@ -32,8 +32,8 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     Args:
         family: that the tasks are of.
         objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one or
-            ("baseline") to that of tuned Adam after as many steps, the "final" losses of tasks that end in the window,
-            or the lowest loss ("min").
+            ("baseline") to that of tuned Adam after as many steps, the "final" losses of tasks that end in the window
+            or ("log_final") their logs relative to the first ones, or the lowest loss ("min").
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
 
@@ -53,7 +53,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
             relative = relative.double() + first.double().log() - find_baseline(family).read_log_losses(window.steps)
-        return relative * active / count
+        return relative * (window.finished.to(losses.dtype) if objective == "log_final" else active / count)
     if normalize:
         losses = losses / first
     if objective == "final":

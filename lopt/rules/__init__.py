@@ -14,6 +14,7 @@ from lopt.rules.base import (
     Visit,
     step_tensors,
 )
+from lopt.rules.blend import Blend
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.elementwise import ElementwiseRule
@@ -43,6 +44,7 @@ RULES: dict[str, type[Rule]] = {
     "celo2_base": Celo2Base,
     "hierarchical_rnn": HierarchicalRNN,
     "star": Star,
+    "blend": Blend,
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,

@@ -1,0 +1,240 @@
+"""Blend: normalised momenta, in part preconditioned and orthogonalised; a controller of 128 numbers says how much.
+
+A strong prior with few meta-weights, so that evolution strategies on whole runs can train it in minutes. Its parts are
+known: steps relative to a tensor's size (LAMB, You et al. 2020, arXiv 1904.00962), partial adaptivity (Padam, Chen et
+al. 2018, arXiv 1806.06763), orthogonalised momentum (Muon, Jordan et al. 2024), linear decay over the planned steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log10, prod, sqrt
+from typing import NamedTuple
+
+import torch
+from lopt_kernels.newton_schulz import orthogonalize
+from torch import Tensor, nn
+
+from lopt.rules import features
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Sum, Visit, count_elements
+from lopt.rules.layout import Layout
+from lopt.rules.scheduler import LOSS_KEYS
+from lopt.tensors import make_generator
+
+MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
+MOMENTA = (0.9, 0.99)
+SECOND = 0.99
+COSINES = 0.9
+TINY = 1e-18  # added to mean squares: what is below counts as 0, and derivatives stay finite there
+LARGEST = 1e12  # of gradients, so that means of their squares stay finite
+SMALLEST_SCALE = 0.02  # of tensors that start at 0
+PRIOR = (0.0, 0.0, 2.0, 2.0)  # of the outputs: step 1, orthogonalised by half, fast momentum, Adam's preconditioner
+FEATURES = (
+    "t/T",
+    "log T",
+    "log initial rms",
+    "is a vector",
+    "log size",
+    "cos(g, m fast)",
+    "cos(g, m slow)",
+    "cos(m fast, m slow)",
+    "log growth",
+    "log signal to noise",
+    "loss over short minimum",
+    "loss over middle minimum",
+    "loss over long minimum",
+)
+
+
+class BlendTerms(NamedTuple):
+    """What a tensor's step is made of, all `[*batch]` but `power`, `[*batch, 1s]`.
+
+    Attributes:
+        step: its root mean square.
+        orthogonal: the orthogonalised step's share.
+        momenta: weights of the momenta, with bias correction, `[*batch, 2]`.
+        adapt: exponent of the preconditioner, 1 for Adam's.
+        power: mean second moment.
+    """
+
+    step: Tensor
+    orthogonal: Tensor
+    momenta: Tensor
+    adapt: Tensor
+    power: Tensor
+
+
+class Blend(Rule):
+    """`p <- p - s ((1 - w) u + w orth(u))` with `u = (a m_fast + (1 - a) m_slow) / v^(q/2)` and both terms of rms 1.
+
+    The size is `s = lr rms(p_0) (1 - t/T) exp(c)`. The controller, a layer of tanh with a linear bypass, reads features
+    of each tensor (`feature_names`) and says c, w, a and q. Vectors have no orth. At or beyond the planned number of
+    steps T nothing moves.
+
+    Args:
+        hidden: units of the controller.
+        lr: size of the first step relative to the initial parameters.
+        seed: of the initial meta-weights.
+    """
+
+    name = "blend"
+    needs_loss = True
+    needs_num_steps = True
+    row_keys = ("scale", "cosines", *LOSS_KEYS)
+    temporaries = 8
+    feature_names = FEATURES
+    momentum_decays: Tensor
+
+    def __init__(self, hidden: int = 4, lr: float = 0.1, seed: int = 0) -> None:
+        super().__init__(hidden=hidden, lr=lr, seed=seed)
+        if not 1 <= hidden <= MAX_HIDDEN:
+            raise ValueError(f"hidden must be from 1 to {MAX_HIDDEN}, got {hidden}")
+        if not lr > 0:
+            raise ValueError(f"lr must be above 0, got {lr}")
+        self.lr = lr
+        generator, inputs, outputs = make_generator(seed), len(FEATURES), len(PRIOR)
+        self.w_in = nn.Parameter(torch.randn(hidden, inputs, generator=generator) / sqrt(inputs))
+        self.b_in = nn.Parameter(torch.zeros(hidden))
+        # Small, and not 0: with the output at its prior, w_in has a gradient all the same.
+        self.w_out = nn.Parameter(torch.randn(outputs, hidden, generator=generator) / 100)
+        self.w_bypass = nn.Parameter(torch.zeros(outputs, inputs))
+        self.b_out = nn.Parameter(torch.tensor(PRIOR))
+        self.register_buffer("momentum_decays", torch.tensor(MOMENTA), persistent=False)
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Momenta, second moment; of the tensor its initial size, cosines and the losses."""
+        batch = p.shape[: p.ndim - layout.ndim]
+        return {
+            "m": features.start_averages(p, len(MOMENTA), layout.ndim),
+            "v": torch.zeros_like(p),
+            "scale": p.new_zeros(*batch, 1),
+            "cosines": p.new_zeros(*batch, 3),
+            **features.start_loss_buffer(batch, p),
+        }
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def measure(self, e: Elements) -> Visit:
+        """See `Rule.measure`: all products of g, p and the momenta, and the mean second moment."""
+        ndim, axes = e.layout.ndim, e.layout.axes
+        rows = torch.cat([features.lift(_clip(e.g), ndim), features.lift(e.p, ndim), e.acc["m"]], -ndim - 1)
+        rows = rows.flatten(-ndim)
+        products = features.spread((rows @ rows.mT).flatten(-2), ndim)
+        return Visit(sums={"products": Sum(products, axes), "power": Sum(e.acc["v"].sum(axes, keepdim=True), axes)})
+
+    def fold_tensors(
+        self,
+        rows: Accumulators,
+        means: Sequence[Means],
+        layouts: Sequence[Layout],
+        loss: Tensor | None,
+        clock: Clock,
+    ) -> tuple[Accumulators, Means]:
+        """See `Rule.fold_tensors`: the controller."""
+        assert clock.num_steps is not None
+        scale = rows["scale"]  # [*batch, n, 1]
+        products = torch.cat(
+            [m["products"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)], scale.ndim - 2
+        )
+        power = torch.cat([m["power"].flatten(-x.ndim) for m, x in zip(means, layouts, strict=True)], scale.ndim - 2)
+        begins = (clock.step == 0)[..., None]
+        gram = products.reshape(*products.shape[:-1], 4, 4)
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        size = (squares[..., 1:2] + TINY).sqrt()
+        decays = features.loss_decays(clock.num_steps, scale.dtype)
+        buffer = features.update_loss_buffer({key: rows[key] for key in LOSS_KEYS}, loss, decays)
+        new = {
+            "scale": torch.where(begins, size.clamp(min=SMALLEST_SCALE), scale),
+            "cosines": torch.lerp(_find_cosines(gram, squares), rows["cosines"], COSINES),
+            **buffer,
+        }
+        progress = clock.progress(scale.dtype)
+        assert progress is not None
+        decay = (1 - progress).clamp(min=0)
+        x = torch.cat(
+            [
+                _expand(progress.clamp(max=1), scale),
+                _expand((clock.num_steps.to(scale.dtype) / 300).log10(), scale),
+                (10 * new["scale"]).log10(),
+                self._describe_shapes(means, layouts, scale),
+                new["cosines"],
+                _log_ratio(size, new["scale"]),
+                torch.where(begins, 0.0, _log_ratio(squares[..., 2:3], power) / 4),
+                features.loss_features(buffer, decays)[..., 2::3],  # over few steps, some, the whole run
+            ],
+            -1,
+        )
+        hidden = torch.tanh(x @ self.w_in.mT + self.b_in.unsqueeze(-2))
+        out = hidden @ self.w_out.mT + x @ self.w_bypass.mT + self.b_out.unsqueeze(-2)
+        strength, *shares = out.unbind(-1)
+        step = self.lr * new["scale"][..., 0] * decay * torch.exp(strength.clamp(-5, 5))
+        return new, {"step": step, "shares": torch.sigmoid(torch.stack(shares, -1))}
+
+    @staticmethod
+    def _describe_shapes(means: Sequence[Means], layouts: Sequence[Layout], like: Tensor) -> Tensor:
+        """Whether a tensor is a vector, and the logarithm of its size: `[*batch, n, 2]`."""
+        told = []
+        for own, layout in zip(means, layouts, strict=True):
+            number = [float(layout.factored is None), log10(max(1, prod(layout.shape))) / 3 - 1]
+            told += [number] * own["power"].shape[like.ndim - 2]
+        return torch.tensor(told, dtype=like.dtype, device=like.device).expand(*like.shape[:-1], 2)
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """See `Rule.accumulate`: momenta and second moment."""
+        ndim, g = e.layout.ndim, _clip(e.g)
+        acc = {
+            "m": features.average(e.acc["m"], features.lift(g, ndim), features.spread(self.momentum_decays, ndim)),
+            "v": torch.lerp(g.square(), e.acc["v"], SECOND),
+        }
+        return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
+
+    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:  # type: ignore[override]
+        """See `Rule.fold`: the shares, and what corrects the momenta's bias."""
+        orthogonal, fast, adapt = terms["shares"].unbind(-1)
+        count = (clock.step + 1).to(fast.dtype)[..., None]
+        momenta = torch.stack([fast, 1 - fast], -1) / (1 - self.momentum_decays**count)
+        return Fold(terms=BlendTerms(terms["step"], orthogonal, momenta, adapt, means["power"]))
+
+    def emit(self, e: Elements, terms: BlendTerms) -> Visit:
+        """See `Rule.emit`: the preconditioned momentum, of any size."""
+        ndim = e.layout.ndim
+        power = terms.power + TINY
+        m = (features.spread(terms.momenta, ndim) * e.acc["m"]).sum(-ndim - 1) * power.rsqrt()
+        relative = e.acc["v"] / power + 1e-6
+        return Visit(delta=-m * relative ** (-0.5 * features.spread(terms.adapt, ndim)))
+
+    def finish(self, delta: Tensor, terms: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
+        """See `Rule.finish`: orthogonalises in part, and sets the size."""
+        delta = delta * _find_inverse_rms(delta, layout.axes, layout)
+        if layout.factored is not None:
+            matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
+            matrix = matrix * _find_inverse_rms(matrix, layout.axes, layout)
+            delta = torch.lerp(delta, matrix, features.spread(terms.orthogonal, layout.ndim))
+        return delta, features.spread(terms.step, layout.ndim)
+
+
+def _clip(g: Tensor) -> Tensor:
+    return g.clamp(-LARGEST, LARGEST)
+
+
+def _expand(x: Tensor, like: Tensor) -> Tensor:
+    """`[*batch, 1 or n]` -> `[*batch, n, 1]`."""
+    return x[..., None].expand_as(like)
+
+
+def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
+    return ((above + 1e-12) / (below + 1e-12)).log().clamp(-6, 6) / 2
+
+
+def _find_cosines(gram: Tensor, squares: Tensor) -> Tensor:
+    """Between g and the two momenta, and between these: `[..., 3]` of products `[..., 4, 4]`."""
+    pairs = ((0, 2), (0, 3), (2, 3))
+    products = torch.stack([gram[..., i, j] for i, j in pairs], -1)
+    inverse = (squares + TINY).rsqrt()
+    return products * torch.stack([inverse[..., i] * inverse[..., j] for i, j in pairs], -1)
+
+
+def _find_inverse_rms(x: Tensor, axes: tuple[int, ...], layout: Layout) -> Tensor:
+    square = torch.linalg.vector_norm(x, dim=axes, keepdim=True).square() / count_elements(axes, layout)
+    inverse: Tensor = (square + 1e-12).rsqrt()
+    return inverse
