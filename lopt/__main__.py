@@ -6,55 +6,31 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 try:
     import click
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 except ImportError as missing:
     sys.exit(f"lopt: the command line needs the extra 'train' ({missing}): pip install 'lopt[train]'")
 
 import lopt
-from lopt.console import ARCHIVE, RUNS, compare_all, judge_run, make_folder, open_rule, run_trainer, say, show
+from lopt import manual
+from lopt.console import (
+    ARCHIVE,
+    RUNS,
+    compare_all,
+    judge_run,
+    make_folder,
+    open_rule,
+    run_sweep,
+    run_trainer,
+    say,
+    show,
+)
+from lopt.listing import KINDS, list_contents, print_contents
 from lopt.ranks import FailedLead, LostRank
-
-TRAIN_EXAMPLES = """
-\b
-Examples:
-  lopt train digits-lstm
-  lopt train quadratic-lstm --out runs/q --set trainer.steps=500 --set rule.hidden=16
-  lopt train my.toml
-  lopt train --resume runs/q --time-limit 30m
-  torchrun --nproc-per-node 2 --max-restarts 3 -m lopt train quadratic-lstm --set trainer.threads=1
-
-Under torchrun the processes share the tasks of every outer step; one that is lost is started again, and the run goes on
-from its last checkpoint. docs/meta-training.md has more.
-"""
-
-EVAL_EXAMPLES = """
-\b
-Examples:
-  lopt eval digits-lstm
-  lopt eval runs/q --steps 200 --seeds 50
-  lopt eval my.safetensors --task mlp --set width=40 --set activation=relu --baselines adam,nesterov
-
-RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task, --set and --steps
-it is judged on all settings that its training card names.
-"""
-
-IMPORT_EXAMPLES = """
-\b
-Examples:
-  lopt import celo.theta.state --rule celo -o celo.safetensors --licence MIT --source "arXiv 2501.12670"
-  lopt import small_fc.pth --rule small_fc -o small_fc.safetensors --set step_mult=0.01
-  lopt import theta.npz --rule velo -o velo.safetensors --set bugged_loss_features=false --name my-velo
-
-FILE is flax msgpack, a numpy .npz archive or what torch.save wrote of a dict of tensors; no code in it is executed.
-"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -66,7 +42,7 @@ def cli() -> None:
 # -- train -------------------------------------------------------------------------------------------------------------
 
 
-@cli.command(short_help="Meta-train a rule and judge it.", epilog=TRAIN_EXAMPLES)
+@cli.command(short_help="Meta-train a rule and judge it.", epilog=manual.TRAIN)
 @click.argument("preset", required=False)
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run's folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
@@ -125,10 +101,54 @@ def train(
         click.echo(json.dumps(result))
 
 
+# -- sweep -------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(short_help="Meta-train with several settings; keep the best rule.", epilog=manual.SWEEP)
+@click.argument("preset", required=False)
+@click.option("--resume", type=click.Path(path_type=Path), metavar="SWEEP", help="Go on with this sweep's folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep [default: runs/sweep-PRESET].")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of all trials.")
+@click.option("--vary", multiple=True, metavar="KEY=A,B,C", help="Try these values, or KEY=LOW:HIGH[:log]; repeatable.")
+@click.option("--samples", type=click.IntRange(min=1), help="Draw so many trials [default: all combinations].")
+@click.option("--workers", type=click.IntRange(min=1), help="Trials at a time, one thread each [default: all cores].")
+@click.option("--halve-every", default=0, metavar="STEPS", help="End the worse half of the trials every STEPS steps.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def sweep(
+    preset: str | None,
+    resume: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    vary: tuple[str, ...],
+    samples: int | None,
+    workers: int | None,
+    halve_every: int,
+    as_json: bool,
+) -> None:
+    """Meta-train a rule from PRESET or a TOML file with several settings; keep the one that validates best."""
+    from lopt.config import load_config
+    from lopt.names import slugify
+    from lopt.sweep import resume_sweep, start_sweep
+
+    if resume is not None and (preset or out or overrides or vary or samples or halve_every):
+        raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
+    if resume is not None:
+        begun = resume_sweep(resume)
+    elif preset is None:
+        raise click.UsageError("give a PRESET or --resume SWEEP; `lopt list presets` shows the presets")
+    else:
+        config = load_config(preset, list(overrides))
+        folder = out or RUNS / slugify(f"sweep {config.name}")
+        begun = start_sweep(config, vary, folder, samples=samples, halve_every=halve_every)
+    run_sweep(begun, workers or os.cpu_count() or 1, Console(stderr=as_json))
+    if as_json:
+        click.echo((begun.folder / "sweep.json").read_text())
+
+
 # -- eval --------------------------------------------------------------------------------------------------------------
 
 
-@cli.command(name="eval", short_help="Compare a rule with tuned baselines.", epilog=EVAL_EXAMPLES)
+@cli.command(name="eval", short_help="Compare a rule with tuned baselines.", epilog=manual.EVAL)
 @click.argument("rule")
 @click.option("--task", help="Task family, see `lopt list tasks`.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
@@ -239,7 +259,7 @@ def demo(out: Path, overrides: tuple[str, ...]) -> None:
 # -- import ------------------------------------------------------------------------------------------------------------
 
 
-@cli.command(name="import", short_help="Make a rule file of released weights.", epilog=IMPORT_EXAMPLES)
+@cli.command(name="import", short_help="Make a rule file of released weights.", epilog=manual.IMPORT)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--rule", required=True, help="What the weights are of: small_fc, mlp, velo, celo, celo2, ...")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="OUT.safetensors.")
@@ -287,47 +307,15 @@ def import_(
 
 
 @cli.command(name="list", short_help="List rules, presets, tasks and estimators.")
-@click.argument("what", type=click.Choice(["shipped", "presets", "rules", "tasks", "estimators"]), required=False)
+@click.argument("what", type=click.Choice(KINDS), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(what: str | None, as_json: bool) -> None:
     """List shipped rules, presets, and what rules, tasks and estimators there are."""
-    from lopt.config import list_presets
-    from lopt.estimators import ESTIMATORS
-    from lopt.rules import RULES
-    from lopt.tasks.catalogue import list_families
-
-    def first_lines(registry: dict[str, Any]) -> dict[str, str]:
-        return {key: (cls.__doc__ or "").strip().splitlines()[0] for key, cls in registry.items()}
-
-    contents: dict[str, Callable[[], Mapping[str, Any]]] = {
-        "shipped": lambda: {name: lopt.load_card(name).get("description", "") for name in lopt.list_rules()},
-        "presets": list_presets,
-        "rules": lambda: first_lines(RULES),
-        "tasks": list_families,
-        "estimators": lambda: first_lines(ESTIMATORS),
-    }
-    chosen = {key: contents[key]() for key in ([what] if what else contents)}
+    contents = list_contents(what)
     if as_json:
-        click.echo(json.dumps(chosen))
-        return
-    console = Console()
-    for title, entries in chosen.items():
-        told = {name: entry if isinstance(entry, dict) else {"": entry} for name, entry in entries.items()}
-        columns = list(next(iter(told.values()), {}))
-        table = Table(title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
-        table.add_column(style="bold", no_wrap=True)
-        for column in columns:
-            table.add_column(column, justify="left" if column in ("", "what") else "right")
-        for name, entry in told.items():
-            table.add_row(escape(name), *(_write_cell(entry[column]) for column in columns))
-        console.print(table, "")
-
-
-def _write_cell(value: object) -> str:
-    """A text as it is, a count with commas, four digits of another number, `-` for what is not known."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else escape(str(value))
+        click.echo(json.dumps(contents))
+    else:
+        print_contents(contents, Console())
 
 
 @cli.command(short_help="Show what a rule is and does, and how it was trained.")

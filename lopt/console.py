@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from lopt.evaluate import Comparison
     from lopt.judge import Setting
     from lopt.rules import Rule
+    from lopt.sweep import Sweep
     from lopt.trainer import Trainer
+    from lopt.trials import Trial
 
 RUNS = Path("runs")
 ARCHIVE = RUNS / "baselines"
@@ -54,6 +57,28 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     elif trainer.step < steps:
         say(console, f"ended at step {trainer.step} of {steps}: {trainer.stale} validations without a better one")
     say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
+
+
+def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
+    """Run a sweep, telling of every trial that ends; on a signal say how to go on and exit with 130."""
+    from lopt.sweep import print_trials
+    from lopt.trainer import Interrupted
+
+    trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
+    say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
+
+    def tell(trial: Trial) -> None:
+        settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
+        found = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
+        say(console, f"{trial.name} ({settings}): step {trial.step}, {found}")
+
+    try:
+        best = sweep.run(workers, tell)
+    except Interrupted:
+        say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
+        sys.exit(130)
+    print_trials(sweep.state, console)
+    say(console, f"the best one is {best.name}: {sweep.rule_path}")
 
 
 def say(console: Console, text: str) -> None:

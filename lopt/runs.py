@@ -109,8 +109,8 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Tr
         command: str = environment["command"]
         built.append(build_trainer(config, folder, command, ranks))
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / ENVIRONMENT, _to_json(environment))
-        write_atomic(folder / CONFIG, _to_json(config.to_dict()))
+        write_atomic(folder / ENVIRONMENT, to_json(environment))
+        write_atomic(folder / CONFIG, to_json(config.to_dict()))
         return command
 
     command = ranks.lead(prepare)
@@ -124,7 +124,7 @@ def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
     """
 
     def is_begun() -> bool:
-        return (folder / CONFIG).exists() and parse_config(_read_json(folder / CONFIG)) == config
+        return (folder / CONFIG).exists() and parse_config(read_json(folder / CONFIG)) == config
 
     if ranks.find_largest(is_restart()) and ranks.lead(is_begun):
         return resume_run(folder, ranks)[1]
@@ -150,7 +150,7 @@ def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = No
         path = folder / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
-        raw, environment = _read_json(path), _read_json(folder / ENVIRONMENT)
+        raw, environment = read_json(path), read_json(folder / ENVIRONMENT)
         command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
         saved = (folder / CHECKPOINT).exists()
         if not saved and _has_trained(folder):  # otherwise killed before the first checkpoint: start again
@@ -213,7 +213,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         found = json.loads(path.read_text())
@@ -224,5 +224,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _to_json(tree: Any) -> bytes:
+def to_json(tree: Any) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()

@@ -12,17 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 APPLICATION = {"lopt.apply", "lopt.sharding", "lopt.guard", "lopt.resume"}  # what the optimizer is made of
 LAYERS = [
-    {"lopt_kernels", "lopt.names", "lopt.routing"},
+    {"lopt_kernels", "lopt.names", "lopt.routing", "lopt.manual"},
     {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop", "lopt.devices"},
     {"lopt.rules", "lopt.tasks", "lopt.samplers"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
     {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources", "lopt.metaweights"},
-    {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer"},
+    {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer", "lopt.trials"},
     {"lopt.snapshot"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
-    {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame"},
-    {"lopt.portrait", "lopt.console", "lopt.diagnosis"},
+    {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame", "lopt.listing"},
+    {"lopt.portrait", "lopt.diagnosis", "lopt.sweep"},
+    {"lopt.console"},
     {"lopt.__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

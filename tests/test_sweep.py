@@ -1,0 +1,328 @@
+"""Sweeps: what is tried, which trial is kept, and trials that fail, are interrupted or lose their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from test_trainer import TINY, hash_state, make_config
+
+from lopt import sweep as sweeping
+from lopt.log import RunLog, read_metrics
+from lopt.runs import start_run
+from lopt.snapshot import RULE
+from lopt.sweep import Outcome, Sweep, lock_folder, resume_sweep, run_trial, start_sweep
+from lopt.trainer import Interrupted
+from lopt.trials import Trial, draw_settings, parse_range
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and process groups")
+RATES = "trainer.learning_rate=1e-3,1e-2,0.1"
+
+
+class InProcess:
+    """A worker that runs its trial at once, in this process; `broken` steps fail."""
+
+    broken: ClassVar[set[float]] = set()
+    stop_after: int | None = None
+    begun: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.process = self
+        reading, writing = os.pipe()
+        os.close(writing)
+        self.connection = sweeping.Connection(reading)  # always ready
+
+    def is_alive(self) -> bool:
+        return True
+
+    def terminate(self) -> None:
+        return None
+
+    def begin(self, trial: Trial, config: Any, folder: Path, until: int) -> None:
+        self.trial = trial
+        self.begun.append(trial.name)
+        if config.trainer.learning_rate in self.broken:
+            self.outcome = Outcome(False, "ValueError: broken")
+            return
+        self.outcome = Outcome(run_trial(config, folder, until), "")
+        if len(self.begun) == self.stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+    def finish(self) -> tuple[Trial, Outcome]:
+        return self.trial, self.outcome
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
+    monkeypatch.setattr(sweeping, "Worker", InProcess)
+    monkeypatch.setattr(InProcess, "begun", [])
+    monkeypatch.setattr(RunLog, "figure", lambda *_: None)  # drawing takes longer than the trials
+    monkeypatch.setattr(RunLog, "hparams", lambda *_: None)
+    return InProcess
+
+
+def make_sweep(folder: Path, *varied: str, **options: Any) -> Sweep:
+    return start_sweep(make_config(steps=8, validate_every=4), varied or [RATES], folder, **options)
+
+
+def read_steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+# -- what is tried -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "sampler"),
+    [
+        ("a.b=1,2.5", "a.b", {"choose": [1, 2.5]}),
+        ("estimator.name=pes,es", "estimator.name", {"choose": ["pes", "es"]}),
+        ("a=true", "a", {"choose": [True]}),
+        ('a=["w?"],["b"]', "a", {"choose": [["w?"], ["b"]]}),
+        ("a=runs/x.safetensors,digits-lstm", "a", {"choose": ["runs/x.safetensors", "digits-lstm"]}),
+        ("a=4:16", "a", {"low": 4, "high": 16, "log": False}),
+        ("a= 1e-4:.1:log", "a", {"low": 1e-4, "high": 0.1, "log": True}),
+    ],
+)
+def test_what_varies_is_a_list_or_a_range(text: str, key: str, sampler: dict[str, Any]) -> None:
+    found = parse_range(text)
+    assert found == (key, sampler)
+    assert [type(v) for v in found[1].values()] == [type(v) for v in sampler.values()]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a", "KEY=A,B,C"),
+        ("a=", "KEY=A,B,C"),
+        ("=1", "KEY=A,B,C"),
+        ("trainer.validation_steps=5,6", "must be the same in all trials"),
+        ("task.dim=3,4", "must be the same in all trials"),
+        ("task=3,4", "must be the same in all trials"),
+    ],
+)
+def test_other_texts_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_range(text)
+
+
+def test_without_samples_all_combinations_are_tried() -> None:
+    found = draw_settings([("a", {"choose": [1, 2]}), ("b", {"choose": ["x", "y", "z"]})], None, 0)
+    assert found == [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]
+
+
+def test_samples_are_spread_over_ranges_of_whole_and_other_numbers() -> None:
+    varied = [parse_range(text) for text in ("a=1e-4:1:log", "b=1:8", "c=x,y")]
+    found = draw_settings(varied, 8, 3)
+    assert sorted(int(own["b"]) for own in found) == list(range(1, 9))
+    assert all(type(own["b"]) is int for own in found)
+    decades = sorted(own["a"] for own in found)
+    assert all(10 ** (-4 + i / 2) * 0.999 <= a <= 10 ** (-3.5 + i / 2) * 1.001 for i, a in enumerate(decades))
+    assert all(float(f"{a:.4g}") == a for a in decades)
+    assert sorted(own["c"] for own in found) == ["x"] * 4 + ["y"] * 4
+    assert found == draw_settings(varied, 8, 3) != draw_settings(varied, 8, 4)
+
+
+def test_equal_draws_are_tried_once() -> None:
+    assert sorted(own["a"] for own in draw_settings([("a", {"choose": [1, 2]})], 10, 0)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("varied", "options", "words"),
+    [
+        (["trainer.learning_rat=1,2"], {}, "trainer.learning_rat is unknown"),
+        (["trainer.learning_rate=1,-2"], {}, "must be positive, got -2"),
+        (["rule.hiden=3,4"], {}, "rule.hiden is unknown"),
+        (["estimator.num_steps=3,0"], {}, "at least 1, got 0"),
+        (["trainer.clip=1:2"], {}, "trainer.clip is a range.*--samples"),
+        (["trainer.clip=2:1"], {"samples": 2}, "low=2"),
+        (["trainer.clip=1,2", "trainer.clip=3"], {}, "different settings"),
+        ([], {}, "one or more different settings"),
+        (["trainer.clip=1,2"], {"halve_every": 6}, "multiple of trainer.validate_every = 4"),
+    ],
+)
+def test_impossible_sweeps_are_refused_before_anything_is_made(
+    tmp_path: Path, varied: list[str], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        start_sweep(make_config(validate_every=4), varied, tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
+
+
+# -- what comes of it --------------------------------------------------------------------------------------------------
+
+
+def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(
+    tmp_path: Path, in_process: type[InProcess]
+) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    best = sweep.run(2)
+    assert in_process.begun == ["trial-0", "trial-1", "trial-2"]
+    figures = {trial.name: trial.best for trial in sweep.state.trials}
+    assert len(set(figures.values())) == 3
+    assert best.best == min(figures.values())  # type: ignore[type-var]
+    assert sweep.rule_path.read_bytes() == (tmp_path / "s" / best.name / RULE).read_bytes()
+    alone = start_run(make_config(steps=8, validate_every=4, learning_rate=1e-2), tmp_path / "alone")
+    alone.run()
+    assert figures["trial-1"] == alone.best
+    again = resume_sweep(tmp_path / "s")
+    assert again.state == sweep.state
+    assert again.run(2).name == best.name
+    assert len(in_process.begun) == 3  # nothing is repeated
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        make_sweep(tmp_path / "s")
+
+
+def test_a_trial_that_fails_is_told_does_not_stop_the_rest_and_is_tried_again(
+    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, told = make_sweep(tmp_path / "s"), []
+    monkeypatch.setattr(in_process, "broken", {1e-2})
+    sweep.run(1, told.append)
+    assert [(trial.name, trial.status, trial.error) for trial in told] == [
+        ("trial-0", "done", ""),
+        ("trial-1", "failed", "ValueError: broken"),
+        ("trial-2", "done", ""),
+    ]
+    assert sweep.state.best in ("trial-0", "trial-2")
+    monkeypatch.setattr(in_process, "broken", set())
+    again = resume_sweep(tmp_path / "s")
+    again.run(1)
+    assert [trial.status for trial in again.state.trials] == ["done"] * 3
+    assert in_process.begun == ["trial-0", "trial-1", "trial-2", "trial-1"]
+
+
+def test_a_sweep_of_failures_says_why(tmp_path: Path, in_process: type[InProcess], monkeypatch: Any) -> None:
+    monkeypatch.setattr(in_process, "broken", {1e-3, 1e-2, 0.1})
+    with pytest.raises(ValueError, match=r"no trial.*trial-0: ValueError: broken"):
+        make_sweep(tmp_path / "s").run(2)
+
+
+def test_the_worse_half_ends_at_each_halving(tmp_path: Path, in_process: type[InProcess]) -> None:
+    sweep = start_sweep(
+        make_config(steps=16, validate_every=4), ["trainer.learning_rate=1e-3,1e-2,0.1,1e-4"], tmp_path, halve_every=4
+    )
+    best = sweep.run(2)
+    steps = {trial.name: trial.step for trial in sweep.state.trials}
+    assert sorted(steps.values()) == [4, 4, 8, 16]
+    assert [trial.status for trial in sweep.state.trials].count("halved") == 3
+    assert steps[best.name] == 16
+    for trial in sweep.state.trials:
+        assert read_steps(tmp_path / trial.name) == list(range(1, trial.step + 1))
+        rival = min(
+            line["final"]
+            for line in read_metrics(tmp_path / best.name / "metrics.jsonl")
+            if line["kind"] == "validation" and line["step"] <= trial.step
+        )
+        assert trial.best is not None
+        assert rival <= trial.best
+    whole = start_run(make_config(steps=16, validate_every=4, **best_settings(best)), tmp_path / "whole")
+    whole.run()
+    assert hash_state(tmp_path / "whole") == hash_state(tmp_path / best.name)  # stops in between do not show
+
+
+def best_settings(trial: Trial) -> dict[str, Any]:
+    return {key.split(".")[1]: value for key, value in trial.settings.items()}
+
+
+def test_a_sweep_that_was_interrupted_goes_on_with_the_trials_that_are_left(
+    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_process, "stop_after", 2)
+    with pytest.raises(Interrupted):
+        make_sweep(tmp_path / "s").run(1)
+    assert [trial.status for trial in resume_sweep(tmp_path / "s").state.trials] == ["done", "done", "waiting"]
+    monkeypatch.setattr(in_process, "stop_after", None)
+    resumed = resume_sweep(tmp_path / "s")
+    resumed.run(1)
+    assert in_process.begun == ["trial-0", "trial-1", "trial-2"]
+    assert resumed.rule_path.is_file()
+
+
+def test_a_second_process_on_a_sweep_is_refused(tmp_path: Path, in_process: type[InProcess]) -> None:
+    sweep = make_sweep(tmp_path / "s", "trainer.learning_rate=1e-3")
+    with lock_folder(tmp_path / "s", patient=False), pytest.raises(ValueError, match="another process runs the sweep"):
+        sweep.run(1)
+    sweep.run(1)
+
+
+def test_command_is_checked(run: Any, tmp_path: Path) -> None:
+    assert "no sweep in" in run("sweep", "--resume", str(tmp_path)).err
+    assert "--resume takes its settings" in run("sweep", "demo", "--resume", str(tmp_path)).err
+    assert "give a PRESET" in run("sweep").err
+    (tmp_path / "sweep.json").write_text('{"trials": []}')
+    assert "is missing" in run("sweep", "--resume", str(tmp_path)).err
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lopt", "sweep", *arguments, "--workers", "2"],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def list_steps(folder: Path) -> dict[str, int]:
+    return {path.parent.name: len(read_steps(path.parent)) for path in folder.glob("trial-*/metrics.jsonl")}
+
+
+ARGUMENTS = ("tiny.toml", "--set", "trainer.steps=60", "--vary", RATES, "--out", "s")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.toml").write_text(TINY)
+    process = launch(folder, *ARGUMENTS)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder / "s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "a worker"])
+def test_trials_of_a_sweep_that_was_stopped_end_bitwise_as_those_of_one_that_was_not(
+    whole: Path, tmp_path: Path, how: Any
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    process = launch(tmp_path, *ARGUMENTS)
+    deadline = time.monotonic() + 120
+    while sum(list_steps(tmp_path / "s").values()) < 20 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if how == "a worker":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+    else:
+        process.send_signal(how)
+    output, _ = process.communicate(timeout=300)
+    if how == "a worker":
+        assert process.returncode == 0, output
+        assert "FAILED: its process was killed by signal 9" in output
+    elif how == signal.SIGKILL:
+        assert not (tmp_path / "s" / RULE).exists()
+    else:
+        assert process.returncode == 130, output
+        assert "lopt sweep --resume s" in output
+        assert all(trial.status != "failed" for trial in resume_sweep(tmp_path / "s").state.trials)
+    again = launch(tmp_path, "--resume", "s")
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    for trial in resume_sweep(tmp_path / "s").state.trials:
+        assert trial.status == "done"
+        assert hash_state(tmp_path / "s" / trial.name) == hash_state(whole / trial.name)
+    assert (tmp_path / "s" / RULE).exists()
