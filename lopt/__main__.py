@@ -379,7 +379,8 @@ def main() -> None:
     """Run the command line; bad input ends in one line and exit status 2, not in a traceback."""
     try:
         cli(standalone_mode=True)
-    except FailedLead:  # rank 0 tells
+    except FailedLead as error:  # each host has a log of its own
+        click.echo(f"lopt: error: {error} (on rank 0)", err=True)
         sys.exit(2)
     except LostRank as error:
         click.echo(f"lopt: error: {error}; the run can go on from its last checkpoint", err=True)

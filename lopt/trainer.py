@@ -125,6 +125,8 @@ class Trainer:
                 it had not ended.
         Raises:
             Interrupted: a signal (SIGINT, SIGTERM) arrived on a rank; the state is saved if there is a folder.
+            OSError: the folder cannot be written, as on a full disk; the last checkpoint is whole.
+            FailedLead: this on rank 0.
             LostRank: another process is gone.
             ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
         """
@@ -162,8 +164,8 @@ class Trainer:
                 raise Interrupted
             if not validated:  # not in the checkpoint, from which the run goes on as if it had not ended
                 self.validate(log)
-                if self.folder and self.ranks.leads:
-                    self.save_rule()
+                if self.folder:
+                    self.ranks.lead(self.save_rule)
             return
 
     def build_best(self) -> Rule:
@@ -261,11 +263,17 @@ class Trainer:
     # -- saving ------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint, and the best rule so far beside it; rank 0 writes what all have."""
-        assert self.folder is not None
+        """Write the checkpoint, and the best rule so far beside it; rank 0 writes what all have.
+
+        Raises:
+            OSError: one of them cannot be written; the file that was there before is unchanged.
+            FailedLead: this on rank 0.
+        """
         tensors = self._tensors()
-        if not self.ranks.leads:
-            return
+        self.ranks.lead(lambda: self._write(tensors))
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        assert self.folder is not None
         metadata = {
             "step": self.step,
             "best": self.best if math.isfinite(self.best) else None,

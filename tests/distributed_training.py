@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_workers import World, assert_ranks_equal, check
+from faults import limit_file_size
 from torch import Tensor
 
 from lopt.checkpoint import load_state, save_state
@@ -161,6 +164,49 @@ def errors_of_rank_0_end_all(world: World) -> None:
     assert not (world.folder / "run").exists()
     dist.barrier()
     assert open_run(config, world.folder / "run", ranks).step == 0
+
+
+@check("pes")
+def full_disk_ends_all_and_leaves_the_last_checkpoint(world: World) -> None:
+    ranks, folder = Ranks(world.rank, world.size), world.folder / "run"
+    trainer = start_run(make_config("pes"), folder, ranks)
+    save, saved = trainer.save, []
+
+    def save_until_the_disk_is_full() -> None:
+        with limit_file_size(1000) if trainer.step == 6 else nullcontext():  # type: ignore[attr-defined]
+            save()
+        saved.append((folder / CHECKPOINT).read_bytes() if ranks.leads else trainer.step)
+
+    trainer.save = save_until_the_disk_is_full  # type: ignore[method-assign]
+    with pytest.raises(OSError if ranks.leads else FailedLead, match=r"cannot write: .*nothing was changed"):
+        trainer.run()
+    assert trainer.step == 6
+    assert len(saved) == 2
+    if ranks.leads:
+        assert (folder / CHECKPOINT).read_bytes() == saved[1]
+        assert not list(folder.glob(".*.tmp"))
+    dist.barrier()
+    _, resumed = resume_run(folder, ranks)
+    assert resumed.step == 3
+    resumed.run()
+
+
+@check("pes")
+def damaged_checkpoints_are_refused_by_all(world: World) -> None:
+    ranks, folder = Ranks(world.rank, world.size), world.folder / "run"
+    start_run(make_config("pes", steps=2), folder, ranks).run()
+    path = folder / CHECKPOINT
+    data = path.read_bytes()
+    for at in torch.linspace(0, len(data) - 1, 40).long().tolist():
+        dist.barrier()
+        if ranks.leads:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ValueError if ranks.leads else FailedLead, match=re.escape(str(path))):
+            resume_run(folder, ranks)
+    dist.barrier()
+    if ranks.leads:
+        path.write_bytes(data)
+    assert resume_run(folder, ranks)[1].step == 2
 
 
 @check("truncated")

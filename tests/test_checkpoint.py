@@ -7,17 +7,16 @@ import json
 import os
 import pickle
 import re
-import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from faults import limit_file_size
 from torch import Tensor, nn
 
 from lopt import checkpoint
@@ -328,20 +327,9 @@ def test_tensors_that_are_not_the_rules_are_refused_by_name(tmp_path: Path) -> N
 # -- writing ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """What a full disk does: files cannot grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_full_disk_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = write_atomic(tmp_path / "x", b"old")
-    with limited_file_size(100_000), pytest.raises(OSError, match=r"nothing was changed.*x'") as caught:
+    with limit_file_size(100_000), pytest.raises(OSError, match=r"nothing was changed.*x'") as caught:
         write_atomic(path, b"n" * 200_000)
     assert caught.value.errno == errno.EFBIG
     assert path.read_bytes() == b"old"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch.distributed as dist
@@ -107,6 +108,22 @@ def test_a_signal_ends_all_with_a_checkpoint_from_which_one_process_goes_on(tmp_
     status, output = finish(launch(tmp_path, "--resume", "run", processes=1))
     assert status == 0, output
     assert load_state(tmp_path / "run" / CHECKPOINT)[1]["step"] == STEPS
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_end_all_with_an_error_each(uninterrupted: Path, tmp_path: Path) -> None:
+    copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    status, output = finish(launch(tmp_path, "--resume", "run"))
+    assert status != 0
+    told = [line for line in output.splitlines() if "checkpoint.safetensors is damaged" in line]
+    assert len(told) == 2, output
+    assert all(line.startswith("lopt: error: ") for line in told)
+    assert sum(line.endswith("(on rank 0)") for line in told) == 1
+    assert "lopt/" not in output
 
 
 def test_more_processes_than_slots_are_refused_in_one_line(tmp_path: Path) -> None:
