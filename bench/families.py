@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import setting
+from bench.field import draw_field, read_curve
 from lopt.checkpoint import load, load_card
 from lopt.config import build
 from lopt.console import ARCHIVE
@@ -27,6 +28,7 @@ from lopt.evaluate import compare
 from lopt.evaluate.baselines import Tuning, tune_baseline
 from lopt.evaluate.comparison import DEFAULT_LABEL
 from lopt.judge import Setting, read_card
+from lopt.log import METRICS, read_metrics
 from lopt.rules import RULES, Rule
 from lopt.tasks import TASKS
 from lopt.trainer import RULE
@@ -115,6 +117,9 @@ def make_table(results: Mapping[str, Losses]) -> Table:
 )
 @click.option("--archive", type=click.Path(path_type=Path), default=ARCHIVE, show_default=True, help="Tuned baselines.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here (PNG); needs run folders."
+)
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
 def families(
     runs: tuple[Path, ...],
@@ -123,12 +128,15 @@ def families(
     others: tuple[str, ...],
     archive: Path,
     threads: int,
+    picture: Path | None,
     file: Path | None,
 ) -> None:
     """Compare meta-trained rules with their untrained selves and with Adam, on each family that the first of RUNS had.
 
     RUNS are run folders or rule files. Families under --other were not trained on.
     """
+    if picture is not None and not all(run.is_dir() for run in runs):
+        raise click.UsageError("--picture draws how training went: give folders of runs, not rule files")
     torch.set_num_threads(threads)
     console = setting.make_console()
     archive.mkdir(parents=True, exist_ok=True)
@@ -146,6 +154,10 @@ def families(
     told = {label: summarize(results, label) for label in rules if not label.endswith(", untrained")}
     for label, found in told.items():
         console.print(label, *(f"{key} {value:.3g}" for key, value in found.items()), sep=", ", highlight=False)
+    if picture is not None:
+        curves = {name: read_curve(read_metrics(run / METRICS)) for name, run in zip(told, runs, strict=True)}
+        means = {title: {label: average(x) for label, x in own.items()} for title, own in results.items()}
+        picture.write_bytes(draw_field(curves, means, CONSTANT))
     setting.write_json(
         file,
         {
