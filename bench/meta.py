@@ -134,7 +134,7 @@ def meta(
     ways: tuple[str, ...],
     file: Path | None,
 ) -> None:
-    """Inner updates per second of meta-training: backpropagation eager and compiled, or an evolution strategy.
+    """Inner updates per second of meta-training, the rule eager, compiled and so on, as far as the estimator can.
 
     Both members of a pair count. Other jobs on the machine disturb even the figures per CPU-second.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class InnerLoop:
         checkpoint_update: recompute the rule's update in backward instead of storing its activations.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
-        update: a replacement of `rule.update`, such as its compiled form; same signature.
+        update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
             that makes them of the slots, called at the start of a window and whenever slots start new tasks.
@@ -215,13 +216,9 @@ class InnerLoop:
 
     def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
         """The rule's step for all slots."""
-        update: Callable[..., Any] = self.update or self.rule
-        if weights is not None:
-
-            def update(*args: Any) -> Any:
-                return functional_call(self.rule, weights, args)
-
+        update = self.update or partial(call_rule, self.rule)
         args = (
+            weights,
             self._views(self.rule, slots.grad),
             self._views(self.rule, slots.params),
             slots.state,
@@ -351,6 +348,17 @@ class InnerLoop:
         where = done.nonzero()[:, 0]
         fresh = self.restart(slots.ids[where], slots.episode[where] + 1)
         return put_slots(slots, where, fresh)
+
+
+def call_rule(rule: Rule, weights: Params | None, *args: Any) -> tuple[Params, State]:
+    """`rule.update(*args)`, with these meta-weights instead of the rule's own if they are not None."""
+    result: tuple[Params, State] = rule(*args) if weights is None else functional_call(rule, weights, args)
+    return result
+
+
+def compile_rule(rule: Rule) -> Callable[..., tuple[Params, State]]:
+    """`call_rule` for this rule through `torch.compile`: one graph for each number of slots."""
+    return torch.compile(partial(call_rule, rule), dynamic=False)
 
 
 def detach_slots(slots: Slots) -> Slots:

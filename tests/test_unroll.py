@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lopt.rules import RULES, Clock, Elements, Fold, Layout, Rule, State, Visit
 from lopt.tasks import TASKS
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, join_slots, select_slots
+from lopt.unroll import InnerLoop, compile_rule, join_slots, select_slots
 
 ROWS = 1e-5  # float32, sums over ten numbers in another order
 
@@ -180,7 +180,7 @@ def test_selected_and_joined_slots_are_the_slots() -> None:
 def test_second_order_refuses_a_compiled_update() -> None:
     rule = RULES["lstm"]()
     with pytest.raises(ValueError, match=r"order=2.*compile"):
-        InnerLoop(rule, TASKS["quadratic"](), 0, order=2, update=rule.update)
+        InnerLoop(rule, TASKS["quadratic"](), 0, order=2, update=compile_rule(rule))
 
 
 class LossScaled(Rule):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -66,7 +65,6 @@ class Backprop(Estimator):
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
         self.teacher, self.imitation, self.follow = teacher, imitation, follow
-        self._compiled: tuple[Rule, Callable[..., Any]] | None = None
 
     def to(self: Kind, device: torch.device | str) -> Kind:
         """Move the teacher."""
@@ -86,11 +84,6 @@ class Backprop(Estimator):
             meta_split=self.objective_split,
             update=self._compile(loop.rule) if self.compile else None,
         )
-
-    def _compile(self, rule: Rule) -> Callable[..., Any]:
-        if self._compiled is None or self._compiled[0] is not rule:
-            self._compiled = (rule, torch.compile(rule.update, dynamic=False))
-        return self._compiled[1]
 
     def backpropagate(self, loop: InnerLoop, slots: Slots, num_steps: int, *, restart: bool) -> Estimate:
         """Unroll `num_steps` steps of `slots` and differentiate, in chunks of `task_chunk`.

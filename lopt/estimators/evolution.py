@@ -62,6 +62,7 @@ class Evolution(Estimator):
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize, loss_clamp: see `weigh_losses`; the clamp also bounds what one diverging pair does to the estimate.
         task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
+        compile: run the rule's update through `torch.compile`, once for each size of chunks (at most two).
 
     Attributes:
         signs: of the perturbation, for each member that is run.
@@ -85,6 +86,7 @@ class Evolution(Estimator):
         normalize: bool = False,
         loss_clamp: float = 10.0,
         task_chunk: int | None = None,
+        compile: bool = False,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -97,7 +99,7 @@ class Evolution(Estimator):
         self.num_steps, self.sigma, self.task_chunk = num_steps, sigma, task_chunk
         self.objective = check_objective(objective, self.objectives)
         self.objective_split = check_split(objective_split)
-        self.normalize, self.loss_clamp = normalize, loss_clamp
+        self.normalize, self.loss_clamp, self.compile = normalize, loss_clamp, compile
 
     # -- what tells the estimators apart -------------------------------------------------------------------------------
 
@@ -116,7 +118,8 @@ class Evolution(Estimator):
         """The inner loop with this estimator's settings."""
         if self.objective == "baseline":
             find_baseline(loop.family)  # a family without one is refused before anything runs
-        return replace(loop, meta_split=self.objective_split)
+        update = self._compile(loop.rule) if self.compile else None
+        return replace(loop, meta_split=self.objective_split, update=update)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
         """See `Estimator.start`."""
@@ -250,13 +253,15 @@ def join_pairs(parts: list[Pairs]) -> Pairs:
 
 
 def fit_chunk(pairs: Pairs, members: int) -> int:
-    """How many pairs are worked on together: on a CPU as many as its cache holds, otherwise all."""
+    """How many pairs are worked on together: on a CPU equal parts that its cache holds, otherwise all."""
     if pairs.drift.device.type != "cpu":
         return len(pairs.drift)
     slot = pairs.slots
     accumulators = [a for own in slot.state.accumulators.values() for a in own.values()]
     numbers = sum(x[0].numel() for x in (slot.params, *accumulators))
-    return max(1, CACHE_NUMBERS // (numbers * members))
+    count = len(pairs.drift)
+    chunks = math.ceil(count / max(1, CACHE_NUMBERS // (numbers * members)))
+    return math.ceil(count / max(1, chunks))
 
 
 def draw_perturbation(loop: InnerLoop, *counters: Tensor) -> Tensor:
