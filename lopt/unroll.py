@@ -136,13 +136,12 @@ class InnerLoop:
         """Losses `[T]` as functions of flat parameters `[T, P]`."""
         return self.family.losses(self.family.spec.unflatten(flat), batch)
 
-    def _seeds(self, stream: str, slots: Slots) -> Tensor:
-        return derive_seeds(self.seed, stream, slots.ids, slots.episode, slots.step)
-
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that belong to the slots' present steps."""
-        first = select_slots(slots, slice(None, None, self.members))
-        batch = self.family.batch(first.task, self._seeds("batch", first), split)
+        first = slice(None, None, self.members)
+        task = {key: x[first] for key, x in slots.task.items()}
+        seeds = derive_seeds(self.seed, "batch", slots.ids[first], slots.episode[first], slots.step[first])
+        batch = self.family.batch(task, seeds, split)
         if self.members == 1:
             return batch
         return {key: x.repeat_interleave(self.members, 0) for key, x in batch.items()}
