@@ -33,7 +33,7 @@ class Slots(NamedTuple):
         ids: global number of the slot, int64; names its random streams.
         episode: tasks that this slot has finished, int64.
         step, horizon: steps made on the present task and steps to make, int64.
-        task: what distinguishes the task, from `TaskFamily.sample`.
+        task: what distinguishes the task, from `TaskFamily.sample`, and its memory (see `TaskFamily.deliver`).
         params: flat parameters `[T, P]`.
         state: the rule's memory.
         teacher_state: the teacher rule's memory; empty without imitation.
@@ -251,11 +251,14 @@ class InnerLoop:
         Returns:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
-        params, state = self._update(self._attach(slots) if self.order == 2 else slots, weights)
+        seen = self._attach(slots) if self.order == 2 else slots
+        task, grad = self.family.deliver(seen.task, seen.grad, seen.step)
+        seen = seen._replace(task=task, grad=grad)
+        params, state = self._update(seen, weights)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
-            params, teacher_state, imitation = self._imitate(slots, params)
-        slots = slots._replace(step=slots.step + 1, params=params, state=state, teacher_state=teacher_state)
+            params, teacher_state, imitation = self._imitate(seen, params)
+        slots = slots._replace(step=slots.step + 1, task=task, params=params, state=state, teacher_state=teacher_state)
         value, grad = self.evaluate(params, self.batch(slots))
         slots = slots._replace(loss=value, grad=grad)
         if self.order == 2:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import log
+from typing import Any
 
 import pytest
 import torch
 from task_cases import draw_tasks
+from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lopt.estimators import ESTIMATORS
 from lopt.rules import RULES
-from lopt.tasks import TASKS, RandomScaling
-from lopt.tasks.transforms import TRANSFORMS, GradientNoise, LossScaling, ReducedBatch, Transform
+from lopt.tasks import TASKS, RandomScaling, TaskFamily
+from lopt.tasks.transforms import TRANSFORMS, GradientNoise, LossScaling, ReducedBatch, StaleGradients, Transform
 from lopt.tensors import derive_seeds, make_generator, stack_trees
-from lopt.unroll import InnerLoop
+from lopt.unroll import InnerLoop, Slots
 
 SMALL = {"width": 3, "batch_size": 16}
 
@@ -121,6 +125,72 @@ def test_loss_scaling_scales_losses_and_gradients_of_a_task_and_no_metric() -> N
     assert torch.equal(vmap(family.metrics)(params, batch)["accuracy"], vmap(inner.metrics)(params, plain)["accuracy"])
 
 
+def run_sgd(family: TaskFamily, steps: int, **options: Any) -> tuple[list[Tensor], list[Tensor], Slots]:
+    """The parameters before each step, the gradients there, and where the slots of SGD of rate 1 are at the end."""
+    loop = InnerLoop(RULES["sgd"](lr=1.0), family, 5, lambda seeds: torch.full_like(seeds, 6), **options)
+    slots, params, grads = loop.start(torch.arange(3)), [], []
+    for _ in range(steps):
+        params.append(slots.params.detach())
+        grads.append(slots.grad.detach())
+        slots = loop.unroll(slots, 1).slots
+    return params, grads, slots
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_step_is_by_the_gradient_of_as_many_steps_ago(order: int) -> None:
+    params, grads, _ = run_sgd(StaleGradients(TASKS["quadratic"](dim=3), low=2, high=2), 6, order=order)
+    for step in range(5):
+        torch.testing.assert_close(params[step + 1], params[step] - grads[max(step - 2, 0)])
+        assert not torch.equal(grads[step], grads[step + 1])
+
+
+def test_every_task_has_a_delay_of_its_own_and_a_new_one_forgets() -> None:
+    family = StaleGradients(TASKS["quadratic"](dim=3), low=0, high=3)
+    delays = torch.stack([family.sample(make_generator(i))[family.delay] for i in range(400)])
+    assert delays.bincount().tolist() == pytest.approx([100] * 4, rel=0.3)
+    params, grads, slots = run_sgd(family, 9)  # tasks end after 6 steps
+    for slot, (first, second) in enumerate(zip(*(run_delays(family, episode) for episode in (0, 1)), strict=True)):
+        for step in (0, 1, 2, 3, 4, 6, 7):
+            begin, delay = (0, first) if step < 6 else (6, second)
+            seen = grads[max(step - delay, begin)][slot]
+            torch.testing.assert_close(params[step + 1][slot], params[step][slot] - seen)
+    assert slots.episode.tolist() == [1, 1, 1]
+
+
+def run_delays(family: StaleGradients, episode: int) -> list[int]:
+    """The delays of three slots' tasks."""
+    ids = torch.arange(3)
+    slots = InnerLoop(RULES["sgd"](lr=1.0), family, 5).restart(ids, torch.full_like(ids, episode))
+    return [int(delay) for delay in slots.task[family.delay]]
+
+
+def test_without_delay_nothing_changes_and_losses_never_do() -> None:
+    inner = TASKS["quadratic"](dim=3)
+    plain = run_sgd(inner, 4)
+    for found, expected in zip(run_sgd(StaleGradients(inner, low=0, high=0), 4)[:2], plain[:2], strict=True):
+        assert all(map(torch.equal, found, expected))
+    _, params, batch = draw_tasks(StaleGradients(inner), 2)
+    assert torch.equal(StaleGradients(inner).losses(params, batch), inner.losses(params, batch))
+
+
+@pytest.mark.parametrize("name", ["truncated", "pes", "es"])
+def test_late_gradients_are_all_in_the_carry(name: str) -> None:
+    """Two windows are those of a carry that was taken apart in between; and the delay matters to the estimate."""
+    family = StaleGradients(TASKS["quadratic"](dim=3), low=1, high=2)
+    estimator = ESTIMATORS[name](num_steps=2)
+    loop = InnerLoop(RULES["sgd"](lr=0.1), family, 5, lambda seeds: torch.full_like(seeds, 5))
+    plain = InnerLoop(RULES["sgd"](lr=0.1), family.family, 5, loop.horizon)
+    estimates = []
+    for own in (loop, loop, plain):
+        carry = estimator.estimate(own, estimator.start(own, torch.arange(3))).carry
+        if own is loop and estimates:
+            leaves, spec = tree_flatten(carry)
+            carry = tree_unflatten([leaf.clone() for leaf in leaves], spec)
+        estimates.append(estimator.estimate(own, carry).gradient["lr"])
+    assert torch.equal(estimates[0], estimates[1])
+    assert not torch.equal(estimates[0], estimates[2])
+
+
 def chain(names: list[str]) -> Transform:
     family = TASKS["mlp"](**SMALL)
     for name in names:
@@ -157,6 +227,8 @@ def test_transforms_run_alone_and_one_on_another(names: list[str]) -> None:
         (lambda family: ReducedBatch(family, smallest=0.0), "smallest"),
         (lambda family: ReducedBatch(TASKS["lasso"]()), "lasso.*no batches of examples"),
         (lambda family: LossScaling(family, -1.0), "scale_range"),
+        (lambda family: StaleGradients(family, 3, 2), "low=3 and high=2"),
+        (lambda family: StaleGradients(family, -1, 2), "low=-1"),
         (lambda family: RandomScaling(LossScaling(RandomScaling(family))), "applied twice"),
     ],
 )

@@ -85,6 +85,17 @@ class TaskFamily(ABC):
         """The whole split for `count` tasks, `[count, ...]`; None where a batch is already exact."""
         return None
 
+    def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
+        """What a rule sees of the gradients of T tasks: here the gradients themselves.
+
+        Args:
+            tasks: tensors `[T, ...]`, which may hold memory that goes on from step to step.
+            grads: `[T, P]`, of the train split, right for the parameters before step `steps`, int64 `[T]`.
+        Returns:
+            The tasks with their memory after this step, and gradients `[T, P]`.
+        """
+        return tasks, grads
+
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Further scalars of one task on one batch, such as accuracy."""
         return {}

@@ -79,6 +79,11 @@ class Transform(TaskFamily):
         """The inner family's losses `[T]`."""
         return self.family.losses(params, self._inner(batch))
 
+    def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
+        """What the inner family shows of the gradients."""
+        inner, grads = self.family.deliver(self._inner(tasks), grads, steps)
+        return tasks | inner, grads
+
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """The inner family's metrics."""
         return self.family.metrics(params, self._inner(batch))
@@ -285,9 +290,48 @@ class LossScaling(Transform):
         return batch[self.key] * super().losses(params, batch)
 
 
+class StaleGradients(Transform):
+    """The rule sees gradients late, as in asynchronous training: those of some steps ago; losses are as they were.
+
+    In a task's first steps it sees the gradient of its beginning. Each task keeps its last `high` gradients.
+
+    Args:
+        family: the family whose gradients are late.
+        low, high: least and largest number of steps; each task's is uniform between them, both included.
+    """
+
+    name = "stale_gradients"
+    key = "late_gradients"
+    delay = "gradient_delay"
+
+    def __init__(self, family: TaskFamily, low: int = 0, high: int = 4) -> None:
+        super().__init__(family, low=low, high=high)
+        if not 0 <= low <= high:
+            raise ValueError(f"low must be from 0 to high, got low={low} and high={high}")
+        self.low, self.high = low, high
+
+    def _inner(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in tensors.items() if key not in (self.key, self.delay)}
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """The inner family's task, its number of steps `[]` int64 and an empty memory `[high, P]`, oldest first."""
+        task = super().sample(generator)
+        delay = torch.randint(self.low, self.high + 1, (), generator=generator)
+        return task | {self.delay: delay, self.key: torch.zeros(self.high, self.family.spec.size)}
+
+    def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
+        """Of what the inner family shows, that of the task's number of steps ago."""
+        tasks, grads = super().deliver(tasks, grads, steps)
+        begins = (steps == 0)[:, None, None]
+        known = torch.cat([torch.where(begins, grads[:, None], tasks[self.key]), grads[:, None]], 1)
+        row = torch.arange(len(steps), device=steps.device)
+        return tasks | {self.key: known[:, 1:]}, known[row, self.high - tasks[self.delay]]
+
+
 TRANSFORMS: dict[str, type[Transform]] = {
     "random_scaling": RandomScaling,
     "gradient_noise": GradientNoise,
     "reduced_batch": ReducedBatch,
     "loss_scaling": LossScaling,
+    "stale_gradients": StaleGradients,
 }
