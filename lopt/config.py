@@ -29,6 +29,7 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
+MERGES = ("mean", "normalised")
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -46,6 +47,8 @@ class TrainerConfig:
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
         clip: largest global norm of the meta-gradient.
+        merge: of several sources' meta-gradients: their weighted "mean", or that of the "normalised" ones, each divided
+            by a running root mean square of its norm, so that no source outweighs the others.
         seed: names every random draw of the run.
         warm_start: shipped name or rule file whose meta-weights are started from; of the same rule.
         train_only: patterns of names (as of files, with * and ?) of the meta-weights that are learned; all by default.
@@ -71,6 +74,7 @@ class TrainerConfig:
     weight_decay: float = 0.0
     beta2: float = 0.999
     clip: float = 1.0
+    merge: str = "mean"
     seed: int = 0
     warm_start: str = ""
     train_only: list[str] = field(default_factory=list)
@@ -97,6 +101,8 @@ class TrainerConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
         check_device(self.device)
+        if self.merge not in MERGES:
+            raise ValueError(f"trainer.merge must be one of {MERGES}, got {self.merge!r}")
         if not 0 <= self.average < 1:
             raise ValueError(f"trainer.average must be from 0 to below 1, got {self.average}")
         if self.validation_metric not in ("final", "mean", "log"):

@@ -23,13 +23,14 @@ from lopt.devices import find_device
 from lopt.estimators import Estimator
 from lopt.horizons import HorizonSchedule
 from lopt.log import RunLog
+from lopt.merging import Merger
 from lopt.metaweights import copy_weights, freeze_weights, load_weights
 from lopt.outer import OuterOptimizer
 from lopt.planner import fit_all
 from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
 from lopt.snapshot import CHECKPOINT, RULE, read_snapshot, select
-from lopt.sources import Source, list_families, merge_ranks, merge_sources
+from lopt.sources import Source, list_families, merge_ranks
 from lopt.stop import Reason, Stop
 from lopt.tasks import TaskFamily
 from lopt.validation import log_validation, validate
@@ -101,6 +102,7 @@ class Trainer:
         self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
         self.best_weights = copy_weights(rule)
         self.outer = OuterOptimizer(rule, config)
+        self.merger = Merger(config.merge, [source.weight for source in self.sources])
         first = 0
         for source in self.sources:
             source.start(rule, config.seed, first, self.ranks, self.device)
@@ -219,7 +221,7 @@ class Trainer:
         """One outer step; what to log of the whole, and of each source where there are several."""
         begin = time.perf_counter()
         totals = merge_ranks([source.estimate() for source in self.sources], self.rule.meta_weights(), self.ranks)
-        total = merge_sources(totals, [source.weight for source in self.sources])
+        total = self.merger(totals)
         stepped = self.outer.apply(total.gradient, self.step)
         self.step += 1
         seconds = time.perf_counter() - begin
@@ -306,7 +308,7 @@ class Trainer:
         """What a checkpoint holds; on other ranks than 0 without the carries."""
         tensors = {f"weights.{k}": v for k, v in copy_weights(self.rule).items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
-        tensors |= self.outer.gather_state()
+        tensors |= self.outer.gather_state() | self.merger.gather_state()
         for i, source in enumerate(self.sources):
             tensors |= {f"carry.{i}.{key}": value for key, value in source.gather_carry().items()}
         return tensors
@@ -315,7 +317,7 @@ class Trainer:
         """The names of what a checkpoint holds, but for the outer optimizer's moments."""
         names = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
         names |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
-        return names | set(self.outer.list_average())
+        return names | set(self.outer.list_average()) | set(self.merger.gather_state())
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.
@@ -330,6 +332,7 @@ class Trainer:
         self.rule.load_state_dict(select(tensors, "weights."))
         self.best_weights = select(tensors, "best.")
         self.outer.restore_state(tensors)
+        self.merger.restore_state(tensors)
         for i, source in enumerate(self.sources):
             source.restore_carry(select(tensors, f"carry.{i}."))
             if source.horizon:

@@ -18,7 +18,7 @@ LAYERS = [
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
     {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources", "lopt.metaweights"},
-    {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer", "lopt.trials"},
+    {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer", "lopt.merging", "lopt.trials"},
     {"lopt.snapshot"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame", "lopt.listing"},

@@ -16,6 +16,7 @@ from lopt.config import RunConfig, TrainerConfig, parse_config
 from lopt.estimators import ESTIMATORS, Estimate
 from lopt.judge import list_settings
 from lopt.log import read_metrics
+from lopt.merging import Merger
 from lopt.ranks import Ranks
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
@@ -75,13 +76,13 @@ class Given(type(ESTIMATORS["truncated"]())):  # type: ignore[misc]
         return Estimate(gradient, self.num_tasks, carry, numbers | counts)
 
 
-def step_given(*sources: tuple[float, int, float]) -> tuple[dict[str, float], Tensor]:
+def step_given(*sources: tuple[float, int, float], merge: str = "mean") -> tuple[dict[str, float], Tensor]:
     """Metrics and clipped direction of one step of sources of (gradient, finite tasks, weight)."""
     family = TASKS["quadratic"](dim=2)
     made = [
         Source(family, Given(value, count), 2, weight=w, name=str(i)) for i, (value, count, w) in enumerate(sources)
     ]
-    trainer = Trainer(RULES["linear"](), made, None, TrainerConfig(clip=1e9))
+    trainer = Trainer(RULES["linear"](), made, None, TrainerConfig(clip=1e9, merge=merge))
     seen = []
     trainer.outer.adamw.step = lambda: seen.append(torch.cat([w.grad.flatten() for w in trainer.rule.parameters()]))  # type: ignore
     return trainer.train_step(), seen[0] if seen else torch.zeros(1)
@@ -150,6 +151,22 @@ def test_two_sources_of_one_task_are_validated_on_once() -> None:
     assert "families" not in trainer.validate()
 
 
+def interrupt_and_resume(config: RunConfig, folder: Path) -> Trainer:
+    """A run that is stopped within a step, beyond a checkpoint at step 2, and gone on with."""
+    trainer = start_run(config, folder)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(stop)
+    _, resumed = resume_run(folder)
+    assert resumed.step == 2
+    resumed.run()
+    return resumed
+
+
 def test_a_mixture_learns_logs_its_sources_and_resumes_bitwise(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -168,21 +185,40 @@ def test_a_mixture_learns_logs_its_sources_and_resumes_bitwise(tmp_path: Path) -
     assert {"source bowls/loss", "source rosenbrock/gradient_noise", "train/loss"} <= set(board.Tags()["scalars"])
     assert {f"validation {name}/curves" for name in families} == set(board.Tags()["images"])
 
-    trainer = start_run(make_config(), tmp_path / "halves")
-
-    def stop(progress: Progress) -> None:
-        if progress.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(stop)
-    _, resumed = resume_run(tmp_path / "halves")
-    assert resumed.step == 2
-    resumed.run()
+    interrupt_and_resume(make_config(), tmp_path / "halves")
     from test_trainer import hash_state
 
     assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
     assert (tmp_path / "whole" / CHECKPOINT).is_file()
+
+
+def test_normalised_sources_count_alike_whatever_their_size() -> None:
+    _, gradient = step_given((1e-3, 2, 1.0), (-1e6, 2, 3.0), merge="normalised")
+    assert torch.allclose(gradient * len(gradient) ** 0.5, torch.full_like(gradient, (1 - 3) / 4), rtol=1e-6)
+
+
+def test_the_size_that_a_gradient_is_divided_by_is_a_running_one() -> None:
+    merger = Merger("normalised", [1.0])
+    sizes = []
+    for value, alive in ((2.0, 1), (float("nan"), 1), (5.0, 0), (4.0, 1)):
+        total = Total(torch.tensor([value]), alive, {})
+        sizes.append(float(merger([total]).gradient))
+    assert sizes[0] == pytest.approx(1.0)
+    mean_square = (0.9 * 0.1 * 2.0**2 + 0.1 * 4.0**2) / (1 - 0.9**2)
+    assert sizes[3] == pytest.approx(4.0 / mean_square**0.5)
+    assert merger.counts.tolist() == [2]
+
+
+def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
+    from test_trainer import hash_state
+
+    config = make_config(trainer=MIXTURE["trainer"] | {"merge": "normalised"})
+    start_run(config, tmp_path / "whole").run()
+    resumed = interrupt_and_resume(config, tmp_path / "halves")
+    assert resumed.merger.counts.tolist() == [6, 6]
+    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
+    start_run(make_config(), tmp_path / "mean").run()
+    assert hash_state(tmp_path / "mean") != hash_state(tmp_path / "whole")
 
 
 def test_several_families_are_compared_by_logs_relative_to_the_first_losses() -> None:
