@@ -7,7 +7,7 @@ al. 2018, arXiv 1806.06763), orthogonalised momentum (Muon, Jordan et al. 2024),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log10, prod, sqrt
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ SECOND = 0.99
 COSINES = 0.9
 TINY = 1e-18  # added to mean squares: what is below counts as 0, and derivatives stay finite there
 LARGEST = 1e12  # of gradients, so that means of their squares stay finite
+SMALLEST_NORM = 1e-6  # of a step before it is brought to its size
 SMALLEST_SCALE = 0.02  # of tensors that start at 0
 PRIOR = (0.0, 0.0, 2.0, 2.0)  # of the outputs: step 1, orthogonalised by half, fast momentum, Adam's preconditioner
 FEATURES = (
@@ -47,21 +48,21 @@ FEATURES = (
 
 
 class BlendTerms(NamedTuple):
-    """What a tensor's step is made of, all `[*batch]` but `power`, `[*batch, 1s]`.
+    """What a tensor's step is made of, all `[*batch]` but `inverse`, `[*batch, 1s]`.
 
     Attributes:
         step: its root mean square.
         orthogonal: the orthogonalised step's share.
-        momenta: weights of the momenta, with bias correction, `[*batch, 2]`.
-        adapt: exponent of the preconditioner, 1 for Adam's.
-        power: mean second moment.
+        momenta: weights of the momenta in the step, `[*batch, 1, 2]`.
+        exponent: of the relative second moment, -0.5 for Adam's preconditioner.
+        inverse: of the mean second moment.
     """
 
     step: Tensor
     orthogonal: Tensor
     momenta: Tensor
-    adapt: Tensor
-    power: Tensor
+    exponent: Tensor
+    inverse: Tensor
 
 
 class Blend(Rule):
@@ -167,8 +168,14 @@ class Blend(Rule):
         hidden = torch.tanh(x @ self.w_in.mT + self.b_in.unsqueeze(-2))
         out = hidden @ self.w_out.mT + x @ self.w_bypass.mT + self.b_out.unsqueeze(-2)
         strength, *shares = out.unbind(-1)
-        step = self.lr * new["scale"][..., 0] * decay * torch.exp(strength.clamp(-5, 5))
-        return new, {"step": step, "shares": torch.sigmoid(torch.stack(shares, -1))}
+        orthogonal, fast, adapt = torch.sigmoid(torch.stack(shares)).unbind()
+        correction = 1 - self.momentum_decays ** (clock.step + 1)[..., None]
+        return new, {
+            "step": self.lr * new["scale"][..., 0] * decay * torch.exp(strength.clamp(-5, 5)),
+            "orthogonal": orthogonal,
+            "momenta": torch.stack([-fast, fast - 1], -1) / correction,
+            "exponent": -0.5 * adapt,
+        }
 
     @staticmethod
     def _describe_shapes(means: Sequence[Means], layouts: Sequence[Layout], like: Tensor) -> Tensor:
@@ -188,29 +195,27 @@ class Blend(Rule):
         }
         return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
 
-    def fold(self, means: Means, acc: Accumulators, layout: Layout, clock: Clock, terms: Means) -> Fold:  # type: ignore[override]
-        """See `Rule.fold`: the shares, and what corrects the momenta's bias."""
-        orthogonal, fast, adapt = terms["shares"].unbind(-1)
-        count = (clock.step + 1).to(fast.dtype)[..., None]
-        momenta = torch.stack([fast, 1 - fast], -1) / (1 - self.momentum_decays**count)
-        return Fold(terms=BlendTerms(terms["step"], orthogonal, momenta, adapt, means["power"]))
+    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
+        """See `Rule.fold`: what brings momenta and second moment to a size of about 1."""
+        inverse = (means["power"] + TINY).reciprocal()
+        momenta = (terms["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
+        return Fold(terms=BlendTerms(terms["step"], terms["orthogonal"], momenta, terms["exponent"], inverse))
 
     def emit(self, e: Elements, terms: BlendTerms) -> Visit:
         """See `Rule.emit`: the preconditioned momentum, of any size."""
         ndim = e.layout.ndim
-        power = terms.power + TINY
-        m = (features.spread(terms.momenta, ndim) * e.acc["m"]).sum(-ndim - 1) * power.rsqrt()
-        relative = e.acc["v"] / power + 1e-6
-        return Visit(delta=-m * relative ** (-0.5 * features.spread(terms.adapt, ndim)))
+        m = (terms.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
+        relative = e.acc["v"] * terms.inverse + 1e-6
+        return Visit(delta=m * relative ** features.spread(terms.exponent, ndim))
 
     def finish(self, delta: Tensor, terms: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
         """See `Rule.finish`: orthogonalises in part, and sets the size."""
-        delta = delta * _find_inverse_rms(delta, layout.axes, layout)
-        if layout.factored is not None:
-            matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
-            matrix = matrix * _find_inverse_rms(matrix, layout.axes, layout)
-            delta = torch.lerp(delta, matrix, features.spread(terms.orthogonal, layout.ndim))
-        return delta, features.spread(terms.step, layout.ndim)
+        inverse, step = _find_inverse_rms(delta, layout), features.spread(terms.step, layout.ndim)
+        if layout.factored is None:
+            return delta, inverse * step
+        matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
+        shares = features.spread(terms.orthogonal, layout.ndim)
+        return torch.lerp(delta * inverse, matrix * _find_inverse_rms(matrix, layout), shares), step
 
 
 def _clip(g: Tensor) -> Tensor:
@@ -234,7 +239,8 @@ def _find_cosines(gram: Tensor, squares: Tensor) -> Tensor:
     return products * torch.stack([inverse[..., i] * inverse[..., j] for i, j in pairs], -1)
 
 
-def _find_inverse_rms(x: Tensor, axes: tuple[int, ...], layout: Layout) -> Tensor:
-    square = torch.linalg.vector_norm(x, dim=axes, keepdim=True).square() / count_elements(axes, layout)
-    inverse: Tensor = (square + 1e-12).rsqrt()
+def _find_inverse_rms(x: Tensor, layout: Layout) -> Tensor:
+    """One over the root mean square of a whole tensor, `[*batch, 1s]`."""
+    norm = torch.linalg.vector_norm(x, dim=layout.axes, keepdim=True)
+    inverse: Tensor = sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
     return inverse
