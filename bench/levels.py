@@ -53,16 +53,16 @@ def measure_level(family: TaskFamily, tuning: Tuning = TUNING) -> Level:
             f"{int(curves.diverged.sum())} of {count} others diverged: tune it on more tasks"
         )
     steps = np.unique(np.geomspace(1, horizon, POINTS).round().astype(int))
-    losses = curves.losses[torch.from_numpy(steps)].double()
+    losses = curves.losses[torch.from_numpy(np.concatenate([[0], steps]))].double()
     positive = bool((losses > 0).all())
-    averaged = losses.log().mean(1).exp() if positive else losses.mean(1)
+    first, *averaged = losses.log().mean(1).exp() if positive else losses.mean(1)
     return Level(
         config=family.config,
         horizon=horizon,
         lr=lr,
         tuning_seeds=tuning.count_seeds(family),
         num_seeds=count,
-        first=_round(curves.losses[0].double().mean()),
+        first=_round(first),
         final=_round(curves.final.double().mean()),
         mean=_round(curves.mean.double().mean()),
         average="geometric" if positive else "arithmetic",

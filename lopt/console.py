@@ -41,6 +41,8 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     for source in trainer.sources:
         share = f" ({source.name}: {source.tasks} tasks, {source.estimator.name}, weight {source.weight:g})"
         console.print(escape(f"  on {source.family.describe()}{share if several else ''}"), soft_wrap=True)
+        if getattr(source.estimator, "objective", "") == "baseline" and source.family.baseline is None:
+            say(console, f"  {source.name}: objective 'baseline' takes tuned Adam on the family's default options")
     for plan in trainer.plans:
         say(console, f"  {plan}")
     try:

@@ -24,7 +24,7 @@ class Backprop(Estimator):
         num_steps: steps of a window, K.
         order: 1, or 2 to differentiate through the base learner's gradients as well.
         objective: what is minimised, averaged over tasks: "mean", "sum", "log" (all phases of training count alike),
-            "baseline" (its value tells how far from tuned Adam the rule is) or "final"; see `weigh_losses`.
+            "baseline" (in units of tuned Adam's progress) or "final"; see `weigh_losses`.
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize, loss_clamp: see `weigh_losses`.
         task_chunk: tasks per backward pass, to bound memory; all by default.

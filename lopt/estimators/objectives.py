@@ -31,14 +31,15 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
 
     Args:
         family: that the tasks are of.
-        objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one or
-            ("baseline") to that of tuned Adam after as many steps, the "final" losses of tasks that end in the window
-            or ("log_final") their logs relative to the first ones, or the lowest loss ("min").
+        objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one, the same
+            in units of tuned Adam's progress ("baseline"), the "final" losses of tasks that end in the window or
+            ("log_final") their logs relative to the first ones, or the lowest loss ("min").
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
 
-    "log" and "baseline" differ by what no rule can change, so they have the same gradient: "baseline" has a value, the
-    metric `objective`, that is comparable between families and is 0 for tuned Adam.
+    "baseline" is (log(loss / first loss) - the same of tuned Adam after as many steps) / (how far Adam's own falls over
+    its whole run): 0 is as tuned Adam; where Adam's run ends, 1 is no progress at all and -1 twice Adam's. So what is
+    hard and what is easy weigh the same: its gradient is that of "log" over a number for each family.
 
     Raises:
         ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family without a level.
@@ -52,7 +53,9 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         tiny = torch.finfo(losses.dtype).tiny
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
-            relative = relative.double() + first.double().log() - find_baseline(family).read_log_losses(window.steps)
+            level = find_baseline(family)
+            adam = level.read_log_losses(window.steps) - math.log(level.first)
+            relative = (relative.double() - adam) / level.progress
         return relative * (window.finished.to(losses.dtype) if objective == "log_final" else active / count)
     if normalize:
         losses = losses / first
@@ -65,17 +68,16 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
 
 
 def find_baseline(family: TaskFamily) -> Level:
-    """What tuned Adam reaches on `family`, for objective "baseline".
+    """What tuned Adam reaches on `family`, for objective "baseline"; on its default options where others are given.
 
     Raises:
-        ValueError: the archive has no level of this family, or one with losses that are not above 0.
+        ValueError: the archive has no level of such a family, or one with losses that are not above 0.
     """
-    level = family.baseline
+    level = family.nearest_baseline
     if level is None:
         raise ValueError(
-            f"objective 'baseline' needs tuned Adam's losses on {family.describe()}; archived are those on families "
-            f"with their default options, whatever the horizon: {', '.join(load_levels())}. Use one of these, or "
-            "objective 'log', which has the same meta-gradient"
+            f"objective 'baseline' needs tuned Adam's losses on {family.describe()}; archived are those on "
+            f"{', '.join(load_levels())}. Use one of these, or objective 'log'"
         )
     if level.average != "geometric":
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lopt.tasks.levels import Level, find_level
+from lopt.tasks.levels import Level, find_level, find_nearest_level
 from lopt.tensors import Params, ParamSpec, fold_in, make_generator
 
 Task = dict[str, Tensor]
@@ -110,6 +110,11 @@ class TaskFamily(ABC):
     def baseline(self) -> Level | None:
         """What tuned Adam reaches on these tasks; None if the archive does not have it."""
         return find_level(self.name, self.config)
+
+    @property
+    def nearest_baseline(self) -> Level | None:
+        """The same, or where these options are not archived that of the family with its default options."""
+        return find_nearest_level(self.name)
 
     def describe(self) -> str:
         """One line: the family's name and configuration."""

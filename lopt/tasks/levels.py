@@ -1,11 +1,12 @@
 """What tuned Adam reaches on the families of `TASKS` with their default options: the archive `levels.json`.
 
-`python -m bench levels` makes it. Losses are comparable between families when they are divided by these.
+`python -m bench levels` makes it. Rules are comparable between families in units of Adam's progress.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -22,6 +23,10 @@ FREE = ("horizon",)
 """Options of families that do not change what is learned."""
 
 
+LEAST_PROGRESS = 0.1
+"""Below a fall of the loss by a tenth, what is left to divide by is mostly noise."""
+
+
 @dataclass(frozen=True)
 class Level:
     """Adam with a tuned constant learning rate on the tasks of a family, averaged over them.
@@ -32,10 +37,10 @@ class Level:
         lr: the learning rate whose loss at the end is lowest.
         tuning_seeds: tasks that `lr` was tuned on.
         num_seeds: other tasks, that the losses are averaged over.
-        first: mean loss before the first update, on a batch.
+        first: loss before the first update, on a batch, averaged as `losses` are.
         final: mean loss of the last parameters, on the whole train split.
         mean: mean loss over steps 1 to `horizon`, on the batch of each step.
-        average: that `losses` are: "geometric", or "arithmetic" where a loss is not positive.
+        average: that `first` and `losses` are: "geometric", or "arithmetic" where a loss is not positive.
         steps, losses: the training curve: the loss after 1 to `horizon` steps.
         versions: of all that measured it.
     """
@@ -67,6 +72,11 @@ class Level:
         """
         return self._log_curve.to(steps.device)[steps.clamp(0, self.horizon)]
 
+    @property
+    def progress(self) -> float:
+        """How far the logarithm of the loss falls over the whole curve, `LEAST_PROGRESS` at least."""
+        return max(math.log(self.first / self.losses[-1]), LEAST_PROGRESS)
+
 
 @cache
 def load_levels() -> dict[str, Level]:
@@ -77,8 +87,13 @@ def load_levels() -> dict[str, Level]:
 
 def find_level(name: str, config: Mapping[str, Any]) -> Level | None:
     """That of a family, or None if the archive has none with options that make the same tasks."""
-    level = load_levels().get(name)
+    level = find_nearest_level(name)
     return level if level is not None and _keep_binding(level.config) == _keep_binding(config) else None
+
+
+def find_nearest_level(name: str) -> Level | None:
+    """That of the family with its default options, whatever the options; None if the archive has none."""
+    return load_levels().get(name)
 
 
 def _keep_binding(config: Mapping[str, Any]) -> dict[str, Any]:

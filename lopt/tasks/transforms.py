@@ -93,6 +93,11 @@ class Transform(TaskFamily):
         """The inner family's: what tuned Adam reaches on the tasks as they were (factors of the loss average out)."""
         return self.family.baseline
 
+    @property
+    def nearest_baseline(self) -> Level | None:
+        """The inner family's."""
+        return self.family.nearest_baseline
+
 
 class RandomScaling(Transform):
     """Every task's parameters are measured in random units s = exp(U(-range, range)): p = s * z.
