@@ -29,7 +29,7 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
-MERGES = ("mean", "normalised")
+MERGES = ("mean", "normalised", "pcgrad")
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -47,8 +47,9 @@ class TrainerConfig:
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
         clip: largest global norm of the meta-gradient.
-        merge: of several sources' meta-gradients: their weighted "mean", or that of the "normalised" ones, each divided
-            by a running root mean square of its norm, so that no source outweighs the others.
+        merge: of several sources' meta-gradients: their weighted "mean"; that of the "normalised" ones, each divided
+            by a running root mean square of its norm, so that no source outweighs the others; or ("pcgrad") that of
+            what is left of each without its parts against another one.
         seed: names every random draw of the run.
         warm_start: shipped name or rule file whose meta-weights are started from; of the same rule.
         train_only: patterns of names (as of files, with * and ?) of the meta-weights that are learned; all by default.

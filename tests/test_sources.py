@@ -16,7 +16,7 @@ from lopt.config import RunConfig, TrainerConfig, parse_config
 from lopt.estimators import ESTIMATORS, Estimate
 from lopt.judge import list_settings
 from lopt.log import read_metrics
-from lopt.merging import Merger
+from lopt.merging import Merger, project_conflicts
 from lopt.ranks import Ranks
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
@@ -219,6 +219,44 @@ def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
     assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
     start_run(make_config(), tmp_path / "mean").run()
     assert hash_state(tmp_path / "mean") != hash_state(tmp_path / "whole")
+
+
+def merge_pcgrad(*gradients: list[float], weights: list[float] | None = None) -> list[float]:
+    totals = [Total(torch.tensor(g, dtype=torch.float64), 1, {}) for g in gradients]
+    return Merger("pcgrad", weights or [1.0] * len(totals))(totals).gradient.tolist()
+
+
+def test_parts_of_gradients_against_one_another_are_taken_out() -> None:
+    assert merge_pcgrad([1, 1], [1, 0]) == [1, 0.5]  # in agreement: the mean
+    # (1, 0) and (-1, 1): each without the other's direction is (0.5, 0.5) and (0, 1).
+    assert merge_pcgrad([1, 0], [-1, 1]) == [0.25, 0.75]
+    assert merge_pcgrad([1, 0], [-1, 1], weights=[3, 1]) == [0.375, 0.625]
+    assert merge_pcgrad([1, 0], [-2, 0]) == [0, 0]
+    # The third agrees with both; the first is against the second only.
+    assert merge_pcgrad([1, 0, 0], [-1, 1, 0], [0, 0, 3]) == pytest.approx([0.5 / 3, 1.5 / 3, 1])
+    assert merge_pcgrad([1, 2], [0, 0]) == [0.5, 1]
+
+
+def test_two_sources_in_conflict_never_lose_by_their_merged_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        a, b = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        merged = torch.tensor(merge_pcgrad((100 * a).tolist(), b.tolist()), dtype=torch.float64)
+        assert merged @ a >= -1e-9
+        assert merged @ b >= -1e-9
+
+
+def test_what_is_taken_out_of_a_gradient_leaves_its_noise() -> None:
+    totals = [Total(torch.tensor(g), 1, {"gradient_noise": n}) for g, n in (([3.0, 0.0], 0.5), ([-4.0, 4.0], 0.25))]
+    first, second = project_conflicts(totals)
+    norms = [float(total.gradient.norm()) for total in (*totals, first, second)]
+    assert first.metrics["gradient_noise"] * norms[2] == pytest.approx(0.5 * norms[0])
+    assert second.metrics["gradient_noise"] * norms[3] == pytest.approx(0.25 * norms[1])
+
+
+def test_a_source_without_a_finite_task_takes_nothing_out() -> None:
+    _, gradient = step_given((1.0, 2, 1.0), (-1.0, 0, 1.0), merge="pcgrad")
+    assert bool((gradient > 0).all())
 
 
 def test_several_families_are_compared_by_logs_relative_to_the_first_losses() -> None:
