@@ -28,7 +28,7 @@ from lopt.unroll import InnerLoop
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CAPABILITIES = (80, 90)
+each_capability = pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 TOLERANCE = 1e-5  # order of summation
 GUARD = 1024  # numbers on each side of a guarded tensor
 
@@ -559,7 +559,7 @@ for name, s in sources.items():
 
 
 @pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@each_capability
 def test_kernels_compile_without_spills_and_multiply_offsets_as_64_bit(capability: int, wide: bool) -> None:
     figures = compile_all(capability, wide)
     assert len(figures) == (31 if wide else 3)

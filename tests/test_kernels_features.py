@@ -41,7 +41,7 @@ ROUNDING = {
     torch.bfloat16: 2**-7,
     torch.float16: 2**-10,
 }  # cut off once, as in the interpreter
-CAPABILITIES = (80, 90)
+each_capability = pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 
 
 def draw_group(family: Family, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[Tensors]:
@@ -347,7 +347,7 @@ for name, source in {{
     return done.stdout
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@each_capability
 def test_passes_compile_and_multiply_offsets_as_64_bit(capability: int) -> None:
     assert compile_all(capability).splitlines() == [
         "lines False True",

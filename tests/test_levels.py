@@ -117,7 +117,7 @@ def test_progress_is_the_fall_of_the_log_loss_over_the_curve_and_never_too_littl
 # -- the objective -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["truncated", "full", "full_es", "pes"])
+@pytest.mark.parametrize("name", ["truncated", "full", pytest.param("full_es", marks=pytest.mark.slow), "pes"])
 def test_objective_of_tuned_adam_is_zero_in_every_phase_of_training(name: str) -> None:
     family, level = TASKS["quadratic"](), load_levels()["quadratic"]
     whole, options = name in ("full", "full_es"), {"sigma": 1e-4} if "es" in name else {}

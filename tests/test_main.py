@@ -324,9 +324,10 @@ def test_ctrl_c_while_judging_says_that_the_rule_is_trained(run, monkeypatch: py
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
+    Path("one.toml").write_text("\n".join(line for line in TINY.splitlines() if "variants" not in line))
     with monkeypatch.context() as patch:
         patch.setattr("lopt.evaluate.compare", interrupt)
-        result = run("train", "tiny.toml", "--out", "my [red]run")
+        result = run("train", "one.toml", "--out", "my [red]run")
     assert result.status == 130
     assert "the rule is trained: my [red]run/rule.safetensors" in result.out
     assert "lopt train --resume 'my [red]run'" in result.out

@@ -111,7 +111,7 @@ def functional_rule(population: Population, slot: int) -> FeatureMLP:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("small_fc", 6), ("mlp", 6), pytest.param("mlp", 4096, marks=pytest.mark.slow)]
+    ("name", "count"), [("small_fc", 3), ("mlp", 3), pytest.param("mlp", 4096, marks=pytest.mark.slow)]
 )
 def test_one_launch_steps_every_slot_with_its_own_meta_weights(name: str, count: int) -> None:
     want, got = Population(name, count), Population(name, count)

@@ -27,4 +27,4 @@ def test_python_block_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch
         pytest.skip(f"the rule {DEFAULT_RULE!r} is not shipped yet")
     monkeypatch.chdir(tmp_path)
     batches = [(torch.rand(5, 64), torch.arange(5))] * 2
-    exec(block.replace("steps=200", "steps=2"), {"batches": batches})
+    exec(block.replace("steps=200", "steps=2, validation_steps=10"), {"batches": batches})
