@@ -12,6 +12,7 @@ from bench.kernels import kernels
 from bench.levels import levels
 from bench.meta import meta
 from bench.overhead import overhead
+from bench.scaling import scaling
 from bench.soak import soak
 from bench.step import step
 from bench.tune import tune
@@ -22,7 +23,7 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, estimators, families, gpu, kernels, levels, meta, overhead, soak, step, tune):
+for command in (compile_kernels, estimators, families, gpu, kernels, levels, meta, overhead, scaling, soak, step, tune):
     cli.add_command(command)
 
 if __name__ == "__main__":

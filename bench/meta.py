@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from math import prod
 from pathlib import Path
@@ -29,6 +29,26 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled, update checkpointed": {"compile": True, "checkpoint": "update"},
 }
+
+
+def list_sections(
+    rule: str, task: str, estimator: str, steps: int, overrides: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Names and options of rule, task and estimator, changed by overrides such as rule.hidden=4.
+
+    Raises:
+        click.UsageError: an override of something else.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "rule": {"name": rule},
+        "task": {"name": task},
+        "estimator": {"name": estimator, "num_steps": steps},
+    }
+    for override in overrides:
+        merge(sections, parse_override(override))
+    if sorted(sections) != ["estimator", "rule", "task"]:
+        raise click.UsageError(f"--set takes rule.*, task.* and estimator.*, got {', '.join(overrides)}")
+    return sections
 
 
 def measure(loop: InnerLoop, estimator: Estimator, tasks: int, repeats: int, device: torch.device) -> dict[str, float]:
@@ -140,15 +160,7 @@ def meta(
     """
     torch.set_num_threads(threads)
     device = torch.device(where)
-    sections: dict[str, dict[str, Any]] = {
-        "rule": {"name": rule},
-        "task": {"name": task},
-        "estimator": {"name": estimator, "num_steps": steps},
-    }
-    for override in overrides:
-        merge(sections, parse_override(override))
-    if sorted(sections) != ["estimator", "rule", "task"]:
-        raise click.UsageError(f"--set takes rule.*, task.* and estimator.*, got {', '.join(overrides)}")
+    sections = list_sections(rule, task, estimator, steps, overrides)
     knows = ESTIMATORS[estimator].__init__.__annotations__
     possible = {way: options for way, options in WAYS.items() if set(options) <= set(knows)}
     results: dict[str, dict[str, float]] = {}
