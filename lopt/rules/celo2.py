@@ -6,8 +6,6 @@ Differs from the source: the MLP's outputs beyond the first have no effect there
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from lopt_kernels.newton_schulz import orthogonalize
 from lopt_kernels.scaled_move import EPS as STEP_EPS
@@ -21,6 +19,7 @@ from lopt.rules.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
+VECTOR_FEATURES = 15  # up to g rs
 EMBEDDING_NAMES = ("emb", "wte", "wpe")  # parts of names, beside all that contain "embed"
 
 
@@ -79,16 +78,12 @@ class Celo2(FactoredMLP):
     def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """Vectors have the features up to g rs only."""
         own, lines, constant = super().slots(layout)
-        return (own[:1], [], constant) if layout.factored is None else (own, lines, constant)
+        return ([slice(VECTOR_FEATURES)], [], constant) if layout.factored is None else (own, lines, constant)
 
     def element_features(self, e: Elements) -> list[features.Piece]:
         """See `FeatureMLP.element_features`."""
         pieces = super().element_features(e)
-        return pieces[:-1] if e.layout.factored is None else pieces
-
-    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
-        """See `FeatureMLP.line_features`."""
-        return [] if layout.factored is None else super().line_features(acc, layout)
+        return pieces[:-5] if e.layout.factored is None else pieces  # neither averages nor m F
 
     def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
         """1: `finish` sets the size."""

@@ -120,14 +120,7 @@ class FactoredMLP(FeatureMLP):
         new = e._replace(acc=e.acc | acc)
         axes = self.norm_axes(e.layout)
         joined, fields = self.join_features(new)
-        sums = {"squares": features.sum_squares([joined], axes, e)}
-        if e.layout.factored is None:  # a vector's averages are its elements' own, and both groups of lines
-            lines = self.line_features(acc, e.layout)
-            totals = [features.sum_squares([feature], axes, e) for feature in lines[:1]]
-            sums |= {f"squares {i}": total for total in totals for i in range(2)}
-            if e.whole:
-                fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
-        return Visit(acc, sums, fields=fields)
+        return Visit(acc, {"squares": features.sum_squares([joined], axes, e)}, fields=fields)
 
     # -- features ------------------------------------------------------------------------------------------------------
 
@@ -136,23 +129,30 @@ class FactoredMLP(FeatureMLP):
         ndim = e.layout.ndim
         g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
         m, rs = e.acc["m"], (v + self.rs_eps).rsqrt()
-        if e.layout.factored is None:
+        own: list[features.Piece]
+        shared: list[features.Piece] = []
+        if e.layout.factored is None:  # a vector's averages are its elements' own, and both rows and columns
             averages = e.acc["averages"]
+            shared = [averages, averages, *2 * [(averages + 1e-8).rsqrt()]]
             factor, factor_m = (averages + 1e-9).rsqrt(), (averages + self.vector_eps).rsqrt()
         else:
             factor = factor_m = e.acc["row_scale"] * e.acc["col_scale"]
         if self.clips:
-            return [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs), (m, factor_m)]
-        return [g, p, m, v, (m, rs), rs, (g, factor), (m, factor_m)]
+            own = [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs)]
+        else:
+            own = [g, p, m, v, (m, rs), rs, (g, factor)]
+        return [*own, *shared, (m, factor_m)]
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
         """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
-        keys = ("averages",) if layout.factored is None else ("rows", "cols")
-        lines = [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in keys]
-        return lines * 2 if layout.factored is None else lines
+        if layout.factored is None:
+            return []
+        return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in ("rows", "cols")]
 
     def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
         """See `FeatureMLP.slots`."""
         start = 15 if self.clips else 13
         rows, cols, rs_rows, rs_cols, last = (slice(start + K * i, start + K * (i + 1)) for i in range(5))
+        if layout.factored is None:
+            return [slice(last.stop)], [], slice(last.stop, None)
         return [slice(start), last], [[rows, rs_rows], [cols, rs_cols]], slice(last.stop, None)

@@ -82,10 +82,7 @@ class FeatureMLP(Rule):
         """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
-        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`.
-
-        Those of a vector are elements' own: `accumulate` sums their squares, as "squares i" of group i.
-        """
+        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`; a vector has none."""
         return []
 
     def constant_features(self, clock: Clock) -> Tensor | None:
@@ -127,16 +124,13 @@ class FeatureMLP(Rule):
         own, groups, constant = self.slots(layout)
         fields: Accumulators = {}
         if "constant" in terms:
-            bias = bias + _multiply(weight[..., constant], terms["constant"])
-        squares = [means["squares"]]
-        if layout.factored is None:  # lines are elements' own, and summed by `accumulate`
-            squares += [means[f"squares {i}"] for i in range(len(groups))]
-        else:
-            lines = self.line_features(acc, layout)
-            fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
-            squares += [feature.square().mean(axes, keepdim=True) for feature in lines]
+            bias = _add_product(bias[..., None], weight[..., constant], terms["constant"][..., None])[..., 0]
+        lines = self.line_features(acc, layout)
+        fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
+        squares = [means["squares"], *(feature.square().mean(axes, keepdim=True) for feature in lines)]
         widths = [square.shape[-ndim - 1] for square in squares]
-        first = torch.cat([weight[..., part] for parts in (own, *groups) for part in parts], -1)
+        parts = [weight[..., part] for group in (own, *groups) for part in group]
+        first = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if all(square.shape[square.ndim - ndim :].numel() == 1 for square in squares):
             mean_squares = torch.cat([square.flatten(-ndim)[..., 0] for square in squares], -1)
             first = first * (mean_squares + self.norm_eps).rsqrt().unsqueeze(-2)
@@ -159,8 +153,10 @@ class FeatureMLP(Rule):
         lines = [e.acc[f"lines {i}"] for i in range(len(terms.lines))] if made else self.line_features(e.acc, e.layout)
         for i, (line, feature) in enumerate(zip(terms.lines, lines, strict=True)):
             feature = feature * e.acc[f"scale {i}"] if f"scale {i}" in e.acc else feature
-            product = line @ feature.flatten(-ndim)
-            base = base + product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
+            flat = feature.flatten(-ndim)
+            product = _add_product(bias[..., None], line, flat) if i == 0 else _multiply(line, flat)
+            product = product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
+            base = product if i == 0 else base + product
         x = x.flatten(-ndim)
         if mlp_autograd.can_run(x, base, weight, rest):
             spread = base.shape[-ndim:].numel() == 1  # the kernel does it
@@ -187,8 +183,8 @@ def _run_layers(x: Tensor, base: Tensor, terms: MLPTerms) -> Tensor:
 
 
 def _multiply(weight: Tensor, x: Tensor) -> Tensor:
-    """`[*batch, out, in]` times `[*batch, in]`."""
-    return (weight @ x[..., None])[..., 0]
+    """`weight @ x`, `[*batch, out, in]` times `[*batch, in, N]`."""
+    return torch.bmm(weight.expand(len(x), *weight.shape[-2:]), x) if x.ndim == 3 else weight @ x
 
 
 def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
