@@ -119,18 +119,26 @@ class ImitationConfig:
         options: the teacher's constructor arguments.
         weight: of the imitation loss in the meta-loss, 0 or more.
         follow: share of tasks that take the teacher's steps, 0 to 1.
+        steps: outer steps over which weight and share fall to 0, linearly; 0 keeps them.
     """
 
     teacher: str = ""
     options: Options = field(default_factory=dict)
     weight: float = 1.0
     follow: float = 0.5
+    steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < inf:
             raise ValueError(f"imitation.weight must be finite and not negative, got {self.weight}")
         if not 0 <= self.follow <= 1:
             raise ValueError(f"imitation.follow must be from 0 to 1, got {self.follow}")
+        if self.steps < 0:
+            raise ValueError(f"imitation.steps must not be negative, got {self.steps}")
+
+    def weigh(self, step: int) -> float:
+        """The factor on weight and share in outer step `step`, from 0."""
+        return max(0.0, 1 - step / self.steps) if self.steps else 1.0
 
 
 @dataclass(frozen=True)

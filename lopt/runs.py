@@ -55,6 +55,7 @@ def build_trainer(
                 weight=source.weight,
                 horizon=source.build_horizon(),
                 validation_family=family,
+                guidance=config.imitation.weigh,
             )
         )
     return Trainer(

@@ -7,7 +7,8 @@ shared out over ranks. Means over tasks are merged in float64, so that the numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Source:
         weight: of its meta-gradient, relative to other sources'.
         horizon: schedule of the tasks' lengths; the family's own length by default.
         validation_family: tasks that it is validated on; `family` by default.
+        guidance: the factor on a teacher's influence in an outer step; 1 by default.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class Source:
         weight: float = 1.0,
         horizon: HorizonSchedule | None = None,
         validation_family: TaskFamily | None = None,
+        guidance: Callable[[int], float] | None = None,
     ) -> None:
         self.family, self.estimator, self.tasks, self.weight = family, estimator, tasks, weight
         self.name, self.horizon = name or family.name, horizon
-        self.validation_family = validation_family or family
+        self.validation_family, self.guidance = validation_family or family, guidance
         self.carry: Any = None
         """None where none of the slots is this rank's."""
 
@@ -64,11 +67,12 @@ class Source:
         own = ranks.share(self.ids).to(device)
         self.carry = self.estimator.start(self.loop, own) if len(own) else None
 
-    def estimate(self) -> Estimate | None:
-        """The meta-gradient on the next window of this rank's slots, which go on."""
+    def estimate(self, step: int = 0) -> Estimate | None:
+        """The meta-gradient of outer step `step`, on the next window of this rank's slots, which go on."""
         if self.carry is None:
             return None
-        estimate = self.estimator.estimate(self.loop, self.carry)
+        loop = replace(self.loop, guidance=self.guidance(step)) if self.guidance else self.loop
+        estimate = self.estimator.estimate(loop, self.carry)
         self.carry = estimate.carry
         return estimate
 

@@ -220,7 +220,9 @@ class Trainer:
     def _step_sources(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """One outer step; what to log of the whole, and of each source where there are several."""
         begin = time.perf_counter()
-        totals = merge_ranks([source.estimate() for source in self.sources], self.rule.meta_weights(), self.ranks)
+        totals = merge_ranks(
+            [source.estimate(self.step) for source in self.sources], self.rule.meta_weights(), self.ranks
+        )
         total = self.merger(totals)
         stepped = self.outer.apply(total.gradient, self.step)
         self.step += 1

@@ -91,6 +91,7 @@ class InnerLoop:
         checkpoint_update: recompute the rule's update in backward instead of storing its activations.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
+        guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
@@ -107,6 +108,7 @@ class InnerLoop:
     checkpoint_update: bool = False
     teacher: Rule | None = None
     follow: float = 0.0
+    guidance: float = 1.0
     update: Callable[..., tuple[Params, State]] | None = None
     meta_weights: Params | Callable[[Slots], Params] | None = None
     members: int = 1

@@ -65,6 +65,7 @@ def build_estimator(raw: dict[str, Any]) -> Any:
         ("trainer.patience=-1", "trainer.patience must not be negative, got -1"),
         ("trainer.train_only=w1", "trainer.train_only must be a list, got 'w1'"),
         ("trainer.warm_start=3", "trainer.warm_start must be a string, got 3"),
+        ("imitation.steps=-1", "imitation.steps must not be negative, got -1"),
         ("imitation.follow=7", "imitation.follow must be from 0 to 1, got 7"),
         ("imitation.weight=nan", "imitation.weight must be a finite number, got nan"),
         ("imitation.weight=-1", "imitation.weight must be finite and not negative, got -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,51 @@ def test_the_first_estimate_is_the_mean_over_pairs_of_their_difference(name: str
     torch.testing.assert_close(flatten(found.gradient).double(), expected, rtol=1e-3, atol=1e-6)
     assert found.num_tasks == tasks
     assert found.metrics["skipped_slots"] == 0
+
+
+# -- guidance by a teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVOLUTION)
+def test_pairs_that_follow_a_teacher_learn_from_its_steps_alone(name: str) -> None:
+    """The distance is quadratic in the rate: the antithetic difference is exactly its derivative along each draw."""
+    rule, tasks, steps = RULES["sgd"](lr=0.01), 3, 4
+    loop = InnerLoop(rule, QUADRATIC, 7, constant(steps))
+    options: dict[str, Any] = {"teacher": RULES["sgd"](lr=0.02), "imitation": 10.0, "follow": 1.0}
+    estimator = build(name, steps, sigma=1e-3, **options)
+    carry = estimator.start(loop, torch.arange(tasks))
+    carry = carry._replace(slots=carry.slots._replace(horizon=torch.full_like(carry.slots.horizon, steps)))
+    found = estimator.estimate(loop, carry)
+    exact, expected = ESTIMATORS["full"](num_steps=steps, **options), torch.zeros(2, dtype=torch.float64)
+    start = loop.start(torch.arange(tasks))
+    for i in range(tasks):
+        gradient = flatten(exact.estimate(loop, exact.start(loop, torch.tensor([i]))).gradient).double()
+        noise = estimator.perturb(loop, select_slots(start, slice(i, i + 1)), start.episode[i : i + 1])[0]
+        expected += (gradient @ noise) * noise / tasks
+    torch.testing.assert_close(flatten(found.gradient).double(), expected, rtol=1e-2, atol=1e-5)
+    assert expected.abs().min() > 1e-3
+    assert found.metrics["imitation_loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["truncated", *EVOLUTION])
+def test_guidance_that_has_fallen_to_nothing_changes_nothing(name: str) -> None:
+    loop = InnerLoop(RULES["momentum"](lr=0.01), QUADRATIC, 7, constant(6))
+    options = {"teacher": RULES["adam"](lr=0.1), "imitation": 10.0, "follow": 0.5}
+    plain, guided = ESTIMATORS[name](num_steps=3), ESTIMATORS[name](num_steps=3, **options)  # type: ignore[arg-type]
+    gradients = []
+    for estimator, guidance in ((plain, 1.0), (guided, 0.0), (guided, 1.0)):
+        own = replace(loop, guidance=guidance)
+        gradients.append(flatten(estimator.estimate(own, estimator.start(own, torch.arange(4))).gradient))
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+def test_the_imitation_loss_of_a_diverging_pair_is_clamped() -> None:
+    loop = InnerLoop(RULES["sgd"](lr=1e8), QUADRATIC, 7, constant(3))
+    estimator = build("es", 1, sigma=1e6, teacher=RULES["sgd"](lr=0.0), imitation=1.0, follow=1.0, loss_clamp=2.0)
+    found = estimator.estimate(loop, estimator.start(loop, torch.arange(4)))
+    assert found.num_tasks == 4
+    assert flatten(found.gradient).abs().max() == 0  # both members are beyond the clamp
 
 
 # -- expectations: a problem whose meta-loss is linear -----------------------------------------------------------------

@@ -221,6 +221,26 @@ def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
     assert hash_state(tmp_path / "mean") != hash_state(tmp_path / "whole")
 
 
+def test_guidance_falls_to_nothing_and_resumes_bitwise(tmp_path: Path) -> None:
+    from test_trainer import hash_state
+
+    imitation = {"teacher": "adam", "weight": 100.0, "follow": 0.5, "steps": 5}
+    config = make_config(imitation=imitation)
+    assert [config.imitation.weigh(step) for step in (0, 1, 5, 6)] == [1, 0.8, 0, 0]
+    assert make_config(imitation=imitation | {"steps": 0}).imitation.weigh(9) == 1
+    start_run(config, tmp_path / "whole").run()
+    interrupt_and_resume(config, tmp_path / "halves")
+    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
+    kept = build_trainer(make_config(imitation=imitation | {"steps": 0}))
+    fallen = build_trainer(config)
+    for trainer in (kept, fallen):
+        trainer.train_step()
+    assert all(map(torch.equal, kept.rule.state_dict().values(), fallen.rule.state_dict().values()))
+    for trainer in (kept, fallen):
+        trainer.train_step()
+    assert not all(map(torch.equal, kept.rule.state_dict().values(), fallen.rule.state_dict().values()))
+
+
 def merge_pcgrad(*gradients: list[float], weights: list[float] | None = None) -> list[float]:
     totals = [Total(torch.tensor(g, dtype=torch.float64), 1, {}) for g in gradients]
     return Merger("pcgrad", weights or [1.0] * len(totals))(totals).gradient.tolist()

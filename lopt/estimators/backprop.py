@@ -58,18 +58,11 @@ class Backprop(Estimator):
             raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
         if order == 2 and compile:
             raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
-        if teacher is None and (imitation or follow):
-            raise ValueError("imitation and follow need a teacher")
         self.num_steps, self.order = num_steps, order
         self.objective, self.objective_split = check_objective(objective), check_split(objective_split)
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
-        self.teacher, self.imitation, self.follow = teacher, imitation, follow
-
-    def to(self: Kind, device: torch.device | str) -> Kind:
-        """Move the teacher."""
-        self.teacher = None if self.teacher is None else self.teacher.to(device)
-        return self
+        self._set_guidance(teacher, imitation, follow)
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""
@@ -80,7 +73,7 @@ class Backprop(Estimator):
             order=self.order,
             checkpoint_update=self.checkpoint == "update",
             teacher=self.teacher,
-            follow=self.follow,
+            follow=self.follow * loop.guidance,
             meta_split=self.objective_split,
             update=self._compile(loop.rule) if self.compile else None,
         )
@@ -158,7 +151,7 @@ class Backprop(Estimator):
 
     def _differentiate(self, loop: InnerLoop, window: Window) -> list[Tensor]:
         """Gradient of the tasks' summed objectives in the meta-weights."""
-        total = self._weigh(loop.family, window).sum() + self.imitation * window.imitation.mean(0).sum()
+        total = self._weigh(loop.family, window).sum() + self.imitation * loop.guidance * window.imitation.mean(0).sum()
         weights = list(loop.rule.meta_weights().values())
         if not total.requires_grad:
             return [torch.zeros_like(w) for w in weights]

@@ -46,6 +46,7 @@ class Estimator(ABC):
     """
 
     name: ClassVar[str]
+    teacher: Rule | None = None
     _compiled: tuple[Rule, Callable[..., Any]] | None = None
 
     def _compile(self, rule: Rule) -> Callable[..., Any]:
@@ -56,7 +57,18 @@ class Estimator(ABC):
 
     def to(self: Kind, device: torch.device | str) -> Kind:
         """Move the tensors that the estimator holds (not carries) to `device`; the estimator itself comes back."""
+        self.teacher = None if self.teacher is None else self.teacher.to(device)
         return self
+
+    def _set_guidance(self, teacher: Rule | None, imitation: float, follow: float) -> None:
+        """Keep a rule to imitate, the weight of its imitation loss, and the share of tasks that take its steps.
+
+        Raises:
+            ValueError: a weight or a share without a teacher.
+        """
+        if teacher is None and (imitation or follow):
+            raise ValueError("imitation and follow need a teacher")
+        self.teacher, self.imitation, self.follow = teacher, imitation, follow
 
     @abstractmethod
     def start(self, loop: InnerLoop, ids: Tensor) -> Carry:

@@ -62,6 +62,8 @@ class Evolution(Estimator):
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
         normalize, loss_clamp: see `weigh_losses`; the clamp also bounds what one diverging pair does to the estimate.
         task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
+        teacher: rule to imitate; `imitation` weighs its loss, clamped like others, and `follow` is the share of tasks
+            of which both members take its steps.
         compile: run the rule's update through `torch.compile`, once for each size of chunks (at most two).
 
     Attributes:
@@ -87,6 +89,9 @@ class Evolution(Estimator):
         loss_clamp: float = 10.0,
         task_chunk: int | None = None,
         compile: bool = False,
+        teacher: Rule | None = None,
+        imitation: float = 0.0,
+        follow: float = 0.0,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -100,6 +105,7 @@ class Evolution(Estimator):
         self.objective = check_objective(objective, self.objectives)
         self.objective_split = check_split(objective_split)
         self.normalize, self.loss_clamp, self.compile = normalize, loss_clamp, compile
+        self._set_guidance(teacher, imitation, follow)
 
     # -- what tells the estimators apart -------------------------------------------------------------------------------
 
@@ -119,7 +125,13 @@ class Evolution(Estimator):
         if self.objective == "baseline":
             find_baseline(loop.family)  # a family without one is refused before anything runs
         update = self._compile(loop.rule) if self.compile else None
-        return replace(loop, meta_split=self.objective_split, update=update)
+        return replace(
+            loop,
+            teacher=self.teacher,
+            follow=self.follow * loop.guidance,
+            meta_split=self.objective_split,
+            update=update,
+        )
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
         """See `Estimator.start`."""
@@ -147,6 +159,7 @@ class Evolution(Estimator):
             "loss": math.nan if nothing else total.loss * scale,
             "meta_loss": math.nan if nothing else total.meta_loss * scale,
             "objective": math.nan if nothing else total.objective * scale,
+            "imitation_loss": math.nan if nothing else total.imitation * scale,
             "skipped_slots": float(count - total.alive),
             "finished_tasks": total.finished,
             "inner_steps": total.inner_steps,
@@ -176,7 +189,8 @@ class Evolution(Estimator):
         )
         terms = weigh_losses(window, loop.family, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
         healthy = find_finite(window).view(count, members).all(1)
-        rise = (terms[:, 0::members] - terms[:, 1::members]).double()  # of the loss, from minus to plus
+        guided = terms + self.imitation * loop.guidance * self._spread_imitation(window)
+        rise = (guided[:, 0::members] - guided[:, 1::members]).double()  # of the loss, from minus to plus
         age = window.episode[:, ::members] - start.episode
         parts = pairs.drift.new_zeros(count, count_weights(loop.rule))
 
@@ -189,12 +203,13 @@ class Evolution(Estimator):
             influence = find_influence(start.episode + later)
             parts += (rise * (age == later)).sum(0)[:, None] * influence / (2 * self.sigma)
         parts = torch.where(healthy[:, None], parts, 0.0)
-        losses, relative, objective = (
+        losses, relative, objective, imitation = (
             values.view(count, members)[healthy].mean(1)
             for values in (
                 average_steps(window, window.losses),
                 average_steps(window, window.losses / window.first_loss.abs()),
                 terms.sum(0),
+                average_steps(window, window.imitation),
             )
         )
         totals = Totals(
@@ -204,6 +219,7 @@ class Evolution(Estimator):
             float(losses.sum()),
             float(relative.sum()),
             float(objective.sum()),
+            float(imitation.sum()),
             float(window.finished[:, ::members].sum()),
             float(window.active.sum()),
         )
@@ -214,6 +230,11 @@ class Evolution(Estimator):
             drift = torch.where((now.step == 0)[:, None], 0.0, find_influence(now.episode))
         pairs_after = Pairs(after, drift)
         return totals, pairs_after if healthy.all() else self._restart(loop, pairs, pairs_after, ~healthy)
+
+    def _spread_imitation(self, window: Window) -> Tensor:
+        """What each step adds to the mean imitation loss of its task, `[K, T]`."""
+        active = window.active.to(window.losses.dtype)
+        return torch.minimum(window.imitation, self.loss_clamp * window.first_loss.abs()) * active / active.sum(0)
 
     def _restart(self, loop: InnerLoop, before: Pairs, after: Pairs, sick: Tensor) -> Pairs:
         """`after` with new tasks for the pairs that are `sick`."""
@@ -232,6 +253,7 @@ class Totals(NamedTuple):
     loss: float
     meta_loss: float
     objective: float
+    imitation: float
     finished: float
     inner_steps: float
 

@@ -6,12 +6,14 @@ Source: Rechenberg 1973, Salimans et al. 2017, arXiv 1703.03864; on learned opti
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lopt.estimators.base import Estimate
 from lopt.estimators.evolution import Evolution, Pairs, draw_perturbation
+from lopt.rules import Rule
 from lopt.unroll import InnerLoop, Slots, Window
 
 
@@ -21,7 +23,7 @@ class FullES(Evolution):
     Args:
         num_steps: length of the runs; 0 (default) takes each task's horizon.
         objective: also "min", the lowest loss of the run.
-        sigma, objective_split, normalize, loss_clamp, task_chunk: see `Evolution`.
+        sigma, objective_split, normalize, loss_clamp, task_chunk, teacher, imitation, follow: see `Evolution`.
     """
 
     name = "full_es"
@@ -38,8 +40,14 @@ class FullES(Evolution):
         normalize: bool = False,
         loss_clamp: float = 10.0,
         task_chunk: int | None = None,
+        teacher: Rule | None = None,
+        imitation: float = 0.0,
+        follow: float = 0.0,
     ) -> None:
-        super().__init__(num_steps or 1, sigma, objective, objective_split, normalize, loss_clamp, task_chunk)
+        options: dict[str, Any] = {"teacher": teacher, "imitation": imitation, "follow": follow}
+        super().__init__(
+            num_steps or 1, sigma, objective, objective_split, normalize, loss_clamp, task_chunk, **options
+        )
         self.num_steps = num_steps
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
