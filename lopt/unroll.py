@@ -7,7 +7,7 @@ batch, and `Slots` is all there is to save for a bitwise resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from lopt.rules import Rule, State
 from lopt.tasks import Batch, Task, TaskFamily
 from lopt.tensors import Params, derive_seeds, draw_uniform, make_generator, stack_trees
+
+Stride = Callable[["InnerLoop", "Slots", Params, int], "tuple[Slots, Tensor]"]
+"""Makes n steps of all slots, which have meta-weights of their own: the slots after them, and losses `[n, T]`."""
 
 Horizon = Callable[[Tensor], Tensor]
 """Draws the horizons `[T]` int64 of new tasks from seeds `[T]`."""
@@ -96,6 +99,8 @@ class InnerLoop:
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
             that makes them of the slots, called at the start of a window and whenever slots start new tasks.
+        stride: another way to make steps between restarts, where nothing is differentiated and slots have meta-weights
+            of their own (see `lopt.population`).
         members: every task has this many slots, next to each other and always at the same step; what they share is
             drawn once.
     """
@@ -111,6 +116,7 @@ class InnerLoop:
     guidance: float = 1.0
     update: Callable[..., tuple[Params, State]] | None = None
     meta_weights: Params | Callable[[Slots], Params] | None = None
+    stride: Stride | None = None
     members: int = 1
     meta_split: str = "train"
 
@@ -267,6 +273,8 @@ class InnerLoop:
             return slots, self._losses(params, self.batch(slots, self.meta_split)), imitation
         if self.meta_split != "train":
             value, grad = self.evaluate(params, self.batch(slots, self.meta_split))
+        if not torch.is_grad_enabled():
+            return slots, value, imitation
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the
         # base learner.
         surrogate = value + (grad * (params - params.detach())).sum(-1)
@@ -281,70 +289,63 @@ class InnerLoop:
 
     # -- many steps --------------------------------------------------------------------------------
 
+    def _stride(self, slots: Slots, weights: Params | None, count: int) -> tuple[Slots, Window]:
+        """`count` steps of every slot, no restarts: the slots, and what the window says of these steps."""
+        before = slots
+        if self.stride is not None and weights is not None and not torch.is_grad_enabled():
+            slots, losses = self.stride(self, slots, weights, count)
+            imitation = torch.zeros_like(losses)
+        else:
+            made = []
+            for _ in range(count):
+                slots, loss, imitated = self.step(slots, weights)
+                made.append((loss, imitated))
+            losses, imitation = (torch.stack(values) for values in zip(*made, strict=True))
+        steps = before.step + torch.arange(1, count + 1, device=before.step.device)[:, None]
+        first_loss, episode = (x.expand(count, -1) for x in (before.first_loss, before.episode))
+        finished = steps >= before.horizon
+        return slots, Window(
+            losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished), detach_slots(slots)
+        )
+
     def unroll(self, slots: Slots, num_steps: int, *, restart: bool = True) -> Window:
         """`num_steps` steps of all slots; a slot whose task ends goes on with a new one.
 
         Args:
             restart: False lets tasks run past their horizon instead.
         """
-        losses, imitations, first_losses, finished, episodes, steps = [], [], [], [], [], []
+        parts, left = [], num_steps
         weights = self._find_weights(slots)
-        for _ in range(num_steps):
-            slots, loss, imitation = self.step(slots, weights)
-            done = slots.step >= slots.horizon
-            episodes.append(slots.episode)
-            steps.append(slots.step)
-            losses.append(loss)
-            imitations.append(imitation)
-            first_losses.append(slots.first_loss)
-            finished.append(done)
-            if restart and bool(done.any()):
-                slots = self.replace(slots, done)
+        while left:
+            end = max(1, int((slots.horizon - slots.step).min())) if restart else left
+            slots, part = self._stride(slots, weights, min(left, end))
+            left -= len(part.losses)
+            if len(part.losses) == end and restart:
+                slots = self.replace(slots, part.finished[-1])
                 weights = self._find_weights(slots)
-        ended = torch.stack(finished)
-        return Window(
-            torch.stack(losses),
-            torch.stack(imitations),
-            torch.stack(first_losses),
-            ended,
-            torch.stack(episodes),
-            torch.stack(steps),
-            torch.ones_like(ended),
-            detach_slots(slots),
-        )
+            parts.append(part)
+        return _join_parts(parts, slots)
 
     def run_to_end(self, slots: Slots) -> Window:
         """Steps of every slot up to its own horizon; slots that are there rest. K is the longest way."""
         weights = self._find_weights(slots)
         now, rows = slots, torch.arange(len(slots.ids), device=slots.ids.device)
-        losses, imitations, finished, steps, active = [], [], [], [], []
+        parts = []
 
         def spread(values: Tensor) -> Tensor:
-            """The values of the rows that are left, `[T]`, and 0."""
-            return values.new_zeros(len(slots.ids)).index_copy(0, rows, values)
+            """The values of the rows that are left, `[n, T]`, and 0."""
+            return values.new_zeros(len(values), len(slots.ids)).index_copy(1, rows, values)
 
         while len(rows):
-            for _ in range(max(1, int((now.horizon - now.step).min()))):
-                now, loss, imitation = self.step(now, weights)
-                losses.append(spread(loss))
-                imitations.append(spread(imitation))
-                finished.append(spread(now.step >= now.horizon))
-                steps.append(spread(now.step))
-                active.append(spread(torch.ones_like(rows, dtype=torch.bool)))
+            now, part = self._stride(now, weights, max(1, int((now.horizon - now.step).min())))
+            parts.append(Window._make([*map(spread, part[:-1]), now]))
             slots = put_slots(slots, rows, now)
             left = (now.step < now.horizon).nonzero()[:, 0]
             now, rows = select_slots(now, left), rows[left]
             weights = None if weights is None else {key: w[left] for key, w in weights.items()}
-        count = len(losses)
-        return Window(
-            torch.stack(losses),
-            torch.stack(imitations),
-            slots.first_loss.expand(count, -1),
-            torch.stack(finished),
-            slots.episode.expand(count, -1),
-            torch.stack(steps),
-            torch.stack(active),
-            detach_slots(slots),
+        window = _join_parts(parts, slots)
+        return window._replace(
+            first_loss=slots.first_loss.expand_as(window.losses), episode=slots.episode.expand_as(window.steps)
         )
 
     def replace(self, slots: Slots, done: Tensor) -> Slots:
@@ -363,6 +364,12 @@ def call_rule(rule: Rule, weights: Params | None, *args: Any) -> tuple[Params, S
 def compile_rule(rule: Rule) -> Callable[..., tuple[Params, State]]:
     """`call_rule` for this rule through `torch.compile`: one graph for each number of slots."""
     return torch.compile(partial(call_rule, rule), dynamic=False)
+
+
+def _join_parts(parts: Sequence[Window], slots: Slots) -> Window:
+    """Parts of a window one after the other; the slots after the last one."""
+    joined = [torch.cat(own) for own in zip(*(part[:-1] for part in parts), strict=True)]
+    return Window._make([*joined, detach_slots(slots)])
 
 
 def detach_slots(slots: Slots) -> Slots:

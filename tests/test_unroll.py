@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lopt.rules import RULES, Clock, Elements, Fold, Layout, Rule, State, Visit
 from lopt.tasks import TASKS
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, compile_rule, join_slots, select_slots
+from lopt.unroll import InnerLoop, Slots, Window, compile_rule, join_slots, select_slots
 
 ROWS = 1e-5  # float32, sums over ten numbers in another order
 
@@ -225,3 +225,42 @@ def test_second_order_goes_through_the_loss_that_the_rule_reads() -> None:
         rule.lr.data += side
         ends.append(end().detach())
     torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=0)
+
+
+def unroll_one_by_one(loop: InnerLoop, slots: Slots, num_steps: int) -> Window:
+    """The definition: after every step, slots that are done start a new task."""
+    rows: list[tuple[Tensor, ...]] = []
+    weights = loop._find_weights(slots)
+    for _ in range(num_steps):
+        slots, loss, imitation = loop.step(slots, weights)
+        done = slots.step >= slots.horizon
+        rows.append(
+            (loss, imitation, slots.first_loss, done, slots.episode, slots.step, torch.ones_like(done)),
+        )
+        if done.any():
+            slots = loop.replace(slots, done)
+            weights = loop._find_weights(slots)
+    return Window(*map(torch.stack, zip(*rows, strict=True)), slots)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 7, 12])
+def test_strides_between_restarts_are_single_steps_to_the_bit(num_steps: int, grad: bool) -> None:
+    def make_weights(slots: Slots) -> Params:  # they change with every restart
+        return {"lr": 0.001 * (1 + slots.ids + 3 * slots.episode)}
+
+    horizons = (1, 2, 5, 30)
+    loop = InnerLoop(
+        RULES["sgd"](),
+        TASKS["quadratic"](),
+        0,
+        lambda seeds: torch.tensor(horizons)[seeds % len(horizons)],
+        meta_weights=make_weights,
+    )
+    with torch.set_grad_enabled(grad):
+        start = loop.start(torch.arange(6), stagger=True)
+        start = start._replace(step=start.step + (start.ids == 5) * start.horizon)  # one is done already
+        found, expected = loop.unroll(start, num_steps), unroll_one_by_one(loop, start, num_steps)
+    assert expected.finished.any()
+    for a, b in zip(flatten_tree(found), flatten_tree(expected), strict=True):
+        assert torch.equal(a, b)
