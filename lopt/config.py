@@ -62,6 +62,7 @@ class TrainerConfig:
         patience: validations without a better one after which the run ends; 0 goes on to the last step.
         checkpoint_every: outer steps between checkpoints.
         device: of rule, data and slots: "cpu", "cuda" (under torchrun each process its own GPU) or such as "cuda:1".
+        capture: make the inner steps of evolution strategies' populations from one CUDA graph, on a GPU.
         threads: of torch on the CPU; results are reproducible for a given number.
         memory_mib: budget for backpropagation on each rank, from which `task_chunk` and `checkpoint` follow where an
             estimator is given neither; 0 sets no bound.
@@ -87,6 +88,7 @@ class TrainerConfig:
     patience: int = 0
     checkpoint_every: int = 50
     device: str = "cpu"
+    capture: bool = False
     threads: int = 2
     memory_mib: int = 0
 

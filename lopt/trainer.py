@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from lopt.merging import Merger
 from lopt.metaweights import copy_weights, freeze_weights, load_weights
 from lopt.outer import OuterOptimizer
 from lopt.planner import fit_all
+from lopt.population import choose_stride
 from lopt.ranks import FailedLead, Ranks
 from lopt.rules import Rule
 from lopt.snapshot import CHECKPOINT, RULE, read_snapshot, select
@@ -106,6 +108,9 @@ class Trainer:
         first = 0
         for source in self.sources:
             source.start(rule, config.seed, first, self.ranks, self.device)
+            source.loop = replace(
+                source.loop, stride=choose_stride(rule, source.family, self.device, capture=config.capture)
+            )
             first += source.tasks
         self.plans = fit_all(self.sources, config.memory_mib)
         self.seconds = 0.0

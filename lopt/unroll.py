@@ -8,7 +8,7 @@ batch, and `Slots` is all there is to save for a bitwise resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -291,22 +291,20 @@ class InnerLoop:
 
     def _stride(self, slots: Slots, weights: Params | None, count: int) -> tuple[Slots, Window]:
         """`count` steps of every slot, no restarts: the slots, and what the window says of these steps."""
-        before = slots
+        first_loss, episode = (x.expand(count, -1) for x in (slots.first_loss, slots.episode))
+        steps = slots.step + torch.arange(1, count + 1, device=slots.step.device)[:, None]
+        finished = steps >= slots.horizon
         if self.stride is not None and weights is not None and not torch.is_grad_enabled():
             slots, losses = self.stride(self, slots, weights, count)
             imitation = torch.zeros_like(losses)
         else:
             made = []
             for _ in range(count):
-                slots, loss, imitated = self.step(slots, weights)
-                made.append((loss, imitated))
-            losses, imitation = (torch.stack(values) for values in zip(*made, strict=True))
-        steps = before.step + torch.arange(1, count + 1, device=before.step.device)[:, None]
-        first_loss, episode = (x.expand(count, -1) for x in (before.first_loss, before.episode))
-        finished = steps >= before.horizon
-        return slots, Window(
-            losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished), detach_slots(slots)
-        )
+                slots, *values = self.step(slots, weights)
+                made.append(values)
+            losses, imitation = map(torch.stack, zip(*made, strict=True))
+        values = [losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished)]
+        return slots, Window._make([*values, detach_slots(slots)])
 
     def unroll(self, slots: Slots, num_steps: int, *, restart: bool = True) -> Window:
         """`num_steps` steps of all slots; a slot whose task ends goes on with a new one.
@@ -330,23 +328,23 @@ class InnerLoop:
         """Steps of every slot up to its own horizon; slots that are there rest. K is the longest way."""
         weights = self._find_weights(slots)
         now, rows = slots, torch.arange(len(slots.ids), device=slots.ids.device)
-        parts = []
+        loop, parts = self, []
 
         def spread(values: Tensor) -> Tensor:
             """The values of the rows that are left, `[n, T]`, and 0."""
             return values.new_zeros(len(values), len(slots.ids)).index_copy(1, rows, values)
 
         while len(rows):
-            now, part = self._stride(now, weights, max(1, int((now.horizon - now.step).min())))
+            now, part = loop._stride(now, weights, max(1, int((now.horizon - now.step).min())))
             parts.append(Window._make([*map(spread, part[:-1]), now]))
             slots = put_slots(slots, rows, now)
             left = (now.step < now.horizon).nonzero()[:, 0]
             now, rows = select_slots(now, left), rows[left]
+            loop = replace(self, stride=None)  # another size each time
             weights = None if weights is None else {key: w[left] for key, w in weights.items()}
         window = _join_parts(parts, slots)
-        return window._replace(
-            first_loss=slots.first_loss.expand_as(window.losses), episode=slots.episode.expand_as(window.steps)
-        )
+        first_loss, episode = (x.expand_as(window.steps) for x in (slots.first_loss, slots.episode))
+        return window._replace(first_loss=first_loss, episode=episode)
 
     def replace(self, slots: Slots, done: Tensor) -> Slots:
         """The slots with new tasks where `done` (bool `[T]`)."""

@@ -20,6 +20,7 @@ LAYERS = [
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources", "lopt.metaweights"},
     {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer", "lopt.merging", "lopt.trials"},
     {"lopt.snapshot"},
+    {"lopt.population"},
     {"lopt.optim", "lopt.trainer", "lopt.plots", "lopt.judge"},
     {"lopt.runs", "lopt.report", "lopt.progress", "lopt.inspection", "lopt.dropin", "lopt.frame", "lopt.listing"},
     {"lopt.portrait", "lopt.diagnosis", "lopt.sweep"},

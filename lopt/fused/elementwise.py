@@ -35,16 +35,25 @@ class ElementwiseProgram(Program):
     weights: ClassVar[Any]
     numbers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        super().__init__(rule, batches, count, slots)
         block = by_elements(OPS[self.op].block)
-        self.tables = [
-            Segments([Segment((t.p, *(t.state[k] for k in self.keys)), (t.p.numel(),), t.item) for t in parts], block)
-            for parts in batches
-        ]
-        stacks = [getattr(rule, name).detach() for name in self.weights._fields]
-        self.stacks = self.weights(*(x[None].contiguous() for x in stacks))
+
+        def make_segment(t: Part) -> Segment:
+            return Segment((t.p, *(t.state[k] for k in self.keys)), (t.p.numel(),), t.item, t.slot)
+
+        self.tables = [Segments([make_segment(t) for t in parts], block) for parts in batches]
+        self.stacks = self.weights(*self._read_stacks())
         self.options = {name: getattr(rule, name) for name in self.numbers}
+
+    def _read_stacks(self) -> list[Tensor]:
+        own = [getattr(self.rule, name).detach() for name in self.weights._fields]
+        return [(x[None] if self.slots is None else x).contiguous() for x in own]
+
+    def load(self) -> None:
+        """See `Program.load`."""
+        for old, new in zip(self.stacks, self._read_stacks(), strict=True):
+            old.copy_(new)
 
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
         """See `Program.run`."""
@@ -75,8 +84,8 @@ class LSTMProgram(ElementwiseProgram):
     weights: ClassVar[Any] = LSTMWeights
     numbers: ClassVar[tuple[str, ...]] = ("output_scale", "log_bound")
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        super().__init__(rule, batches, count, slots)
         exact = torch.get_float32_matmul_precision() == "highest"
         self.options |= {"precision": "ieee" if exact else "tf32"}
 

@@ -78,17 +78,30 @@ class FeatureProgram(Program):
 
     relative = False  # steps are relative to the parameters' rms
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        super().__init__(rule, batches, count, slots)
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         self.mlp = rule
-        device = batches[0][0].p.device
         self.family, self.shape, self.network = describe_family(rule), describe_shape(rule), self.describe_network(rule)
         self.plan: Plan = mlp.choose_plan(self.shape, PRECISIONS[torch.get_float32_matmul_precision()])
-        self.decays = join_decays(rule).detach()[None].to(device).contiguous()
-        self.weights = pack_weights(rule, self.family)
+        self.decays, self.packed = self._read_weights()
+        self.weights = self.packed
         divided = [(which, own) for which, parts in enumerate(batches) for own in self.divide(parts)]
         self.made = [self.make_batch(which, parts) for which, parts in divided]
+
+    def _read_weights(self) -> tuple[Tensor, Tensor]:
+        decays, packed = join_decays(self.mlp).detach(), pack_weights(self.mlp, self.family)
+        return decays.expand(self.num_rows, -1).contiguous(), packed
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of stacks that parts use."""
+        return self.slots or 1
+
+    def load(self) -> None:
+        """See `Program.load`."""
+        for old, new in zip((self.decays, self.packed), self._read_weights(), strict=True):
+            old.copy_(new)
 
     @classmethod
     def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
@@ -113,7 +126,7 @@ class FeatureProgram(Program):
         """How sums become networks."""
         if isinstance(rule, (SmallFC, MLPLOpt)):
             return Network(rule.get_buffer("time_scales"), rule.norm_eps, rule.step_mult, self.relative)
-        return Network(rule.get_parameter("w1").new_empty(0), rule.norm_eps, 1.0, self.relative)
+        return Network(rule.get_buffer("momentum_decays").new_empty(0), rule.norm_eps, 1.0, self.relative)
 
     def divide(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
         """The parts that go through all passes together."""
@@ -150,7 +163,7 @@ class FeatureProgram(Program):
 
     def slot(self, part: Part) -> int:
         """The row of the stacks of meta-weights that a part uses."""
-        return 0
+        return part.slot
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor | None:
         """Factors on the steps of all parameters, `[count]`, or None; called before accumulators change."""
@@ -257,8 +270,8 @@ class ScheduledProgram(FeatureProgram):
 
     relative = True
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        super().__init__(rule, batches, count, slots)
         parts = [part for own in batches for part in own]
         self.table = rows.make_table([(part.item, tuple(part.state[key] for key in rule.row_keys)) for part in parts])
         self.widths = [parts[0].state[key].numel() for key in rule.row_keys]
@@ -269,28 +282,32 @@ class ScheduledProgram(FeatureProgram):
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         """See `FeatureProgram.schedule`."""
-        old = dict(zip(self.rule.row_keys, rows.gather(self.table, self.widths, self.count), strict=True))
-        new, terms = self.fold(old, None if loss is None else loss[None], clock)
+        gathered = map(self.divide_slots, rows.gather(self.table, self.widths, self.count))
+        old = dict(zip(self.rule.row_keys, gathered, strict=True))
+        new, terms = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
         rows.scatter(self.table, [new[key] for key in self.rule.row_keys], items[0].live)
-        return terms["factor"].contiguous()
+        return terms["factor"].flatten().contiguous()
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
-        """New rows `[n, width]`, and terms `[n, ...]`: see `Rule.fold_tensors`."""
+        """New rows `[(slots,) n, width]`, and terms `[(slots,) n, ...]`: see `Rule.fold_tensors`."""
         return self.rule.fold_tensors(old, [], [], loss, clock)
 
 
 class VeLOProgram(ScheduledProgram):
     """velo."""
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        super().__init__(rule, batches, count)
-        self.decays = self.decays.expand(count, -1).contiguous()  # as many rows as slots
-        self.bank = self.weights
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        super().__init__(rule, batches, count, slots)
         parts = [part for batch in self.made for part in batch.parts]
-        device = self.bank.device
+        device = self.packed.device
         self.place = torch.tensor([part.item for part in parts]).argsort().to(device)
         large = [count_large(part.layout) for part in sorted(parts, key=lambda part: part.item)]
         self.large = torch.tensor(large).to(device)
+
+    @property
+    def num_rows(self) -> int:
+        """See `FeatureProgram.num_rows`."""
+        return self.count
 
     def slot(self, part: Part) -> int:
         """See `FeatureProgram.slot`: its own mixture."""
@@ -308,8 +325,9 @@ class VeLOProgram(ScheduledProgram):
         means = torch.cat([moments.launch_segments(batch.others) for batch in self.made if batch.others is not None])
         p2, m, m2, v, v2 = torch.split(means[self.place], [1, 3, 3, 1, 1], 1)
         described = describe_moments(p2.float(), m, m2, v, v2, self.large)
-        new, terms = rule.schedule(old, described, loss, clock)
-        self.weights = (terms["control"] * (BANK_SCALE / len(self.bank))) @ self.bank
+        new, terms = rule.schedule(old, self.divide_slots(described), loss, clock)
+        bank = self.divide_slots(self.packed)
+        self.weights = ((terms["control"] * (BANK_SCALE / bank.shape[-2])) @ bank).flatten(0, -2)
         return new, terms
 
 
@@ -357,11 +375,10 @@ def describe_part(rule: FeatureMLP, part: Part, slot: int) -> Tensors:
 
 
 def pack_weights(rule: FeatureMLP, family: Family) -> Tensor:
-    """The meta-weights as `lopt_kernels.fold` wants them, `[1 or bank, T]`."""
+    """The meta-weights as `lopt_kernels.fold` wants them, `[1 or slots or bank or slots bank, T]`."""
     own, groups, constant = rule.slots(find_layout((2, 2)))
     layers = [(getattr(rule, f"w{i}").detach(), getattr(rule, f"b{i}").detach()) for i in range(1, len(rule.widths))]
-    if layers[0][0].ndim == 2:
-        layers = [(weight[None], bias[None]) for weight, bias in layers]
+    layers = [(weight.reshape(-1, *weight.shape[-2:]), bias.reshape(-1, bias.shape[-1])) for weight, bias in layers]
     (weight, bias), *rest = layers
     first = torch.cat([weight[..., piece] for pieces in (own, *groups) for piece in pieces], -1)
     assert first.shape[-1] == family.num_inputs, "the families' features are the rules'"
@@ -376,8 +393,8 @@ def _find_divided(rule: FeatureMLP, layout: Layout, order: Order) -> list[int]:
 
 
 def join_decays(rule: FeatureMLP) -> Tensor:
-    """Decays of momenta, second moment and factored moments; of a rule that has momenta only, ones behind theirs."""
+    """Decays `[(slots,) k]` of momenta, second moment, factored moments; for momenta only, with ones behind theirs."""
     if isinstance(rule, FactoredMLP):
-        return torch.cat([x.flatten() for x in rule.decays()])
+        return torch.cat(rule.decays(), -1)
     decays = rule.get_buffer("decays")
     return torch.cat([decays, decays.new_ones(1 + features.LINES)])

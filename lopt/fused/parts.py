@@ -27,6 +27,7 @@ class Part(NamedTuple):
         layout: of the parameter, in torch's order.
         order: the axes in the order of memory.
         source: the parameter, where `p` is a copy of it.
+        slot: its row of stacks of meta-weights.
     """
 
     item: int
@@ -35,6 +36,7 @@ class Part(NamedTuple):
     layout: Layout
     order: Order
     source: Tensor | None
+    slot: int = 0
 
     def release(self) -> Part:
         """The part without tensors that belong to the optimizer: what holds it does not keep their memory."""

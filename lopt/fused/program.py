@@ -21,10 +21,12 @@ class Program(ABC):
         rule: frozen, on the parameters' device.
         batches: parts of equal dtypes of parameter and gradient.
         count: how many parameters there are in all.
+        slots: the rule's meta-weights are stacks of so many, `[slots, ...]` each (see `lopt.fused.population`), of
+            which a part's `slot` is its row, and items are numbered slot by slot. None: they are its own.
     """
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int) -> None:
-        self.rule, self.count = rule, count
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        self.rule, self.count, self.slots = rule, count, slots
 
     @classmethod
     @abstractmethod
@@ -36,6 +38,14 @@ class Program(ABC):
         """Whether the kernels take a parameter in this order of its axes."""
         return True
 
+    def divide_slots(self, x: Tensor) -> Tensor:
+        """All parameters' `[count, ...]` as `[(slots,) n, ...]`."""
+        return x if self.slots is None else x.view(self.slots, -1, *x.shape[1:])
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the rule's meta-weights anew, to where the launches have them."""
+
     @abstractmethod
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
         """One step of all parameters, in place.
@@ -43,6 +53,6 @@ class Program(ABC):
         Args:
             items: for each batch; their tensors are numbers of all parameters.
             sanitize: entries of gradients that are not finite count as 0.
-            loss: `[]` or None.
+            loss: `[]`, or `[slots]`, or None.
             clock: int64 `[count]`.
         """
