@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from math import prod
 from pathlib import Path
@@ -18,9 +19,11 @@ from bench import setting
 from bench.timing import synchronize
 from lopt.config import build, merge, parse_override
 from lopt.estimators import ESTIMATORS, Estimator
+from lopt.estimators.evolution import Evolution
 from lopt.meter import PARTS, MeteredLoop
-from lopt.rules import RULES
-from lopt.tasks import TASKS
+from lopt.population import NOT_CAPTURED, PopulationStride, choose_stride
+from lopt.rules import RULES, Rule
+from lopt.tasks import TASKS, TaskFamily
 from lopt.unroll import InnerLoop
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -29,6 +32,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled, update checkpointed": {"compile": True, "checkpoint": "update"},
 }
+
+STRIDES = ("kernels", "captured", "kernels, captured")
+"""Ways of evolution strategies on a GPU: the rule's update by kernels, the whole step in a CUDA graph."""
 
 
 def list_sections(
@@ -57,7 +63,7 @@ def measure(loop: InnerLoop, estimator: Estimator, tasks: int, repeats: int, dev
     Returns:
         `first_seconds` (the first estimate, with compilation), median and quartiles of inner updates per second of wall
         clock, `parameter_updates_per_second` (each inner update moves all parameters of its task), on the CPU median
-        and quartiles of inner updates per CPU-second, and the shares of `lopt.meter`.
+        and quartiles of inner updates per CPU-second, and the shares of `lopt.meter`, which are those of plain steps.
     """
     carry = estimator.start(loop, torch.arange(tasks, device=device))
     begin = time.perf_counter()
@@ -78,10 +84,28 @@ def measure(loop: InnerLoop, estimator: Estimator, tasks: int, repeats: int, dev
     result["parameter_updates_per_second"] = result["per_second"] * count_parameters(loop)
     if device.type == "cpu":
         result |= name_quartiles("per_cpu_second", per_cpu)
-    metered = MeteredLoop(**{f.name: getattr(loop, f.name) for f in fields(loop)})
+    metered = MeteredLoop(**{f.name: getattr(loop, f.name) for f in fields(loop)} | {"stride": None})
     begin = time.perf_counter()
     estimator.estimate(metered, carry)
     return result | {f"share of {key}": x for key, x in metered.meter.shares(time.perf_counter() - begin).items()}
+
+
+def make_strides(rule: Rule, family: TaskFamily, device: torch.device) -> dict[str, PopulationStride]:
+    """Those of `STRIDES` that there are for a rule on a device."""
+    best = choose_stride(rule, family, device, capture=True)
+    if best is None:
+        return {}
+    made = {"captured": PopulationStride(kernels=False, capture=best.capture)}
+    if best.kernels:
+        made = {"kernels": PopulationStride(kernels=True), **made, "kernels, captured": best}
+    return made
+
+
+def list_ways(estimator: str, strides: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The ways in which an estimator can be measured, with its options; all on the way of `strides` are eager."""
+    knows = set(ESTIMATORS[estimator].__init__.__annotations__)
+    ways = {way: options for way, options in WAYS.items() if set(options) <= knows}
+    return ways | {way: {} for way in strides if issubclass(ESTIMATORS[estimator], Evolution)}
 
 
 def count_parameters(loop: InnerLoop) -> int:
@@ -139,7 +163,7 @@ def make_table(results: dict[str, dict[str, float]]) -> Table:
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(min=2))
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--device", "where", default="cpu", show_default=True)
-@click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="Only these; repeatable.")
+@click.option("--way", "ways", multiple=True, type=click.Choice([*WAYS, *STRIDES]), help="Only these; repeatable.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
 def meta(
     rule: str,
@@ -156,13 +180,14 @@ def meta(
 ) -> None:
     """Inner updates per second of meta-training, the rule eager, compiled and so on, as far as the estimator can.
 
+    On a GPU evolution strategies are measured by the rule's kernels and captured in CUDA graphs, too.
     Both members of a pair count. Other jobs on the machine disturb even the figures per CPU-second.
     """
     torch.set_num_threads(threads)
     device = torch.device(where)
     sections = list_sections(rule, task, estimator, steps, overrides)
-    knows = ESTIMATORS[estimator].__init__.__annotations__
-    possible = {way: options for way, options in WAYS.items() if set(options) <= set(knows)}
+    strides = make_strides(build("rule", RULES, sections["rule"]), build("task", TASKS, sections["task"]), device)
+    possible = list_ways(estimator, strides)
     results: dict[str, dict[str, float]] = {}
     for way in ways or possible:
         if way not in possible:
@@ -170,10 +195,14 @@ def meta(
         for count in tasks:
             try:
                 family = build("task", TASKS, sections["task"]).to(device)
-                loop = InnerLoop(build("rule", RULES, sections["rule"]).to(device), family, seed=0)
+                rule_there = build("rule", RULES, sections["rule"]).to(device)
+                stride = make_strides(rule_there, family, device).get(way)
+                loop = InnerLoop(rule_there, family, seed=0, stride=stride)
                 made = build("estimator", ESTIMATORS, sections["estimator"] | possible[way])
-                results[f"{way}, {count} tasks"] = measure(loop, made, count, repeats, device)
-            except (RuntimeError, NotImplementedError) as error:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message=NOT_CAPTURED)  # plain steps under another name
+                    results[f"{way}, {count} tasks"] = measure(loop, made, count, repeats, device)
+            except (RuntimeError, NotImplementedError, UserWarning) as error:
                 if device.type == "cpu":
                     raise
                 message = f"meta-training does not run on {device}: {setting.write_error(error)}"

@@ -26,6 +26,7 @@ Work = Callable[[], None]
 Capture = Callable[[Work], Work]
 """Makes of work on a device what repeats it; the work may be done in between, and may fail with RuntimeError."""
 
+NOT_CAPTURED = "steps of populations are not captured in a CUDA graph"
 WARM_UP = 3
 KEPT = 2
 """Sizes of populations, such as of chunks and of the last one, whose memory is kept."""
@@ -69,7 +70,7 @@ class PopulationStride:
             return self._make_steps(loop, slots, weights, count)
 
     def _make_steps(self, loop: InnerLoop, slots: Slots, weights: Params, count: int) -> tuple[Slots, Tensor]:
-        kind = replace(loop, stride=None, meta_weights=None, horizon=None)
+        kind = replace(loop, stride=None, meta_weights=None, horizon=None, follow=0.0, guidance=1.0)
         arena = next((known for known in self._known if known.fits(kind, slots)), None)
         if arena is None:
             arena = _Arena(kind, slots, self.kernels and slots.params.dtype == torch.float32)
@@ -81,7 +82,7 @@ class PopulationStride:
             except RuntimeError as error:
                 self.capture = None
                 reason = str(error).splitlines()[0]
-                warnings.warn(f"steps of populations are not captured in a CUDA graph: {reason}", stacklevel=2)
+                warnings.warn(f"{NOT_CAPTURED}: {reason}", stacklevel=2)
             arena.load(slots, weights)  # the work may have been done
         losses = []
         for _ in range(count):

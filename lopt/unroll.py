@@ -99,8 +99,7 @@ class InnerLoop:
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
             that makes them of the slots, called at the start of a window and whenever slots start new tasks.
-        stride: another way to make steps between restarts, where nothing is differentiated and slots have meta-weights
-            of their own (see `lopt.population`).
+        stride: makes the steps between restarts without derivatives, imitation or a single set of meta-weights.
         members: every task has this many slots, next to each other and always at the same step; what they share is
             drawn once.
     """
@@ -294,7 +293,7 @@ class InnerLoop:
         first_loss, episode = (x.expand(count, -1) for x in (slots.first_loss, slots.episode))
         steps = slots.step + torch.arange(1, count + 1, device=slots.step.device)[:, None]
         finished = steps >= slots.horizon
-        if self.stride is not None and weights is not None and not torch.is_grad_enabled():
+        if self.stride and weights is not None and self.teacher is None and not torch.is_grad_enabled():
             slots, losses = self.stride(self, slots, weights, count)
             imitation = torch.zeros_like(losses)
         else:

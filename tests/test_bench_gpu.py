@@ -15,10 +15,14 @@ import torch
 from click.testing import CliRunner
 
 import lopt
-from bench import cuda, gpu, setting, step
+import lopt.fused.features
+import lopt.population
+from bench import cuda, gpu, meta, setting, step
 from bench.__main__ import cli
 from bench.cuda import Launch
 from bench.entries import FUSED, make_rule_entry, step_with_precision
+from lopt.rules import RULES
+from lopt.tasks import TASKS
 
 Run = tuple[str, dict[str, Any]]
 REPEATS = ["--repeats", "3"]
@@ -235,7 +239,7 @@ def test_meta_counts_inner_and_parameter_updates(tmp_path: Path) -> None:
 def test_meta_measures_evolution_strategies_with_options(tmp_path: Path) -> None:
     file = tmp_path / "meta.json"
     options = ["--estimator", "pes", "--rule", "small_fc", "--set", "rule.hidden=4", "--set", "task.width=8"]
-    sizes = ["--tasks", "2", "--tasks", "3", "--steps", "2", "--repeats", "3", "--json", str(file)]
+    sizes = ["--tasks", "2", "--tasks", "3", "--steps", "2", "--repeats", "3", "--way", "eager", "--json", str(file)]
     result = CliRunner().invoke(cli, ["meta", *options, *sizes])
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
@@ -249,9 +253,24 @@ def test_meta_measures_evolution_strategies_with_options(tmp_path: Path) -> None
 
 
 def test_meta_refuses_ways_that_an_estimator_does_not_have() -> None:
-    result = CliRunner().invoke(cli, ["meta", "--estimator", "pes", "--way", "compiled"])
+    result = CliRunner().invoke(cli, ["meta", "--estimator", "pes", "--way", "kernels"])
     assert result.exit_code == 2
-    assert "pes has no way 'compiled', only eager" in result.output
+    assert "pes has no way 'kernels', only eager" in result.output
+
+
+@pytest.mark.parametrize("rule", ["small_fc", "linear"])
+def test_meta_measures_evolution_strategies_by_kernels_and_captured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lopt.population, "find_missing", lambda devices, interpreted: None)
+    monkeypatch.setattr(lopt.fused.features, "find_shared_memory", lambda device: None)
+    task, there = TASKS["quadratic"](dim=3), torch.device("cuda", 0)
+    assert meta.make_strides(RULES[rule](), task, torch.device("cpu")) == {}
+    strides = meta.make_strides(RULES[rule](), task, there)
+    assert list(strides) == (["captured"] if rule == "linear" else list(meta.STRIDES))
+    assert all(
+        (way, s.kernels, s.capture is not None) == (way, "ker" in way, "cap" in way) for way, s in strides.items()
+    )
+    assert set(strides) <= set(meta.list_ways("pes", strides))
+    assert set(meta.list_ways("truncated", strides)) == set(meta.WAYS)
 
 
 def test_meta_says_where_it_does_not_run() -> None:

@@ -17,6 +17,7 @@ from recorded_work import record
 
 import lopt.fused.features
 import lopt.population
+import lopt.tensors
 from lopt.estimators import ESTIMATORS, Estimate
 from lopt.fused import FUSED
 from lopt.population import PopulationStride, capture_graph, choose_stride
@@ -83,6 +84,20 @@ def assert_near(found: list[Estimate], expected: list[Estimate], tolerance: floa
         assert (x - y).norm() <= tolerance * y.norm()
 
 
+@pytest.fixture
+def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws as they are on a GPU; those by numpy could not be recorded."""
+
+    def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
+        for counter in counters:
+            seeds = lopt.tensors._mix(seeds + lopt.tensors._GOLDEN * (torch.as_tensor(counter) + 1))
+        return seeds
+
+    monkeypatch.setattr(lopt.tensors, "fold_in", fold_in)
+    monkeypatch.setattr(lopt.tensors, "_to_words", lambda x: x)
+
+
+@pytest.mark.usefixtures("tensors_only")
 @pytest.mark.parametrize(
     ("rule", "estimator", "options"),
     [
@@ -98,12 +113,14 @@ def test_recorded_steps_are_plain_ones_to_the_bit(rule: str, estimator: str, opt
     assert_same(run(rule, estimator, PopulationStride(kernels=False, capture=record), **options), plain)
 
 
+@pytest.mark.usefixtures("tensors_only")
 def test_the_objective_of_recorded_steps_may_be_on_other_data() -> None:
     options = {"num_steps": 5, "objective_split": "inner_valid"}
     plain = run("rnnprop", "pes", None, **options)
     assert_same(run("rnnprop", "pes", PopulationStride(kernels=False, capture=record), **options), plain)
 
 
+@pytest.mark.usefixtures("tensors_only")
 @pytest.mark.parametrize("stride", [PopulationStride(kernels=False, capture=record), PopulationStride(kernels=True)])
 def test_gradients_may_come_late(stride: PopulationStride) -> None:
     if stride.kernels and torch.cuda.is_available():
@@ -134,6 +151,21 @@ def test_an_estimate_by_kernels_is_that_of_the_rule(rule: str) -> None:
     assert_near(
         run(rule, "pes", PopulationStride(kernels=True), **options), run(rule, "pes", None, **options), TOLERANCE
     )
+
+
+def test_imitation_takes_plain_steps_and_guidance_that_falls_no_new_memory() -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError
+
+    taught = {"num_steps": 5, "teacher": RULES["adam"](), "imitation": 1.0}
+    assert_same(run("rnnprop", "pes", refuse, **taught), run("rnnprop", "pes", None, **taught))
+    stride = PopulationStride(kernels=False)
+    rule, family = RULES["sgd"](), TASKS["quadratic"](dim=3)
+    for guidance in (1.0, 0.5):
+        loop = InnerLoop(rule, family, 0, draw_horizons, stride=stride, guidance=guidance)
+        chosen = ESTIMATORS["pes"](num_steps=2)
+        chosen.estimate(loop, chosen.start(loop, torch.arange(2)))
+    assert len(stride._known) == 1
 
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------
