@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lopt.rules import State
+from lopt.slots import Slots
 from lopt.tasks import Batch
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
 
 PARTS = ("data", "base learner", "rule")
 

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lopt.fused.population import PopulationStep, find_population_obstacle
 from lopt.options import find_missing
 from lopt.rules import Rule, State
+from lopt.slots import Slots
 from lopt.tasks import TaskFamily
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]

@@ -7,18 +7,18 @@ batch, and `Slots` is all there is to save for a bitwise resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lopt.rules import Rule, State
+from lopt.slots import Slots, Window, detach_slots, join_windows, put_slots, select_slots
 from lopt.tasks import Batch, Task, TaskFamily
 from lopt.tensors import Params, derive_seeds, draw_uniform, make_generator, stack_trees
 
@@ -27,58 +27,6 @@ Stride = Callable[["InnerLoop", "Slots", Params, int], "tuple[Slots, Tensor]"]
 
 Horizon = Callable[[Tensor], Tensor]
 """Draws the horizons `[T]` int64 of new tasks from seeds `[T]`."""
-
-
-class Slots(NamedTuple):
-    """T tasks in progress; every tensor has T first.
-
-    Attributes:
-        ids: global number of the slot, int64; names its random streams.
-        episode: tasks that this slot has finished, int64.
-        step, horizon: steps made on the present task and steps to make, int64.
-        task: what distinguishes the task, from `TaskFamily.sample`, and its memory (see `TaskFamily.deliver`).
-        params: flat parameters `[T, P]`.
-        state: the rule's memory.
-        teacher_state: the teacher rule's memory; empty without imitation.
-        loss, grad: at `params` on the batch of `step`: `[T]` and `[T, P]`.
-        first_loss: the loss at step 0 `[T]`.
-    """
-
-    ids: Tensor
-    episode: Tensor
-    step: Tensor
-    horizon: Tensor
-    task: Task
-    params: Tensor
-    state: State
-    teacher_state: State | tuple[()]
-    loss: Tensor
-    grad: Tensor
-    first_loss: Tensor
-
-
-class Window(NamedTuple):
-    """What K steps of T slots leave behind.
-
-    Attributes:
-        losses: `[K, T]`, after each step; differentiable in the meta-weights.
-        imitation: `[K, T]`, half mean squared difference to the teacher's step (0 without a teacher).
-        first_loss: `[K, T]`, the loss at step 0 of the task that the slot was on.
-        finished: `[K, T]` bool, the task ended with this step.
-        episode: `[K, T]` int64, of the task that the slot was on.
-        steps: `[K, T]` int64, that the task had made with this one.
-        active: `[K, T]` bool, the slot made a step; the other entries of a window mean nothing.
-        slots: where the slots are now, cut from the graph.
-    """
-
-    losses: Tensor
-    imitation: Tensor
-    first_loss: Tensor
-    finished: Tensor
-    episode: Tensor
-    steps: Tensor
-    active: Tensor
-    slots: Slots
 
 
 @dataclass(frozen=True)
@@ -321,7 +269,7 @@ class InnerLoop:
                 slots = self.replace(slots, part.finished[-1])
                 weights = self._find_weights(slots)
             parts.append(part)
-        return _join_parts(parts, slots)
+        return join_windows(parts, slots)
 
     def run_to_end(self, slots: Slots) -> Window:
         """Steps of every slot up to its own horizon; slots that are there rest. K is the longest way."""
@@ -341,7 +289,7 @@ class InnerLoop:
             now, rows = select_slots(now, left), rows[left]
             loop = replace(self, stride=None)  # another size each time
             weights = None if weights is None else {key: w[left] for key, w in weights.items()}
-        window = _join_parts(parts, slots)
+        window = join_windows(parts, slots)
         first_loss, episode = (x.expand_as(window.steps) for x in (slots.first_loss, slots.episode))
         return window._replace(first_loss=first_loss, episode=episode)
 
@@ -361,40 +309,3 @@ def call_rule(rule: Rule, weights: Params | None, *args: Any) -> tuple[Params, S
 def compile_rule(rule: Rule) -> Callable[..., tuple[Params, State]]:
     """`call_rule` for this rule through `torch.compile`: one graph for each number of slots."""
     return torch.compile(partial(call_rule, rule), dynamic=False)
-
-
-def _join_parts(parts: Sequence[Window], slots: Slots) -> Window:
-    """Parts of a window one after the other; the slots after the last one."""
-    joined = [torch.cat(own) for own in zip(*(part[:-1] for part in parts), strict=True)]
-    return Window._make([*joined, detach_slots(slots)])
-
-
-def detach_slots(slots: Slots) -> Slots:
-    """The slots cut from the autograd graph."""
-    return _map(Tensor.detach, slots)
-
-
-def select_slots(slots: Slots, which: Tensor | slice) -> Slots:
-    """Some of the slots, by int64 indices or a slice."""
-    return _map(lambda x: x[which], slots)
-
-
-def put_slots(slots: Slots, where: Tensor, fresh: Slots) -> Slots:
-    """The slots with `fresh` ones at the int64 indices `where`."""
-    return _map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
-
-
-def repeat_slots(slots: Slots, count: int) -> Slots:
-    """Every slot `count` times in a row."""
-    return _map(lambda x: x.repeat_interleave(count, 0), slots)
-
-
-def join_slots(parts: list[Slots]) -> Slots:
-    """Slots one after the other."""
-    return _map(lambda *xs: torch.cat(xs), *parts)
-
-
-def _map(function: Callable[..., Tensor], *slots: Slots) -> Slots:
-    """`function` on every tensor of one or more `Slots`."""
-    result: Slots = tree_map(function, *slots)
-    return result

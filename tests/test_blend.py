@@ -9,9 +9,10 @@ from torch import Tensor
 from lopt.estimators import ESTIMATORS
 from lopt.horizons import LogUniform
 from lopt.rules.blend import FEATURES, Blend
+from lopt.slots import Slots
 from lopt.tasks import TASKS
 from lopt.tensors import Params, make_generator
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
 
 STEPS = 10
 Run = list[dict[str, Tensor]]

@@ -16,10 +16,11 @@ from lopt.estimators.evolution import Evolution, draw_perturbation
 from lopt.rules import RULES
 from lopt.rules.base import Accumulators, Elements, Rule, Visit
 from lopt.rules.layout import Layout
+from lopt.slots import select_slots
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, select_slots
+from lopt.unroll import InnerLoop
 
 EVOLUTION = [name for name, estimator in ESTIMATORS.items() if issubclass(estimator, Evolution)]
 QUADRATIC = TASKS["quadratic"](dim=4)

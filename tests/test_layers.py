@@ -15,6 +15,7 @@ LAYERS = [
     {"lopt_kernels", "lopt.names", "lopt.routing", "lopt.manual"},
     {"lopt.tensors", "lopt.schema", "lopt.weights", "lopt.ranks", "lopt.stop", "lopt.devices"},
     {"lopt.rules", "lopt.tasks", "lopt.samplers"},
+    {"lopt.slots"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
     {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources", "lopt.metaweights"},

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lopt.estimators import ESTIMATORS
 from lopt.rules import RULES
+from lopt.slots import Slots
 from lopt.tasks import TASKS, RandomScaling, TaskFamily
 from lopt.tasks.transforms import TRANSFORMS, GradientNoise, LossScaling, ReducedBatch, StaleGradients, Transform
 from lopt.tensors import derive_seeds, make_generator, stack_trees
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
 
 SMALL = {"width": 3, "batch_size": 16}
 

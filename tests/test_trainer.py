@@ -24,11 +24,12 @@ from lopt.horizons import Curriculum
 from lopt.log import read_metrics
 from lopt.rules import RULES
 from lopt.runs import build_trainer, resume_run, start_run
+from lopt.slots import Slots
 from lopt.snapshot import CHECKPOINT, RULE
 from lopt.tasks import TASKS
 from lopt.tasks.base import Task
 from lopt.trainer import MAX_DEAD_STEPS, Interrupted, Progress, Trainer
-from lopt.unroll import InnerLoop, Slots
+from lopt.unroll import InnerLoop
 
 TINY = """
 description = "a tiny run"

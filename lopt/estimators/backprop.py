@@ -11,8 +11,9 @@ from torch import Tensor
 from lopt.estimators.base import Estimate, Estimator
 from lopt.estimators.objectives import check_objective, find_baseline, find_finite, weigh_losses
 from lopt.rules import Rule
+from lopt.slots import Slots, Window, join_slots, select_slots
 from lopt.tasks.base import TaskFamily, check_split
-from lopt.unroll import InnerLoop, Slots, Window, join_slots, select_slots
+from lopt.unroll import InnerLoop
 
 Kind = TypeVar("Kind", bound="Backprop")
 

@@ -28,9 +28,10 @@ from lopt.estimators.objectives import (
     weigh_losses,
 )
 from lopt.rules import Rule
+from lopt.slots import Slots, Window, join_slots, put_slots, repeat_slots, select_slots
 from lopt.tasks.base import check_split
 from lopt.tensors import Params, derive_seeds, draw_normal
-from lopt.unroll import InnerLoop, Slots, Window, join_slots, put_slots, repeat_slots, select_slots
+from lopt.unroll import InnerLoop
 
 CACHE_NUMBERS = 2**20
 """Parameters and state of the slots that are worked on together on a CPU."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lopt.estimators.backprop import Backprop
 from lopt.estimators.base import Estimate
-from lopt.unroll import InnerLoop, Slots
+from lopt.slots import Slots
+from lopt.unroll import InnerLoop
 
 
 class Full(Backprop):

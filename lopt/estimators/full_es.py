@@ -14,7 +14,8 @@ from torch import Tensor
 from lopt.estimators.base import Estimate
 from lopt.estimators.evolution import Evolution, Pairs, draw_perturbation
 from lopt.rules import Rule
-from lopt.unroll import InnerLoop, Slots, Window
+from lopt.slots import Slots, Window
+from lopt.unroll import InnerLoop
 
 
 class FullES(Evolution):

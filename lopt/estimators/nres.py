@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lopt.estimators.evolution import Evolution, draw_perturbation
-from lopt.unroll import InnerLoop, Slots
+from lopt.slots import Slots
+from lopt.unroll import InnerLoop
 
 
 class NRES(Evolution):

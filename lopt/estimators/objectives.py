@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from lopt.slots import Window
 from lopt.tasks import TaskFamily
 from lopt.tasks.levels import Level, load_levels
-from lopt.unroll import Window
 
 OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
 LOGARITHMIC = ("log", "baseline", "log_final")

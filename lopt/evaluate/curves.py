@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from lopt.rules import Rule
+from lopt.slots import Slots, select_slots
 from lopt.tasks import Batch, TaskFamily
 from lopt.tensors import Params, derive_seeds
-from lopt.unroll import InnerLoop, Slots, select_slots
+from lopt.unroll import InnerLoop
 
 DIVERGENCE_FACTOR = 10.0
 """A run that ends above this multiple of its first loss has diverged, as has one that is ever not finite."""
