@@ -102,7 +102,8 @@ def summarize(results: Mapping[str, Losses], label: str) -> dict[str, float]:
 def make_table(results: Mapping[str, Losses]) -> Table:
     """A row per family and length, a column per optimizer."""
     labels = list(next(iter(results.values())))
-    table = setting.start_table("final loss, mean over held-out tasks", ["family", *labels])
+    heads = [label.replace(", ", ",\n") for label in labels]
+    table = setting.start_table("final loss, mean over held-out tasks", ["family", *heads])
     for where, own in results.items():
         table.add_row(where, *(f"{average(own[label]):.4g}" for label in labels))
     return table

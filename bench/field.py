@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from io import BytesIO
+from itertools import cycle
 from typing import Any
 
 from lopt.plots import LIGHT
@@ -50,6 +51,7 @@ def draw_field(curves: Mapping[str, Curve], means: Mapping[str, Mapping[str, flo
     left.grid(color=LIGHT.grid)
 
     places = range(len(means))
+    markers = cycle("x+")
     others = [name for name in next(iter(means.values())) if name != reference]
     for name in others:
         base = name.removesuffix(", untrained")
@@ -57,7 +59,8 @@ def draw_field(curves: Mapping[str, Curve], means: Mapping[str, Mapping[str, flo
         ratios = [min(CEILING, max(FLOOR, own[name] / own[reference])) for own in means.values()]
         ratios = [CEILING if math.isnan(ratio) else ratio for ratio in ratios]
         hollow, known = name != base, base in curves
-        look: dict[str, Any] = {"marker": "o" if known else "x", "color": colour, "linestyle": "none", "label": name}
+        marker = "o" if known else next(markers)
+        look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none", "label": name}
         right.plot(ratios, places, markerfacecolor="none" if hollow else colour, markersize=6, **look)
     right.axvline(1, color=LIGHT.text, linewidth=1)
     right.set(xscale="log", yticks=list(places), yticklabels=list(means))

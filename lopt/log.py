@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,14 @@ class RunLog:
         metrics = {f"result/{key}": value for key, value in result.items()}
         self.board.add_hparams(flat, metrics, run_name=".")
 
-    def close(self) -> None:
-        """Flush and close both."""
-        self.file.close()
-        self.board.close()
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Flush and close both; an error that ends the run is told, not what a full disk then makes of the logs."""
+        for file in (self.file, self.board):
+            with nullcontext() if kind is None else suppress(OSError):
+                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -143,15 +144,13 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
-        log = RunLog(self.folder, self.step) if self.folder and writes else None
         try:
-            with self._stop.on_signals():
-                self._loop(log, on_step)
-            if log:
-                log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
+            with RunLog(self.folder, self.step) if self.folder and writes else nullcontext() as log:
+                with self._stop.on_signals():
+                    self._loop(log, on_step)
+                if log:
+                    log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
         finally:
-            if log:
-                log.close()
             torch.set_num_threads(threads)
         return self.build_best()
 

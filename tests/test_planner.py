@@ -30,7 +30,7 @@ def measure_peak(loop: InnerLoop, **options: object) -> tuple[int, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    ("share", "chunk", "checkpoint"), [(1.15, 8, None), (0.8, 5, None), (0.52, 7, "update"), (0.3, 3, "update")]
+    ("share", "chunk", "checkpoint"), [(1.15, 8, None), (0.8, 6, None), (0.45, 6, "update"), (0.3, 4, "update")]
 )
 def test_plans_keep_within_their_budget(share: float, chunk: int, checkpoint: str | None) -> None:
     loop = make_loop()

@@ -15,7 +15,7 @@ from torch import Tensor
 import lopt
 from lopt.checkpoint import load_state
 from lopt.config import parse_config
-from lopt.log import read_metrics
+from lopt.log import RunLog, read_metrics
 from lopt.metaweights import freeze_weights, load_weights
 from lopt.rules import RULES, Rule
 from lopt.runs import build_trainer, resume_run, start_run
@@ -237,3 +237,20 @@ def test_the_rule_first_and_the_scheduler_second(tmp_path: Path) -> None:
     second.run()
     assert torch.equal(second.rule.state_dict()["w1"], first.state_dict()["w1"])
     assert not torch.equal(second.rule.state_dict()["scheduler.w_step"], first.state_dict()["scheduler.w_step"])
+
+
+def test_a_full_disk_that_takes_no_logs_either_does_not_hide_why_the_run_ends(tmp_path: Path) -> None:
+    def run(error: Exception | None) -> None:
+        with RunLog(tmp_path) as log:
+            log.board.close()
+            log.board.close = refuse  # type: ignore[method-assign]
+            if error:
+                raise error
+
+    def refuse() -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="cannot write: the checkpoint"):
+        run(OSError("cannot write: the checkpoint"))
+    with pytest.raises(OSError, match="no space left"):
+        run(None)

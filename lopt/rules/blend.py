@@ -180,11 +180,12 @@ class Blend(Rule):
     @staticmethod
     def _describe_shapes(means: Sequence[Means], layouts: Sequence[Layout], like: Tensor) -> Tensor:
         """Whether a tensor is a vector, and the logarithm of its size: `[*batch, n, 2]`."""
-        told = []
+        flags, sizes = [], []
         for own, layout in zip(means, layouts, strict=True):
-            number = [float(layout.factored is None), log10(max(1, prod(layout.shape))) / 3 - 1]
-            told += [number] * own["power"].shape[like.ndim - 2]
-        return torch.tensor(told, dtype=like.dtype, device=like.device).expand(*like.shape[:-1], 2)
+            count = own["power"].shape[like.ndim - 2]
+            flags.append(like.new_full((count,), float(layout.factored is None)))
+            sizes.append(like.new_full((count,), log10(max(1, prod(layout.shape))) / 3 - 1))
+        return torch.stack([torch.cat(flags), torch.cat(sizes)], -1).expand(*like.shape[:-1], 2)
 
     def accumulate(self, e: Elements, terms: Means) -> Visit:
         """See `Rule.accumulate`: momenta and second moment."""
