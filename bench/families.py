@@ -6,7 +6,6 @@ constant and once also with a tuned choice of schedule.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from lopt.console import ARCHIVE
 from lopt.evaluate import compare
 from lopt.evaluate.baselines import Tuning, tune_baseline
 from lopt.evaluate.comparison import DEFAULT_LABEL
+from lopt.evaluate.statistics import keep_finite
 from lopt.judge import Setting, read_card
 from lopt.log import METRICS, read_metrics
 from lopt.rules import RULES, Rule
@@ -67,23 +67,26 @@ def average(losses: list[float | None]) -> float:
     return math.inf if None in losses else math.fsum(x for x in losses if x is not None) / len(losses)
 
 
-def list_rules(files: tuple[Path, ...]) -> tuple[dict[str, Rule], list[dict[str, Any]]]:
-    """The rules in the files, each with its untrained self, by label; and the tasks that the first was trained on.
+def list_rules(files: tuple[Path, ...]) -> tuple[dict[str, Rule], dict[str, dict[str, Any]]]:
+    """The rules in the files, each with its untrained self, by label; and by name the tasks that the first had.
 
     Raises:
-        click.ClickException: a file's card has no configuration, or two rules have one name.
+        click.ClickException: a file is none of a rule, its card has no configuration, or two rules have one name.
     """
     rules: dict[str, Rule] = {}
-    tasks: list[dict[str, Any]] = []
+    tasks: dict[str, dict[str, Any]] = {}
     for file in files:
         file = file / RULE if file.is_dir() else file
-        rule, card = load(file), read_card(load_card(file))
+        try:
+            rule, card = load(file), read_card(load_card(file))
+        except (OSError, ValueError) as error:
+            raise click.ClickException(f"{file} cannot be compared: {error}") from error
         if card.config is None:
             raise click.ClickException(f"{file} has no training card that tells its tasks: give a run or its rule file")
         if card.name in rules:
             raise click.ClickException(f"two rules are called {card.name!r}: train one of them with --set name=...")
         rules |= {card.name: rule, f"{card.name}, untrained": card.config.build_rule()}
-        tasks = tasks or [source.task for source in card.config.list_families()]
+        tasks = tasks or {source.name: source.task for source in card.config.list_families()}
     return rules, tasks
 
 
@@ -142,31 +145,29 @@ def families(
     console = setting.make_console()
     archive.mkdir(parents=True, exist_ok=True)
     rules, tasks = list_rules(runs)
+    names = [label for label in rules if not label.endswith(", untrained")]
     results: dict[str, Losses] = {}
-    for task in [*tasks, *({"name": name} for name in others)]:
+    for where, task in (tasks | {f"{name} (not trained on)": {"name": name} for name in others}).items():
         family = build("task", TASKS, task)
         for count in steps:
-            title = f"{family.name}, {count} steps" + ("" if task in tasks else ", not trained on")
+            title = f"{where}, {count} steps"
             console.print(title, highlight=False)
             results[title] = measure(rules, Setting(title, family, count), seeds, archive, console)
-            if file is not None:  # what is measured is not lost if the next one fails
-                file.write_text(json.dumps(results))
+            told = {label: summarize(results, label) for label in names}
+            summary = {label: {key: keep_finite(x) for key, x in found.items()} for label, found in told.items()}
+            content = {
+                "rules": {label: rule.describe() for label, rule in rules.items()},
+                "seeds": seeds,
+                "tuning": asdict(TUNING),
+                "versions": setting.list_versions(),
+                "losses": results,
+                "summary": summary,
+            }
+            setting.write_json(file, content)  # what is measured is not lost if the next one fails
     console.print(make_table(results))
-    told = {label: summarize(results, label) for label in rules if not label.endswith(", untrained")}
     for label, found in told.items():
         console.print(label, *(f"{key} {value:.3g}" for key, value in found.items()), sep=", ", highlight=False)
     if picture is not None:
         curves = {name: read_curve(read_metrics(run / METRICS)) for name, run in zip(told, runs, strict=True)}
         means = {title: {label: average(x) for label, x in own.items()} for title, own in results.items()}
         picture.write_bytes(draw_field(curves, means, CONSTANT))
-    setting.write_json(
-        file,
-        {
-            "rules": {label: rule.describe() for label, rule in rules.items()},
-            "seeds": seeds,
-            "tuning": asdict(TUNING),
-            "versions": setting.list_versions(),
-            "losses": results,
-            "summary": told,
-        },
-    )

@@ -19,7 +19,10 @@ TINY = {
     "rule": {"name": "blend"},
     "estimator": {"name": "full_es"},
     "horizon": {"steps": 4},
-    "source": [{"task": {"name": "quadratic"}}, {"task": {"name": "rosenbrock"}}],
+    "source": [
+        {"task": {"name": "quadratic", "dim": {"choose": [2, 3]}}, "buckets": 2},
+        {"task": {"name": "rosenbrock"}},
+    ],
     "trainer": {"steps": 2, "tasks": 2, "validate_every": 1, "validation_tasks": 2, "validation_steps": 5},
 }
 
@@ -35,12 +38,24 @@ def test_every_family_is_compared_and_the_picture_drawn(tmp_path: Path, monkeypa
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     labels = {"tiny", "tiny, untrained", DEFAULT_LABEL, CONSTANT, SCHEDULED}
-    assert list(found["losses"]) == ["quadratic, 5 steps", "rosenbrock, 5 steps", "rastrigin, 5 steps, not trained on"]
+    bowls = ["quadratic 1, 5 steps", "quadratic 2, 5 steps"]
+    assert list(found["losses"]) == [*bowls, "rosenbrock, 5 steps", "rastrigin (not trained on), 5 steps"]
     assert all(set(own) == labels for own in found["losses"].values())
     assert all(len(losses) == 2 for own in found["losses"].values() for losses in own.values())
-    assert found["summary"]["tiny"]["families"] == 3
+    assert found["summary"]["tiny"]["families"] == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "rosenbrock, 5 steps" in result.output
+
+
+def test_a_rule_that_diverged_does_not_cost_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"tiny": [None], "tiny, untrained": [1.0], DEFAULT_LABEL: [1.0], CONSTANT: [1.0], SCHEDULED: [1.0]}
+    monkeypatch.setattr("bench.families.measure", lambda *_: losses)
+    start_run(parse_config(TINY), tmp_path / "run").run()
+    out = tmp_path / "found.json"
+    given = [str(tmp_path / "run"), "--archive", str(tmp_path / "archive"), "--json", str(out)]
+    result = CliRunner().invoke(families, given, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["summary"]["tiny"][f"to {CONSTANT}"] is None
 
 
 def test_summary_is_made_of_means_and_a_loss_that_is_not_finite_is_the_worst() -> None:
@@ -66,6 +81,8 @@ def test_curve_is_against_the_time_of_the_outer_steps() -> None:
     assert read_curve(lines) == [(0.0, 1.0), (3.0, -1.0)]
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"rule\.safetensors"):
-        CliRunner().invoke(families, [str(tmp_path)], catch_exceptions=False)
+def test_what_cannot_be_compared_is_told_in_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(families, [str(tmp_path), "--archive", str(tmp_path / "archive")])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {tmp_path / 'rule.safetensors'} cannot be compared")
+    assert len(result.output.splitlines()) == 1
