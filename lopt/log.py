@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +65,11 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Flush and close both; an error that ends the run is told, not what a full disk then makes of the logs."""
-        for file in (self.file, self.board):
-            with nullcontext() if kind is None else suppress(OSError):
-                file.close()
+        with ExitStack() as closing:  # the second one also where the first fails
+            if kind is not None:
+                closing.enter_context(suppress(OSError))
+            for file in (self.board, self.file):
+                closing.callback(file.close)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

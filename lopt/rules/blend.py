@@ -27,6 +27,7 @@ SECOND = 0.99
 COSINES = 0.9
 TINY = 1e-18  # added to mean squares: what is below counts as 0, and derivatives stay finite there
 LARGEST = 1e12  # of gradients, so that means of their squares stay finite
+LEAST_RELATIVE = 1e-6  # second moment, of the mean one: an element that is still moves at most 1000 times as far
 SMALLEST_NORM = 1e-6  # of a step before it is brought to its size
 SMALLEST_SCALE = 0.02  # of tensors that start at 0
 PRIOR = (0.0, 0.0, 2.0, 2.0)  # of the outputs: step 1, orthogonalised by half, fast momentum, Adam's preconditioner
@@ -206,7 +207,7 @@ class Blend(Rule):
         """See `Rule.emit`: the preconditioned momentum, of any size."""
         ndim = e.layout.ndim
         m = (terms.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
-        relative = e.acc["v"] * terms.inverse + 1e-6
+        relative = e.acc["v"] * terms.inverse + LEAST_RELATIVE
         return Visit(delta=m * relative ** features.spread(terms.exponent, ndim))
 
     def finish(self, delta: Tensor, terms: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -229,6 +230,7 @@ def _expand(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Half the logarithm of the ratio of two tensors of one shape, at most 3 either way."""
     return ((above + 1e-12) / (below + 1e-12)).log().clamp(-6, 6) / 2
 
 
