@@ -14,7 +14,7 @@ from lopt.rules import State
 from lopt.slots import Slots
 from lopt.tasks import Batch
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop
+from lopt.unroll import Batches, InnerLoop
 
 PARTS = ("data", "base learner", "rule")
 
@@ -53,9 +53,9 @@ class MeteredLoop(InnerLoop):
 
     meter: Meter = field(default_factory=Meter)
 
-    def batch(self, slots: Slots, split: str = "train") -> Batch:
-        """See `InnerLoop.batch`."""
-        return self.meter.time("data", lambda: super(MeteredLoop, self).batch(slots, split))
+    def batches(self, slots: Slots, count: int) -> list[Batches]:
+        """See `InnerLoop.batches`."""
+        return self.meter.time("data", lambda: super(MeteredLoop, self).batches(slots, count))
 
     def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `InnerLoop.evaluate`."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Params = dict[str, Tensor]
 
@@ -141,3 +142,8 @@ def stack_trees(tensors: Iterable[Mapping[str, Tensor]]) -> Params:
     """A dict of `[T, ...]` tensors from T dicts of equal keys and shapes."""
     items = list(tensors)
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def is_traced() -> bool:
+    """Whether operations are recorded for a compiler, which fuses them: then few temporaries matter, not few calls."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None

@@ -28,6 +28,12 @@ Stride = Callable[["InnerLoop", "Slots", Params, int], "tuple[Slots, Tensor]"]
 Horizon = Callable[[Tensor], Tensor]
 """Draws the horizons `[T]` int64 of new tasks from seeds `[T]`."""
 
+Batches = dict[str, Batch]
+"""The batches of one step, by split."""
+
+DRAWN_NUMBERS = 2**21
+"""Batches of later steps are drawn at once as long as they have fewer numbers, those of the tasks included."""
+
 
 @dataclass(frozen=True)
 class InnerLoop:
@@ -93,13 +99,32 @@ class InnerLoop:
 
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that belong to the slots' present steps."""
-        first = slice(None, None, self.members)
-        task = {key: x[first] for key, x in slots.task.items()}
-        seeds = derive_seeds(self.seed, "batch", slots.ids[first], slots.episode[first], slots.step[first])
-        batch = self.family.batch(task, seeds, split)
-        if self.members == 1:
-            return batch
-        return {key: x.repeat_interleave(self.members, 0) for key, x in batch.items()}
+        return self._draw_batches(slots, split, 0, 1)[0]
+
+    def batches(self, slots: Slots, count: int) -> list[Batches]:
+        """The batches of the slots' next steps: of `count` of them, or of as many as are well drawn at once."""
+        splits = dict.fromkeys(("train", self.meta_split))
+        drawn = {split: self._draw_batches(slots, split, 1, 1) for split in splits}
+        size = sum(x.numel() for own in (slots.task, *(parts[0] for parts in drawn.values())) for x in own.values())
+        more = min(count, DRAWN_NUMBERS // max(1, size)) - 1
+        if more > 0:
+            drawn = {split: parts + self._draw_batches(slots, split, 2, more) for split, parts in drawn.items()}
+        return [dict(zip(drawn, parts, strict=True)) for parts in zip(*drawn.values(), strict=True)]
+
+    def _draw_batches(self, slots: Slots, split: str, first: int, count: int) -> list[Batch]:
+        """The batches of `count` steps, the first of them `first` steps from now."""
+        owners = slice(None, None, self.members)
+        size = len(slots.ids[owners])
+        steps = slots.step[owners] + torch.arange(first, first + count, device=slots.ids.device)[:, None]
+        seeds = derive_seeds(self.seed, "batch", slots.ids[owners], slots.episode[owners], steps).flatten()
+        task = {key: x[owners].repeat(count, *[1] * (x.ndim - 1)) for key, x in slots.task.items()}
+        drawn = self.family.batch(task, seeds, split)
+
+        def pick(x: Tensor, i: int) -> Tensor:
+            own = x[i * size : (i + 1) * size]
+            return own if self.members == 1 else own.repeat_interleave(self.members, 0)
+
+        return [{key: pick(x, i) for key, x in drawn.items()} for i in range(count)]
 
     # -- starting tasks ----------------------------------------------------------------------------
 
@@ -198,14 +223,22 @@ class InnerLoop:
         follows = draw_uniform(seeds, 1) < self.follow
         return torch.where(follows, target, params), state, distance
 
-    def step(self, slots: Slots, weights: Params | None = None) -> tuple[Slots, Tensor, Tensor]:
+    def step(
+        self, slots: Slots, weights: Params | None = None, batches: Batches | None = None
+    ) -> tuple[Slots, Tensor, Tensor]:
         """One step of every slot, no restarts.
 
         Args:
             weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
+            batches: of the step, from `batches`; by default they are drawn here.
         Returns:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
+        batches = batches or self.batches(slots, 1)[0]
+        return self.advance(slots, weights, batches)
+
+    def advance(self, slots: Slots, weights: Params | None, batches: Batches) -> tuple[Slots, Tensor, Tensor]:
+        """See `step`: all of it but the draws."""
         seen = self._attach(slots) if self.order == 2 else slots
         task, grad = self.family.deliver(seen.task, seen.grad, seen.step)
         seen = seen._replace(task=task, grad=grad)
@@ -214,12 +247,12 @@ class InnerLoop:
         if self.teacher is not None:
             params, teacher_state, imitation = self._imitate(seen, params)
         slots = slots._replace(step=slots.step + 1, task=task, params=params, state=state, teacher_state=teacher_state)
-        value, grad = self.evaluate(params, self.batch(slots))
+        value, grad = self.evaluate(params, batches["train"])
         slots = slots._replace(loss=value, grad=grad)
         if self.order == 2:
-            return slots, self._losses(params, self.batch(slots, self.meta_split)), imitation
+            return slots, self._losses(params, batches[self.meta_split]), imitation
         if self.meta_split != "train":
-            value, grad = self.evaluate(params, self.batch(slots, self.meta_split))
+            value, grad = self.evaluate(params, batches[self.meta_split])
         if not torch.is_grad_enabled():
             return slots, value, imitation
         # The linear surrogate has the loss's value and its first-order meta-gradient, and keeps no graph of the
@@ -245,10 +278,11 @@ class InnerLoop:
             slots, losses = self.stride(self, slots, weights, count)
             imitation = torch.zeros_like(losses)
         else:
-            made = []
-            for _ in range(count):
-                slots, *values = self.step(slots, weights)
-                made.append(values)
+            made: list[list[Tensor]] = []
+            while len(made) < count:
+                for batches in self.batches(slots, count - len(made)):
+                    slots, *values = self.step(slots, weights, batches)
+                    made.append(values)
             losses, imitation = map(torch.stack, zip(*made, strict=True))
         values = [losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished)]
         return slots, Window._make([*values, detach_slots(slots)])

@@ -17,6 +17,7 @@ LAYERS = [
     {"lopt.rules", "lopt.tasks", "lopt.samplers"},
     {"lopt.slots"},
     {"lopt.unroll", "lopt.horizons", "lopt.checkpoint", "lopt.importer", "lopt.probes"} | APPLICATION,
+    {"lopt.compilation"},
     {"lopt.estimators", "lopt.meter", "lopt.chunks", "lopt.buckets", "lopt.options", "lopt.log"},
     {"lopt.config", "lopt.evaluate", "lopt.engine", "lopt.sources", "lopt.metaweights"},
     {"lopt.fused", "lopt.validation", "lopt.planner", "lopt.outer", "lopt.merging", "lopt.trials"},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lopt.estimators.objectives import check_objective, find_baseline, find_fini
 from lopt.rules import Rule
 from lopt.slots import Slots, Window, join_slots, select_slots
 from lopt.tasks.base import TaskFamily, check_split
-from lopt.unroll import InnerLoop
+from lopt.unroll import InnerLoop, compile_rule
 
 Kind = TypeVar("Kind", bound="Backprop")
 
@@ -64,6 +65,14 @@ class Backprop(Estimator):
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
         self._set_guidance(teacher, imitation, follow)
+
+    _compiled: tuple[Rule, Callable[..., Any]] | None = None
+
+    def _compile(self, rule: Rule) -> Callable[..., Any]:
+        """`compile_rule(rule)`, compiled once."""
+        if self._compiled is None or self._compiled[0] is not rule:
+            self._compiled = (rule, compile_rule(rule))
+        return self._compiled[1]
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The inner loop with this estimator's settings."""

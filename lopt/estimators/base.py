@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lopt.rules import Rule
 from lopt.tensors import Params
-from lopt.unroll import InnerLoop, compile_rule
+from lopt.unroll import InnerLoop
 
 Carry = Any
 """What goes on from one estimate to the next: a tuple (of tuples, dicts, ...) of tensors, `Slots` or more."""
@@ -47,13 +46,6 @@ class Estimator(ABC):
 
     name: ClassVar[str]
     teacher: Rule | None = None
-    _compiled: tuple[Rule, Callable[..., Any]] | None = None
-
-    def _compile(self, rule: Rule) -> Callable[..., Any]:
-        """`compile_rule(rule)`, compiled once."""
-        if self._compiled is None or self._compiled[0] is not rule:
-            self._compiled = (rule, compile_rule(rule))
-        return self._compiled[1]
 
     def to(self: Kind, device: torch.device | str) -> Kind:
         """Move the tensors that the estimator holds (not carries) to `device`; the estimator itself comes back."""

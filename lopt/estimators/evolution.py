@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt.compilation import CompiledStride
 from lopt.estimators.base import Estimate, Estimator
 from lopt.estimators.objectives import (
     OBJECTIVES,
@@ -65,7 +66,8 @@ class Evolution(Estimator):
         task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
         teacher: rule to imitate; `imitation` weighs its loss, clamped like others, and `follow` is the share of tasks
             of which both members take its steps.
-        compile: run the rule's update through `torch.compile`, once for each size of chunks (at most two).
+        compile: make steps, the rule's and the base learner's part, by compiled code. It is made once for each size of
+            chunks (at most two), which takes some ten seconds. Not with a teacher, and where the loop has a stride.
 
     Attributes:
         signs: of the perturbation, for each member that is run.
@@ -105,7 +107,8 @@ class Evolution(Estimator):
         self.num_steps, self.sigma, self.task_chunk = num_steps, sigma, task_chunk
         self.objective = check_objective(objective, self.objectives)
         self.objective_split = check_split(objective_split)
-        self.normalize, self.loss_clamp, self.compile = normalize, loss_clamp, compile
+        self.normalize, self.loss_clamp = normalize, loss_clamp
+        self.stride = CompiledStride() if compile else None
         self._set_guidance(teacher, imitation, follow)
 
     # -- what tells the estimators apart -------------------------------------------------------------------------------
@@ -125,13 +128,12 @@ class Evolution(Estimator):
         """The inner loop with this estimator's settings."""
         if self.objective == "baseline":
             find_baseline(loop.family)  # a family without one is refused before anything runs
-        update = self._compile(loop.rule) if self.compile else None
         return replace(
             loop,
             teacher=self.teacher,
             follow=self.follow * loop.guidance,
             meta_split=self.objective_split,
-            update=update,
+            stride=loop.stride or self.stride,
         )
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:

@@ -24,7 +24,7 @@ class FullES(Evolution):
     Args:
         num_steps: length of the runs; 0 (default) takes each task's horizon.
         objective: also "min", the lowest loss of the run.
-        sigma, objective_split, normalize, loss_clamp, task_chunk, teacher, imitation, follow: see `Evolution`.
+        sigma, objective_split, normalize, loss_clamp, task_chunk, compile, teacher, imitation, follow: see `Evolution`.
     """
 
     name = "full_es"
@@ -41,13 +41,14 @@ class FullES(Evolution):
         normalize: bool = False,
         loss_clamp: float = 10.0,
         task_chunk: int | None = None,
+        compile: bool = False,
         teacher: Rule | None = None,
         imitation: float = 0.0,
         follow: float = 0.0,
     ) -> None:
         options: dict[str, Any] = {"teacher": teacher, "imitation": imitation, "follow": follow}
         super().__init__(
-            num_steps or 1, sigma, objective, objective_split, normalize, loss_clamp, task_chunk, **options
+            num_steps or 1, sigma, objective, objective_split, normalize, loss_clamp, task_chunk, compile, **options
         )
         self.num_steps = num_steps
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lopt.rules import features
 from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
 from lopt.rules.layout import Layout
-from lopt.tensors import make_generator
+from lopt.tensors import is_traced, make_generator
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MAX_LAYERS = 8
@@ -189,6 +189,8 @@ def _multiply(weight: Tensor, x: Tensor) -> Tensor:
 
 def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """`base + weight @ x`."""
+    if is_traced():  # the sum is fused with what follows
+        return base + _multiply(weight, x)
     if weight.ndim == 2 and x.ndim == 2:
         return torch.addmm(base, weight, x)
     if x.ndim == 3:  # also with shared weights, which `matmul` would transpose all of x for

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lopt.rules.base import Accumulators, Elements, Sum
 from lopt.rules.layout import Layout
+from lopt.tensors import is_traced
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 TIME_NAMES = tuple(f"tanh(t/{scale:g} - 1)" for scale in TIME_SCALES)
@@ -36,7 +37,7 @@ Piece = Tensor | tuple[Tensor, Tensor]
 
 def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
     """All groups one after the other, `[*batch, features, *shape]`, of a parameter p `[*batch, *shape]`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or is_traced():
         return torch.cat([piece if isinstance(piece, Tensor) else piece[0] * piece[1] for piece in pieces], -ndim - 1)
     # Without gradients products are written where they belong, which saves a copy of everything.
     factors = [(piece,) if isinstance(piece, Tensor) else piece for piece in pieces]

@@ -157,7 +157,7 @@ def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> 
 
 def _build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` first asks all kinds of devices
         return build()
 
 

@@ -1,0 +1,157 @@
+"""Compiled steps of populations: what is compiled is what plain steps do, whatever rule and family, and stays so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from task_cases import FAMILIES
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import lopt.compilation
+from lopt.compilation import CompiledStride, Scan
+from lopt.estimators import ESTIMATORS, Estimate
+from lopt.rules import RULES, Rule
+from lopt.tasks import TASKS, TaskFamily
+from lopt.tasks.transforms import StaleGradients
+from lopt.unroll import InnerLoop
+
+TOLERANCE = 1e-3
+"""Of meta-gradients: the difference of a pair's losses is about sigma of a loss."""
+
+
+def draw_horizons(seeds: Tensor) -> Tensor:
+    return 2 + seeds % 7
+
+
+def run(rule: Rule, family: TaskFamily, compiled: bool, name: str = "pes", **options: Any) -> list[Estimate]:
+    """Estimates on windows that cross restarts, with meta-weights that change in between."""
+    rule = RULES[rule.name](**rule.config).requires_grad_(True)
+    for frozen, weight in rule.named_parameters():
+        weight.requires_grad_(not frozen.startswith(options.get("freeze", "nothing")))
+    options.pop("freeze", None)
+    estimator = ESTIMATORS[name](sigma=0.05, compile=compiled, **options)
+    loop = InnerLoop(rule, family, 5, draw_horizons)
+    carry = estimator.start(loop, torch.arange(3))
+    found = []
+    for _ in range(3):
+        found.append(estimator.estimate(loop, carry))
+        carry = found[-1].carry
+        with torch.no_grad():
+            for weight in rule.parameters():  # the frozen ones, too
+                weight -= 1e-3 * weight.sign()
+    return found
+
+
+def assert_near(found: list[Estimate], expected: list[Estimate]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        for name, gradient in b.gradient.items():
+            assert (a.gradient[name] - gradient).norm() <= TOLERANCE * gradient.norm()
+        for x, y in zip(tree_leaves(a.carry), tree_leaves(b.carry), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps are recorded, and done as they were recorded; the list tells of every recording how many operations."""
+    sizes = []
+
+    def keep(graph: torch.fx.GraphModule, leaves: list[Tensor], **options: Any) -> torch.fx.GraphModule:
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(lopt.compilation, "standalone_compile", keep)
+    return sizes
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_steps_of_every_rule_can_be_recorded(name: str, traced: list[int]) -> None:
+    rule, family = RULES[name](), TASKS["mlp"](width=3, batch_size=4)
+    found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
+    assert len(traced) == 1
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_steps_on_every_family_can_be_recorded(name: str, traced: list[int]) -> None:
+    rule, family = RULES["momentum"](lr=0.01), FAMILIES[name]()
+    found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
+    assert len(traced) == 1
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pes", {"num_steps": 6, "objective_split": "inner_valid", "task_chunk": 2}),
+        ("nres", {"num_steps": 6, "freeze": "w"}),
+        ("es_single", {"num_steps": 3}),
+        ("es", {"num_steps": 3}),
+        ("full_es", {"task_chunk": 3}),
+    ],
+)
+def test_estimates_by_recorded_steps_are_those_of_plain_ones(
+    name: str, options: dict[str, Any], traced: list[int]
+) -> None:
+    family = StaleGradients(TASKS["mlp"](width=2, batch_size=4))
+    rule = RULES["small_fc"](hidden=2, step_mult=0.1)
+    found, expected = (run(rule, family, compiled, name, **options) for compiled in (True, False))
+    assert len(traced) == (2 if "task_chunk" in options and options["task_chunk"] < 3 else 1)
+    assert_near(found, expected)
+
+
+def test_tasks_that_follow_a_teacher_are_not_compiled(traced: list[int]) -> None:
+    options = {"num_steps": 4, "teacher": RULES["adam"](), "imitation": 1.0}
+    found, expected = (
+        run(RULES["momentum"](), TASKS["quadratic"](), compiled, **options) for compiled in (True, False)
+    )
+    assert not traced
+    assert_near(found, expected)
+
+
+def test_a_scan_takes_what_is_there_twice_for_two_and_hands_back_what_it_does_not_change(traced: list[int]) -> None:
+    def step(carry: dict[str, Tensor], factor: Tensor, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {"sum": carry["sum"] + factor * x, "name": carry["name"]}, carry["sum"] - carry["name"]
+
+    one = torch.ones(2)
+    scan = Scan(step, {"sum": one, "name": one}, one, one)
+    carry, results = scan({"sum": one, "name": 3 * one}, 2 * one, [one, 5 * one])
+    assert carry["sum"].tolist() == [13, 13]
+    assert carry["name"].tolist() == [3, 3]
+    assert [x.tolist() for x in results] == [[-2, -2], [0, 0]]
+
+
+def test_compiled_steps_are_plain_steps() -> None:
+    rule, family = RULES["momentum"](lr=0.01), TASKS["quadratic"]()
+    found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
+    assert_near(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_compiled_steps_of_every_rule_are_plain_steps(name: str) -> None:
+    rule, family = RULES[name](), TASKS["mlp"](width=3, batch_size=4)
+    found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
+    assert_near(found, expected)
+
+
+def test_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **options: Any) -> None:
+        raise RuntimeError("no C++ compiler\nmore")
+
+    monkeypatch.setattr(lopt.compilation, "standalone_compile", fail)
+    with pytest.raises(ValueError, match=r"cannot be compiled .*RuntimeError: no C\+\+ compiler\).*compile = false"):
+        run(RULES["momentum"](), TASKS["quadratic"](), compiled=True, num_steps=2)
+
+
+def test_a_stride_compiles_once_for_each_kind_of_slots(traced: list[int]) -> None:
+    stride, rule = CompiledStride(), RULES["momentum"]()
+    loops = [InnerLoop(rule, TASKS["mlp"](width=width), 0, stride=stride) for width in (2, 3)]
+    for loop in (*loops, *loops):
+        slots = loop.start(torch.arange(2))
+        weights = {name: w.detach().expand(2, *w.shape) for name, w in rule.named_parameters()}
+        with torch.no_grad():
+            stride(loop, slots, weights, 3)
+    assert len(traced) == 2
