@@ -80,7 +80,7 @@ class Scan:
             carry, result = step(*tree_unflatten(leaves, structure))
             after = tree_leaves(carry)
             self._moving = [i for i, x in enumerate(after) if x is not leaves[i]]
-            return [*(after[i] for i in self._moving), result]
+            return [*(after[i].contiguous() for i in self._moving), result]
 
         with torch.no_grad():
             graph = make_fx(run)(*leaves)
