@@ -6,6 +6,7 @@ tensors, the backward pass and all, is compiled.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -80,13 +81,14 @@ class Scan:
             carry, result = step(*tree_unflatten(leaves, structure))
             after = tree_leaves(carry)
             self._moving = [i for i, x in enumerate(after) if x is not leaves[i]]
-            return [*(after[i].contiguous() for i in self._moving), result]
+            return [*(after[i] for i in self._moving), result]
 
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
             graph = make_fx(run)(*leaves)
             host = all(x.device.type == "cpu" for x in leaves)
             options = {key: x for key, x in (OPTIONS | (HOST_OPTIONS if host else {})).items() if key in list_options()}
             try:
+                warnings.simplefilter("ignore")  # inductor warns of itself
                 # With shapes of its own it is found in torch's cache where an earlier process compiled it.
                 self._graph = standalone_compile(
                     graph, leaves, dynamic_shapes="from_example_inputs", options={"config_patches": options}
@@ -108,6 +110,6 @@ class Scan:
         for each in inputs:
             *moved, result = self._graph(*now, *fixed, *(x.contiguous() for x in tree_leaves(each)))
             for i, x in zip(self._moving, moved, strict=True):
-                now[i] = x
+                now[i] = x.contiguous()  # it may be part of a larger tensor
             results.append(result)
         return tree_unflatten(now, structure), results

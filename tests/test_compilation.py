@@ -67,7 +67,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         def replay(*args: Tensor) -> list[Tensor]:
             assert [x.stride() for x in args] == [x.stride() for x in leaves]  # what compiled code asks for
-            return graph(*args)
+            return [torch.stack([x, x], -1)[..., 0] for x in graph(*args)]  # it may hand out parts of larger tensors
 
         return replay
 
