@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import list_options, standalone_compile
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from lopt.slots import Slots
 from lopt.tensors import Params
@@ -48,7 +48,7 @@ class CompiledStride:
         while len(losses) < count:
             batches = loop.batches(slots, count - len(losses))
             kinds = tuple((x.shape, x.dtype, x.device) for x in tree_leaves((slots, weights, batches[0])))
-            key = (loop.rule, loop.family, loop.meta_split, kinds)
+            key = (loop.rule, loop.family, loop.meta_split, torch.get_num_threads(), kinds)
             if key not in self._known:
 
                 def step(slots: Slots, weights: Params, batches: Batches) -> tuple[Slots, Tensor]:
@@ -68,36 +68,39 @@ class Scan:
             and all else that it reads is constant from now on.
         examples: a carry, constants and an input; those of calls have the same structure, shapes, dtypes and devices.
     Raises:
-        ValueError: this machine cannot compile it.
+        ValueError: the step asks for values of tensors, or this machine cannot compile it.
     """
 
     def __init__(self, step: Callable[..., tuple[Any, Tensor]], *examples: Any) -> None:
         leaves, structure = tree_flatten(examples)
+        carry_structure = tree_structure(examples[0])
         # Copies, as the same tensor may be there twice, and the compiled code takes these strides for granted.
         leaves = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves]
         self._moving: list[int] = []  # leaves of the carry that a step changes
 
         def run(*leaves: Tensor) -> list[Tensor]:
             carry, result = step(*tree_unflatten(leaves, structure))
-            after = tree_leaves(carry)
+            after, structure_after = tree_flatten(carry)
+            if structure_after != carry_structure:
+                raise TypeError(f"the carry changes from {carry_structure} to {structure_after}")
             self._moving = [i for i, x in enumerate(after) if x is not leaves[i]]
             return [*(after[i] for i in self._moving), result]
 
         with torch.no_grad(), warnings.catch_warnings():
-            graph = make_fx(run)(*leaves)
-            host = all(x.device.type == "cpu" for x in leaves)
-            options = {key: x for key, x in (OPTIONS | (HOST_OPTIONS if host else {})).items() if key in list_options()}
+            warnings.simplefilter("ignore")  # torch warns of its own parts
             try:
-                warnings.simplefilter("ignore")  # inductor warns of itself
-                # With shapes of its own it is found in torch's cache where an earlier process compiled it.
-                self._graph = standalone_compile(
-                    graph, leaves, dynamic_shapes="from_example_inputs", options={"config_patches": options}
-                )
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                graph = make_fx(run)(*leaves)
+            except RuntimeError as error:
                 raise ValueError(
-                    f"the steps of meta-training cannot be compiled on this machine ({reason}); "
-                    "install a C++ compiler such as g++, or set compile = false"
+                    f"the steps of meta-training cannot be compiled: rule or task asks for values of tensors "
+                    f"({_find_reason(error)}); set compile = false"
+                ) from error
+            try:
+                self._graph = _compile(graph, leaves)
+            except Exception as error:
+                raise ValueError(
+                    f"the steps of meta-training cannot be compiled on this machine ({_find_reason(error)}); "
+                    "install a C++ compiler and Python's headers, such as g++ and python3-dev, or set compile = false"
                 ) from error
 
     @torch.no_grad()
@@ -113,3 +116,21 @@ class Scan:
                 now[i] = x.contiguous()  # it may be part of a larger tensor
             results.append(result)
         return tree_unflatten(now, structure), results
+
+
+def _compile(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
+    """The graph in compiled form, from torch's cache where an earlier process left it."""
+    from torch._inductor import list_options, standalone_compile  # seconds, for those who compile only
+
+    host = all(x.device.type == "cpu" for x in leaves)
+    wanted = OPTIONS | ({**HOST_OPTIONS, "cpp.threads": torch.get_num_threads()} if host else {})
+    options = {key: value for key, value in wanted.items() if key in list_options()}
+    # Only graphs with shapes of their own go to the cache.
+    return standalone_compile(graph, leaves, dynamic_shapes="from_example_inputs", options={"config_patches": options})
+
+
+def _find_reason(error: Exception) -> str:
+    """The line of an error's message that says most, and what kind of error it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if "error:" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {told}"

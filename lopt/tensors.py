@@ -61,7 +61,8 @@ _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 Words = Any
-"""int64 with wrap-around: a tensor, or numpy's array, whose small operations take a fifth of the time on a CPU."""
+"""int64 with wrap-around: a tensor, or numpy's array, whose small operations take a fifth of the time on a CPU, but of
+which a compiler sees nothing."""
 
 
 def _shift_right(x: Words, bits: int) -> Words:
@@ -78,7 +79,7 @@ def _mix(x: Words) -> Words:
 
 def _to_words(x: Tensor) -> Words:
     """For arithmetic outside of graphs; an array has a dimension at least, as numpy's numbers do not wrap silently."""
-    return np.atleast_1d(x.numpy()) if x.device.type == "cpu" else x
+    return np.atleast_1d(x.numpy()) if x.device.type == "cpu" and not is_traced() else x
 
 
 def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
@@ -98,7 +99,7 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
 def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
     """Independent seeds for every counter: int64, broadcast."""
     tensors = [seeds, *(torch.as_tensor(counter, dtype=torch.int64) for counter in counters)]
-    on_host = all(x.device.type == "cpu" for x in tensors)
+    on_host = all(x.device.type == "cpu" for x in tensors) and not is_traced()
     key, *words = map(_to_words, tensors) if on_host else tensors
     for word in words:
         key = _mix(key + _GOLDEN * (word + 1))

@@ -117,7 +117,9 @@ class InnerLoop:
         size = len(slots.ids[owners])
         steps = slots.step[owners] + torch.arange(first, first + count, device=slots.ids.device)[:, None]
         seeds = derive_seeds(self.seed, "batch", slots.ids[owners], slots.episode[owners], steps).flatten()
-        task = {key: x[owners].repeat(count, *[1] * (x.ndim - 1)) for key, x in slots.task.items()}
+        task = {key: x[owners] for key, x in slots.task.items()}
+        if count > 1:
+            task = {key: x.repeat(count, *[1] * (x.ndim - 1)) for key, x in task.items()}
         drawn = self.family.batch(task, seeds, split)
 
         def pick(x: Tensor, i: int) -> Tensor:
@@ -280,7 +282,8 @@ class InnerLoop:
         else:
             made: list[list[Tensor]] = []
             while len(made) < count:
-                for batches in self.batches(slots, count - len(made)):
+                ahead = 1 if torch.is_grad_enabled() else count - len(made)  # backpropagation is short of memory
+                for batches in self.batches(slots, ahead):
                     slots, *values = self.step(slots, weights, batches)
                     made.append(values)
             losses, imitation = map(torch.stack, zip(*made, strict=True))

@@ -8,14 +8,15 @@ import pytest
 import torch
 from task_cases import FAMILIES
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-import lopt.compilation
+import lopt.unroll
 from lopt.compilation import CompiledStride, Scan
 from lopt.estimators import ESTIMATORS, Estimate
 from lopt.rules import RULES, Rule
 from lopt.tasks import TASKS, TaskFamily
-from lopt.tasks.transforms import StaleGradients
+from lopt.tasks.transforms import StaleGradients, Transform
+from lopt.tensors import derive_seeds, draw_uniform
 from lopt.unroll import InnerLoop
 
 TOLERANCE = 1e-3
@@ -71,7 +72,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(lopt.compilation, "standalone_compile", keep)
+    monkeypatch.setattr("torch._inductor.standalone_compile", keep)
     return sizes
 
 
@@ -111,13 +112,39 @@ def test_estimates_by_recorded_steps_are_those_of_plain_ones(
     assert_near(found, expected)
 
 
-def test_tasks_that_follow_a_teacher_are_not_compiled(traced: list[int]) -> None:
-    options = {"num_steps": 4, "teacher": RULES["adam"](), "imitation": 1.0}
-    found, expected = (
-        run(RULES["momentum"](), TASKS["quadratic"](), compiled, **options) for compiled in (True, False)
-    )
-    assert not traced
+def test_guided_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"teacher.*compile = false"):
+        ESTIMATORS["pes"](compile=True, teacher=RULES["adam"](), imitation=1.0)
+
+
+class DroppedGradients(Transform):
+    """The rule sees half of every gradient, another one at each step."""
+
+    name = key = "dropped_gradients"
+
+    def __init__(self, family: TaskFamily) -> None:
+        super().__init__(family)
+
+    def deliver(self, tasks: dict[str, Tensor], grads: Tensor, steps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return tasks, grads * (draw_uniform(derive_seeds(0, "drop", steps), grads.shape[1]) < 0.5)
+
+
+def test_draws_within_a_step_go_on(traced: list[int]) -> None:
+    rule, family = RULES["momentum"](lr=0.01), DroppedGradients(TASKS["quadratic"]())
+    found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
+    assert len(traced) == 1
     assert_near(found, expected)
+
+
+@pytest.mark.parametrize("numbers", [0, 3 * 3 * 4 * 65])
+def test_batches_may_be_drawn_in_any_blocks(numbers: int, traced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, family = RULES["momentum"](lr=0.01), TASKS["mlp"](width=3, batch_size=4)
+    expected = run(rule, family, compiled=False, num_steps=6)
+    monkeypatch.setattr(lopt.unroll, "DRAWN_NUMBERS", numbers)
+    for compiled in (True, False):
+        found = run(rule, family, compiled, num_steps=6)
+        for a, b in zip(found, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(tree_leaves(a[::2]), tree_leaves(b[::2]), strict=True))
 
 
 def test_a_scan_takes_what_is_there_twice_for_two_and_hands_back_what_it_does_not_change(traced: list[int]) -> None:
@@ -146,13 +173,51 @@ def test_compiled_steps_of_every_rule_are_plain_steps(name: str) -> None:
     assert_near(found, expected, 1e-2)  # steps of celo are so small that pairs differ in the losses' last bits
 
 
-def test_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("no compiler\nmore", "no compiler"),
+        ("failed\n a.cpp: error: no Python.h", "a.cpp: error: no Python.h"),
+        ("", ""),
+    ],
+)
+def test_machine_that_cannot_compile_is_told_so(message: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **options: Any) -> None:
-        raise RuntimeError("no C++ compiler\nmore")
+        raise RuntimeError(message)
 
-    monkeypatch.setattr(lopt.compilation, "standalone_compile", fail)
-    with pytest.raises(ValueError, match=r"cannot be compiled .*RuntimeError: no C\+\+ compiler\).*compile = false"):
+    monkeypatch.setattr("torch._inductor.standalone_compile", fail)
+    with pytest.raises(ValueError, match=rf"cannot be compiled .*\(RuntimeError: {told}\).*compile = false"):
         run(RULES["momentum"](), TASKS["quadratic"](), compiled=True, num_steps=2)
+
+
+def test_a_step_that_asks_for_values_is_told_so(traced: list[int]) -> None:
+    def step(carry: Tensor, _: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return carry + float(x), carry
+
+    with pytest.raises(ValueError, match=r"asks for values of tensors.*compile = false"):
+        Scan(step, torch.ones(1), torch.ones(1), torch.ones(1))
+
+
+def test_a_carry_must_keep_its_structure(traced: list[int]) -> None:
+    def step(carry: dict[str, Tensor], _: Tensor, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {"b": carry["b"], "a": carry["a"]}, x
+
+    with pytest.raises(TypeError, match="the carry changes"):
+        Scan(step, {"a": torch.ones(1), "b": torch.ones(1)}, torch.ones(1), torch.ones(1))
+
+
+def test_compiled_windows_resume_bitwise_and_drop_what_diverges() -> None:
+    rule, family = RULES["sgd"](lr=40.0), TASKS["quadratic"]()
+    loop = InnerLoop(rule, family, 5, lambda seeds: torch.full_like(seeds, 60))
+    first = ESTIMATORS["pes"](num_steps=40, compile=True)
+    carry = first.estimate(loop, first.start(loop, torch.arange(3))).carry
+    copy = tree_map(torch.clone, carry)
+    ours, theirs = (
+        e.estimate(loop, c) for e, c in ((first, carry), (ESTIMATORS["pes"](num_steps=40, compile=True), copy))
+    )
+    assert ours.metrics["skipped_slots"] > 0
+    assert all(x.isfinite().all() for x in ours.gradient.values())
+    assert all(torch.equal(x, y) for x, y in zip(tree_leaves(ours[::2]), tree_leaves(theirs[::2]), strict=True))
 
 
 def test_a_stride_compiles_once_for_each_kind_of_slots(traced: list[int]) -> None:

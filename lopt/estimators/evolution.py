@@ -67,7 +67,8 @@ class Evolution(Estimator):
         teacher: rule to imitate; `imitation` weighs its loss, clamped like others, and `follow` is the share of tasks
             of which both members take its steps.
         compile: make steps, the rule's and the base learner's part, by compiled code. It is made once for each size of
-            chunks (at most two), which takes some ten seconds. Not with a teacher, and where the loop has a stride.
+            chunks (at most two), which takes some ten seconds. Not with a teacher; and not where the loop has a stride
+            of its own, as on a GPU with kernels.
 
     Attributes:
         signs: of the perturbation, for each member that is run.
@@ -109,6 +110,8 @@ class Evolution(Estimator):
         self.objective_split = check_split(objective_split)
         self.normalize, self.loss_clamp = normalize, loss_clamp
         self.stride = CompiledStride() if compile else None
+        if compile and teacher is not None:
+            raise ValueError("steps that a teacher guides cannot be compiled: set compile = false")
         self._set_guidance(teacher, imitation, follow)
 
     # -- what tells the estimators apart -------------------------------------------------------------------------------

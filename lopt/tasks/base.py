@@ -66,7 +66,8 @@ class TaskFamily(ABC):
         """The mini-batches of T tasks.
 
         Args:
-            tasks: tensors `[T, ...]`.
+            tasks: tensors `[T, ...]`; what `deliver` remembers there is not read, as batches of later steps are drawn
+                before it changes.
             seeds: int64 `[T]`; equal seeds give equal batches.
             split: one of `SPLITS`.
         Returns:
