@@ -208,7 +208,9 @@ def meta(
                 with warnings.catch_warnings():
                     warnings.filterwarnings("error", message=NOT_CAPTURED)  # plain steps under another name
                     results[f"{way}, {count} tasks"] = measure(loop, made, count, repeats, device)
-            except (RuntimeError, ValueError, NotImplementedError, UserWarning) as error:
+            except ValueError as error:  # such as a machine without a compiler
+                raise click.ClickException(str(error)) from error
+            except (RuntimeError, NotImplementedError, UserWarning) as error:
                 if device.type == "cpu":
                     raise
                 message = f"meta-training does not run on {device}: {setting.write_error(error)}"

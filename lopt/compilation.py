@@ -52,7 +52,7 @@ class CompiledStride:
             if key not in self._known:
 
                 def step(slots: Slots, weights: Params, batches: Batches) -> tuple[Slots, Tensor]:
-                    return loop.advance(slots, weights, batches)[:2]
+                    return loop.step(slots, weights, batches)[:2]
 
                 self._known[key] = Scan(step, slots, weights, batches[0])
             slots, made = self._known[key](slots, weights, batches)

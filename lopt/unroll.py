@@ -237,10 +237,6 @@ class InnerLoop:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
         batches = batches or self.batches(slots, 1)[0]
-        return self.advance(slots, weights, batches)
-
-    def advance(self, slots: Slots, weights: Params | None, batches: Batches) -> tuple[Slots, Tensor, Tensor]:
-        """See `step`: all of it but the draws."""
         seen = self._attach(slots) if self.order == 2 else slots
         task, grad = self.family.deliver(seen.task, seen.grad, seen.step)
         seen = seen._replace(task=task, grad=grad)

@@ -27,12 +27,13 @@ def draw_horizons(seeds: Tensor) -> Tensor:
     return 2 + seeds % 7
 
 
-def run(rule: Rule, family: TaskFamily, compiled: bool, name: str = "pes", **options: Any) -> list[Estimate]:
+def run(
+    rule: Rule, family: TaskFamily, compiled: bool, name: str = "pes", freeze: str = "nothing", **options: Any
+) -> list[Estimate]:
     """Estimates on windows that cross restarts, with meta-weights that change in between."""
-    rule = RULES[rule.name](**rule.config).requires_grad_(True)
-    for frozen, weight in rule.named_parameters():
-        weight.requires_grad_(not frozen.startswith(options.get("freeze", "nothing")))
-    options.pop("freeze", None)
+    rule = RULES[rule.name](**rule.config)
+    for key, weight in rule.named_parameters():
+        weight.requires_grad_(not key.startswith(freeze))
     estimator = ESTIMATORS[name](sigma=0.05, compile=compiled, **options)
     loop = InnerLoop(rule, family, 5, draw_horizons)
     carry = estimator.start(loop, torch.arange(3))

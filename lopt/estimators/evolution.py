@@ -75,6 +75,7 @@ class Evolution(Estimator):
         kept: how many slots of a pair go on from window to window: all members, or (1) the last one only.
         persistent: losses count for the sum of the perturbations since the task began.
         staggered: slots start in different phases, so that one window sees all of training.
+        stride: makes the steps by compiled code, or None.
     """
 
     signs: ClassVar[tuple[int, ...]] = (1, -1)
