@@ -258,6 +258,17 @@ def test_meta_refuses_ways_that_an_estimator_does_not_have() -> None:
     assert "pes has no way 'kernels', only eager" in result.output
 
 
+def test_meta_tells_that_this_machine_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **options: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", fail)
+    sizes = ["--rule", "momentum", "--task", "quadratic", "--tasks", "2", "--repeats", "2"]
+    result = CliRunner().invoke(cli, ["meta", "--estimator", "pes", *sizes, "--way", "compiled"])
+    assert result.exit_code == 1
+    assert "cannot be compiled on this machine (RuntimeError: no C++ compiler)" in result.output
+
+
 @pytest.mark.parametrize("rule", ["small_fc", "linear"])
 def test_meta_measures_evolution_strategies_by_kernels_and_captured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lopt.population, "find_missing", lambda devices, interpreted: None)
