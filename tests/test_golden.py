@@ -44,17 +44,22 @@ FILES: dict[str, tuple[str, dict[str, object]]] = {
     "celo2_base": ("celo2_base", {"step_mult": 0.01}),
     "velo_h16_b8": ("velo", {}),
 }
-TOLERANCE = 5e-5  # of the movement; VeLO on one thread comes to 2.5e-5, all others stay below 2e-5
+TOLERANCE = 2e-5  # of the movement, in each step
 RUNS = [(name, case) for name in list(FILES)[:-1] for case in CASES if not (case == "scalar" and "celo2" in name)]
 
 
-def movement_error(ours: list[Tensor], theirs: Tensor, start: Tensor) -> float:
-    """Largest relative error of the movement so far, over all steps."""
-    errors = []
-    for mine, other in zip(ours, theirs, strict=True):
+def share_of_bound(ours: list[Tensor], theirs: Tensor, start: Tensor) -> float:
+    """Largest error of the movement so far over all steps, as a share of what is allowed.
+
+    Allowed is `TOLERANCE` of the movement, for the order of summation within a step, and what storing parameters in
+    fp32 does: half a spacing per step, in their trajectory and in ours.
+    """
+    shares = []
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
         moved = (other.double() - start.double()).norm()
-        errors.append(float((mine.double() - other.double()).norm() / moved))
-    return max(errors)
+        spacing = (torch.nextafter(other.abs(), torch.tensor(torch.inf)) - other.abs()).double().norm()
+        shares.append(float((mine.double() - other.double()).norm() / (TOLERANCE * moved + step * spacing)))
+    return max(shares)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -69,8 +74,7 @@ def test_rule_reproduces_the_recorded_trajectory(name: str, case: str, dtype: to
         params, state = rule.update({"p": g.to(dtype)}, params, state)
         found.append(params["p"].detach().float())
         params = {"p": found[-1].to(dtype)}  # the recorded parameters were rounded to fp32, too
-    error = movement_error(found, to_torch_layout(golden[f"{case}/p"], 1), start)
-    assert error < TOLERANCE
+    assert share_of_bound(found, to_torch_layout(golden[f"{case}/p"], 1), start) < 1
 
 
 @pytest.mark.parametrize(("name", "case"), RUNS)
@@ -83,8 +87,7 @@ def test_learned_optimizer_reproduces_the_recorded_trajectory(name: str, case: s
         p.grad = g
         optimizer.step()
         found.append(p.detach().clone())
-    error = movement_error(found, to_torch_layout(golden[f"{case}/p"], 1), start)
-    assert error < TOLERANCE
+    assert share_of_bound(found, to_torch_layout(golden[f"{case}/p"], 1), start) < 1
 
 
 # -- VeLO: all tensors at once, and the loss -----------------------------------------------------------------------
@@ -103,7 +106,7 @@ def test_velo_reproduces_the_recorded_trajectory(dtype: torch.dtype) -> None:
         params = {case: p.to(dtype) for case, p in found[-1].items()}
     for case in CASES:
         recorded = to_torch_layout(golden[f"all/{case}/p"], 1)
-        assert movement_error([p[case] for p in found], recorded, starts[case]) < TOLERANCE
+        assert share_of_bound([p[case] for p in found], recorded, starts[case]) < 1
 
 
 def test_velo_reproduces_the_recorded_trajectory_as_an_optimizer() -> None:
@@ -118,4 +121,4 @@ def test_velo_reproduces_the_recorded_trajectory_as_an_optimizer() -> None:
         found.append({case: p.detach().clone() for case, p in params.items()})
     for case in CASES:
         recorded = to_torch_layout(golden[f"all/{case}/p"], 1)
-        assert movement_error([p[case] for p in found], recorded, starts[case]) < TOLERANCE
+        assert share_of_bound([p[case] for p in found], recorded, starts[case]) < 1

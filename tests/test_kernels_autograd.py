@@ -453,26 +453,45 @@ def test_truncated_backpropagation_gives_the_same_meta_gradient(
     torch.testing.assert_close(got.carry.params, want.carry.params, rtol=1e-5, atol=1e-7)
 
 
+class DoubleQuadratic(TASKS["quadratic"]):  # type: ignore[misc, name-defined]
+    """The same problems in float64."""
+
+    def init(self, task: Any, generator: torch.Generator) -> Any:
+        return {key: x.double() for key, x in super().init(task, generator).items()}
+
+    def batch(self, tasks: Any, seeds: Tensor, split: str = "train") -> Any:
+        return {key: x.double() for key, x in super().batch(tasks, seeds, split).items()}
+
+
 @pytest.mark.parametrize("name", ["lstm", "small_fc"])
 def test_every_slot_may_have_meta_weights_of_its_own(name: str, on_kernels: Callable[[], list[str]]) -> None:
-    rule, slots, steps = RULES[name](hidden=4), 3, 2
-    generator = torch.Generator().manual_seed(0)
-    family = TASKS["quadratic"](dim=5)
-    weights = {
-        key: (w.detach() + 0.1 * torch.randn(slots, *w.shape, generator=generator)).requires_grad_()
-        for key, w in rule.meta_weights().items()
-    }
-    loop = InnerLoop(rule, family, 0, lambda seeds: torch.full_like(seeds, 9), meta_weights=weights)
-    start = loop.start(torch.arange(slots))
-    results = []
-    for _ in range(2):
-        losses = loop.unroll(start, steps).losses
+    slots, steps = 3, 2
+    drawn = {}
+
+    def differentiate_run(family: Any, dtype: torch.dtype) -> list[Tensor]:
+        rule, generator = RULES[name](hidden=4).to(dtype), torch.Generator().manual_seed(0)
+        for key, w in rule.meta_weights().items():
+            drawn.setdefault(key, w.detach() + 0.1 * torch.randn(slots, *w.shape, generator=generator))
+        weights = {key: w.to(dtype).requires_grad_() for key, w in drawn.items()}
+        loop = InnerLoop(rule, family, 0, lambda seeds: torch.full_like(seeds, 9), meta_weights=weights)
+        losses = loop.unroll(loop.start(torch.arange(slots)), steps).losses
         gradients = torch.autograd.grad(losses.mean(), list(weights.values()), allow_unused=True)
-        results.append([g for g in gradients if g is not None])
-        ran = on_kernels()
+        return [g for g in gradients if g is not None]
+
+    family = TASKS["quadratic"](dim=5)
+    formula = differentiate_run(family, torch.float32)
+    exact = differentiate_run(DoubleQuadratic(dim=5), torch.float64)
+    ran = on_kernels()
+    kernels = differentiate_run(family, torch.float32)
     assert ran
-    for got, want in zip(results[1], results[0], strict=True):
-        assert (got - want).norm() <= TOLERANCE * want.norm()
+
+    def find_error(found: list[Tensor]) -> float:
+        return max(float((g - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True))
+
+    # Gradients of two steps cancel (small_fc's formula is 2e-4 of them away from float64), and which of the two is the
+    # luckier one depends on the processor: the kernels may be as far from float64 as the formula, times a small factor.
+    assert find_error(formula) <= 1e-3  # else nothing would be compared
+    assert find_error(kernels) <= max(TOLERANCE, 2 * find_error(formula))
 
 
 def test_references_run_where_they_are_asked_for_and_can_be_differentiated_twice(
