@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from bench.compile import compile_kernels
-from bench.estimators import estimators
-from bench.families import families
-from bench.gpu import gpu
-from bench.kernels import kernels
-from bench.levels import levels
-from bench.meta import meta
-from bench.overhead import overhead
-from bench.scaling import scaling
-from bench.soak import soak
-from bench.step import step
-from bench.tune import tune
+from bench.gpu.compile import compile_kernels
+from bench.gpu.gpu import gpu
+from bench.gpu.kernels import kernels
+from bench.gpu.tune import tune
+from bench.quality.estimators import estimators
+from bench.quality.families import families
+from bench.quality.levels import levels
+from bench.speed.meta import meta
+from bench.speed.overhead import overhead
+from bench.speed.scaling import scaling
+from bench.speed.soak import soak
+from bench.speed.step import step
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

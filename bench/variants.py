@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import lopt_kernels
 import torch
 from lopt_kernels import Op
-from lopt_kernels.features import Family
-from lopt_kernels.mlp import Shape, choose_plan
-from lopt_kernels.op import CompileSource
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.mlp import Shape, choose_plan
+from lopt_kernels.launching.op import CompileSource
 
 SMALL_FC = {"family": Family(vector_eps=1e-6)}
 CELO = {"family": Family(clips=True)}

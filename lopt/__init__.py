@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lopt.checkpoint import VERSION as __version__
-from lopt.checkpoint import list_rules, load, load_card, save
-from lopt.optim import LearnedOptimizer
-from lopt.routing import group_parameters
+from lopt.optim.learned_optimizer import LearnedOptimizer
+from lopt.optim.param_groups import group_parameters
+from lopt.rules.files import VERSION as __version__
+from lopt.rules.files import list_rules, load, load_card, save
 
 if TYPE_CHECKING:
-    from lopt.trainer import Trainer
+    from lopt.meta.trainer.trainer import Trainer
 
 __all__ = [
     "LearnedOptimizer",
@@ -31,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Trainer":
-        from lopt.trainer import Trainer
+        from lopt.meta.trainer.trainer import Trainer
 
         return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

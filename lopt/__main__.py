@@ -16,8 +16,9 @@ except ImportError as missing:
     sys.exit(f"lopt: the command line needs the extra 'train' ({missing}): pip install 'lopt[train]'")
 
 import lopt
-from lopt import manual
-from lopt.console import (
+from lopt.cli.commands import manual
+from lopt.cli.commands.list import KINDS, list_contents, print_contents
+from lopt.cli.console import (
     ARCHIVE,
     RUNS,
     compare_all,
@@ -29,8 +30,7 @@ from lopt.console import (
     say,
     show,
 )
-from lopt.listing import KINDS, list_contents, print_contents
-from lopt.ranks import FailedLead, LostRank
+from lopt.meta.trainer.ranks import FailedLead, LostRank
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,11 +68,11 @@ def train(
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
-    from lopt.config import load_config, parse_config
-    from lopt.names import slugify
-    from lopt.ranks import join_ranks
-    from lopt.runs import open_run, resume_run
-    from lopt.stop import parse_duration
+    from lopt.cli.run_folder import open_run, resume_run
+    from lopt.core.names import slugify
+    from lopt.meta.config.run import load_config, parse_config
+    from lopt.meta.trainer.ranks import join_ranks
+    from lopt.meta.trainer.stop import parse_duration
 
     if resume is not None and (preset or out or overrides or seed is not None):
         raise click.UsageError("--resume takes its settings from the run; give nothing else")
@@ -126,9 +126,9 @@ def sweep(
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET or a TOML file with several settings; keep the one that validates best."""
-    from lopt.config import load_config
-    from lopt.names import slugify
-    from lopt.sweep import resume_sweep, start_sweep
+    from lopt.cli.sweep.sweep import resume_sweep, start_sweep
+    from lopt.core.names import slugify
+    from lopt.meta.config.run import load_config
 
     if resume is not None and (preset or out or overrides or vary or samples or halve_every):
         raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
@@ -174,11 +174,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
-    from lopt.config import build, merge, parse_override
-    from lopt.evaluate.baselines import BASELINES, check_baseline
-    from lopt.judge import Setting, check_label, list_settings, read_card
-    from lopt.names import slugify
-    from lopt.runs import read_command
+    from lopt.cli.run_folder import read_command
+    from lopt.core.names import slugify
+    from lopt.evaluation.baselines import BASELINES, check_baseline
+    from lopt.evaluation.settings import Setting, check_label, list_settings, read_card
+    from lopt.meta.config.run import build, merge, parse_override
     from lopt.tasks import TASKS
 
     path, learned, content = open_rule(rule)
@@ -231,9 +231,9 @@ def evaluate(
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the preset `demo`.")
 def demo(out: Path, overrides: tuple[str, ...]) -> None:
     """Watch an LSTM learn to train a network on real images, judge it, and use it: some minutes on two cores."""
-    from lopt.config import load_config
-    from lopt.dropin import train_classifier
-    from lopt.runs import CONFIG, resume_run, start_run
+    from lopt.cli.commands.dropin import train_classifier
+    from lopt.cli.run_folder import CONFIG, resume_run, start_run
+    from lopt.meta.config.run import load_config
 
     console = Console()
     if (out / CONFIG).exists():
@@ -279,10 +279,10 @@ def import_(
     force: bool,
 ) -> None:
     """Make a rule file of FILE, the released weights of a learned optimizer."""
-    from lopt.config import merge, parse_override
-    from lopt.importer import build_rule, count_learned
-    from lopt.judge import check_label
-    from lopt.weights import read_weights
+    from lopt.core.foreign_files import read_weights
+    from lopt.evaluation.settings import check_label
+    from lopt.meta.config.run import merge, parse_override
+    from lopt.rules.released import build_rule, count_learned
 
     if out.suffix != ".safetensors":
         raise click.UsageError(f"-o: a rule file is called *.safetensors, got {out}")
@@ -325,9 +325,9 @@ def list_(what: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -> None:
     """Show what RULE is (configuration, size, state, training card) and draw what it does."""
-    from lopt.inspection import find_horizon, inspect_rule, print_facts
-    from lopt.names import slugify
-    from lopt.portrait import probe_rule, write_portrait
+    from lopt.core.names import slugify
+    from lopt.evaluation.behaviour.facts import find_horizon, inspect_rule, print_facts
+    from lopt.evaluation.behaviour.pictures import probe_rule, write_portrait
 
     path, learned, card = open_rule(rule)
     label = card.get("name") or path.stem
@@ -355,9 +355,9 @@ def report(run: Path) -> None:
     Findings are on dead tasks, exploding or noisy meta-gradients, stalled validation and too short windows, each with
     its figures and, where something is wrong, what to try.
     """
-    from lopt.diagnosis import examine_run
-    from lopt.evaluate.results import load_evaluation
-    from lopt.runs import CONFIG
+    from lopt.cli.diagnosis import examine_run
+    from lopt.cli.run_folder import CONFIG
+    from lopt.evaluation.results import load_evaluation
 
     path, console, trained = run / "evaluation.json", Console(), (run / CONFIG).is_file()
     if not trained and not path.is_file():

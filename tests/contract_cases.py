@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES, Rule
-from lopt.tensors import make_generator
 
 LOSS = 0.5
 SHAPES: tuple[tuple[int, ...], ...] = ((6, 5), (5,), (), (4, 3, 2, 2))

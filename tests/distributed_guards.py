@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lopt import LearnedOptimizer
-from lopt.guard import GuardOptions
+from lopt.optim.guard.decisions import GuardOptions
 
 STEPS = 12
 

@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
 
 MODULES = (
     "distributed_replicas",

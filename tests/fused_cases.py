@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.fused import FUSED
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES, Rule
-from lopt.tensors import make_generator
+from lopt.rules.programs.registry import FUSED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG: dict[str, dict[str, Any]] = {

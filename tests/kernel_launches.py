@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import triton
-from lopt_kernels import apply, clock, moments, op, rows, scaled_move
-from lopt_kernels.figures import compile_figures
-from lopt_kernels.op import CompileSource
+from lopt_kernels.feature_mlp import moments, rows, scaled_move
+from lopt_kernels.launching import clock, op, parameters
+from lopt_kernels.launching.figures import compile_figures
+from lopt_kernels.launching.op import CompileSource
 from torch import nn
 
-import lopt.fused.dispatch
-import lopt.options
+import lopt.optim.options
+import lopt.optim.triton_backend.dispatch
 from lopt import LearnedOptimizer
 from lopt.rules import RULES
 
@@ -74,9 +75,9 @@ def main() -> None:
         compiler.compile(self, args, keywords)
 
     triton.JITFunction.run = run
-    for module in (op, apply, clock, moments, rows, scaled_move):
+    for module in (op, parameters, clock, moments, rows, scaled_move):
         module.check_triton = lambda *_: None  # type: ignore[attr-defined]
-    for module in (lopt.fused.dispatch, lopt.options):
+    for module in (lopt.optim.triton_backend.dispatch, lopt.optim.options):
         module.find_missing = lambda *_, **__: None  # type: ignore[attr-defined]
     for name in sys.argv[2:]:
         step(name, torch.float32, scaled=False)

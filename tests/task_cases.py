@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lopt.core.tensors import derive_seeds, make_generator, stack_trees
 from lopt.tasks import TASKS, ModuleTask, RandomScaling, TaskFamily
-from lopt.tensors import derive_seeds, make_generator, stack_trees
 
 
 def make_module_task(**options: object) -> ModuleTask:

@@ -19,7 +19,8 @@ from bench import entries, naive
 from bench.__main__ import cli
 from bench.memory import measure_allocations
 from bench.models import MODELS
-from lopt import LearnedOptimizer, chunks
+from lopt import LearnedOptimizer
+from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -183,7 +184,7 @@ def test_allocations_of_an_elementwise_step_do_not_grow_with_the_parameter() -> 
         optimizer.step()
         held = [p, p.grad, *optimizer.state[p].values(), *optimizer.rule.parameters()]
         peaks.append(measure_allocations(optimizer.step, held, CPU)[0])
-    assert 0 < peaks[0] == peaks[1] <= 2 * chunks.CPU_CHUNK
+    assert 0 < peaks[0] == peaks[1] <= 2 * chunked.CPU_CHUNK
 
 
 # -- the naive forms ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lopt_kernels import GROUP_OPS, OPS
 
 from bench import setting
 from bench.__main__ import cli
-from bench.compile import read_hip_figures
+from bench.gpu.compile import read_hip_figures
 from bench.variants import list_ops, list_variants
 
 ROOT = Path(__file__).parent.parent

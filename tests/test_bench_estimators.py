@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from bench.__main__ import cli
-from bench.estimators import REFERENCE_SEED, Reference, find_reference, make_loop, move_rule, summarize
-from lopt.estimators import ESTIMATORS
+from bench.quality.estimators import REFERENCE_SEED, Reference, find_reference, make_loop, move_rule, summarize
+from lopt.meta.estimators import ESTIMATORS
 from lopt.rules import RULES, Rule
 
 HORIZON, WINDOWS = 10, (2, 10)

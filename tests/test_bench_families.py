@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.families import CONSTANT, DEFAULT_LABEL, SCHEDULED, families, summarize
-from bench.field import read_curve
-from lopt.config import parse_config
-from lopt.evaluate.baselines import Grid, Tuning
-from lopt.runs import start_run
+from bench.quality.families import CONSTANT, DEFAULT_LABEL, SCHEDULED, families, summarize
+from bench.quality.field import read_curve
+from lopt.cli.run_folder import start_run
+from lopt.evaluation.baselines import Grid, Tuning
+from lopt.meta.config.run import parse_config
 
 TINY = {
     "name": "tiny",
@@ -28,7 +28,9 @@ TINY = {
 
 
 def test_every_family_is_compared_and_the_picture_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.families.TUNING", Tuning(Grid(ratio=10, low=-5, high=1), num_seeds=2, finalists=1))
+    monkeypatch.setattr(
+        "bench.quality.families.TUNING", Tuning(Grid(ratio=10, low=-5, high=1), num_seeds=2, finalists=1)
+    )
     trainer = start_run(parse_config(TINY), tmp_path / "run")
     trainer.run()
     out, picture = tmp_path / "found.json", tmp_path / "field.png"
@@ -49,7 +51,7 @@ def test_every_family_is_compared_and_the_picture_drawn(tmp_path: Path, monkeypa
 
 def test_a_rule_that_diverged_does_not_cost_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"tiny": [None], "tiny, untrained": [1.0], DEFAULT_LABEL: [1.0], CONSTANT: [1.0], SCHEDULED: [1.0]}
-    monkeypatch.setattr("bench.families.measure", lambda *_: losses)
+    monkeypatch.setattr("bench.quality.families.measure", lambda *_: losses)
     start_run(parse_config(TINY), tmp_path / "run").run()
     out = tmp_path / "found.json"
     given = [str(tmp_path / "run"), "--archive", str(tmp_path / "archive"), "--json", str(out)]

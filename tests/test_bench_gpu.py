@@ -15,12 +15,14 @@ import torch
 from click.testing import CliRunner
 
 import lopt
-import lopt.fused.features
-import lopt.population
-from bench import cuda, gpu, meta, setting, step
+import lopt.meta.unroll.on_gpu
+import lopt.rules.programs.features
+from bench import setting
 from bench.__main__ import cli
-from bench.cuda import Launch
 from bench.entries import FUSED, make_rule_entry, step_with_precision
+from bench.gpu import cuda, gpu
+from bench.gpu.cuda import Launch
+from bench.speed import meta, step
 from lopt.rules import RULES
 from lopt.tasks import TASKS
 
@@ -271,8 +273,8 @@ def test_meta_tells_that_this_machine_cannot_compile(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("rule", ["small_fc", "linear"])
 def test_meta_measures_evolution_strategies_by_kernels_and_captured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lopt.population, "find_missing", lambda devices, interpreted: None)
-    monkeypatch.setattr(lopt.fused.features, "find_shared_memory", lambda device: None)
+    monkeypatch.setattr(lopt.meta.unroll.on_gpu, "find_missing", lambda devices, interpreted: None)
+    monkeypatch.setattr(lopt.rules.programs.features, "find_shared_memory", lambda device: None)
     task, there = TASKS["quadratic"](dim=3), torch.device("cuda", 0)
     assert meta.make_strides(RULES[rule](), task, torch.device("cpu")) == {}
     strides = meta.make_strides(RULES[rule](), task, there)

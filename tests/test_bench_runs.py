@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import scaling
 from bench.__main__ import cli
-from bench.soak import compare_ends
+from bench.speed import scaling
+from bench.speed.soak import compare_ends
 
 
 def test_soak_looks_at_speed_and_memory_as_often_as_asked(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.estimators import ESTIMATORS
-from lopt.horizons import LogUniform
+from lopt.core.tensors import Params, make_generator
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.unroll.horizons import LogUniform
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.slots import Slots
 from lopt.rules.blend import FEATURES, Blend
-from lopt.slots import Slots
 from lopt.tasks import TASKS
-from lopt.tensors import Params, make_generator
-from lopt.unroll import InnerLoop
 
 STEPS = 10
 Run = list[dict[str, Tensor]]

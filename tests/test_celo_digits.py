@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lopt import LearnedOptimizer
-from lopt.importer import import_rule
 from lopt.rules import Rule
+from lopt.rules.released import import_rule
 
 WEIGHTS = Path(os.environ.get("LOPT_WEIGHTS", Path(__file__).parents[2] / "shared" / "weights"))
 STEPS, BATCH, SEEDS = 1000, 64, 3

@@ -19,10 +19,9 @@ import torch
 from faults import limit_file_size
 from torch import Tensor, nn
 
-from lopt import checkpoint
-from lopt.checkpoint import fingerprint, load, load_card, load_state, save, save_state, write_atomic
-from lopt.rules import RULES, Rule
-from lopt.tensors import make_generator
+from lopt.core.tensors import make_generator
+from lopt.rules import RULES, Rule, files
+from lopt.rules.files import fingerprint, load, load_card, load_state, save, save_state, write_atomic
 
 
 def make_rule() -> Rule:
@@ -36,7 +35,7 @@ def rule_file(tmp_path: Path) -> Path:
 
 def write_rule(path: Path, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """A whole rule file with whatever is given."""
-    return write_atomic(path, checkpoint._encode("rule", tensors, {"rule": name, "config": config, "card": {}}))
+    return write_atomic(path, files._encode("rule", tensors, {"rule": name, "config": config, "card": {}}))
 
 
 # -- there and back --------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path) -> None:
 
 def test_names_and_metadata_beyond_the_limit_are_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exceed"):
-        save_state(tmp_path / "x", {}, {"text": "x" * checkpoint.MAX_HEADER})
+        save_state(tmp_path / "x", {}, {"text": "x" * files.MAX_HEADER})
     assert not any(tmp_path.iterdir())
 
 
@@ -136,15 +135,15 @@ def test_names_and_metadata_beyond_the_limit_are_refused_before_writing(tmp_path
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "pretrained"
     folder.mkdir()
-    monkeypatch.setattr(checkpoint, "PRETRAINED", folder)
+    monkeypatch.setattr(files, "PRETRAINED", folder)
     for name in ("quadratic-lstm", "digits-lstm"):
         save(make_rule(), folder / f"{name}.safetensors", {"name": name})
     return folder
 
 
 def test_shipped_rules_are_listed_and_loaded_by_name(shipped: Path) -> None:
-    assert checkpoint.list_rules() == ["digits-lstm", "quadratic-lstm"]
-    for name in checkpoint.list_rules():
+    assert files.list_rules() == ["digits-lstm", "quadratic-lstm"]
+    for name in files.list_rules():
         assert load(name).name == "lstm"
         assert load_card(name) == {"name": name}
 
@@ -282,7 +281,7 @@ def test_foreign_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_newer_format_asks_for_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 2)
+        patch.setattr(files, "FORMAT", 2)
         path = save(make_rule(), tmp_path / "rule.safetensors")
     with pytest.raises(ValueError, match=r"format 2.*reads formats up to 1.*Upgrade"):
         load(path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
 
 
 @pytest.mark.slow

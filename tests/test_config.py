@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lopt.config import RunConfig, list_presets, load_config, merge, parse_config, parse_override
-from lopt.judge import list_settings, read_card
-from lopt.metaweights import freeze_weights
-from lopt.names import slugify
+from lopt.core.names import slugify
+from lopt.evaluation.settings import list_settings, read_card
+from lopt.meta.config.run import RunConfig, list_presets, load_config, merge, parse_config, parse_override
+from lopt.meta.trainer.meta_weights import freeze_weights
 
 RAW: dict[str, Any] = {
     "name": "tiny",

@@ -13,15 +13,15 @@ from pretended_device import WAITS, There, pretend
 from task_cases import FAMILIES
 from torch.utils._pytree import tree_leaves
 
-import lopt.trainer
-from lopt.checkpoint import load_state
-from lopt.config import RunConfig, TrainerConfig, parse_config
-from lopt.devices import find_device
+import lopt.meta.trainer.trainer
+from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.core.devices import find_device
+from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.trainer.checkpoint import CHECKPOINT
+from lopt.meta.trainer.trainer import Trainer
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
-from lopt.runs import build_trainer, resume_run, start_run
-from lopt.snapshot import CHECKPOINT
-from lopt.trainer import Trainer
-from lopt.unroll import InnerLoop
+from lopt.rules.files import load_state
 
 QUICK_FAMILIES = ("quadratic", "mlp", "vae", "coordinate_mlp", "scaled")
 
@@ -56,7 +56,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device that configurations call cuda."""
     with pretend() as device:
         find = find_device
-        monkeypatch.setattr(lopt.trainer, "find_device", lambda name: device if name == "cuda" else find(name))
+        monkeypatch.setattr(
+            lopt.meta.trainer.trainer, "find_device", lambda name: device if name == "cuda" else find(name)
+        )
         yield
 
 

@@ -9,13 +9,13 @@ import torch
 from test_estimators import constant
 from test_evolution import Balance, FirstState
 
-from lopt.config import TrainerConfig
-from lopt.diagnosis import Finding, diagnose, measure_truncation
-from lopt.estimators import ESTIMATORS
+from lopt.cli.diagnosis import Finding, diagnose, measure_truncation
+from lopt.meta.config.run import TrainerConfig
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.trainer.trainer import Trainer
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS
-from lopt.trainer import Trainer
-from lopt.unroll import InnerLoop
 
 CONFIG = TrainerConfig(steps=100, tasks=8, clip=1.0)
 
@@ -74,7 +74,7 @@ def test_a_log_that_has_just_begun_says_so() -> None:
 
 
 def test_the_log_of_a_run_that_diverges_names_its_dead_slots(tmp_path: Any) -> None:
-    from lopt.log import read_metrics
+    from lopt.meta.trainer.log import read_metrics
 
     config = TrainerConfig(steps=8, tasks=4, validation_tasks=2, validation_steps=5, learning_rate=1e-9)
     for lr, sick in ((1e12, True), (0.001, False)):

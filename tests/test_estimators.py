@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from lopt.estimators import ESTIMATORS, Estimate
-from lopt.planner import PeakMemory
+from lopt.core.tensors import Params
+from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.trainer.memory_plan import PeakMemory
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES, Rule
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
-from lopt.tensors import Params
-from lopt.unroll import InnerLoop
 
 
 def constant(steps: int) -> Callable[[Tensor], Tensor]:

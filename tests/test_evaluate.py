@@ -16,26 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lopt.evaluate import (
-    Comparison,
-    Curves,
-    Grid,
-    Tuning,
-    baselines,
-    compare,
-    curves,
-    load_comparisons,
-    run_curves,
-    save_comparisons,
-    tune_baseline,
-)
-from lopt.evaluate.statistics import compare_paired, compute_speedup, summarize
-from lopt.plots import plot_curves, spread_labels
-from lopt.report import format_summary, print_table, render_report, write_report
+from lopt.core.tensors import derive_seeds
+from lopt.evaluation import baselines
+from lopt.evaluation.baselines import Grid, Tuning, tune_baseline
+from lopt.evaluation.comparison import compare
+from lopt.evaluation.report.curves import plot_curves, spread_labels
+from lopt.evaluation.report.page import format_summary, print_table, render_report, write_report
+from lopt.evaluation.results import Comparison, load_comparisons, save_comparisons
+from lopt.evaluation.statistics import compare_paired, compute_speedup, summarize
+from lopt.meta.unroll import curves
+from lopt.meta.unroll.curves import Curves, run_curves
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS, ModuleTask
-from lopt.tensors import derive_seeds
-from lopt.unroll import InnerLoop
 
 QUADRATIC = TASKS["quadratic"](dim=3)
 MLP = TASKS["mlp"](width=3, batch_size=16)

@@ -11,16 +11,16 @@ from test_estimators import Trap, constant, flatten
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lopt.estimators import ESTIMATORS
-from lopt.estimators.evolution import Evolution, draw_perturbation
+from lopt.core.tensors import Params
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.estimators.evolution import Evolution, draw_perturbation
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.slots import select_slots
 from lopt.rules import RULES
 from lopt.rules.base import Accumulators, Elements, Rule, Visit
 from lopt.rules.layout import Layout
-from lopt.slots import select_slots
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
-from lopt.tensors import Params
-from lopt.unroll import InnerLoop
 
 EVOLUTION = [name for name, estimator in ESTIMATORS.items() if issubclass(estimator, Evolution)]
 QUADRATIC = TASKS["quadratic"](dim=4)

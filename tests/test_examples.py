@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,13 @@ from math import exp, inf, log10, sqrt, tanh
 import numpy as np
 import pytest
 import torch
-from lopt_kernels.newton_schulz import orthogonalize
+from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
 from torch import Tensor
 
-from lopt.rules import Elements, features, find_layout
-from lopt.rules.features import NO_LOSS, NUM_LOSS_DECAYS
-from lopt.tensors import make_generator
+from lopt.core.tensors import make_generator
+from lopt.rules import Elements, find_layout
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.features import NO_LOSS, NUM_LOSS_DECAYS
 
 DOUBLE = 1e-12  # float64, another order of operations
 

@@ -27,8 +27,8 @@ from fused_cases import (
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.fused import FUSED
-from lopt.tensors import make_generator
+from lopt.core.tensors import make_generator
+from lopt.rules.programs.registry import FUSED
 
 
 @each_rule

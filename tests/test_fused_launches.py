@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 
 import lopt_kernels
 from fused_cases import DEVICE, STEPS, assert_close, draw_grad, draw_start, make_rule, run, some_rules
-from lopt_kernels.op import count_launches
+from lopt_kernels.launching.op import count_launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lopt.fused.step
+import lopt.optim.triton_backend.step
 from lopt import LearnedOptimizer
-from lopt.fused import FUSED
+from lopt.rules.programs.registry import FUSED
 
 ROOT = Path(__file__).parents[1]
 MAX_LAUNCHES = {"adamw": 3, "lstm": 3, "rnnprop": 3, "mlp": 5, "small_fc": 8, "celo2_base": 11}
@@ -61,8 +61,10 @@ def test_launches_do_not_grow_with_the_number_of_tensors(name: str) -> None:
 
 def test_tables_are_made_again_only_when_parameters_or_state_change(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = lopt.fused.step.FusedStep.__init__
-    monkeypatch.setattr(lopt.fused.step.FusedStep, "__init__", lambda self, *a: (made.append(1), original(self, *a))[1])
+    original = lopt.optim.triton_backend.step.FusedStep.__init__
+    monkeypatch.setattr(
+        lopt.optim.triton_backend.step.FusedStep, "__init__", lambda self, *a: (made.append(1), original(self, *a))[1]
+    )
     kept = []
 
     def change(step: int, params: list[nn.Parameter]) -> None:
@@ -84,8 +86,8 @@ def test_tables_are_made_again_only_when_parameters_or_state_change(monkeypatch:
 
 def test_nothing_is_sent_to_the_device_in_a_steady_step(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    original = lopt.fused.step.upload
-    monkeypatch.setattr(lopt.fused.step, "upload", lambda *a: (sent.append(1), original(*a))[1])
+    original = lopt.optim.triton_backend.step.upload
+    monkeypatch.setattr(lopt.optim.triton_backend.step, "upload", lambda *a: (sent.append(1), original(*a))[1])
     grads = [torch.ones(3, 4, device=DEVICE), torch.ones(5, device=DEVICE)]
     counts = []
 
@@ -133,7 +135,7 @@ def test_graph_may_be_captured_with_gradients_of_its_own(name: str) -> None:
 
 def test_precision_of_products_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    for module in (lopt_kernels.mlp, lopt_kernels.coordinatewise_lstm):
+    for module in (lopt_kernels.feature_mlp.mlp, lopt_kernels.elementwise.coordinatewise_lstm):
         original = module._constexprs
         monkeypatch.setattr(module, "_constexprs", lambda *a, f=original: (used.append(f(*a)["PRECISION"]), f(*a))[1])
 

@@ -27,7 +27,7 @@ from fused_cases import (
 )
 from torch import Tensor, nn
 
-import lopt.fused.features
+import lopt.rules.programs.features
 from lopt import LearnedOptimizer
 
 
@@ -127,7 +127,7 @@ def test_what_is_kept_between_steps_is_not_the_state() -> None:
 def test_celo2_keeps_the_steps_of_a_bounded_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     start = draw_start([(3, 20), (4, 4), (3, 20), (2, 70), (4, 3, 2, 2)])
     want, _ = run(start, "celo2", "triton", steps=1)
-    monkeypatch.setattr(lopt.fused.features, "STEP_BYTES", 4 * 120)
+    monkeypatch.setattr(lopt.rules.programs.features, "STEP_BYTES", 4 * 120)
     got, optimizer = run(start, "celo2", "triton", steps=1)
     ((fused,),) = optimizer._dispatch.steps.values()
     sizes = [[part.p.numel() for part in batch.parts] for batch in fused.program.made]  # type: ignore[attr-defined]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.importer import import_rule
 from lopt.rules import Rule
+from lopt.rules.released import import_rule
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["matrix_7x5", "matrix_5x9", "square_6x6", "conv_hwio_3x3x4x8", "vector_6", "scalar"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lopt
-from lopt.guard import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
+from lopt.core.tensors import derive_seeds, draw_indices, draw_uniform
+from lopt.optim.guard.decisions import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
 from lopt.rules import Rule
 from lopt.tasks.mlp import load_digits
-from lopt.tensors import derive_seeds, draw_indices, draw_uniform
 
 BETAS, EPS, LR = (0.9, 0.999), 1e-8, 1e-3
 World = Callable[[int, float], float]

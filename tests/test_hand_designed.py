@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lopt.core.tensors import Params, make_generator
 from lopt.rules import RULES, HandDesigned, Rule
-from lopt.tensors import Params, make_generator
 
 SHAPES = {"w": (3, 4), "b": (4,), "s": (), "e": (0, 2), "one": (1, 1)}
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lopt import LearnedOptimizer, chunks
+from lopt import LearnedOptimizer
+from lopt.core.tensors import Params, make_generator
+from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
-from lopt.tensors import Params, make_generator
 
 SHAPES = {"w": (40, 60), "b": (5,)}
 ROUNDING = 1e-5  # the same formula in another order of operations, fp32, over a few steps
@@ -130,8 +131,8 @@ def test_scale_of_the_gradient_does_not_matter() -> None:
 
 
 def test_optimizer_steps_as_update_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     rule, grads = make_rule(), [draw(step) for step in range(1, 6)]
     params = {name: nn.Parameter(p) for name, p in draw(0).items()}
     optimizer = LearnedOptimizer(params.values(), rule)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import lopt
-import lopt.weights
-from lopt.importer import IMPORTERS, build_rule, count_learned, import_rule
+import lopt.core.foreign_files
+from lopt.core.foreign_files import Weights, read_weights
 from lopt.rules import RULES, Rule
-from lopt.weights import Weights, read_weights
+from lopt.rules.released import IMPORTERS, build_rule, count_learned, import_rule
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASED = Path(__file__).parents[2] / "shared" / "weights"
@@ -327,7 +327,7 @@ def test_a_file_that_is_no_dict_of_tensors_is_refused(data: bytes, words: str) -
     ids=range(11),
 )
 def test_a_small_file_does_not_make_us_allocate_much(data: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lopt.weights, "MAX_BYTES", 1 << 22)
+    monkeypatch.setattr(lopt.core.foreign_files, "MAX_BYTES", 1 << 22)
     Path("weights").write_bytes(data)
     tracemalloc.start()
     try:
@@ -339,7 +339,7 @@ def test_a_small_file_does_not_make_us_allocate_much(data: bytes, words: str, mo
 
 
 def test_a_file_beyond_the_limit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lopt.weights, "MAX_BYTES", 1000)
+    monkeypatch.setattr(lopt.core.foreign_files, "MAX_BYTES", 1000)
     Path("weights").write_bytes(bytes(1001))
     check_refused("weights", "mlp", "has 1001 bytes, more than the 1000")
 

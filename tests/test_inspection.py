@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from lopt import portrait, probes
-from lopt.inspection import inspect_rule
+from lopt.evaluation.behaviour import pictures, probes
+from lopt.evaluation.behaviour.facts import inspect_rule
 from lopt.rules import RULES
 
 SCALES = (1e-3, 1e1)
@@ -126,6 +126,6 @@ def test_features_are_named_one_by_one(name: str, count: int) -> None:
 def test_a_rule_that_stands_still_climbs_or_explodes_is_drawn_without_a_warning(lr: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = portrait.draw_portrait(portrait.probe_rule(build("sgd", lr=lr), "wild"), dpi=40)
-    assert set(pictures) == {f"{name}.png" for name in ("gradient", "map", "jump", "noise", "schedule")}
-    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+        drawn = pictures.draw_portrait(pictures.probe_rule(build("sgd", lr=lr), "wild"), dpi=40)
+    assert set(drawn) == {f"{name}.png" for name in ("gradient", "map", "jump", "noise", "schedule")}
+    assert all(data.startswith(b"\x89PNG") for data in drawn.values())

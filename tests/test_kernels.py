@@ -15,7 +15,7 @@ import lopt_kernels
 import pytest
 import torch
 from lopt_kernels import DIFFERENTIABLE_OPS, GROUP_OPS, OPS, Op
-from lopt_kernels.lstm import LSTMWeights, launch, reference, sample
+from lopt_kernels.elementwise.lstm import LSTMWeights, launch, reference, sample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -14,16 +14,19 @@ from typing import Any
 import lopt_kernels
 import pytest
 import torch
-from lopt_kernels import DIFFERENTIABLE_OPS, DifferentiableOp, autograd, lstm_autograd, mlp_autograd
-from lopt_kernels.mlp import Shape
+from lopt_kernels import DIFFERENTIABLE_OPS, DifferentiableOp
+from lopt_kernels.differentiable import autograd
+from lopt_kernels.differentiable import lstm as lstm_autograd
+from lopt_kernels.differentiable import mlp as mlp_autograd
+from lopt_kernels.feature_mlp.mlp import Shape
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lopt.estimators import ESTIMATORS
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS
-from lopt.unroll import InnerLoop
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

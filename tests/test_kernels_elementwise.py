@@ -16,16 +16,16 @@ import torch
 pytest.importorskip("triton")
 
 from lopt_kernels import OPS, Op
-from lopt_kernels.apply import Items, Terms, draw_bits, make_items
-from lopt_kernels.segments import Segment, Segments, by_elements
+from lopt_kernels.launching.parameters import Items, Terms, draw_bits, make_items
+from lopt_kernels.launching.segments import Segment, Segments, by_elements
 from torch import Tensor
 
-from lopt.apply import Apply
-from lopt.chunks import ChunkedTensor
+from lopt.core.tensors import draw_bits as draw_bits_of_lopt
+from lopt.core.tensors import fold_in
+from lopt.optim.torch_backend.chunked import ChunkedTensor
+from lopt.optim.update import Apply
 from lopt.rules import RULES as LOPT_RULES
 from lopt.rules import Clock, step_tensors
-from lopt.tensors import draw_bits as draw_bits_of_lopt
-from lopt.tensors import fold_in
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RULES = {"adamw": "adamw", "coordinatewise_lstm": "lstm", "rnnprop": "rnnprop"}  # op -> rule

@@ -14,12 +14,14 @@ from typing import Any
 import lopt_kernels
 import pytest
 import torch
-from lopt_kernels import GROUP_OPS, accumulate, apply, clock, features, fold, lines, mlp, moments, scaled_move
-from lopt_kernels.accumulate import Accumulated
-from lopt_kernels.features import Family, Tensors
-from lopt_kernels.mlp import MLPWeights, Plan, Shape
-from lopt_kernels.segments import Segments
-from lopt_kernels.tuning import Tile
+from lopt_kernels import GROUP_OPS
+from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp, moments, scaled_move
+from lopt_kernels.feature_mlp.accumulate import Accumulated
+from lopt_kernels.feature_mlp.features import Family, Tensors
+from lopt_kernels.feature_mlp.mlp import MLPWeights, Plan, Shape
+from lopt_kernels.launching import clock, parameters
+from lopt_kernels.launching.segments import Segments
+from lopt_kernels.launching.tuning import Tile
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -95,7 +97,7 @@ def divided(t: Tensors) -> list[Tensors]:
 
 def advance(t: Tensors, family: Family) -> Tensors:
     """`t` after the launches on accumulators."""
-    terms, decays = apply.sample_terms(DEVICE), draw_decays(family)
+    terms, decays = parameters.sample_terms(DEVICE), draw_decays(family)
     if t.axes is not None and family.factored:
         t = t._replace(**lines.reference(t, decays, terms, family)._asdict())
     new = accumulate.reference(t, decays, terms, family)
@@ -120,7 +122,7 @@ def test_lines_equal_reference(dtype: torch.dtype) -> None:
         averages = [torch.rand(shape, generator=torch.Generator().manual_seed(1)) for shape in (first, second)]
         group.append(t._replace(axes=axes, first=averages[0].to(DEVICE), second=averages[1].to(DEVICE)))
     group += [t._replace(rows=1) for t in group]
-    terms = apply.sample_terms(DEVICE)
+    terms = parameters.sample_terms(DEVICE)
     for t, made in zip(group, lines.launch(group, decays, terms, family), strict=True):
         for got, want in zip(made, lines.reference(t, decays, terms, family), strict=True):
             assert_close(got, want, TOLERANCE)
@@ -132,7 +134,7 @@ def test_lines_equal_reference(dtype: torch.dtype) -> None:
 )
 def test_accumulators_and_sums_equal_reference(name: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
-    group, decays, terms = draw_group(family, dtype), draw_decays(family), apply.sample_terms(DEVICE)
+    group, decays, terms = draw_group(family, dtype), draw_decays(family), parameters.sample_terms(DEVICE)
     group += divided(group[5]) if family.factored else []
     launched = accumulate.launch(group, decays, terms, family, tile=Tile(BLOCK, STEPS))
     for t, new in zip(group, launched, strict=True):
@@ -155,7 +157,7 @@ def make_plan(shape: Shape, precision: str = "ieee") -> Plan:
 )
 @pytest.mark.parametrize("delta", [False, True])
 def test_mlp_equals_reference(family: Family, shape: Shape, delta: bool) -> None:
-    group, terms = draw_group(family), apply.sample_terms(DEVICE)
+    group, terms = draw_group(family), parameters.sample_terms(DEVICE)
     group += divided(group[5]) if family.factored else []
     weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
     launched = mlp.launch(group, weights, terms, family, shape, make_plan(shape), delta=delta)
@@ -166,7 +168,7 @@ def test_mlp_equals_reference(family: Family, shape: Shape, delta: bool) -> None
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-3), ("bf16", 2e-2)])
 def test_mlp_on_tensor_cores_is_as_precise_as_their_inputs(precision: str, tolerance: float) -> None:
     family, shape = FAMILIES["small_fc"], Shape(hidden=16)
-    group, terms = draw_group(family, shapes=[(3, 40)]), apply.sample_terms(DEVICE)
+    group, terms = draw_group(family, shapes=[(3, 40)]), parameters.sample_terms(DEVICE)
     weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
     (got,) = mlp.launch(group, weights, terms, family, shape, make_plan(shape, precision), delta=True)
     assert_close(got, mlp.reference(group[0], weights, terms, family, shape, delta=True), tolerance)
@@ -175,7 +177,7 @@ def test_mlp_on_tensor_cores_is_as_precise_as_their_inputs(precision: str, toler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mlp_rounds_a_parameter_once(dtype: torch.dtype) -> None:
     family, shape = FAMILIES["celo"], Shape(hidden=2)
-    group, terms = draw_group(family, dtype, [(3, 40), (5,)]), apply.sample_terms(DEVICE)
+    group, terms = draw_group(family, dtype, [(3, 40), (5,)]), parameters.sample_terms(DEVICE)
     weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
     launched = mlp.launch(group, weights, terms, family, shape, make_plan(shape))
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
@@ -185,7 +187,7 @@ def test_mlp_rounds_a_parameter_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_fold_equals_reference(name: str) -> None:
     family = FAMILIES[name]
-    group, terms, decays = draw_group(family), apply.sample_terms(DEVICE), draw_decays(family)
+    group, terms, decays = draw_group(family), parameters.sample_terms(DEVICE), draw_decays(family)
     group += divided(group[5]) if family.factored else []
     sample = fold.sample(0, torch.Generator().manual_seed(2), torch.float32, DEVICE, family, Shape(hidden=17, layers=2))
     sums = [accumulate.reference(t, decays, terms, family).squares for t in group]
@@ -222,7 +224,7 @@ def test_moments_equal_reference(dtype: torch.dtype) -> None:
 def test_scaled_move_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], groups: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(0)
     p, delta = torch.randn((2, *shape), generator=generator).to(DEVICE)
-    terms, p = apply.sample_terms(DEVICE), p.to(dtype)
+    terms, p = parameters.sample_terms(DEVICE), p.to(dtype)
     got = scaled_move.launch(p, delta, terms, 0.3, groups, inner)
     assert_close(got, scaled_move.reference(p, delta, terms, 0.3, groups, inner), ROUNDING[dtype])
 
@@ -251,9 +253,9 @@ def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live:
         [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)],
         features.by_tiles(BLOCK, STEPS),
     )
-    one = apply.sample_terms(DEVICE)
-    terms = apply.Terms(*(x.expand(len(group)).contiguous() for x in one))
-    items = apply.make_items([t.g for t in group], terms, live)
+    one = parameters.sample_terms(DEVICE)
+    terms = parameters.Terms(*(x.expand(len(group)).contiguous() for x in one))
+    items = parameters.make_items([t.g for t in group], terms, live)
     matrices = [(i, t) for i, t in enumerate(group) if t.axes is not None and family.factored]
     if matrices:
         lines.launch_segments(lines.make_lines(matrices), draw_decays(family)[None], items, family)
@@ -361,6 +363,6 @@ def test_reference_of_the_passes_leaves_its_inputs_untouched() -> None:
     family = FAMILIES["celo"]
     (t,) = draw_group(family, shapes=[(5,)])
     before = [x.clone() for x in t if isinstance(x, Tensor)]
-    new = accumulate.reference(t, draw_decays(family), apply.sample_terms(DEVICE), family)
+    new = accumulate.reference(t, draw_decays(family), parameters.sample_terms(DEVICE), family)
     assert isinstance(new, Accumulated)
     assert all(torch.equal(a, b) for a, b in zip(before, [x for x in t if isinstance(x, Tensor)], strict=True))

@@ -16,15 +16,15 @@ from test_estimators import Negative
 from torch import Tensor
 
 from bench.__main__ import cli
-from bench.levels import EMBEDDED, STREAM, TUNING, count_seeds, measure_level
-from lopt.estimators import ESTIMATORS
-from lopt.estimators.objectives import weigh_losses
-from lopt.evaluate.baselines import FORMAT
+from bench.quality.levels import EMBEDDED, STREAM, TUNING, count_seeds, measure_level
+from lopt.core.tensors import derive_seeds
+from lopt.evaluation.baselines import FORMAT
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.estimators.objectives import weigh_losses
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS, TRANSFORMS
-from lopt.tasks.levels import ARCHIVE, COMMAND, LEAST_PROGRESS, Level, load_levels
-from lopt.tensors import derive_seeds
-from lopt.unroll import InnerLoop
+from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, LEAST_PROGRESS, Level, load_levels
 
 STALE = f"lopt/tasks/levels.json is stale: run `{COMMAND}`, and commit it"
 LEVELS_SEED = int(derive_seeds(TUNING.seed, STREAM))

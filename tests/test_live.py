@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lopt.engine
+import lopt.optim.torch_backend.step
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
 
 CONFIG: dict[str, dict[str, Any]] = {"lstm": {"hidden": 4}, "velo": {"width": 16, "bank": 4}}
 SHAPES = [(4, 3), (4, 3), (4, 3), (5,), (5,), (7, 2), (6,)]
@@ -23,7 +23,7 @@ IN_BUCKET, ALONE = 1, 5
 def test_masked_tensors_keep_every_bit_and_the_others_move(
     name: str, guard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lopt.engine, "_is_known", lambda x: False)
+    monkeypatch.setattr(lopt.optim.torch_backend.step, "_is_known", lambda x: False)
     params = [nn.Parameter(torch.randn(s, generator=make_generator(i))) for i, s in enumerate(SHAPES)]
     rule = RULES[name](**CONFIG.get(name, {}))
     optimizer = LearnedOptimizer(params, rule, lr=10.0, num_steps=20, weight_decay=0.1, guard=guard)
@@ -53,7 +53,7 @@ def test_gradient_scaler_is_obeyed_by_masks(
     name: str, guard: bool, capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the same steps without a scaler; the second of them overflows."""
-    monkeypatch.setattr(lopt.engine, "_is_known", lambda x: False)
+    monkeypatch.setattr(lopt.optim.torch_backend.step, "_is_known", lambda x: False)
     monkeypatch.setattr(LearnedOptimizer, "_is_skipped_on_host", lambda self: False)
 
     def run(scaled: bool) -> list[Tensor]:

@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import lopt
 from bench.memory import measure_allocations
-from lopt import LearnedOptimizer, checkpoint, chunks, optim
-from lopt.rules import RULES, Accumulators, Clock, Elements, Fold, Layout, Means, Rule, State, Visit
-from lopt.tensors import make_generator
+from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
+from lopt.optim import learned_optimizer
+from lopt.optim.torch_backend import chunked
+from lopt.rules import RULES, Accumulators, Clock, Elements, Fold, Layout, Means, Rule, State, Visit, files
 
 CHUNK = 1024  # the smallest chunk
 LOSS = 0.5
@@ -119,8 +121,8 @@ def rule(request: pytest.FixtureRequest) -> Rule:
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
 @pytest.mark.parametrize("name", [*sorted(RULES), "unit_norm"])
 def test_steps_are_the_rules_own_at_chunk_boundaries(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     rule = make_rule(name)
     p = nn.Parameter(draw(0, size))
     grads = [draw(1 + i, size) for i in range(3)]
@@ -149,8 +151,8 @@ def test_steps_are_the_rules_own_for_every_shape(rule: Rule, shape: tuple[int, .
 
 
 def test_layout_of_parameter_and_gradient_does_not_matter(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     dense = draw(0, 48, 4, 3, 3)
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.clone(memory_format=torch.channels_last),
@@ -291,14 +293,14 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
 
 
 def test_rule_is_taken_by_object_name_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
+    monkeypatch.setattr(files, "PRETRAINED", tmp_path)
     rule = RULES["lstm"](hidden=3)
-    path = lopt.save(rule, tmp_path / f"{optim.DEFAULT_RULE}.safetensors")
+    path = lopt.save(rule, tmp_path / f"{learned_optimizer.DEFAULT_RULE}.safetensors")
     identities = set()
-    for choice in (None, rule, optim.DEFAULT_RULE, path, str(path)):
+    for choice in (None, rule, learned_optimizer.DEFAULT_RULE, path, str(path)):
         optimizer = LearnedOptimizer([nn.Parameter(torch.ones(1))], choice)
         identities.add(optimizer.param_groups[0]["rule"])
-    assert identities == {f"lstm-{checkpoint.fingerprint(rule)}"}
+    assert identities == {f"lstm-{files.fingerprint(rule)}"}
 
 
 def test_given_rule_is_copied_and_frozen_but_not_changed() -> None:
@@ -360,7 +362,7 @@ def test_step_on_ten_million_parameters_allocates_no_more_than_chunks(name: str,
     own = [p.detach(), p.grad, *optimizer.state[p].values()]
     with LargestAllocation(*own) as allocation:
         optimizer.step()
-    assert 0 < allocation.largest <= numbers * chunks.CPU_CHUNK < 4 * p.numel()
+    assert 0 < allocation.largest <= numbers * chunked.CPU_CHUNK < 4 * p.numel()
 
 
 @pytest.mark.parametrize("name", ["adamw", "small_fc", "celo"])
@@ -382,7 +384,7 @@ def test_chunks_shrink_with_the_state_of_a_coordinate() -> None:
     lengths = {}
     for name in ("sgd", "adam", "lstm"):
         p = torch.ones(100_000)
-        lengths[name] = chunks.chunk_length(p, RULES[name]().init_state({"": p}).accumulators[""])
+        lengths[name] = chunked.chunk_length(p, RULES[name]().init_state({"": p}).accumulators[""])
     assert lengths == {"sgd": 262144, "adam": 131072, "lstm": 6144}
 
 

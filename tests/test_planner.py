@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_estimators import constant, flatten
 
-from lopt.config import TrainerConfig
-from lopt.estimators import ESTIMATORS
-from lopt.planner import PeakMemory, plan_memory
+from lopt.meta.config.run import TrainerConfig
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.trainer.memory_plan import PeakMemory, plan_memory
+from lopt.meta.trainer.trainer import Trainer
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS
-from lopt.trainer import Trainer
-from lopt.unroll import InnerLoop
 
 TASKS_AT_ONCE = 8
 

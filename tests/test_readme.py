@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lopt
-from lopt.optim import DEFAULT_RULE
+from lopt.optim.learned_optimizer import DEFAULT_RULE
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lopt
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES, Rule
-from lopt.tensors import make_generator
 
 READS_LOSS = [name for name in sorted(RULES) if RULES[name].needs_loss]
 

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lopt import LearnedOptimizer, checkpoint, chunks
-from lopt.estimators.truncated import Truncated
-from lopt.rules import RULES, HandDesigned, Rule, State, features
+from lopt import LearnedOptimizer
+from lopt.core.tensors import Params, make_generator
+from lopt.meta.estimators.truncated import Truncated
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.optim.torch_backend import chunked
+from lopt.rules import RULES, HandDesigned, Rule, State, files
+from lopt.rules.building_blocks import features
 from lopt.tasks import Batch, Task, TaskFamily
-from lopt.tensors import Params, make_generator
-from lopt.unroll import InnerLoop
 
 SHAPES: dict[str, tuple[int, ...]] = (
     {"w": (3, 4), "tall": (5, 2), "square": (3, 3), "row": (1, 3), "column": (4, 1), "one": (1, 1)}
@@ -214,7 +216,7 @@ def test_rules_start_the_same_every_time_and_leave_the_global_generator_alone(ru
 
 
 def test_rule_read_from_its_file_steps_the_same(rule: Rule, tmp_path: Path) -> None:
-    read = checkpoint.load(checkpoint.save(rule, tmp_path / "rule.safetensors"))
+    read = files.load(files.save(rule, tmp_path / "rule.safetensors"))
     assert type(read) is type(rule)
     assert read.config == rule.config
     assert [w.requires_grad for w in read.parameters()] == [w.requires_grad for w in rule.parameters()]
@@ -326,8 +328,8 @@ def test_learned_optimizer_makes_the_rules_own_steps_on_a_model_of_all_shapes(
     rule: Rule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With lr 1000, so that steps are not lost in the rounding of fp32."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     shapes, lr = SHAPES | {"large": (40, 60)}, 1000  # more than one chunk
     start = draw(1, shapes=shapes)
     ours = {name: nn.Parameter(p.clone()) for name, p in start.items()}

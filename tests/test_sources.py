@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.config import RunConfig, TrainerConfig, parse_config
-from lopt.estimators import ESTIMATORS, Estimate
-from lopt.judge import list_settings
-from lopt.log import read_metrics
-from lopt.merging import Merger, project_conflicts
-from lopt.ranks import Ranks
+from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.evaluation.settings import list_settings
+from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.trainer.checkpoint import CHECKPOINT
+from lopt.meta.trainer.log import read_metrics
+from lopt.meta.trainer.merging import Merger, project_conflicts
+from lopt.meta.trainer.ranks import Ranks
+from lopt.meta.trainer.source import Source, Total, list_families, merge_ranks, merge_sources
+from lopt.meta.trainer.trainer import Progress, Trainer
+from lopt.meta.trainer.validation import relate
 from lopt.rules import RULES
-from lopt.runs import build_trainer, resume_run, start_run
-from lopt.snapshot import CHECKPOINT
-from lopt.sources import Source, Total, list_families, merge_ranks, merge_sources
 from lopt.tasks import TASKS
-from lopt.trainer import Progress, Trainer
-from lopt.validation import relate
 
 MIXTURE: dict[str, Any] = {
     "name": "mixture",
@@ -283,7 +283,7 @@ def test_several_families_are_compared_by_logs_relative_to_the_first_losses() ->
     trainer = build_trainer(make_config(trainer=MIXTURE["trainer"] | {"validation_metric": "mean"}))
     found = trainer.validate()
     alone = [build_trainer(make_config(source=[source])) for source in MIXTURE["source"]]
-    from lopt.evaluate import run_curves
+    from lopt.meta.unroll.curves import run_curves
 
     logs = []
     for one in alone:

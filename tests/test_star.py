@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lopt import LearnedOptimizer, checkpoint, chunks
-from lopt.rules import RULES, Rule
+from lopt import LearnedOptimizer
+from lopt.core.tensors import Params, make_generator
+from lopt.optim.torch_backend import chunked
+from lopt.rules import RULES, Rule, files
 from lopt.rules.star import Star
-from lopt.tensors import Params, make_generator
 
 SHAPES = {"w": (30, 50), "b": (7,), "s": ()}
 REFUSED = {"blend", "star", "celo2", "celo2_base"}
@@ -115,8 +116,8 @@ def test_residual_vanishes_with_the_gradient() -> None:
 
 @pytest.mark.parametrize("inner", STAGED)
 def test_optimizer_steps_as_update_chunk_by_chunk(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_WITH_TEMPORARIES", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)
     star = Star(inner)
     assert star.elementwise == (inner == "lstm")
     params = {name: nn.Parameter(p) for name, p in draw(0).items()}
@@ -169,6 +170,6 @@ def test_options_that_make_no_rule_are_refused(options: dict[str, Any], message:
 def test_file_rebuilds_the_inner_rule_with_the_options_it_was_made_with(tmp_path: Path) -> None:
     star = Star("lstm", {"hidden": 3}, momentum_decays=(0.9,))
     assert json.loads(json.dumps(star.config))["inner_config"] == RULES["lstm"](hidden=3).config
-    read = checkpoint.load(checkpoint.save(star, tmp_path / "rule.safetensors"))
+    read = files.load(files.save(star, tmp_path / "rule.safetensors"))
     (ours,), (theirs,) = move(star, [draw(1)]), move(read, [draw(1)])
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)

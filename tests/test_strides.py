@@ -15,16 +15,16 @@ pytest.importorskip("triton")
 
 from recorded_work import record
 
-import lopt.fused.features
-import lopt.population
-import lopt.tensors
-from lopt.estimators import ESTIMATORS, Estimate
-from lopt.fused import FUSED
-from lopt.population import PopulationStride, capture_graph, choose_stride
+import lopt.core.tensors
+import lopt.meta.unroll.on_gpu
+import lopt.rules.programs.features
+from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.on_gpu import PopulationStride, capture_graph, choose_stride
 from lopt.rules import RULES
+from lopt.rules.programs.registry import FUSED
 from lopt.tasks import TASKS
 from lopt.tasks.transforms import StaleGradients
-from lopt.unroll import InnerLoop
 
 CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
@@ -90,11 +90,11 @@ def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
         for counter in counters:
-            seeds = lopt.tensors._mix(seeds + lopt.tensors._GOLDEN * (torch.as_tensor(counter) + 1))
+            seeds = lopt.core.tensors._mix(seeds + lopt.core.tensors._GOLDEN * (torch.as_tensor(counter) + 1))
         return seeds
 
-    monkeypatch.setattr(lopt.tensors, "fold_in", fold_in)
-    monkeypatch.setattr(lopt.tensors, "_to_words", lambda x: x)
+    monkeypatch.setattr(lopt.core.tensors, "fold_in", fold_in)
+    monkeypatch.setattr(lopt.core.tensors, "_to_words", lambda x: x)
 
 
 @pytest.mark.usefixtures("tensors_only")
@@ -178,8 +178,8 @@ def test_a_gpu_gets_kernels_where_there_are_some_and_graphs_where_asked_for(
 ) -> None:
     family = TASKS["quadratic"](dim=3)
     assert choose_stride(RULES[rule](), family, CPU, capture=capture) is None
-    monkeypatch.setattr(lopt.population, "find_missing", lambda devices, interpreted: None)
-    monkeypatch.setattr(lopt.fused.features, "find_shared_memory", lambda device: None)
+    monkeypatch.setattr(lopt.meta.unroll.on_gpu, "find_missing", lambda devices, interpreted: None)
+    monkeypatch.setattr(lopt.rules.programs.features, "find_shared_memory", lambda device: None)
     found = choose_stride(RULES[rule](), family, torch.device("cuda", 0), capture=capture)
     if rule == "linear" and not capture:
         assert found is None

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import pytest
 from test_trainer import TINY, hash_state, make_config
 
-from lopt import sweep as sweeping
-from lopt.log import RunLog, read_metrics
-from lopt.runs import start_run
-from lopt.snapshot import RULE
-from lopt.sweep import Outcome, Sweep, lock_folder, resume_sweep, run_trial, start_sweep
-from lopt.trainer import Interrupted
-from lopt.trials import Trial, draw_settings, parse_range
+from lopt.cli.run_folder import start_run
+from lopt.cli.sweep import sweep as sweeping
+from lopt.cli.sweep.sweep import Outcome, Sweep, lock_folder, resume_sweep, run_trial, start_sweep
+from lopt.cli.sweep.trials import Trial, draw_settings, parse_range
+from lopt.meta.trainer.checkpoint import RULE
+from lopt.meta.trainer.log import RunLog, read_metrics
+from lopt.meta.trainer.trainer import Interrupted
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and process groups")
 RATES = "trainer.learning_rate=1e-3,1e-2,0.1"

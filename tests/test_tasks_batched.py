@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
+from lopt.core.tensors import derive_seeds, make_generator, stack_trees
 from lopt.tasks import ModuleTask
 from lopt.tasks.batched import batch_losses
-from lopt.tensors import derive_seeds, make_generator, stack_trees
 
 X = torch.randn(40, 6, generator=make_generator(0))
 CLASSES = torch.randint(3, (40,), generator=make_generator(1))

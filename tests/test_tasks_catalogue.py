@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from lopt.cli.commands.catalogue import list_families
 from lopt.tasks import TASKS
-from lopt.tasks.catalogue import list_families
-from lopt.tasks.levels import load_levels
+from lopt.tasks.tuned_adam import load_levels
 
 
 def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None:

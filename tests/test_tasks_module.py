@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from lopt.core.tensors import make_generator
 from lopt.tasks import ModuleTask
-from lopt.tensors import make_generator
 
 
 class Functional(nn.Module):

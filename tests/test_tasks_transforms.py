@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lopt.estimators import ESTIMATORS
+from lopt.core.tensors import derive_seeds, make_generator, stack_trees
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.slots import Slots
 from lopt.rules import RULES
-from lopt.slots import Slots
 from lopt.tasks import TASKS, RandomScaling, TaskFamily
 from lopt.tasks.transforms import TRANSFORMS, GradientNoise, LossScaling, ReducedBatch, StaleGradients, Transform
-from lopt.tensors import derive_seeds, make_generator, stack_trees
-from lopt.unroll import InnerLoop
 
 SMALL = {"width": 3, "batch_size": 16}
 

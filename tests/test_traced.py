@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopt import LearnedOptimizer
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
 
 CONFIG: dict[str, dict[str, Any]] = {"lstm": {"hidden": 4}, "velo": {"width": 16, "bank": 4}}
 SHAPES = [(4, 3), (4, 3), (5,), (5,), (2, 3, 3, 3), ()]

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.checkpoint import load, load_card, load_state
-from lopt.config import RunConfig, TrainerConfig, parse_config
-from lopt.estimators import ESTIMATORS, Estimate
-from lopt.evaluate import run_curves
-from lopt.horizons import Curriculum
-from lopt.log import read_metrics
+from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
+from lopt.meta.trainer.log import read_metrics
+from lopt.meta.trainer.trainer import MAX_DEAD_STEPS, Interrupted, Progress, Trainer
+from lopt.meta.unroll.curves import run_curves
+from lopt.meta.unroll.horizons import Curriculum
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.slots import Slots
 from lopt.rules import RULES
-from lopt.runs import build_trainer, resume_run, start_run
-from lopt.slots import Slots
-from lopt.snapshot import CHECKPOINT, RULE
+from lopt.rules.files import load, load_card, load_state
 from lopt.tasks import TASKS
 from lopt.tasks.base import Task
-from lopt.trainer import MAX_DEAD_STEPS, Interrupted, Progress, Trainer
-from lopt.unroll import InnerLoop
 
 TINY = """
 description = "a tiny run"
@@ -59,7 +59,7 @@ threads = 1
 
 
 def make_config(**trainer: object) -> RunConfig:
-    from lopt.config import merge, tomllib
+    from lopt.meta.config.run import merge, tomllib
 
     raw = tomllib.loads(TINY) | {"name": "tiny"}
     merge(raw, {"trainer": trainer})

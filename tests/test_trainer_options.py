@@ -13,15 +13,15 @@ from test_trainer import TINY, hash_state, make_config, make_trainer, timeless
 from torch import Tensor
 
 import lopt
-from lopt.checkpoint import load_state
-from lopt.config import parse_config
-from lopt.log import RunLog, read_metrics
-from lopt.metaweights import freeze_weights, load_weights
+from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.meta.config.run import parse_config
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
+from lopt.meta.trainer.log import RunLog, read_metrics
+from lopt.meta.trainer.meta_weights import freeze_weights, load_weights
+from lopt.meta.trainer.stop import parse_duration
+from lopt.meta.trainer.trainer import Progress
 from lopt.rules import RULES, Rule
-from lopt.runs import build_trainer, resume_run, start_run
-from lopt.snapshot import CHECKPOINT, RULE
-from lopt.stop import parse_duration
-from lopt.trainer import Progress
+from lopt.rules.files import load_state
 
 # -- time limits -------------------------------------------------------------------------------------------------------
 

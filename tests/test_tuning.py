@@ -16,18 +16,19 @@ import torch
 pytest.importorskip("triton")
 
 from click.testing import CliRunner
-from lopt_kernels import accumulate, mlp, tuning
-from lopt_kernels.features import Family
-from lopt_kernels.mlp import Shape
-from lopt_kernels.tuning import Tile, find, store
+from lopt_kernels.feature_mlp import accumulate, mlp
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.mlp import Shape
+from lopt_kernels.launching import tuning
+from lopt_kernels.launching.tuning import Tile, find, store
 from torch import Tensor, nn
 
-from bench import replay, tune
 from bench.__main__ import cli
+from bench.gpu import replay, tune
 from lopt import LearnedOptimizer
-from lopt.fused.features import FeatureProgram
+from lopt.core.tensors import make_generator
 from lopt.rules import RULES
-from lopt.tensors import make_generator
+from lopt.rules.programs.features import FeatureProgram
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lopt.core.tensors import Params
+from lopt.meta.unroll.inner_loop import InnerLoop, compile_rule
+from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
 from lopt.rules import RULES, Clock, Elements, Fold, Layout, Rule, State, Visit
-from lopt.slots import Slots, Window, join_slots, select_slots
 from lopt.tasks import TASKS
-from lopt.tensors import Params
-from lopt.unroll import InnerLoop, compile_rule
 
 ROWS = 1e-5  # float32, sums over ten numbers in another order
 

@@ -4,24 +4,13 @@ Imports torch and, where it is installed, triton; never lopt. `OPS`, `GROUP_OPS`
 name every formula.
 """
 
-from lopt_kernels import (
-    accumulate,
-    adamw,
-    clock,
-    coordinatewise_lstm,
-    fold,
-    lines,
-    lstm,
-    lstm_autograd,
-    mlp,
-    mlp_autograd,
-    moments,
-    rnnprop,
-    rows,
-    scaled_move,
-)
-from lopt_kernels.autograd import DifferentiableOp
-from lopt_kernels.op import CompileSource, Op
+from lopt_kernels.differentiable import lstm as lstm_autograd
+from lopt_kernels.differentiable import mlp as mlp_autograd
+from lopt_kernels.differentiable.autograd import DifferentiableOp
+from lopt_kernels.elementwise import adamw, coordinatewise_lstm, lstm, rnnprop
+from lopt_kernels.feature_mlp import accumulate, fold, lines, mlp, moments, rows, scaled_move
+from lopt_kernels.launching import clock
+from lopt_kernels.launching.op import CompileSource, Op
 
 OPS: dict[str, Op] = {
     "adamw": adamw.OP,

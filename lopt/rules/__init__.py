@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from lopt.rules.adam import Adam, AdamW, NAdamW
-from lopt.rules.base import (
-    Accumulators,
-    Clock,
-    Elements,
-    Fold,
-    Means,
-    Rule,
-    State,
-    Visit,
-    step_tensors,
-)
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, State, Visit, step_tensors
 from lopt.rules.blend import Blend
+from lopt.rules.building_blocks.elementwise import ElementwiseRule
+from lopt.rules.building_blocks.hand_designed import HandDesigned
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
-from lopt.rules.elementwise import ElementwiseRule
-from lopt.rules.hand_designed import HandDesigned
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.linear import Linear

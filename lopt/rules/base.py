@@ -14,8 +14,8 @@ A rule is written once, as stages of one step:
     emit          elements      the step
     finish        one tensor    the whole step at once (orthogonalisation)
 
-`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; `lopt.chunks` runs the same
-stages in place, part by part.
+`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely;
+`lopt.optim.torch_backend.chunked` runs the same stages in place, part by part.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lopt.core.tensors import Params
 from lopt.rules.layout import Layout, find_layout
-from lopt.tensors import Params
 
 Accumulators = dict[str, Tensor]
 Means = dict[str, Tensor]

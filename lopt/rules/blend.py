@@ -12,14 +12,14 @@ from math import log10, prod, sqrt
 from typing import NamedTuple
 
 import torch
-from lopt_kernels.newton_schulz import orthogonalize
+from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
 from torch import Tensor, nn
 
-from lopt.rules import features
+from lopt.core.tensors import make_generator
 from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Sum, Visit, count_elements
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.scheduler import LOSS_KEYS
 from lopt.rules.layout import Layout
-from lopt.rules.scheduler import LOSS_KEYS
-from lopt.tensors import make_generator
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MOMENTA = (0.9, 0.99)

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lopt.rules import features
+from lopt.core.tensors import derive_seeds
 from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
-from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
+from lopt.rules.building_blocks.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
+from lopt.rules.building_blocks.scheduler import ROW_KEYS, Scheduler
 from lopt.rules.layout import Layout
-from lopt.rules.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
-from lopt.rules.scheduler import ROW_KEYS, Scheduler
-from lopt.tensors import derive_seeds
 
 STEP_MULT = 1e-3
 

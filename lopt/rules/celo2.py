@@ -7,15 +7,15 @@ Differs from the source: the MLP's outputs beyond the first have no effect there
 from __future__ import annotations
 
 import torch
-from lopt_kernels.newton_schulz import orthogonalize
-from lopt_kernels.scaled_move import EPS as STEP_EPS
+from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
+from lopt_kernels.feature_mlp.scaled_move import EPS as STEP_EPS
 from torch import Tensor
 
-from lopt.rules import features
 from lopt.rules.adam import AdamW
 from lopt.rules.base import Elements, Means, Rule, count_elements
-from lopt.rules.factored_mlp import FEATURE_NAMES, FactoredMLP
-from lopt.rules.feature_mlp import MLPTerms
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
+from lopt.rules.building_blocks.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from lopt.rules import features
+from lopt.core.tensors import make_generator
 from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Sum, Visit
+from lopt.rules.building_blocks import features
 from lopt.rules.layout import Layout
-from lopt.tensors import make_generator
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MAX_SCALES = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lopt.rules.base import Accumulators
-from lopt.rules.elementwise import ElementwiseRule, safe_sqrt
+from lopt.rules.building_blocks.elementwise import ElementwiseRule, safe_sqrt
 
 EPS = 1e-8
 

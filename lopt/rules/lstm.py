@@ -9,13 +9,14 @@ from __future__ import annotations
 from math import exp, sqrt
 
 import torch
-from lopt_kernels import lstm, lstm_autograd
-from lopt_kernels.lstm import LSTMWeights
+from lopt_kernels.differentiable import lstm as lstm_autograd
+from lopt_kernels.elementwise import lstm
+from lopt_kernels.elementwise.lstm import LSTMWeights
 from torch import Tensor, nn
 
+from lopt.core.tensors import make_generator
 from lopt.rules.base import Accumulators
-from lopt.rules.elementwise import ElementwiseRule
-from lopt.tensors import make_generator
+from lopt.rules.building_blocks.elementwise import ElementwiseRule
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 STATE = ("h1", "c1", "h2", "c2")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt.rules import features
 from lopt.rules.base import Accumulators, Clock, Elements, Means, Visit
-from lopt.rules.feature_mlp import FeatureMLP
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.layout import Layout
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)

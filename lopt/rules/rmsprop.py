@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lopt.rules.base import Accumulators
-from lopt.rules.elementwise import safe_sqrt
-from lopt.rules.hand_designed import HandDesigned
+from lopt.rules.building_blocks.elementwise import safe_sqrt
+from lopt.rules.building_blocks.hand_designed import HandDesigned
 
 
 class RMSprop(HandDesigned):

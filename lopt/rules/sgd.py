@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lopt.rules.base import Accumulators
-from lopt.rules.hand_designed import HandDesigned
+from lopt.rules.building_blocks.hand_designed import HandDesigned
 
 
 class SGD(HandDesigned):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lopt.rules import features
 from lopt.rules.base import Clock, Means
-from lopt.rules.factored_mlp import CLIPS_NAMES, FactoredMLP, K
-from lopt.rules.factored_mlp import FEATURE_NAMES as FAMILY_NAMES
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.factored_mlp import CLIPS_NAMES, FactoredMLP, K
+from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES as FAMILY_NAMES
 
 FEATURE_NAMES = (*(name for name in FAMILY_NAMES if name not in CLIPS_NAMES), *features.TIME_NAMES)
 

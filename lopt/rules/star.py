@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt.names import suggest
-from lopt.rules import features
+from lopt.core.names import suggest
 from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
-from lopt.rules.elementwise import safe_sqrt
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.elementwise import safe_sqrt
 from lopt.rules.layout import Layout
 
 KEYS = ("nominal_m", "nominal_v", "nominal_recent")

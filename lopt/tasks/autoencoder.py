@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params
 from lopt.tasks.base import Batch
-from lopt.tasks.data import load_images
-from lopt.tasks.images import ImageTask, flatten_images
+from lopt.tasks.data.images import ImageTask, flatten_images
+from lopt.tasks.data.splits import load_images
 from lopt.tasks.mlp import build_mlp, check_network
-from lopt.tensors import Params
 
 
 class Autoencoder(ImageTask):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lopt.tasks.levels import Level, find_level, find_nearest_level
-from lopt.tensors import Params, ParamSpec, fold_in, make_generator
+from lopt.core.tensors import Params, ParamSpec, fold_in, make_generator
+from lopt.tasks.tuned_adam import Level, find_level, find_nearest_level
 
 Task = dict[str, Tensor]
 Batch = dict[str, Tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lopt.tasks.characters import CharacterTask
+from lopt.tasks.data.characters import CharacterTask
 
 GATES = {"vanilla": 1, "gru": 3, "lstm": 4}
 

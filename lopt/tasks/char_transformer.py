@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.tasks.characters import CharacterTask
+from lopt.tasks.data.characters import CharacterTask
 
 
 class Attention(nn.Module):

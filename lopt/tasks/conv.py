@@ -11,8 +11,8 @@ from itertools import pairwise
 from torch import nn
 from torch.nn import functional as F
 
-from lopt.tasks.data import load_images
-from lopt.tasks.images import ImageTask, count_classes
+from lopt.tasks.data.images import ImageTask, count_classes
+from lopt.tasks.data.splits import load_images
 from lopt.tasks.mlp import ACTIVATIONS, check_network
 
 

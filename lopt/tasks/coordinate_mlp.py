@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params, derive_seeds, make_generator
 from lopt.tasks.base import SPLITS, Batch, Data, Task
-from lopt.tasks.data import load_photographs, to_pixels
+from lopt.tasks.data.splits import load_photographs, to_pixels
 from lopt.tasks.mlp import build_mlp
 from lopt.tasks.module import ModuleTask
-from lopt.tensors import Params, derive_seeds, make_generator
 
 Family = TypeVar("Family", bound="CoordinateMLP")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task, TaskFamily, check_split
-from lopt.tensors import Params
 
 
 class Lasso(TaskFamily):

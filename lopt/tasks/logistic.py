@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task, TaskFamily, check_split
-from lopt.tensors import Params
 
 
 class Logistic(TaskFamily):

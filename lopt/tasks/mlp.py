@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params
 from lopt.tasks.base import Task
-from lopt.tasks.data import load_digits, load_images
-from lopt.tasks.images import ImageTask, count_classes, flatten_images
-from lopt.tensors import Params
+from lopt.tasks.data.images import ImageTask, count_classes, flatten_images
+from lopt.tasks.data.splits import load_digits, load_images
 
 __all__ = ["ACTIVATIONS", "MLP", "build_mlp", "check_network", "load_digits"]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
+from lopt.core.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily, check_split
 from lopt.tasks.batched import batch_losses
-from lopt.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
 
 Module = TypeVar("Module", bound="ModuleTask")
 RawData = tuple[Any, Any] | Dataset[Any]

@@ -11,8 +11,8 @@ from math import pi
 import torch
 from torch import Tensor
 
+from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task, TaskFamily, check_split
-from lopt.tensors import Params
 
 
 class Rastrigin(TaskFamily):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
-from lopt.tasks.data import load_table
-from lopt.tasks.images import count_classes
+from lopt.tasks.data.images import count_classes
+from lopt.tasks.data.splits import load_table
 from lopt.tasks.mlp import build_mlp, check_network
 from lopt.tasks.module import ModuleTask
 

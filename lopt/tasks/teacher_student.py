@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params, derive_seeds, draw_normal
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds, check_split
 from lopt.tasks.mlp import ACTIVATIONS, build_mlp, check_network
 from lopt.tasks.module import draw_weights
-from lopt.tensors import Params, derive_seeds, draw_normal
 
 WHOLE = 1024
 """Examples that stand for a whole split, of which there are infinitely many."""

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from lopt.core.tensors import Params, draw_normal
 from lopt.tasks.base import Batch, Task, TaskFamily, branch_seeds
-from lopt.tasks.levels import Level
-from lopt.tensors import Params, draw_normal
+from lopt.tasks.tuned_adam import Level
 
 T = TypeVar("T", bound="Transform")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lopt.core.tensors import Params, derive_seeds, draw_normal
 from lopt.tasks.base import SPLITS, Batch, Task, branch_seeds
-from lopt.tasks.data import load_images
-from lopt.tasks.images import ImageTask, flatten_images
+from lopt.tasks.data.images import ImageTask, flatten_images
+from lopt.tasks.data.splits import load_images
 from lopt.tasks.mlp import build_mlp, check_network
-from lopt.tensors import Params, derive_seeds, draw_normal
 
 NOISE = 1
 """The branch of a batch's seeds that its noise is drawn from."""

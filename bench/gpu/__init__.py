@@ -1,0 +1,1 @@
+"""Kernels on a GPU: predicted and measured figures, tiles, compilation."""

@@ -1,0 +1,1 @@
+"""How good rules and estimators are."""

@@ -1,0 +1,1 @@
+"""How fast steps and meta-training are."""

@@ -1,0 +1,1 @@
+"""Kernels with a backward pass, for meta-training."""

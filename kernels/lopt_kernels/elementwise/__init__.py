@@ -1,0 +1,1 @@
+"""Formulas of one coordinate: one file per rule."""

@@ -1,0 +1,1 @@
+"""What every kernel needs: ops, segments, the user's parameters, tiles, clocks."""

@@ -1,0 +1,360 @@
+"""How a step reaches memory: gradients are read in fp32, parameters are written once, skipped segments not at all.
+
+The formulas are those of `lopt.optim.update.Apply`, with one number per parameter. A kernel that updates parameters
+calls `load_gradient`, then `store_parameter`, where the parameter is live; its reference calls `read_gradient` and
+`move_parameter`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt_kernels.launching.op import CompileSource, check_triton, specialize
+from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements, find_alignment, upload
+
+try:
+    import triton
+    import triton.language as tl
+
+    from lopt_kernels.launching.segments import TRITON_TYPES
+except ImportError:  # references need torch only
+    triton = None
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+TYPES = {  # of the arguments of kernels that are not pointers to fp32
+    **dict.fromkeys(("table", "starts", "grads", "steps_ptr", "seeds"), "*i64"),
+    "num_segments": "i32",
+    "live_ptr": "*i1",
+    **dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "output_scale", "log_bound", "inverse_bound"), "fp32"),
+}
+HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
+
+# splitmix64 (Steele et al. 2014), signed, as in lopt.core.tensors
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio
+MIX_1 = -0x40A7B892E31B1A47
+MIX_2 = -0x6B2FB644ECCEEE15
+
+
+class Terms(NamedTuple):
+    """The numbers of `lopt.optim.update.Apply`, float32 `[n]` each, one per parameter.
+
+    Attributes:
+        lr: the parameter becomes `p + lr * delta - lr * decay * p`; with 0 not a bit of it changes.
+        decay: see above.
+        grad_scale: factor on the gradient: 1, negative to maximise, times what takes a gradient scaler's factor out.
+    """
+
+    lr: Tensor
+    decay: Tensor
+    grad_scale: Tensor
+
+
+class Items(NamedTuple):
+    """What a launch has for each of its n parameters beside the table: all that may change from step to step.
+
+    Attributes:
+        grads: addresses of the gradients, int64 `[n]`; these are dense, in the order of their parameters' memory.
+        terms: see `Terms`.
+        live: bool `[n]`; what is not live is not written.
+        steps: updates made so far, int64 `[n]`.
+        seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
+        dtype: of the gradients.
+        align: a power of two that divides all addresses, see `segments.find_alignment`.
+    """
+
+    grads: Tensor
+    terms: Terms
+    live: Tensor
+    steps: Tensor
+    seeds: Tensor | None
+    dtype: torch.dtype
+    align: int = 1
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """What every kernel that updates parameters of `dtype` takes, in this order."""
+        seeds = self.seeds if dtype == torch.bfloat16 else None
+        return (self.grads, *self.terms, self.live, self.steps, seeds)
+
+    def constexprs(self) -> dict[str, Any]:
+        """Compile-time constants G_TYPE and G_ALIGN."""
+        return {"G_TYPE": TRITON_TYPES[self.dtype], "G_ALIGN": self.align}
+
+
+def make_items(
+    grads: Sequence[Tensor],
+    terms: Terms,
+    live: Tensor | None = None,
+    steps: Tensor | None = None,
+    seeds: Tensor | None = None,
+) -> Items:
+    """Items of these gradients, whose memory must outlive them; by default all are live and at step 0."""
+    device, addresses = terms.lr.device, [g.data_ptr() for g in grads]
+    live = torch.ones(len(grads), dtype=torch.bool, device=device) if live is None else live
+    steps = torch.zeros(len(grads), dtype=torch.int64, device=device) if steps is None else steps
+    on_device = upload(addresses, torch.int64, device)
+    return Items(on_device, terms, live, steps, seeds, grads[0].dtype, find_alignment(addresses))
+
+
+def read_gradient(g: Tensor, terms: Terms, sanitize: bool = False) -> Tensor:
+    """The gradient `[N]` as rules see it, in fp32; `sanitize`: what is not finite counts as 0."""
+    g = g.float() * terms.grad_scale
+    return torch.where(g.isfinite(), g, 0.0) if sanitize else g
+
+
+def move_parameter(p: Tensor, delta: Tensor, terms: Terms, seeds: Tensor | None = None) -> Tensor:
+    """The parameter `[N]` after the step: in fp32, rounded once: at random if bf16 with `seeds`, int64 `[1]`."""
+    base = p.float()
+    rate = terms.lr * terms.decay
+    new = torch.where(rate == 0, base, base - rate * base) + terms.lr * delta
+    if seeds is not None and p.dtype == torch.bfloat16:
+        noise = draw_bits(seeds, p.numel()).to(torch.int32)
+        bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
+        new = torch.where(new.isfinite(), bits.view(torch.float32), new)
+    return torch.where(terms.lr == 0, p, new.to(p.dtype))
+
+
+def draw_bits(seeds: Tensor, count: int) -> Tensor:
+    """`HALF_BITS` random bits for each of `count` coordinates, int64: `lopt.core.tensors.draw_bits`."""
+    return _shift_right(fold_in(seeds, torch.arange(count, device=seeds.device)), 64 - HALF_BITS)
+
+
+def fold_in(seeds: Tensor, counters: Tensor) -> Tensor:
+    """Independent seeds for every counter, int64: `lopt.core.tensors.fold_in`."""
+    x = seeds + GOLDEN * (counters + 1)
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_terms(device: torch.device) -> Terms:
+    """Terms of one segment, none of them neutral."""
+    return Terms(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
+
+
+def launch_flat(
+    launch_segments: Callable[..., None],
+    block: int,
+    p: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Any,
+    terms: Terms,
+    step: Tensor,
+    out: tuple[Tensor, tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """An op's `launch`, for one flat parameter: its `launch_segments` on copies of `p` and `state`.
+
+    Args:
+        p, g, state, weights, terms, step: as the op's `reference` takes them.
+        out: contiguous tensors to write to, new ones by default; they may be p and the state themselves.
+    Returns:
+        The new p and state.
+    """
+    if out is None:
+        out = torch.empty_like(p), tuple(torch.empty_like(s) for s in state)
+    new_p, new_state = out
+    for new, old in zip((new_p, *new_state), (p, *state), strict=True):
+        new.copy_(old)
+    segments = Segments([Segment((new_p, *new_state), (p.numel(),))], by_elements(block))
+    stacks = type(weights)(*(w[None] for w in weights))
+    launch_segments(segments, stacks, make_items([g], terms, steps=step.long()))
+    return out
+
+
+def run(
+    kernel: Any,
+    segments: Segments,
+    weights: Sequence[Tensor],
+    items: Items,
+    numbers: Sequence[float],
+    constants: dict[str, Any],
+) -> None:
+    """One launch of a kernel over all segments.
+
+    Args:
+        weights: what it takes after the table, before the items.
+        numbers: what it takes behind these.
+        constants: its compile-time constants and options beyond those of table and dtypes.
+    """
+    if segments.num_blocks == 0:
+        return
+    table = (segments.table, segments.starts, segments.num_segments)
+    with torch.cuda.device_of(segments.table):
+        kernel[(segments.num_blocks,)](
+            *(*table, *weights, *items.arguments(segments.dtypes[0]), *numbers),
+            **{**segments.constexprs(), **type_constexprs(segments.dtypes), **items.constexprs(), **constants},
+        )
+
+
+def check_launch(
+    op: str, segments: Segments, stacks: Mapping[str, Tensor], items: Items, check_dtype: bool = True
+) -> None:
+    """The tensors beside the table are what every kernel takes.
+
+    Args:
+        op: its name, for messages.
+        stacks: by name, float32 meta-weights, `[K, ...]` each, for `segments.num_slots` <= K; contiguous.
+        check_dtype: the gradients must suit the table's first tensors, which are parameters.
+    Raises:
+        ValueError: a shape, dtype, device or layout that the kernels do not take.
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
+    check_stacks(op, stacks, segments.table.device, segments.num_slots)
+    check_items(op, segments, items, check_dtype)
+    check_triton(op, segments.table.device)
+
+
+def check_stacks(op: str, stacks: Mapping[str, Tensor], device: torch.device, count: int) -> None:
+    """Each tensor is a contiguous float32 stack of at least `count` on this device.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, stack in stacks.items():
+        if stack.dtype != torch.float32 or stack.device != device or not stack.is_contiguous():
+            raise ValueError(
+                f"{op} kernel: {name} must be contiguous torch.float32 on {device}, got {stack.dtype} on "
+                f"{stack.device}, strides {stack.stride()}. Convert it."
+            )
+        if len(stack) < count:
+            raise ValueError(
+                f"{op} kernel: a segment has slot {count - 1}, {name} is a stack of {len(stack)}. "
+                "Give every slot its meta-weights."
+            )
+
+
+def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = True) -> None:
+    """There is one number for each parameter of the table, of the right dtype and on its device.
+
+    Raises:
+        ValueError: there is not.
+    """
+    device, size = segments.table.device, len(items.grads)
+    numbers = [(name, x, torch.float32) for name, x in items.terms._asdict().items()]
+    numbers += [("grads", items.grads, torch.int64), ("live", items.live, torch.bool)]
+    numbers += [(name, x, torch.int64) for name, x in (("steps", items.steps), ("seeds", items.seeds)) if x is not None]
+    for name, x, dtype in numbers:
+        if x.dtype != dtype or x.shape != (size,) or x.device != device or not x.is_contiguous():
+            raise ValueError(
+                f"{op} kernel: {name} must be contiguous {dtype} [{size}] on {device}, got {x.dtype} {list(x.shape)} "
+                f"on {x.device}. One number per parameter."
+            )
+    if size < segments.num_items:
+        raise ValueError(f"{op} kernel: a segment is of parameter {segments.num_items - 1}, there are {size}.")
+    if check_dtype and items.dtype not in (segments.dtypes[0], torch.float32):
+        raise ValueError(
+            f"{op} kernel: gradients must be of their parameters' dtype, {segments.dtypes[0]}, or torch.float32, got "
+            f"{items.dtype}."
+        )
+
+
+def check_dtypes(op: str, segments: Segments, state_dtypes: tuple[torch.dtype, ...], num_states: int) -> None:
+    """The segments' tensors are a parameter and `num_states` tensors of one dtype.
+
+    Raises:
+        ValueError: they are not.
+    """
+    p, *states = segments.dtypes
+    found = len(states) == num_states and len(set(states)) == 1 and states[0] in state_dtypes
+    if not (found and p in PARAMETER_DTYPES):
+        raise ValueError(
+            f"{op} kernel: a segment's tensors must be a parameter (one of {PARAMETER_DTYPES}) and {num_states} state "
+            f"tensors (all one of {state_dtypes}), got {segments.dtypes}."
+        )
+
+
+def type_constexprs(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """Compile-time constants P_TYPE and S_TYPE from the dtypes of parameter and state."""
+    return dict(zip(("P_TYPE", "S_TYPE"), (TRITON_TYPES[dtype] for dtype in dtypes[:2]), strict=True))
+
+
+def compile_source(
+    kernel: Any,
+    dtypes: tuple[torch.dtype, ...],
+    columns: int,
+    seeded: bool,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> CompileSource:
+    """A kernel specialised to parameter, gradient and state of these dtypes, aligned, as in a large model.
+
+    Args:
+        columns: of its table.
+        seeded: with stochastic rounding.
+        constants: its compile-time constants beyond those of dtypes and table.
+        options: of the compiler.
+    """
+    p_dtype, g_dtype, s_dtype = dtypes
+    table = {"COLUMNS": columns, "ALIGN": ALIGNMENT, "MULTIPLE": ALIGNMENT, "SANITIZE": False}
+    table |= {"G_TYPE": TRITON_TYPES[g_dtype], "G_ALIGN": ALIGNMENT}
+    constants = table | type_constexprs((p_dtype, s_dtype)) | constants | ({} if seeded else {"seeds": None})
+    return specialize(kernel, constants, options, **TYPES)
+
+
+if triton is not None:
+    _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
+    _TOP_BITS = tl.constexpr(64 - HALF_BITS)
+    _KEPT = tl.constexpr(-(1 << HALF_BITS))
+
+    @triton.jit
+    def load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr):
+        """See `Terms`."""
+        return tl.load(lr_ptr + item), tl.load(decay_ptr + item), tl.load(grad_scale_ptr + item)
+
+    @triton.jit
+    def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
+        """`read_gradient` of the elements `at`."""
+        x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
+        if SANITIZE:
+            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+        return x
+
+    @triton.jit
+    def store_parameter(p, at, mask, base, delta, lr, decay, seeds, item):
+        """`move_parameter` of the elements `at`, whose values were `base`; `seeds` int64 `[n]` or None."""
+        rate = lr * decay
+        new = tl.where(rate == 0, base, base - rate * base) + lr * delta
+        if seeds is not None:
+            noise = _draw_bits(tl.load(seeds + item), at).to(tl.int32)
+            bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
+            new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
+        if lr != 0:
+            tl.store(p + at, new.to(p.dtype.element_ty), mask)
+
+    @triton.jit
+    def _draw_bits(seed, at):  # at: int64
+        return _shift_right_logical(mix(seed + _GOLDEN * (at + 1)), _TOP_BITS)
+
+    @triton.jit
+    def mix(x):
+        """splitmix64's finaliser on int64."""
+        x = (x ^ _shift_right_logical(x, 30)) * _MIX_1
+        x = (x ^ _shift_right_logical(x, 27)) * _MIX_2
+        return x ^ _shift_right_logical(x, 31)
+
+    @triton.jit
+    def _shift_right_logical(x, BITS: tl.constexpr):
+        return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)
+
+    @triton.jit
+    def power(base, exponent):
+        """base^exponent for fp32 and non-negative int64, exact to fp32's last bit: bias corrections are 1 minus it."""
+        square = tl.cast(base, tl.float32).to(tl.float64)
+        result = tl.full((), 1.0, tl.float64)
+        while exponent > 0:
+            result = tl.where((exponent & 1) == 1, result * square, result)
+            square = square * square
+            exponent = exponent >> 1
+        return result.to(tl.float32)

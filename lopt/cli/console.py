@@ -1,0 +1,164 @@
+"""What several commands do: train, judge, compare and tell of it on a console; open rules; make folders."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+import lopt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lopt.cli.sweep.sweep import Sweep
+    from lopt.cli.sweep.trials import Trial
+    from lopt.evaluation.results import Comparison
+    from lopt.evaluation.settings import Setting
+    from lopt.meta.config.run import RunConfig
+    from lopt.meta.trainer.trainer import Trainer
+    from lopt.rules import Rule
+
+RUNS = Path("runs")
+ARCHIVE = RUNS / "baselines"
+
+
+def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = None) -> None:
+    """Train with a progress bar, for `time_limit` seconds at most; on a signal say how to resume and exit with 130."""
+    from lopt.cli.progress import TrainingProgress
+    from lopt.cli.run_folder import resume_command
+    from lopt.meta.trainer.trainer import Interrupted
+
+    several = len(trainer.sources) > 1
+    console.print(escape(trainer.rule.describe()), soft_wrap=True)
+    for source in trainer.sources:
+        share = f" ({source.name}: {source.tasks} tasks, {source.estimator.name}, weight {source.weight:g})"
+        console.print(escape(f"  on {source.family.describe()}{share if several else ''}"), soft_wrap=True)
+        if getattr(source.estimator, "objective", "") == "baseline" and source.family.baseline is None:
+            say(console, f"  {source.name}: objective 'baseline' takes tuned Adam on the family's default options")
+    for plan in trainer.plans:
+        say(console, f"  {plan}")
+    try:
+        with TrainingProgress(console, trainer) as progress:
+            trainer.run(progress.update, time_limit)
+    except Interrupted:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
+        sys.exit(130)
+    steps = trainer.config.steps
+    if not trainer.finished:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"the time is over at step {trainer.step} of {steps}; go on with: {hint}")
+    elif trainer.step < steps:
+        say(console, f"ended at step {trainer.step} of {steps}: {trainer.stale} validations without a better one")
+    say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
+
+
+def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
+    """Run a sweep, telling of every trial that ends; on a signal say how to go on and exit with 130."""
+    from lopt.cli.sweep.sweep import print_trials
+    from lopt.meta.trainer.trainer import Interrupted
+
+    trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
+    say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
+
+    def tell(trial: Trial) -> None:
+        settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
+        found = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
+        say(console, f"{trial.name} ({settings}): step {trial.step}, {found}")
+
+    try:
+        best = sweep.run(workers, tell)
+    except Interrupted:
+        say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
+        sys.exit(130)
+    print_trials(sweep.state, console)
+    say(console, f"the best one is {best.name}: {sweep.rule_path}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: unbroken, so that it can be copied, and without markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
+    """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
+    from lopt.cli.run_folder import resume_command
+    from lopt.evaluation.settings import list_settings, summarize_results
+
+    rules, settings, seeds = {config.name: trainer.build_best()}, list_settings(config), config.evaluation.seeds
+    try:
+        comparisons = compare_all(rules, settings, console, num_seeds=seeds, archive=ARCHIVE)
+    except KeyboardInterrupt:
+        hint = resume_command(trainer.rule_path.parent)
+        say(console, f"stopped while judging; the rule is trained: {trainer.rule_path}\ngo on with the judging: {hint}")
+        sys.exit(130)
+    trainer.card["results"] = summarize_results(comparisons)
+    trainer.save_rule()
+    show(comparisons, trainer.rule_path.parent, console, command=trainer.card["command"])
+    return trainer.card["results"]  # type: ignore[no-any-return]
+
+
+def compare_all(
+    rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
+) -> list[Comparison]:
+    """`lopt.evaluate.compare` on every setting, telling what goes on."""
+    from lopt.evaluation.comparison import compare
+
+    comparisons = []
+    with console.status("") as status:
+
+        def tell(setting: str, search: str) -> None:
+            status.update(escape(f"{setting}: tuning {search}"))
+
+        for title, family, steps in settings:
+            name = title or family.describe()
+            status.update(escape(f"evaluating {name}"))
+            comparisons += [compare(rules, family, steps, title=title, on_search=partial(tell, name), **options)]
+    return comparisons
+
+
+def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
+    """Print the tables, write report, pictures and JSON, and say where they are."""
+    from lopt.evaluation.report.page import print_table, write_report
+
+    for comparison in comparisons:
+        print_table(comparison, console)
+    for name, path in write_report(folder, comparisons, command=command).items():
+        say(console, f"{name:>16}  {path}")
+
+
+def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
+    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card.
+
+    A card that is not understood is left out, with a note.
+    """
+    from lopt.evaluation.settings import read_card
+
+    path = Path(name)
+    if path.is_dir():
+        path = path / "rule.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
+        name = str(path)
+    rule, card = lopt.load(name), lopt.load_card(name)
+    try:
+        read_card(card)
+    except ValueError as error:
+        click.echo(f"lopt: note: the training card of {name} is not understood and ignored: {error}", err=True)
+        card = {}
+    return path, rule, card
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, so that one that cannot be written is known before work is done for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")

@@ -1,0 +1,230 @@
+"""Run folders: everything about one meta-training run, enough to repeat it and to go on with it.
+
+config.json  environment.json  checkpoint.safetensors  rule.safetensors  metrics.jsonl  tensorboard/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import lopt
+from lopt.core.schema import conform
+from lopt.evaluation.settings import check_label, list_settings
+from lopt.meta.config.run import RunConfig, parse_config
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
+from lopt.meta.trainer.log import METRICS, read_metrics
+from lopt.meta.trainer.ranks import Ranks, is_restart
+from lopt.meta.trainer.source import Source
+from lopt.meta.trainer.trainer import Trainer
+from lopt.rules.files import write_atomic
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+
+
+def build_trainer(
+    config: RunConfig, folder: Path | None = None, command: str = "", ranks: Ranks | None = None, *, warm: bool = True
+) -> Trainer:
+    """The trainer that a configuration describes; `command` goes into the training card.
+
+    Args:
+        warm: load the weights of `trainer.warm_start`, which a checkpoint makes needless.
+    """
+    families = [(source.task, source.build_task()) for source in config.list_families()]
+    sources = []
+    for source in config.list_sources():
+        family = next(built for task, built in families if task == source.task)
+        sources.append(
+            Source(
+                source.transform(family),
+                config.build_estimator(source),
+                source.tasks or config.trainer.tasks,
+                name=source.name,
+                weight=source.weight,
+                horizon=source.build_horizon(),
+                validation_family=family,
+                guidance=config.imitation.weigh,
+            )
+        )
+    return Trainer(
+        config.build_rule(),
+        sources,
+        None,
+        config.trainer if warm else replace(config.trainer, warm_start=""),
+        folder=folder,
+        card=describe_run(config, sources, command),
+        ranks=ranks,
+    )
+
+
+def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> dict[str, Any]:
+    """The training card before training: what, on what, how."""
+    resolved = config.list_sources()
+    longest = max(resolved, key=lambda source: source.build_horizon().longest)
+    return {
+        "name": config.name,
+        "description": config.description,
+        "tasks": "; ".join(source.family.describe() for source in sources),
+        "horizon": longest.horizon,
+        "longest_run": longest.build_horizon().longest,
+        "estimator": resolved[0].estimator if len(resolved) == 1 else {s.name: s.estimator for s in resolved},
+        "seed": config.trainer.seed,
+        "command": command,
+        "licence": "Apache-2.0",
+        "config": config.to_dict(),
+    }
+
+
+def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Trainer:
+    """Make the folder of a new run and its trainer, once all that the configuration asks for is known to exist.
+
+    Raises:
+        FileExistsError: the folder holds a run already.
+        ValueError: the configuration cannot be built, or its rule not be judged.
+        OSError: the folder cannot be written.
+        FailedLead: one of these on rank 0.
+    """
+    ranks = ranks or Ranks()
+    built: list[Trainer] = []
+
+    def prepare() -> str:
+        if (folder / CONFIG).exists():
+            raise FileExistsError(
+                f"{folder} holds a run already: go on with `{resume_command(folder)}`, or choose another folder "
+                "with --out"
+            )
+        check_label(config.name)
+        list_settings(config)
+        environment = describe_environment() | {"processes": ranks.size}
+        command: str = environment["command"]
+        built.append(build_trainer(config, folder, command, ranks))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ENVIRONMENT, to_json(environment))
+        write_atomic(folder / CONFIG, to_json(config.to_dict()))
+        return command
+
+    command = ranks.lead(prepare)
+    return built[0] if built else build_trainer(config, folder, command, ranks)
+
+
+def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
+    """The trainer of a new run, or, where torchrun has started its processes again, of that run where it was left.
+
+    Raises as `start_run` and `resume_run` do.
+    """
+
+    def is_begun() -> bool:
+        return (folder / CONFIG).exists() and parse_config(read_json(folder / CONFIG)) == config
+
+    if ranks.find_largest(is_restart()) and ranks.lead(is_begun):
+        return resume_run(folder, ranks)[1]
+    return start_run(config, folder, ranks)
+
+
+def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = None) -> tuple[RunConfig, Trainer]:
+    """Configuration and trainer of an interrupted run, where its last checkpoint left it.
+
+    Rank 0 reads the folder for all; their number need not be that of before.
+
+    Args:
+        device: to go on there, instead of where the run was.
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+        ValueError: its configuration or checkpoint is damaged, or the checkpoint is gone.
+        FailedLead: one of these on rank 0.
+    """
+    ranks = ranks or Ranks()
+    built: list[Trainer] = []
+
+    def read() -> dict[str, Any]:
+        path = folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
+        raw, environment = read_json(path), read_json(folder / ENVIRONMENT)
+        command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
+        saved = (folder / CHECKPOINT).exists()
+        if not saved and _has_trained(folder):  # otherwise killed before the first checkpoint: start again
+            raise ValueError(
+                f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out"
+            )
+        try:
+            built.append(build_trainer(move_run(parse_config(raw), device), folder, command, ranks, warm=not saved))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return {"config": raw, "command": command, "saved": saved}
+
+    found = ranks.lead(read)
+    config = move_run(parse_config(found["config"]), device)
+    warm = not found["saved"]
+    trainer = built[0] if built else build_trainer(config, folder, found["command"], ranks, warm=warm)
+    if found["saved"]:
+        trainer.restore(folder / CHECKPOINT)
+    return config, trainer
+
+
+def move_run(config: RunConfig, device: str | None) -> RunConfig:
+    """The configuration with another device, if there is one."""
+    return config if device is None else replace(config, trainer=replace(config.trainer, device=device))
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a run."""
+    return shlex.join(["lopt", "train", "--resume", str(folder)])
+
+
+def read_command() -> str:
+    """What was typed to start this process."""
+    return shlex.join(["lopt", *sys.argv[1:]])
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a run has gone beyond step 0, as far as its other files tell."""
+    metrics = folder / METRICS
+    return (folder / RULE).exists() or (metrics.exists() and any(line["step"] > 0 for line in read_metrics(metrics)))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, git revision and command, for the record."""
+    root = Path(lopt.__file__).parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        revision = ""
+    return {
+        "lopt": lopt.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "git": revision or None,
+        "command": read_command(),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {found!r}")
+    return found
+
+
+def to_json(tree: Any) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()

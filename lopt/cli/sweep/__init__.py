@@ -1,0 +1,1 @@
+"""Meta-training with several settings."""

@@ -1,0 +1,329 @@
+"""Sweeps: a preset meta-trained with several settings in worker processes; the rule that validates best is kept.
+
+A trial is an ordinary run in a folder of its own, of one thread. `sweep.json` beside the trials says what they are and
+how far they got. A trial ends with the sweep's own process, even one that is killed, and saves its state first; it
+goes on from there when the sweep does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lopt.cli.run_folder import CONFIG, read_command, read_json, resume_run, start_run, to_json
+from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range
+from lopt.core.schema import conform
+from lopt.meta.config.run import RunConfig, parse_config
+from lopt.meta.trainer.checkpoint import RULE
+from lopt.meta.trainer.stop import Stop
+from lopt.meta.trainer.trainer import Interrupted
+from lopt.rules.files import load_card, write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SWEEP = "sweep.json"
+OUTPUT = "output.txt"
+
+
+@dataclass
+class SweepState:
+    """What `sweep.json` holds.
+
+    Attributes:
+        command: that made it.
+        config: of the preset; a trial's settings are changes to it.
+        halve_every: see `start_sweep`.
+        trials: in the order in which they begin.
+        halvings: that were made.
+        best: name of the trial whose rule is kept.
+    """
+
+    command: str
+    config: dict[str, Any]
+    halve_every: int
+    trials: list[Trial]
+    halvings: int = 0
+    best: str = ""
+
+
+@dataclass
+class Sweep:
+    """A sweep in a folder, which `start_sweep` or `resume_sweep` makes."""
+
+    folder: Path
+    state: SweepState
+    rule_path: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rule_path = self.folder / RULE
+
+    def run(self, workers: int, on_end: Callable[[Trial], None] | None = None) -> Trial:
+        """Run all trials to their end, `workers` at a time, and return the best one; its rule is then at `rule_path`.
+
+        Trials that failed are tried again, from their last checkpoint.
+
+        Args:
+            on_end: called for a trial that has come to its end, to a halving, or has failed.
+        Raises:
+            Interrupted: a signal (SIGINT, SIGTERM) arrived; the trials have saved their states.
+            ValueError: another process runs the sweep, or no trial came to its end.
+        """
+        stop = Stop()
+        for trial in self.state.trials:
+            if trial.status == "failed":
+                trial.status, trial.error = "waiting", ""
+        with lock_folder(self.folder, patient=False), stop.on_signals(), start_workers(workers) as idle:
+            while left := [trial for trial in self.state.trials if trial.status == "waiting"]:
+                until = self.state.halve_every * (self.state.halvings + 1) if len(left) > 1 else 0
+                queue = [trial for trial in left if not until or trial.step < until]
+                if queue:
+                    self._run_round(queue, until, idle, stop, on_end)
+                else:
+                    self._halve(left)
+                if stop.asked:
+                    raise Interrupted
+            return self._keep_best()
+
+    def _run_round(
+        self, queue: list[Trial], until: int, idle: list[Worker], stop: Stop, on_end: Callable[[Trial], None] | None
+    ) -> None:
+        """Run trials to step `until`, or (0) to their end, by the workers that are idle."""
+        busy: dict[Connection, Worker] = {}
+        told = False
+        while busy or (queue and not stop.asked):
+            while queue and idle and not stop.asked:
+                worker, trial = idle.pop(), queue.pop(0)
+                (self.folder / trial.name).mkdir(exist_ok=True)
+                worker.begin(trial, make_config(self.state.config, trial), self.folder / trial.name, until)
+                busy[worker.connection] = worker
+            for connection in wait(list(busy), timeout=0.2):
+                assert isinstance(connection, Connection)
+                worker = busy.pop(connection)
+                trial, outcome = worker.finish()
+                self._take_result(trial, outcome, until, stop.asked)
+                if on_end and (trial.status != "waiting" or trial.step == until):
+                    on_end(trial)
+                if not stop.asked:
+                    idle.append(worker if worker.process.is_alive() else Worker())
+            if stop.asked and not told:
+                told = True  # once: a second signal would end them without saving
+                for worker in busy.values():
+                    worker.process.terminate()
+
+    def _take_result(self, trial: Trial, outcome: Outcome, until: int, asked: bool) -> None:
+        """Record how far a trial got, and how it ended."""
+        folder = self.folder / trial.name
+        if (folder / RULE).exists():
+            card = load_card(folder / RULE)["training"]
+            trial.step, trial.best_step = card["trained_steps"], card["best_step"]
+            (trial.best,) = card["validation"].values()
+        if outcome.arrived:
+            trial.status = "waiting" if trial.step == until else "done"
+        elif outcome.error and not asked:
+            trial.status, trial.error = "failed", outcome.error
+        self._write()
+
+    def _halve(self, left: Sequence[Trial]) -> None:
+        """End the worse half of the trials that all have come to a halving."""
+        for trial in sorted(left, key=_rank)[math.ceil(len(left) / 2) :]:
+            trial.status = "halved"
+        self.state.halvings += 1
+        self._write()
+
+    def _keep_best(self) -> Trial:
+        ended = [trial for trial in self.state.trials if trial.status != "failed" and trial.best is not None]
+        if not ended:
+            first = next((f"; {trial.name}: {trial.error}" for trial in self.state.trials if trial.error), "")
+            raise ValueError(f"no trial of {self.folder} came to a rule that can be validated{first}")
+        best = min(ended, key=_rank)
+        self.state.best = best.name
+        write_atomic(self.rule_path, (self.folder / best.name / RULE).read_bytes())
+        self._write()
+        return best
+
+    def _write(self) -> None:
+        write_atomic(self.folder / SWEEP, to_json(asdict(self.state)))
+
+
+def start_sweep(
+    config: RunConfig, varied: Sequence[str], folder: Path, *, samples: int | None = None, halve_every: int = 0
+) -> Sweep:
+    """Make the folder of a new sweep, once all of its trials are known to be possible.
+
+    Args:
+        config: what the trials have in common.
+        varied: texts for `parse_range`.
+        samples: trials that are drawn, by the seed of `config`, spread evenly over each range; equal ones are tried
+            once. None tries all combinations.
+        halve_every: outer steps after which the worse half of the trials ends, again and again until one is left
+            (successive halving: Jamieson & Talwalkar 2016, arXiv 1502.07943, with rounds of equal length); 0: never.
+    Raises:
+        FileExistsError: the folder holds a sweep already.
+        ValueError: a text is not understood, or a setting is unknown, impossible, or one that trials must share.
+    """
+    if (folder / SWEEP).exists():
+        raise FileExistsError(f"{folder} holds a sweep already: go on with --resume {folder}, or choose another --out")
+    if halve_every % config.trainer.validate_every:
+        raise ValueError(
+            f"halving every {halve_every} steps needs validations at these steps: give a multiple of "
+            f"trainer.validate_every = {config.trainer.validate_every}"
+        )
+    drawn = draw_settings([parse_range(text) for text in varied], samples, config.trainer.seed)
+    digits = len(str(len(drawn) - 1))
+    trials = [Trial(f"trial-{i:0{digits}}", settings) for i, settings in enumerate(drawn)]
+    sweep = Sweep(folder, SweepState(read_command(), config.to_dict(), halve_every, trials))
+    for trial in trials:
+        check_config(make_config(sweep.state.config, trial))
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep._write()
+    return sweep
+
+
+def resume_sweep(folder: Path) -> Sweep:
+    """A sweep where it was left.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+        ValueError: its file is damaged.
+    """
+    path = folder / SWEEP
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no sweep in {folder} (no {SWEEP})")
+    return Sweep(folder, conform(read_json(path), SweepState, ""))
+
+
+class Outcome(NamedTuple):
+    """How a trial ended: at the step that it was to come to, or with an error; stopped where neither."""
+
+    arrived: bool
+    error: str
+
+
+class Worker:
+    """A process that runs trials one after the other, and ends with this one."""
+
+    trial: Trial
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve_trials, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, trial: Trial, config: RunConfig, folder: Path, until: int) -> None:
+        """See `run_trial`."""
+        self.trial = trial
+        self.connection.send((config.to_dict(), str(folder), until))
+
+    def finish(self) -> tuple[Trial, Outcome]:
+        """The trial and how it ended, once there is something to read from the connection."""
+        try:
+            return self.trial, Outcome(*self.connection.recv())
+        except (EOFError, OSError):
+            self.process.join()
+            status = self.process.exitcode or 0
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            return self.trial, Outcome(False, f"its process {how}")
+
+
+@contextmanager
+def start_workers(count: int) -> Iterator[list[Worker]]:
+    """Workers that are idle; they end with the context, those that run a trial with this process."""
+    workers = [Worker() for _ in range(count)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.connection.close()
+
+
+def serve_trials(connection: Connection) -> None:
+    """Run trials that are asked for, to the end of the connection. What they print is left in `OUTPUT`."""
+    os.setpgid(0, 0)  # Ctrl-C in a terminal is for the parent, which passes it on
+    while True:
+        try:
+            raw, folder, until = connection.recv()
+        except EOFError:
+            return
+        with (Path(folder) / OUTPUT).open("a") as output:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(output.fileno(), stream.fileno())
+        try:
+            outcome = Outcome(run_trial(parse_config(raw), Path(folder), until), "")
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome(False, f"{type(error).__name__}: {error}".splitlines()[0])
+        connection.send(tuple(outcome))
+
+
+def run_trial(config: RunConfig, folder: Path, until: int) -> bool:
+    """Begin the run in `folder`, or go on with it, to step `until` or (0) to its end; returns whether it came there.
+
+    If not, a signal stopped it, or the parent of this process is gone; its state is saved.
+    """
+    parent = multiprocessing.parent_process()
+    with lock_folder(folder, patient=True):  # the process of a sweep that was killed may not have ended yet
+        trainer = resume_run(folder)[1] if (folder / CONFIG).exists() else start_run(config, folder)
+        if 0 < until <= trainer.step:
+            return True
+
+        def watch(_: object) -> None:
+            if 0 < trainer.step == until or (parent is not None and not parent.is_alive()):
+                signal.raise_signal(signal.SIGTERM)
+
+        try:
+            trainer.run(watch)
+        except Interrupted:
+            return 0 < trainer.step == until
+        return True
+
+
+@contextmanager
+def lock_folder(folder: Path, *, patient: bool) -> Iterator[None]:
+    """Keep others out of a folder, as long as this process lives at most.
+
+    Args:
+        patient: wait for another one to end.
+    Raises:
+        ValueError: another process is there, and `patient` is false.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(f"another process runs the sweep in {folder}; wait for it, or stop it") from error
+        yield
+
+
+def print_trials(state: SweepState, console: Console) -> None:
+    """A table of all trials, the best first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    metric = parse_config(state.config).trainer.validation_metric
+    table = Table(box=None, pad_edge=False)
+    for column in ("trial", *state.trials[0].settings, f"best {metric}", "at step", "steps", ""):
+        table.add_column(escape(column), justify="left" if column in ("trial", "") else "right")
+    for trial in sorted(state.trials, key=_rank):
+        best = "-" if trial.best is None else f"{trial.best:.4g}"
+        cells = [trial.name, *map(str, trial.settings.values()), best, str(trial.best_step), str(trial.step)]
+        table.add_row(*map(escape, [*cells, trial.status]), style="bold" if trial.name == state.best else None)
+    console.print(table)
+
+
+def _rank(trial: Trial) -> tuple[bool, float]:
+    """Sorts the best first, those that failed or have no figure last."""
+    return trial.status == "failed" or trial.best is None, math.inf if trial.best is None else trial.best

@@ -1,0 +1,116 @@
+"""What the trials of a sweep are: settings that vary, from texts and draws, and the configurations that they make."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lopt.meta.config.run import RunConfig, merge, parse_config, parse_override
+from lopt.meta.config.samplers import draw_options
+
+FIXED = ("name", "description", "task", "source", "evaluation", "trainer.threads", "trainer.validation_")
+"""What trials have in common, so that their validations can be compared."""
+
+
+@dataclass
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        settings: what it has of its own, by dotted keys.
+        status: "waiting" (to begin or go on), "done", "halved" (not among the better half) or "failed".
+        step, best, best_step: as far as it got: outer steps, best validation so far and its step.
+        error: why it failed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    status: str = "waiting"
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    error: str = ""
+
+
+def parse_range(text: str) -> tuple[str, dict[str, Any]]:
+    """A dotted key and its sampler, from `KEY=A,B,C`, `KEY=LOW:HIGH` or `KEY=LOW:HIGH:log`.
+
+    Raises:
+        ValueError: not of these forms, or of a setting that trials must share.
+    """
+    key, _, values = (part.strip() for part in text.partition("="))
+    if not key or not values:
+        raise ValueError(f"what varies is given as KEY=A,B,C or KEY=LOW:HIGH or KEY=LOW:HIGH:log, got {text!r}")
+    if any(key == fixed or key.startswith(fixed if fixed.endswith("_") else f"{fixed}.") for fixed in FIXED):
+        raise ValueError(f"{key} must be the same in all trials, whose validations are compared: use --set")
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    if match := re.fullmatch(rf"({number}):({number})(:log)?", values):
+        low, high = (int(bound) if re.fullmatch(r"[-+]?\d+", bound) else float(bound) for bound in match.groups()[:2])
+        return key, {"low": low, "high": high, "log": match[3] is not None}
+    chosen = parse_override(f"x=[{values}]")["x"]
+    if isinstance(chosen, str):  # bare words are not TOML, one by one they are strings
+        chosen = [parse_override(f"x={value}")["x"] for value in values.split(",")]
+    return key, {"choose": chosen}
+
+
+def draw_settings(
+    varied: Sequence[tuple[str, Mapping[str, Any]]], samples: int | None, seed: int
+) -> list[dict[str, Any]]:
+    """The settings of all trials by dotted keys; numbers of four digits, whole between whole bounds.
+
+    Raises:
+        ValueError: nothing varies, or a key twice; a range without `samples`; a sampler is not understood.
+    """
+    samplers = dict(varied)
+    if not varied or len(samplers) < len(varied):
+        raise ValueError(f"a sweep varies one or more different settings, got {[key for key, _ in varied]}")
+    if samples is None:
+        for key, sampler in varied:
+            if "choose" not in sampler:
+                raise ValueError(f"{key} is a range: say how many trials are to be drawn (--samples)")
+        return [
+            dict(zip(samplers, values, strict=True))
+            for values in itertools.product(*(s["choose"] for s in samplers.values()))
+        ]
+    kinds = {
+        key: int if "low" in s and isinstance(s["low"], int) and isinstance(s["high"], int) else float
+        for key, s in varied
+    }
+    drawn = draw_options(samplers, kinds, samples, seed, "sweep", "sweep")
+    rounded = [
+        {key: float(f"{v:.4g}") if "low" in samplers[key] and isinstance(v, float) else v for key, v in own.items()}
+        for own in drawn
+    ]
+    return list({json.dumps(own): own for own in rounded}.values())
+
+
+def make_config(config: Mapping[str, Any], trial: Trial) -> RunConfig:
+    """The configuration of a trial's run.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    raw: dict[str, Any] = json.loads(json.dumps(config))
+    for key, value in {**trial.settings, "trainer.threads": 1}.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merge(raw, value)
+    return parse_config(raw)
+
+
+def check_config(config: RunConfig) -> None:
+    """Build what a run is made of, as far as this costs no time.
+
+    Raises:
+        ValueError: something cannot be built.
+    """
+    config.build_rule()
+    for source in config.list_sources():
+        source.transform(source.build_task())
+        source.build_horizon()
+        config.build_estimator(source)

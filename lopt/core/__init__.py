@@ -1,0 +1,1 @@
+"""What everything stands on: tensors, named randomness, files, and checks of data that others made."""

@@ -1,0 +1,79 @@
+"""Foreign data against type annotations: what TOML or JSON holds, checked and made into dataclasses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import Parameter, signature
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from lopt.core.names import suggest
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
+INT64 = 2**63
+
+
+def conform(value: Any, kind: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, `PLAIN`, `list[X]`, `tuple[X, ...]`, `dict[str, X]`, `X | None` or Any.
+
+    Whole numbers pass as floats; true and false are no numbers; numbers are finite and integers fit 64 bits.
+
+    Args:
+        where: what the value is called, such as `trainer.steps`; "" for the whole.
+    Raises:
+        ValueError: it is something else, lacks an entry or has an unknown one.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _conform_fields(value, kind, where)
+    if origin in (Union, UnionType):
+        return None if value is None else conform(value, inner[0], where)
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return origin(conform(part, inner[0], f"{where}[{i}]") for i, part in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {key: conform(part, inner[1], f"{where}.{key}") for key, part in value.items()}
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if type(value) is kind and (kind is not int or -INT64 <= value < INT64) and kind is not float:
+        return value
+    raise ValueError(f"{where} must be {_describe(kind)}, got {value!r}")
+
+
+def _conform_fields(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where or 'the whole'} must be a table of named entries, got {value!r}")
+    hints, prefix = get_type_hints(kind), f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            raise ValueError(f"{prefix}{key} is unknown. {suggest(key, hints)}")
+    for entry in fields(kind):
+        if entry.name not in value and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ValueError(f"{prefix}{entry.name} is missing")
+    return kind(**{key: conform(part, hints[key], f"{prefix}{key}") for key, part in value.items()})
+
+
+def list_options(constructor: Callable[..., Any]) -> dict[str, Any]:
+    """Names and types of a class's constructor arguments that TOML and JSON can hold."""
+    hints = get_type_hints(constructor.__init__)
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    names = [name for name, p in signature(constructor).parameters.items() if p.kind in named]
+    return {name: hints[name] for name in names if _is_plain(hints.get(name))}
+
+
+def _is_plain(kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        return True
+    if get_origin(kind) in (list, tuple, Union, UnionType):
+        return all(_is_plain(part) for part in get_args(kind) if part not in (NoneType, ...))
+    return kind in PLAIN
+
+
+def _describe(kind: Any) -> str:
+    """How people call a type."""
+    if get_origin(kind) in (list, tuple):
+        return "a list"
+    return PLAIN.get(kind, "a table of named entries")

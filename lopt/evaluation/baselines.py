@@ -1,0 +1,329 @@
+"""Tuned baselines: hand-designed optimizers with their learning rates searched on a grid, and the archive of searches.
+
+The grid is tried on a few tasks, its best learning rates on many more: near the edge of stability a learning rate
+that is best on ten tasks may fail on one of the next twenty, and a baseline tuned like that is no baseline. A grid
+times its tasks runs as one population, through per-run meta-weights. Tuning tasks are never among the reported
+ones. A search is archived under a hash of all that determines it and is not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite, log10
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt.core.names import suggest
+from lopt.core.tensors import derive_seeds
+from lopt.meta.unroll.curves import run_curves
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.rules import RULES
+from lopt.rules.building_blocks.hand_designed import SCHEDULES
+from lopt.rules.files import VERSION, write_atomic
+from lopt.tasks import TaskFamily
+
+BASELINES = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "nadamw")
+CRITERIA = ("final", "mean")
+FORMAT = 1
+"""Of an archived search; raised when a baseline, a loss or the search itself changes its meaning."""
+
+EXTENSION = 4
+EXPONENT_LIMIT = 80
+STREAM = "tuning"
+
+logger = logging.getLogger(__name__)
+
+OnSearch = Callable[[str], None]
+"""Told about every search: "adam, cosine: 35 learning rates x 8 seeds x 100 steps"."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Learning rates `ratio^k` for k = low, ..., high; at least five decades.
+
+    Attributes:
+        ratio: of neighbours; sqrt(2) for small tasks, 10^0.5 is usual for large ones.
+        low, high: first and last exponent, before any extension.
+    """
+
+    ratio: float = 2**0.5
+    low: int = -26
+    high: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 1:
+            raise ValueError(f"ratio must be above 1, got {self.ratio}")
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if max(-self.low, self.high) > EXPONENT_LIMIT:
+            raise ValueError(f"exponents must be within +-{EXPONENT_LIMIT}, got {self.low} and {self.high}")
+
+    @property
+    def decades(self) -> float:
+        """Orders of magnitude from the first to the last learning rate."""
+        return (self.high - self.low) * log10(self.ratio)
+
+    def value(self, exponent: int) -> float:
+        """The learning rate of an exponent."""
+        return float(f"{self.ratio**exponent:.9g}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How baselines are tuned.
+
+    Attributes:
+        grid: the learning rates.
+        num_seeds: tasks that the finalists are tried on, an eighth of them (at least 4) for the whole grid; None
+            takes more of them where tasks are smaller.
+        seed: names those tasks.
+        finalists: for each criterion the best this many must have been tried on all tasks.
+        schedules: of the learning rate, each tuned by itself.
+    """
+
+    grid: Grid = Grid()
+    num_seeds: int | None = None
+    seed: int = 0
+    finalists: int = 4
+    schedules: tuple[str, ...] = SCHEDULES
+
+    def __post_init__(self) -> None:
+        if self.num_seeds is not None and self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        if self.finalists < 1:
+            raise ValueError(f"finalists must be at least 1, got {self.finalists}")
+        unknown = sorted(set(self.schedules) - set(SCHEDULES))
+        if unknown or not self.schedules:
+            raise ValueError(f"schedules must be some of {SCHEDULES}, got {self.schedules}")
+
+    def count_seeds(self, family: TaskFamily) -> int:
+        """`num_seeds`, or 32 to 512 of them, fewer the more parameters a task has."""
+        return self.num_seeds or min(512, max(32, 2**16 // max(family.spec.size, 1)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of a search: losses averaged over `num_seeds` tasks, None where one is not finite."""
+
+    exponent: int
+    lr: float
+    num_seeds: int
+    final: float | None
+    mean: float | None
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome of a search: one optimizer with one schedule on one setting.
+
+    Attributes:
+        settings: all that determined it.
+        trials: in the order of the learning rate.
+        best: the learning rate with the lowest loss for each of `CRITERIA`; None if none stayed finite.
+        fingerprint: of the settings and the tasks.
+        lopt_version: that made it.
+    """
+
+    settings: dict[str, Any]
+    trials: list[Trial]
+    best: dict[str, float | None]
+    fingerprint: str
+    lopt_version: str
+
+    def lowest(self, criterion: str) -> float:
+        """The loss of the best learning rate, infinite if none stayed finite."""
+        best = _choose(self.trials, criterion)
+        return float("inf") if best is None else float(getattr(best, criterion))
+
+
+def check_baseline(name: str) -> str:
+    """`name` itself, if it is one of `BASELINES`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}. {suggest(name, BASELINES)}")
+    return name
+
+
+def tune_baseline(
+    name: str,
+    schedule: str,
+    family: TaskFamily,
+    num_steps: int,
+    tuning: Tuning = Tuning(),
+    archive: Path | None = None,
+    on_search: OnSearch | None = None,
+) -> Tuned:
+    """Search the learning rate of `RULES[name]`, or take the search from the archive.
+
+    The grid is extended on the side where the best value of either criterion is an edge. A learning rate with a
+    task whose loss is not finite is out; ties go to the smaller one.
+
+    Args:
+        archive: folder of earlier searches, made if missing; None neither reads nor writes.
+        on_search: called before a search that is not in the archive.
+    Raises:
+        ValueError: `name` is not a hand-designed optimizer.
+    """
+    check_baseline(name)
+    num_seeds = tuning.count_seeds(family)
+    settings = {
+        "format": FORMAT,
+        "task": family.describe(),
+        "num_steps": num_steps,
+        "rule": RULES[name](schedule=schedule).describe(),
+        "schedule": schedule,
+        "grid": asdict(tuning.grid),
+        "num_seeds": num_seeds,
+        "finalists": tuning.finalists,
+        "seed": tuning.seed,
+    }
+    fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
+    path = None if archive is None else archive / f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
+    found = None if path is None else load_tuned(path, fingerprint)
+    if found is not None:
+        return found
+    if on_search is not None:
+        count = tuning.grid.high - tuning.grid.low + 1
+        on_search(f"{name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
+    trials = _search(name, schedule, family, num_steps, tuning)
+    best = {criterion: _choose(trials, criterion) for criterion in CRITERIA}
+    tuned = Tuned(
+        settings,
+        trials,
+        {key: None if trial is None else trial.lr for key, trial in best.items()},
+        fingerprint,
+        VERSION,
+    )
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(asdict(tuned), indent=1, allow_nan=False) + "\n").encode())
+    return tuned
+
+
+def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
+    """An archived search, or None (with a logged warning) if it is damaged or belongs to other settings."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        trials = [Trial(**trial) for trial in content.pop("trials")]
+        tuned = Tuned(trials=trials, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("archived tuning %s is damaged (%s); tuning again", path, error)
+        return None
+    chosen = {c: t.lr if (t := _choose(trials, c)) else None for c in CRITERIA}
+    if tuned.fingerprint != fingerprint or tuned.best != chosen:
+        logger.warning("archived tuning %s belongs to other settings; tuning again", path)
+        return None
+    return tuned
+
+
+def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning) -> list[Trial]:
+    """The grid on a few tasks, then finalists on all, until no learning rate that is not tried looks better."""
+    full = tuning.count_seeds(family)
+    few = min(full, max(4, full // 8))
+    trials: dict[int, Trial] = {}
+
+    def try_rates(exponents: Iterable[int], num_seeds: int) -> None:
+        todo = sorted(exponents)
+        new = _try_rates(name, schedule, family, num_steps, tuning, todo, num_seeds)
+        trials.update(zip(todo, new, strict=True))
+
+    todo = set(range(tuning.grid.low, tuning.grid.high + 1))
+    while todo:
+        try_rates(todo, few)
+        while promising := _pick_finalists(trials.values(), tuning.finalists, full):
+            try_rates(promising, full)
+        todo = _extend(trials)
+    return [trials[k] for k in sorted(trials)]
+
+
+def _pick_finalists(trials: Iterable[Trial], count: int, full: int) -> set[int]:
+    """Of the best `count` for either criterion those that were not tried on all tasks."""
+    found = set()
+    for criterion in CRITERIA:
+        for trial in _rank(trials, criterion)[:count]:
+            if trial.num_seeds < full:
+                found.add(trial.exponent)
+    return found
+
+
+def _extend(trials: Mapping[int, Trial]) -> set[int]:
+    """What to try beyond an edge that is best; where nothing is finite, smaller learning rates."""
+    low, high = min(trials), max(trials)
+    best = [_choose(trials.values(), criterion) for criterion in CRITERIA]
+    edges = {low if trial is None else trial.exponent for trial in best}
+    below = range(max(low - EXTENSION, -EXPONENT_LIMIT), low) if low in edges else ()
+    above = range(high + 1, min(high + EXTENSION, EXPONENT_LIMIT) + 1) if high in edges else ()
+    return {*below, *above}
+
+
+def _try_rates(
+    name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int], num_seeds: int
+) -> list[Trial]:
+    """All given learning rates on the first `num_seeds` tuning tasks, as one population."""
+    rule = RULES[name](schedule=schedule)
+    lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
+    runs = len(lrs) * num_seeds
+    weights = {key: w.detach().expand(runs) for key, w in rule.named_parameters()}
+    weights["lr"] = lrs.to(torch.get_default_dtype()).repeat_interleave(num_seeds)
+    curves = run_curves(
+        rule,
+        family,
+        torch.arange(num_seeds).repeat(len(lrs)),
+        num_steps,
+        meta_weights=weights,
+        seed=tuning.seed,
+        stream=STREAM,
+    )
+
+    def average(values: torch.Tensor) -> list[float | None]:
+        means = values.double().view(len(lrs), num_seeds).mean(1).tolist()
+        return [mean if isfinite(mean) else None for mean in means]
+
+    columns = zip(
+        exponents,
+        lrs.tolist(),
+        [num_seeds] * len(lrs),
+        average(curves.final),
+        average(curves.mean),
+        curves.diverged.view(len(lrs), num_seeds).sum(1).tolist(),
+        strict=True,
+    )
+    return [Trial(*column) for column in columns]
+
+
+def _rank(trials: Iterable[Trial], criterion: str) -> list[Trial]:
+    """Those that are finite, the lowest loss first."""
+    finite = [trial for trial in trials if getattr(trial, criterion) is not None]
+    return sorted(finite, key=lambda trial: (getattr(trial, criterion), trial.exponent))
+
+
+def _choose(trials: Iterable[Trial], criterion: str) -> Trial | None:
+    """The best: after the last round of a search it has been tried on all tasks."""
+    ranked = _rank(trials, criterion)
+    return ranked[0] if ranked else None
+
+
+def _fingerprint(settings: dict[str, Any], family: TaskFamily, num_seeds: int, seed: int) -> str:
+    """Hash of the settings and of what tuning seed 0 starts from.
+
+    The start tells apart tasks that describe themselves alike, such as a user's modules on different data.
+    """
+    loop = InnerLoop(RULES["sgd"](), family, int(derive_seeds(seed, STREAM)))
+    slots = loop.start(torch.arange(1))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (slots.params, *loop.batch(slots).values()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(f"{float(slots.loss):.2e}".encode())
+    return digest.hexdigest()

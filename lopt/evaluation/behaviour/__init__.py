@@ -1,0 +1,1 @@
+"""What a rule is and does: probes of its policy, figures and pictures."""

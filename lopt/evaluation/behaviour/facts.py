@@ -1,0 +1,127 @@
+"""What a rule is, in figures and as text; the pictures of what it does are in `lopt.evaluation.behaviour.pictures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lopt.evaluation.settings import Card, Losses, read_card
+from lopt.meta.trainer.log import flatten_dict
+from lopt.meta.unroll.horizons import Constant
+from lopt.rules import Rule
+from lopt.rules.files import fingerprint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SHAPES = ((4096,), (64, 64), (1024, 1024))
+MAX_LISTED = 40
+"""Names that are listed one by one."""
+
+
+def inspect_rule(rule: Rule) -> dict[str, Any]:
+    """Name, configuration, fingerprint, meta-weights, state, and what the rule looks at.
+
+    Returns:
+        `state_bytes` per parameter of a float32 tensor, for a vector and two matrices; `state_bytes_per_parameter` is
+        that of the 64 x 64 matrix, whose `state` is listed.
+    """
+    tensors = rule.init_state({"weight": torch.zeros(64, 64)}).accumulators["weight"]
+    held = {"x".join(map(str, shape)): _measure_state(rule, shape) for shape in SHAPES}
+    return {
+        "rule": rule.name,
+        "config": rule.config,
+        "fingerprint": fingerprint(rule),
+        "meta_weights": sum(p.numel() for p in rule.meta_weights().values()),
+        "meta_weights_by_name": {name: list(p.shape) for name, p in rule.meta_weights().items()},
+        "state": ", ".join(f"{key} {list(a.shape)}" for key, a in tensors.items()),
+        "state_bytes_per_parameter": held["64x64"],
+        "state_bytes": held,
+        "elementwise": rule.elementwise,
+        "needs_loss": rule.needs_loss,
+        "needs_num_steps": rule.needs_num_steps,
+        "features": list(rule.feature_names),
+    }
+
+
+def _measure_state(rule: Rule, shape: tuple[int, ...]) -> float:
+    """Bytes per parameter, of which nothing is allocated."""
+    with torch.device("meta"):
+        state = rule.init_state({"weight": torch.zeros(shape)})
+    held = sum(a.numel() * a.element_size() for a in state.accumulators["weight"].values())
+    return round(held / prod(shape), 2)
+
+
+def find_horizon(card: Mapping[str, Any]) -> int | None:
+    """Length of the runs that the rule was trained on, if its card tells and it was one length."""
+    config = read_card(card).config
+    schedules = [] if config is None else [source.build_horizon() for source in config.list_sources()]
+    lengths = {schedule.steps if isinstance(schedule, Constant) else None for schedule in schedules}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Console) -> None:
+    """The facts of `inspect_rule`, the training card but for its configuration, and its results."""
+    known = read_card(card)
+    shapes = facts["meta_weights_by_name"]
+    listed = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:MAX_LISTED])
+    more = f" and {len(shapes) - MAX_LISTED} more" if len(shapes) > MAX_LISTED else ""
+    reads = ["gradient", *(["training loss"] if facts["needs_loss"] else [])]
+    reads += ["planned number of steps"] if facts["needs_num_steps"] else []
+    rows = {
+        "rule": facts["rule"],
+        "config": ", ".join(f"{key}={value!r}" for key, value in facts["config"].items()),
+        "fingerprint": facts["fingerprint"],
+        "meta-weights": f"{facts['meta_weights']}: {listed}{more}",
+        "state": facts["state"],
+        "bytes of state per parameter": ", ".join(
+            f"{size:g} ({shape})" for shape, size in facts["state_bytes"].items()
+        ),
+        "looks at": "each element alone" if facts["elementwise"] else "whole tensors",
+        "reads": ", ".join(reads),
+        "features": f"{len(facts['features'])}: {', '.join(facts['features'])}" if facts["features"] else "not named",
+    }
+    told = {key: value for key, value in card.items() if key not in ("config", "results")}
+    for title, entries in (("what it is", rows), ("training card", flatten_dict(told))):
+        if entries:
+            console.print(_build_table(title, entries), "")
+    if known.results:
+        console.print(_build_results(known), "")
+
+
+def _build_table(title: str, entries: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for key, value in entries.items():
+        table.add_row(Text(key), Text(str(value)))
+    return table
+
+
+def _build_results(card: Card) -> Table:
+    """The rule's losses beside those of the best tuned baseline."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="results, against the best tuned baseline", title_justify="left", box=None, pad_edge=False)
+    for heading in ("setting", "steps", "tasks", "final loss", "best tuned", "mean loss", "best tuned"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    for result in card.results:
+        losses = [text for found in (result.final, result.mean) for text in _format_losses(found)]
+        table.add_row(*map(Text, (result.setting, str(result.steps), str(result.seeds), *losses)))
+    return table
+
+
+def _format_losses(losses: Losses) -> tuple[str, str]:
+    """The rule's figure and the best tuned baseline's."""
+    ours = "diverged" if losses.rule is None else f"{losses.rule:g}"
+    if losses.best_tuned_name is None:
+        return ours, "\u2013"
+    theirs = "diverged" if losses.best_tuned is None else f"{losses.best_tuned:g}"
+    return ours, f"{losses.best_tuned_name} {theirs}"

@@ -1,0 +1,1 @@
+"""An evaluation as tables, curves and one HTML page."""

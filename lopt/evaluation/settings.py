@@ -1,0 +1,119 @@
+"""The evaluation that belongs to a run: its rule against tuned baselines on the settings of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from lopt.core.schema import conform
+from lopt.evaluation.baselines import BASELINES
+from lopt.evaluation.comparison import DEFAULT_LABEL
+from lopt.evaluation.results import Comparison
+from lopt.evaluation.statistics import Summary
+from lopt.meta.config.run import RunConfig, build
+from lopt.tasks import TASKS, TaskFamily
+
+
+class Setting(NamedTuple):
+    """What a rule is judged on: a title (None for a description of the task), a family and the length of the runs."""
+
+    title: str | None
+    family: TaskFamily
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One figure of a rule, and of the best tuned baseline; None for what is missing or diverged."""
+
+    rule: float | None
+    best_tuned: float | None
+    best_tuned_name: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training card says of one setting."""
+
+    setting: str
+    task: str
+    steps: int
+    seeds: int
+    final: Losses
+    mean: Losses
+
+
+@dataclass(frozen=True)
+class Card:
+    """What lopt reads from a training card, which may come from anywhere; cards hold more, for people."""
+
+    name: str = ""
+    config: RunConfig | None = None
+    results: list[Result] = field(default_factory=list)
+
+
+def read_card(card: Any) -> Card:
+    """The checked part of a training card.
+
+    Raises:
+        ValueError: an entry is not what lopt writes.
+    """
+    entries = conform(card, dict[str, Any], "card")
+    known: Card = conform({f.name: entries[f.name] for f in fields(Card) if f.name in entries}, Card, "card")
+    return known
+
+
+def check_label(label: str) -> str:
+    """`label` itself, if it can name a rule beside the baselines.
+
+    Raises:
+        ValueError: a baseline is called so.
+    """
+    if label in (*BASELINES, DEFAULT_LABEL):
+        raise ValueError(f"a rule cannot be called {label!r}: a baseline is called so; give it another name")
+    return label
+
+
+def list_settings(config: RunConfig) -> list[Setting]:
+    """Every family of the run at its evaluation's lengths, then the variants at the first of them.
+
+    The first setting is one that the rule was trained for. A variant changes options of the first family's task, or
+    names a task of its own.
+
+    Raises:
+        ValueError: a variant has a title that is no string, or an option that its task does not accept.
+    """
+    evaluation, families = config.evaluation, config.list_families()
+    settings = []
+    for source in families:
+        family = source.build_task()
+        for i, steps in enumerate(evaluation.steps):
+            title = f"{source.name}: {steps} steps" if i else f"{source.name}: as trained, {steps} steps"
+            settings.append(Setting(title, family, steps))
+    for variant in evaluation.variants:
+        changes = dict(variant)
+        title = conform(changes.pop("title", ""), str, "evaluation.variants: title")
+        title = title or ", ".join(f"{key} {value}" for key, value in changes.items())
+        changed = build("task", TASKS, changes if "name" in changes else families[0].task | changes)
+        settings.append(Setting(f"{changed.name}: {title}", changed, evaluation.steps[0]))
+    return settings
+
+
+def summarize_results(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """What a training card says of an evaluation: per setting the rule's losses and the best tuned baseline's."""
+    results = []
+    for comparison in comparisons:
+        final, mean = (_summarize_losses(comparison, figure) for figure in ("final", "mean"))
+        setting, steps, seeds = comparison.title, comparison.num_steps, comparison.num_seeds
+        results.append(asdict(Result(setting, comparison.task, steps, seeds, final, mean)))
+    return results
+
+
+def _summarize_losses(comparison: Comparison, figure: str) -> Losses:
+    ours, best = _round_mean(comparison.subject.summarize(figure)), comparison.find_bar(figure)
+    return Losses(ours, None, None) if best is None else Losses(ours, _round_mean(best.summarize(figure)), best.label)
+
+
+def _round_mean(summary: Summary | None) -> float | None:
+    return None if summary is None or summary.mean is None else float(f"{summary.mean:.4g}")

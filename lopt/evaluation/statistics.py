@@ -1,0 +1,97 @@
+"""What is computed from the runs of one setting: averages, paired ratios, speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from lopt.core.tensors import make_generator
+
+RESAMPLES = 4000
+SMOOTHING = 20
+"""A curve is averaged over its last 1/20 before steps are counted, against the noise of mini-batches."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One figure over seeds; None where a run is not finite (`median` survives those).
+
+    Attributes:
+        stderr: standard error of the mean; None also for a single run.
+    """
+
+    mean: float | None
+    stderr: float | None
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The mean of some runs over the mean of others on the same seeds; below 1 is better.
+
+    Attributes:
+        low, high: 95 % interval by the paired bootstrap over seeds (percentiles); None for a single seed.
+        wins: share of seeds on which the first has the lower value; ties count half.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    wins: float
+
+
+def summarize(values: Sequence[float | None]) -> Summary:
+    """Mean, standard error and median; None stands for a run that is not finite."""
+    x = _as_tensor(values)
+    median = keep_finite(x.sort().values[[(len(x) - 1) // 2, len(x) // 2]].mean())
+    if not bool(x.isfinite().all()):
+        return Summary(None, None, median)
+    stderr = float(x.std()) / sqrt(len(x)) if len(x) > 1 else None
+    return Summary(float(x.mean()), stderr, median)
+
+
+def compare_paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Ratio:
+    """The ratio of two means over the same seeds."""
+    a, b = _as_tensor(ours), _as_tensor(theirs)
+    wins = float(((a < b).double() + 0.5 * (a == b).double()).mean())
+    value = keep_finite(a.mean() / b.mean())
+    if value is None or len(a) == 1 or float(b.mean()) == 0:
+        return Ratio(value, None, None, wins)
+    draws = torch.randint(len(a), (RESAMPLES, len(a)), generator=make_generator(0))
+    ratios = a[draws].mean(1) / b[draws].mean(1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype))
+    return Ratio(value, keep_finite(low), keep_finite(high), wins)
+
+
+def compute_speedup(curve: Tensor, reference: Tensor) -> float | None:
+    """Steps that `reference` needs over steps that `curve` needs for the same loss; above 1 is faster.
+
+    The loss is where the worse of the two ends, so that both reach it; the worse needs all its steps. Both curves
+    `[N + 1]` are smoothed (`SMOOTHING`). None if one of them is not finite.
+    """
+    if not bool(curve.isfinite().all() & reference.isfinite().all()):
+        return None
+    num_steps = len(curve) - 1
+    width = max(1, num_steps // SMOOTHING)
+    ours, theirs = (c.double().unfold(0, width, 1).mean(-1) for c in (curve, reference))
+
+    def count_steps(smooth: Tensor, loss: Tensor) -> int:
+        return max(1, int((smooth <= loss).nonzero()[0]) + width - 1)
+
+    if ours[-1] <= theirs[-1]:
+        return num_steps / count_steps(ours, theirs[-1])
+    return count_steps(theirs, ours[-1]) / num_steps
+
+
+def keep_finite(value: float | Tensor) -> float | None:
+    """The number, or None if it is not finite."""
+    return float(value) if isfinite(value) else None
+
+
+def _as_tensor(values: Sequence[float | None]) -> Tensor:
+    infinity = float("inf")
+    return torch.tensor([infinity if v is None else v for v in values], dtype=torch.float64)

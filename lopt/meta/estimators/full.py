@@ -1,0 +1,36 @@
+"""Backpropagation through whole runs: exact, and as long and as large as the runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lopt.meta.estimators.backprop import Backprop
+from lopt.meta.estimators.base import Estimate
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.slots import Slots
+
+
+class Full(Backprop):
+    """Every estimate runs new tasks for `num_steps` steps from their start and differentiates through all of them.
+
+    `num_steps` is the length of the run; horizons are not used. `checkpoint="update"` bounds its memory.
+    """
+
+    name = "full"
+
+    def configure(self, loop: InnerLoop) -> InnerLoop:
+        """As `Backprop.configure`; every task runs for `num_steps` steps."""
+        return replace(super().configure(loop), horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
+
+    def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
+        """See `Estimator.start`."""
+        return self.configure(loop).start(ids)
+
+    def estimate(self, loop: InnerLoop, carry: Slots) -> Estimate:
+        """See `Estimator.estimate`."""
+        loop = self.configure(loop)
+        estimate = self.backpropagate(loop, carry, self.num_steps, restart=False)
+        return estimate._replace(carry=loop.restart(carry.ids, carry.episode + 1))

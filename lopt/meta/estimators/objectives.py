@@ -1,0 +1,98 @@
+"""What is minimised: how the losses of a window make one number per task."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lopt.meta.unroll.slots import Window
+from lopt.tasks import TaskFamily
+from lopt.tasks.tuned_adam import Level, load_levels
+
+OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
+LOGARITHMIC = ("log", "baseline", "log_final")
+
+
+def check_objective(objective: str, known: tuple[str, ...] = OBJECTIVES) -> str:
+    """`objective` itself, if it is one of `known`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if objective not in known:
+        raise ValueError(f"objective must be one of {known}, got {objective!r}")
+    return objective
+
+
+def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normalize: bool, loss_clamp: float) -> Tensor:
+    """What each step adds to the task's objective, `[K, T]`; the objective is their sum over the window.
+
+    Args:
+        family: that the tasks are of.
+        objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one, the same
+            in units of tuned Adam's progress ("baseline"), the "final" losses of tasks that end in the window or
+            ("log_final") their logs relative to the first ones, or the lowest loss ("min").
+        normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
+        loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
+
+    "baseline" is (log(loss / first loss) - the same of tuned Adam after as many steps) / (how far Adam's own falls over
+    its whole run): 0 is as tuned Adam; where Adam's run ends, 1 is no progress at all and -1 twice Adam's. So what is
+    hard and what is easy weigh the same: its gradient is that of "log" over a number for each family.
+
+    Raises:
+        ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family without a level.
+    """
+    first, active = window.first_loss.abs(), window.active.to(window.losses.dtype)
+    count = active.sum(0)
+    losses = torch.minimum(window.losses, loss_clamp * first)
+    if objective in LOGARITHMIC:
+        if bool((losses < 0).any()):
+            raise ValueError(f"objective {objective!r} needs losses above 0, but a task's loss is negative; use 'mean'")
+        tiny = torch.finfo(losses.dtype).tiny
+        relative = (losses / first).clamp(min=tiny).log()
+        if objective == "baseline":
+            level = find_baseline(family)
+            adam = level.read_log_losses(window.steps) - math.log(level.first)
+            relative = (relative.double() - adam) / level.progress
+        return relative * (window.finished.to(losses.dtype) if objective == "log_final" else active / count)
+    if normalize:
+        losses = losses / first
+    if objective == "final":
+        return losses * window.finished.to(losses.dtype)
+    if objective == "min":
+        where = losses.masked_fill(~window.active, math.inf).argmin(0, keepdim=True)
+        return losses * torch.zeros_like(losses).scatter(0, where, 1.0)
+    return losses * active / count if objective == "mean" else losses * active
+
+
+def find_baseline(family: TaskFamily) -> Level:
+    """What tuned Adam reaches on `family`, for objective "baseline"; on its default options where others are given.
+
+    Raises:
+        ValueError: the archive has no level of such a family, or one with losses that are not above 0.
+    """
+    level = family.nearest_baseline
+    if level is None:
+        raise ValueError(
+            f"objective 'baseline' needs tuned Adam's losses on {family.describe()}; archived are those on "
+            f"{', '.join(load_levels())}. Use one of these, or objective 'log'"
+        )
+    if level.average != "geometric":
+        raise ValueError(
+            f"objective 'baseline' needs losses above 0, but tuned Adam's on {family.describe()} are not all; "
+            "use 'mean'"
+        )
+    return level
+
+
+def average_steps(window: Window, values: Tensor) -> Tensor:
+    """Mean over the steps that were made, `[K, T]` -> `[T]`."""
+    return (values * window.active).sum(0) / window.active.sum(0)
+
+
+def find_finite(window: Window) -> Tensor:
+    """Which tasks stayed finite, bool `[T]`."""
+    values = [window.losses.T, window.slots.params, window.slots.grad, window.imitation.T]
+    return torch.stack([v.isfinite().all(-1) for v in values]).all(0)

@@ -1,0 +1,61 @@
+"""Snapshots of a run: what rank 0 reads for all ranks, once it is known to belong to the run's configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lopt.meta.trainer.log import list_changes
+from lopt.meta.trainer.outer_optimizer import MOMENTS
+from lopt.meta.trainer.ranks import Ranks
+from lopt.rules.files import load_state
+
+CHECKPOINT = "checkpoint.safetensors"
+RULE = "rule.safetensors"
+
+
+def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and metadata of a checkpoint, on all ranks.
+
+    Args:
+        config: that the run has, as in its card; its device may be another.
+        names: of the tensors that it has, but for AdamW's moments, which come with its first step.
+    Raises:
+        ValueError: not a checkpoint, or a damaged one, or of another configuration.
+        FailedLead: one of these on rank 0.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def read() -> dict[str, Any]:
+        found, metadata = load_state(path)
+        _check_config(path, config, metadata.get("config"))
+        _check_names(path, names, {name for name in found if not name.startswith(MOMENTS)})
+        tensors.update(found)
+        return metadata
+
+    metadata = ranks.lead(read)
+    return ranks.send(tensors), metadata
+
+
+def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_config(path: Path, expected: Any, found: Any) -> None:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=("trainer.device",)))
+        if changes:
+            raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
+
+
+def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
+    if expected != found:
+        raise ValueError(
+            f"{path} does not belong to this configuration: it lacks "
+            f"{sorted(expected - found)[:3]} and has {sorted(found - expected)[:3]} besides"
+        )

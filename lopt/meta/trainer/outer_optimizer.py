@@ -1,0 +1,94 @@
+"""The outer optimizer: how a meta-gradient changes the meta-weights.
+
+AdamW on the clipped meta-gradient, with linear warm-up and cosine decay of the learning rate, and beside it a moving
+average of the meta-weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lopt.meta.config.run import TrainerConfig
+from lopt.meta.trainer.meta_weights import copy_weights, update_average
+from lopt.rules import Rule
+
+AVERAGE = "average."
+MOMENTS = "outer."
+
+
+class OuterOptimizer:
+    """Steps the learned meta-weights of `rule`, which it holds, and averages them.
+
+    Args:
+        config: learning rate and its schedule, `clip`, `beta2`, `weight_decay`, `average`.
+    """
+
+    def __init__(self, rule: Rule, config: TrainerConfig) -> None:
+        self.rule, self.config = rule, config
+        self.average = copy_weights(rule, learned=True)
+        self.adamw = torch.optim.AdamW(
+            rule.meta_weights().values(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step that follows `step` others: linear warm-up, then cosine decay to `final_learning_rate` of the
+        peak."""
+        config = self.config
+        warm = min(1.0, (step + 1) / max(config.warmup, 1))
+        low = config.final_learning_rate
+        decay = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return config.learning_rate * warm * decay
+
+    def apply(self, gradient: Tensor, step: int) -> dict[str, float]:
+        """Step the meta-weights, unless the gradient is not finite or 0 (all slots may have been dropped).
+
+        Args:
+            gradient: `[W]`, all learned meta-weights in their order.
+            step: how many steps were made before.
+        Returns:
+            `gradient_norm` before clipping, and the `learning_rate`.
+        """
+        weights = self.rule.meta_weights()
+        pieces = torch.split(gradient, [weight.numel() for weight in weights.values()])
+        for weight, piece in zip(weights.values(), pieces, strict=True):
+            weight.grad = piece.view(weight.shape).to(weight)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.config.clip)
+        rate = self.learning_rate(step)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if bool(norm.isfinite()) and float(norm) > 0:
+            self.adamw.step()
+        self.adamw.zero_grad()
+        update_average(self.average, self.rule, self.config.average, step + 1)
+        return {"gradient_norm": float(norm), "learning_rate": rate}
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def list_average(self) -> list[str]:
+        """The names of the averages in a checkpoint: none without `average`."""
+        return [AVERAGE + name for name in self.average if self.config.average]
+
+    def gather_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it: the average, and AdamW's state of the weights that were stepped."""
+        tensors = {name: self.average[name.removeprefix(AVERAGE)] for name in self.list_average()}
+        for index, state in self.adamw.state_dict()["state"].items():
+            tensors |= {f"{MOMENTS}{index}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `gather_state` returned, among other tensors."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(AVERAGE):
+                self.average[name.removeprefix(AVERAGE)].copy_(value)  # wherever it is
+            elif name.startswith(MOMENTS):
+                index, key = name.removeprefix(MOMENTS).split(".", 1)
+                state.setdefault(int(index), {})[key] = value
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})

@@ -1,0 +1,352 @@
+"""The outer loop: meta-gradients into AdamW, validation on held-out tasks, checkpoints, exact resume.
+
+A run is a pure function of its configuration. Its checkpoint holds meta-weights and their average, outer optimizer, the
+estimators' carries, horizon stage and the best weights so far; there is no other state, because random draws are named
+(see `lopt.core.tensors`). Every rank has all of it but the carries, which are of its own slots.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.core.devices import find_device
+from lopt.meta.config.run import TrainerConfig
+from lopt.meta.estimators import Estimator
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE, read_snapshot, select
+from lopt.meta.trainer.log import RunLog
+from lopt.meta.trainer.memory_plan import fit_all
+from lopt.meta.trainer.merging import Merger
+from lopt.meta.trainer.meta_weights import copy_weights, freeze_weights, load_weights
+from lopt.meta.trainer.outer_optimizer import OuterOptimizer
+from lopt.meta.trainer.ranks import FailedLead, Ranks
+from lopt.meta.trainer.source import Source, list_families, merge_ranks
+from lopt.meta.trainer.stop import Reason, Stop
+from lopt.meta.trainer.validation import log_validation, validate
+from lopt.meta.unroll.horizons import HorizonSchedule
+from lopt.meta.unroll.on_gpu import choose_stride
+from lopt.rules import Rule
+from lopt.rules.files import save, save_state
+from lopt.tasks import TaskFamily
+
+MAX_DEAD_STEPS = 20
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has saved its state and can be resumed."""
+
+
+class Progress(NamedTuple):
+    """What a caller hears after every outer step."""
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+    validation: Mapping[str, float] | None
+
+
+class Trainer:
+    """Meta-trains a rule.
+
+    Args:
+        rule: trained in place, on the device of the configuration.
+        tasks: a family to train on, with `estimator`; or sources, which have estimators and horizons of their own.
+        estimator: where the meta-gradient comes from; None for sources.
+        config: settings of the outer loop.
+        horizon: schedule of the training tasks' lengths.
+        validation_family: tasks to choose the best weights on; the family that is trained on by default.
+        folder: where checkpoints, metrics and the best rule go; nothing is written without one.
+        card: training card to put into the rule file.
+        ranks: the processes that share the slots; all of them make the same trainer.
+    Raises:
+        ValueError: there are more processes than slots, no estimator for a family, `trainer.device` is not there,
+            `trainer.train_only` fits no meta-weight, or `trainer.warm_start` is not a file of this rule.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        tasks: TaskFamily | Sequence[Source],
+        estimator: Estimator | None,
+        config: TrainerConfig,
+        *,
+        horizon: HorizonSchedule | None = None,
+        validation_family: TaskFamily | None = None,
+        folder: Path | str | None = None,
+        card: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if isinstance(tasks, TaskFamily):
+            if estimator is None:
+                raise ValueError("Trainer: a family of tasks needs an estimator, got None")
+            options = {"horizon": horizon, "validation_family": validation_family}
+            tasks = [Source(tasks, estimator, config.tasks, **options)]  # type: ignore[arg-type]
+        self.rule, self.sources, self.config, self.ranks = rule, list(tasks), config, ranks or Ranks()
+        self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
+        self.slots = sum(source.tasks for source in self.sources)
+        if self.ranks.size > self.slots:
+            raise ValueError(
+                f"{self.ranks.size} processes cannot share {self.slots} tasks (slots): start at most {self.slots} "
+                "processes, or raise trainer.tasks"
+            )
+        self.device = find_device(config.device)
+        if config.warm_start:
+            load_weights(rule, config.warm_start)
+        freeze_weights(rule.to(self.device), config.train_only)
+        self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
+        self.best_weights = copy_weights(rule)
+        self.outer = OuterOptimizer(rule, config)
+        self.merger = Merger(config.merge, [source.weight for source in self.sources])
+        first = 0
+        for source in self.sources:
+            source.start(rule, config.seed, first, self.ranks, self.device)
+            source.loop = replace(
+                source.loop, stride=choose_stride(rule, source.family, self.device, capture=config.capture)
+            )
+            first += source.tasks
+        self.plans = fit_all(self.sources, config.memory_mib)
+        self.seconds = 0.0
+        self._stop, self._dead_steps = Stop(), 0
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made, or validations have not improved for as long as `patience` allows."""
+        return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
+
+    def run(self, on_step: Callable[[Progress], None] | None = None, time_limit: float | None = None) -> Rule:
+        """Train to the end and return the rule with the best weights found.
+
+        Args:
+            on_step: called after every outer step.
+            time_limit: seconds after which the run ends as if it were over; its checkpoint can be gone on from, as if
+                it had not ended.
+        Raises:
+            Interrupted: a signal (SIGINT, SIGTERM) arrived on a rank; the state is saved if there is a folder.
+            OSError: the folder cannot be written, as on a full disk; the last checkpoint is whole.
+            FailedLead: this on rank 0.
+            LostRank: another process is gone.
+            ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
+        """
+        self._stop, self._dead_steps = Stop(time_limit), 0
+        writes = self.folder is not None and self.ranks.leads
+        if self.folder and writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads)
+        try:
+            with RunLog(self.folder, self.step) if self.folder and writes else nullcontext() as log:
+                with self._stop.on_signals():
+                    self._loop(log, on_step)
+                if log:
+                    log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
+        finally:
+            torch.set_num_threads(threads)
+        return self.build_best()
+
+    def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
+        if self.step == 0:
+            self._after_step(log, on_step, {}, {})
+        while not self.finished:
+            metrics, parts = self._step_sources()
+            validated = self._after_step(log, on_step, metrics, parts)
+            self._check_progress(metrics)
+            reason = Reason(self.ranks.find_largest(self._stop.reason))
+            if reason == Reason.NONE or self.finished:
+                continue
+            if self.folder:
+                self.save()
+            if reason == Reason.SIGNAL:
+                raise Interrupted
+            if not validated:  # not in the checkpoint, from which the run goes on as if it had not ended
+                self.validate(log)
+                if self.folder:
+                    self.ranks.lead(self.save_rule)
+            return
+
+    def build_best(self) -> Rule:
+        """A rule with the best weights so far."""
+        return self._build(self.best_weights)
+
+    def _build(self, weights: Mapping[str, Tensor]) -> Rule:
+        rule = deepcopy(self.rule)
+        rule.load_state_dict(dict(weights))
+        return rule
+
+    def _check_progress(self, metrics: Mapping[str, float]) -> None:
+        """Give up where nothing is learned any more."""
+        alive = math.isfinite(metrics["gradient_norm"]) and metrics["skipped_slots"] < self.slots
+        self._dead_steps = 0 if alive else self._dead_steps + 1
+        if self._dead_steps >= MAX_DEAD_STEPS:
+            error = ValueError if self.ranks.leads else FailedLead
+            raise error(
+                f"in the last {MAX_DEAD_STEPS} outer steps no task gave a finite meta-gradient (step {self.step}). "
+                "Lower trainer.learning_rate, the rule's output scale or the loss's scale; the best weights so far "
+                f"are those of step {self.best_step}"
+            )
+
+    def _after_step(
+        self,
+        log: RunLog | None,
+        on_step: Callable[[Progress], None] | None,
+        metrics: Mapping[str, float],
+        parts: Mapping[str, Mapping[str, float]],
+    ) -> bool:
+        """Validate, log, save and tell, where it is time to; returns whether it has validated."""
+        config = self.config
+        if log and metrics:
+            log.scalars("train", self.step, metrics)
+            for name, values in parts.items():
+                log.scalars(f"source {name}", self.step, values)
+        validation = None
+        if self.step % config.validate_every == 0 or self.finished:
+            validation = self.validate(log)
+        if self.folder and (self.step % config.checkpoint_every == 0 or self.finished):
+            self.save()
+        if on_step:
+            on_step(Progress(self.step, config.steps, metrics, validation))
+        return validation is not None
+
+    def train_step(self) -> dict[str, float]:
+        """One outer step; returns what to log."""
+        return self._step_sources()[0]
+
+    def _step_sources(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """One outer step; what to log of the whole, and of each source where there are several."""
+        begin = time.perf_counter()
+        totals = merge_ranks(
+            [source.estimate(self.step) for source in self.sources], self.rule.meta_weights(), self.ranks
+        )
+        total = self.merger(totals)
+        stepped = self.outer.apply(total.gradient, self.step)
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        parts = {
+            source.name: own.metrics
+            | {"gradient_norm": float(own.gradient.norm()), "horizon_stage": _find_stage(source)}
+            for source, own in zip(self.sources, totals, strict=True)
+        }
+        whole = total.metrics | stepped
+        whole |= {
+            "inner_steps_per_second": total.metrics["inner_steps"] / seconds,
+            "horizon_stage": max(map(_find_stage, self.sources)),
+        }
+        return whole, parts if len(parts) > 1 else {}
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def validate(self, log: RunLog | None = None) -> dict[str, float]:
+        """Run held-out tasks with the present weights, or their average; keep them if they are the best so far.
+
+        The figures are those of `Validation`: losses for one family of tasks; for several the mean
+        over them of the log of the loss relative to the first loss.
+        """
+        weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
+        rule = self._build(weights) if self.config.average else self.rule
+        found = validate(rule, list_families(self.sources), self.config, self.ranks)
+        metric = found.figures[self.config.validation_metric]
+        improved = metric < self.best  # false for NaN
+        self.stale = 0 if improved else self.stale + 1
+        if improved:
+            self.best, self.best_step = metric, self.step
+            self.best_weights = {name: value.clone() for name, value in weights.items()}
+        for source in self.sources:
+            if source.horizon and self.step > 0:
+                source.horizon.validated(improved)
+        if log:
+            log_validation(log, self.step, found, self.best)
+        return found.figures | {"best": self.best}
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint, and the best rule so far beside it; rank 0 writes what all have.
+
+        Raises:
+            OSError: one of them cannot be written; the file that was there before is unchanged.
+            FailedLead: this on rank 0.
+        """
+        tensors = self._tensors()
+        self.ranks.lead(lambda: self._write(tensors))
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        assert self.folder is not None
+        metadata = {
+            "step": self.step,
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
+            "stale": self.stale,
+            "horizon_improved": max((s.horizon.improved for s in self.sources if s.horizon), default=0),
+            "seconds": self.seconds,
+            "config": self.card.get("config"),
+        }
+        save_state(self.folder / CHECKPOINT, tensors, metadata)
+        self.save_rule()
+
+    @property
+    def rule_path(self) -> Path:
+        """Where the best rule so far is kept."""
+        assert self.folder is not None
+        return self.folder / RULE
+
+    def save_rule(self) -> None:
+        """Write the rule file with the best weights and the card."""
+        trained = {
+            "trained_steps": self.step,
+            "best_step": self.best_step,
+            "validation": {self.config.validation_metric: self.best if math.isfinite(self.best) else None},
+            "seconds": round(self.seconds, 1),
+        }
+        save(self.build_best(), self.rule_path, self.card | {"training": trained})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; on other ranks than 0 without the carries."""
+        tensors = {f"weights.{k}": v for k, v in copy_weights(self.rule).items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
+        tensors |= self.outer.gather_state() | self.merger.gather_state()
+        for i, source in enumerate(self.sources):
+            tensors |= {f"carry.{i}.{key}": value for key, value in source.gather_carry().items()}
+        return tensors
+
+    def _list_tensors(self) -> set[str]:
+        """The names of what a checkpoint holds, but for the outer optimizer's moments."""
+        names = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
+        names |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
+        return names | set(self.outer.list_average()) | set(self.merger.gather_state())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.
+
+        Rank 0 reads it for all.
+
+        Raises:
+            ValueError: not a checkpoint of this configuration, or a damaged one.
+            FailedLead: this on rank 0.
+        """
+        tensors, metadata = read_snapshot(path, self.card.get("config"), self._list_tensors(), self.ranks)
+        self.rule.load_state_dict(select(tensors, "weights."))
+        self.best_weights = select(tensors, "best.")
+        self.outer.restore_state(tensors)
+        self.merger.restore_state(tensors)
+        for i, source in enumerate(self.sources):
+            source.restore_carry(select(tensors, f"carry.{i}."))
+            if source.horizon:
+                source.horizon.improved = metadata["horizon_improved"]
+        self.step, self.best_step, self.stale = metadata["step"], metadata["best_step"], metadata["stale"]
+        self.best = math.inf if metadata["best"] is None else metadata["best"]
+        self.seconds = metadata["seconds"]
+
+
+def _find_stage(source: Source) -> float:
+    return float(source.horizon.stage if source.horizon else 0)

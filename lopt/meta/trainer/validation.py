@@ -1,0 +1,110 @@
+"""How good meta-weights are on held-out tasks: one number per figure, for one family or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.meta.config.run import TrainerConfig
+from lopt.meta.trainer.log import RunLog
+from lopt.meta.trainer.ranks import Ranks
+from lopt.meta.trainer.source import join_rows
+from lopt.meta.unroll.curves import run_curves
+from lopt.rules import Rule
+from lopt.tasks import TaskFamily
+
+
+class Validation(NamedTuple):
+    """What held-out tasks say.
+
+    Attributes:
+        figures: of one family the `final` loss (mean over the last tenth of the steps), the `mean` loss and the mean
+            `log` loss, means over tasks, and what else the family measures. Of several families the means over them of
+            the logarithms of these losses, relative to each task's first loss: 0 is no progress, -1 a loss of 1/e.
+        families: the figures of each family by itself, if there are several.
+        losses: `[N, T]` of each, after steps 1 to N.
+    """
+
+    figures: dict[str, float]
+    families: dict[str, dict[str, float]]
+    losses: dict[str, Tensor]
+
+
+def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConfig, ranks: Ranks) -> Validation:
+    """Run `config.validation_tasks` held-out tasks of each family, shared out over the ranks; all get the same."""
+    figures, relative, curves = {}, [], {}
+    for name, family in families.items():
+        found = _run_tasks(rule, family, config, ranks)
+        losses = found.pop("losses").T.contiguous()
+        first, curves[name] = losses[0], losses[1:]
+        figures[name] = summarize(curves[name]) | {key: float(value.mean()) for key, value in found.items()}
+        relative.append(relate(first, curves[name]))
+    if len(figures) == 1:
+        return Validation(next(iter(figures.values())), {}, curves)
+    merged = {key: sum(own[key] for own in relative) / len(relative) for key in relative[0]}
+    return Validation(merged, figures, curves)
+
+
+def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order, on the CPU.
+
+    They run where the rule is, and so must be what the family holds.
+    """
+    ids = torch.arange(config.validation_tasks)
+    device = next(rule.parameters()).device
+    own, found = ranks.share(ids).to(device), {}
+    if len(own):
+        curves = run_curves(
+            rule,
+            family,
+            own,
+            config.validation_steps,
+            seed=config.seed,
+            stream="validation",
+            split="outer_valid",
+        )
+        found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
+    shares = [Ranks(rank, ranks.size).share(ids) for rank in range(ranks.size)]
+    return join_rows([(part, values) for part, values in zip(shares, ranks.gather(found), strict=True) if len(part)])
+
+
+def summarize(losses: Tensor) -> dict[str, float]:
+    """The figures of one family from `[N, T]`."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
+    return {key: float(value) for key, value in values.items()}
+
+
+def relate(first: Tensor, losses: Tensor) -> dict[str, float]:
+    """The same as logarithms relative to the first losses `[T]`, means over tasks."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    values = {"final": tail.mean(0), "mean": losses.mean(0)}
+    start = first.abs().clamp(min=1e-30).log()
+    logs = {key: value.clamp(min=1e-30).log() for key, value in values.items()}
+    logs["log"] = losses.clamp(min=1e-30).log().mean(0)
+    return {key: float((value - start).mean()) for key, value in logs.items()}
+
+
+def log_validation(log: RunLog, step: int, found: Validation, best: float) -> None:
+    """Write figures and curves, those of each family by itself if there are several, and the best figure so far."""
+    log.scalars("validation", step, found.figures | {"best": best})
+    for name, losses in found.losses.items():
+        kind = f"validation {name}" if found.families else "validation"
+        if found.families:
+            log.scalars(kind, step, found.families[name])
+        log.figure(f"{kind}/curves", step, plot_losses(losses))
+
+
+def plot_losses(losses: Tensor) -> Any:
+    """Held-out loss curves `[N, T]` for TensorBoard: every task thin, the median thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(losses.numpy(), color="tab:blue", alpha=0.2, linewidth=0.7)
+    axes.plot(losses.median(1).values.numpy(), color="tab:blue", linewidth=2)
+    axes.set(yscale="log", xlabel="step", ylabel="training-batch loss")
+    return figure

@@ -1,0 +1,1 @@
+"""The inner loop: slots, horizons, and three ways of making its steps."""

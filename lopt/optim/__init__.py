@@ -1,0 +1,1 @@
+"""The application stage: a learned rule as a `torch.optim.Optimizer`."""

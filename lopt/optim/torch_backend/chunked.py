@@ -1,0 +1,196 @@
+"""A parameter stepped in place, chunk by chunk: the stages of a rule without temporaries of the model's size.
+
+On the CPU a chunk stays in the cache; on a GPU it only bounds temporary memory. A rule with `finish` needs memory for
+the steps of one whole tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, cached_property
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lopt.optim.update import Apply
+from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Rule, Sum, Visit
+from lopt.rules.layout import find_layout
+
+if TYPE_CHECKING:
+    from lopt.optim.sharding import Shard
+
+# Bytes of parameters, gradients and state: the best of 0.25 to 32 MiB for LSTM, linear and Adam; and with the rule's
+# temporaries counted: the best of 2 to 64 MiB for the MLPs on features.
+CPU_CHUNK, CPU_CHUNK_WITH_TEMPORARIES = 2 << 20, 16 << 20
+GPU_CHUNK = 256 << 20  # bounds temporary memory; a launch is dear
+
+HEAP_BLOCK = 31 << 20  # just below the largest block that glibc learns from
+
+Cut = tuple[slice, ...]
+
+
+class ChunkedTensor:
+    """One parameter, or this process's part of it. See `lopt.rules.base.Steppable`; `acc` is updated in place.
+
+    Args:
+        p, g: parameter and gradient, of any floating dtype and strides.
+        acc: accumulators in fp32, as `rule.init_accumulators` makes them; its `compact_keys` may be in bf16.
+        extra: what belongs to `apply.transform`.
+        apply: how the step is added.
+        shard: where `p` lies in the whole parameter, if it is a part.
+    """
+
+    batch: tuple[int, ...] = ()
+    count: int | None = None
+
+    def __init__(
+        self,
+        rule: Rule,
+        p: Tensor,
+        g: Tensor,
+        acc: Accumulators,
+        apply: Apply,
+        extra: Accumulators | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.layout = find_layout(tuple(p.shape)) if shard is None else shard.layout
+        self.shard, self.apply, self.extra = shard, apply, extra or {}
+        flat = rule.elementwise and all(x.is_contiguous() for x in (p, *acc.values(), *self.extra.values()))
+        if flat:  # boundaries do not matter: cut where it suits the cache
+            ndim, self.layout, self.shard = self.layout.ndim, find_layout((p.numel(),)), None
+            acc, self.extra = ({key: _flatten(a, ndim) for key, a in x.items()} for x in (acc, self.extra))
+        self.shape = self.layout.shape if self.shard is None else self.shard.shape
+        self.p, self.g, self.acc = p.view(self.shape), g.reshape(self.shape), acc
+        self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
+        self.whole = set(rule.line_keys)  # of these and the fields, every process holds all
+        if p.device.type == "cpu":
+            keep_heap()
+        self.length = chunk_length(self.p, self.fields, rule.temporaries)
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """Slices of the first dimensions that together cover the parameter."""
+        if self.p.numel() == 0:
+            return [(slice(0, self.shape[0]),)]
+        axis = next(i for i in range(len(self.shape)) if prod(self.shape[i + 1 :]) <= self.length)
+        parts = list(_parts(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
+        before = product(*(_parts(size, 1) for size in self.shape[:axis]))
+        return [(*index, part) for index in before for part in parts]
+
+    def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
+        """See `Steppable.visit`."""
+        sums: dict[str, Sum] = {}
+        for cut, visit in self._walk(stage):
+            for key, (value, axes) in visit.sums.items():
+                if key not in sums:
+                    ndim = self.layout.ndim
+                    shape = [1 if axis in axes else self.shape[axis] for axis in self.layout.axes]
+                    sums[key] = Sum(value.new_zeros((*value.shape[: value.ndim - ndim], *shape)), axes)
+                self._cut(sums[key].value, cut).add_(value)
+        return sums
+
+    def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """See `Steppable.keep`."""
+        for key, value in acc.items():
+            self.acc[key].copy_(self.apply.merge(value, self.acc[key]))
+        self.fields |= fields
+        self.whole |= fields.keys()
+
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+        """See `Steppable.move`."""
+        if finish is None and self.apply.transform is None:
+            for cut, visit in self._walk(stage):
+                assert visit.delta is not None, "`emit` makes the step"
+                self._write(cut, visit.delta)
+            return
+        delta = torch.empty(self.shape, dtype=torch.float32, device=self.p.device)
+        for cut, visit in self._walk(stage):
+            assert visit.delta is not None, "`emit` makes the step"
+            self._cut(delta, cut).copy_(visit.delta)
+        factor: Tensor | None = None
+        if finish is not None:
+            delta, factor = finish(delta if self.shard is None else self.shard.gather(delta))
+            if self.shard is not None:
+                delta, factor = self.shard.take(delta), self.shard.take(factor)
+        if self.apply.transform is not None:
+            delta = delta if factor is None else delta * factor
+            in_place = self.apply.live is None
+            delta, extra = self.apply.transform(delta, self.apply.read(self.g), self.extra, in_place)
+            factor = None
+            for key, value in extra.items():
+                if value is not self.extra[key]:
+                    self.extra[key].copy_(self.apply.merge(value, self.extra[key]))
+        for cut in self.cuts:
+            part = self._cut(delta, cut)
+            self._write(cut, part if factor is None else part * self._cut(factor, cut))
+
+    def _write(self, cut: Cut, delta: Tensor) -> None:
+        p = self._cut(self.p, cut)
+        p.copy_(self.apply.move(p, delta, self._count_before(cut)))
+
+    def _count_before(self, cut: Cut) -> int:
+        """How many elements come before a chunk."""
+        return sum(part.start * prod(self.shape[axis + 1 :]) for axis, part in enumerate(cut))
+
+    def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
+        """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
+        shared: Accumulators = {}
+        for cut in self.cuts:
+            acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
+            g, p = self.apply.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
+            visit = stage(Elements(g, p, {key: a.float() for key, a in acc.items()}, self.layout))
+            if not (visit.acc or visit.sums or visit.delta is not None):
+                return
+            for key, new in visit.acc.items():
+                if self.acc[key].shape[-self.layout.ndim :] == self.shape:
+                    acc[key].copy_(self.apply.merge(new, acc[key]))
+                else:  # one number for all chunks: they all start from the old one
+                    shared[key] = new
+            yield cut, visit
+        self.keep(shared)
+
+    def _cut(self, x: Tensor, cut: Cut, whole: bool = False) -> Tensor:
+        """The part of a tensor `[..., *shape]` that belongs to a chunk; dimensions of size 1 are shared.
+
+        Args:
+            whole: it has the shape of the whole parameter, of which this process may have a part.
+        """
+        offset = self.shard.offset if whole and self.shard is not None else None
+        if offset is not None:
+            cut = (*cut, *(slice(0, size) for size in self.shape[len(cut) :]))
+        for axis, part in enumerate(cut):
+            dim = x.ndim - self.layout.ndim + axis
+            if x.shape[dim] != 1:
+                x = x.narrow(dim, part.start + (offset[axis] if offset else 0), part.stop - part.start)
+        return x
+
+
+@cache
+def keep_heap() -> None:
+    """Let glibc keep the memory of a chunk's temporaries for the next chunk, once per process.
+
+    It hands freed memory back to the system above a threshold that it learns from the largest block freed so far; below
+    that, every chunk would fault all its pages in again: up to three times the time of a step. Elsewhere this does
+    nothing.
+    """
+    torch.empty(HEAP_BLOCK, dtype=torch.uint8, device="cpu")  # freed at once, never touched
+
+
+def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
+    """How many coordinates of `p`, with all that is held for each, make a chunk: a multiple of 1024."""
+    size = CPU_CHUNK_WITH_TEMPORARIES if temporaries else CPU_CHUNK
+    size = size if p.device.type == "cpu" else GPU_CHUNK
+    numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / max(p.numel(), 1)
+    return max(1024, int(size / (4 * numbers)) // 1024 * 1024)
+
+
+def _flatten(a: Tensor, ndim: int) -> Tensor:
+    """`[..., *shape]` with `ndim` dimensions of the parameter -> `[..., N]`; one number per tensor as it is."""
+    return a.view(*a.shape[: a.ndim - ndim], -1) if a.ndim >= ndim else a
+
+
+def _parts(size: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, size)) for start in range(0, size, length))

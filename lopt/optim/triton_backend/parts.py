@@ -1,0 +1,32 @@
+"""An optimizer's parameters as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lopt.optim.torch_backend.step import Member
+from lopt.rules.layout import Layout, find_layout
+from lopt.rules.programs.parts import Order, Part, arrange, find_order
+
+
+def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[Layout, Order], bool]) -> Part:
+    """A member as a part. State that lies in another order than the parameter is laid out anew, once.
+
+    Args:
+        rows: names of accumulators that belong to a tensor as a whole.
+        suits: whether the kernels take a layout in this order; else, and where a parameter has gaps, they work on a
+            copy in torch's order.
+    """
+    layout = find_layout(tuple(member.p.shape))
+    p, source = member.p.detach().reshape(layout.shape), None
+    order = find_order(p)
+    if order is None or not suits(layout, order):
+        order = tuple(range(layout.ndim))
+        if not p.is_contiguous():
+            p, source = torch.empty(layout.shape, dtype=p.dtype, device=p.device), member.p.detach()
+    state = {}
+    for key, x in member.pick(extra=False).items():
+        state[key] = x if key in rows else arrange(x, order)
+    return Part(item, p.permute(order), state, layout, order, source)

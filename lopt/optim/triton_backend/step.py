@@ -1,0 +1,236 @@
+"""One step of many parameters by kernels: what changes from step to step is read here, tables stay as they are.
+
+Nothing is waited for. The host's work per parameter is to compare addresses; tables are made anew only when the list of
+parameters or their state has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lopt_kernels.launching import clock as clock_op
+from lopt_kernels.launching.parameters import PARAMETER_DTYPES, Items, Terms
+from lopt_kernels.launching.segments import Segment, Segments, by_elements, find_alignment, upload
+from torch import Tensor
+
+from lopt.optim.torch_backend.step import SEED, STEP, Member, Scaled, Unit, find_run_steps, read_lr
+from lopt.optim.triton_backend.parts import make_part
+from lopt.rules import Clock, Rule
+from lopt.rules.programs.parts import Part
+from lopt.rules.programs.registry import FUSED
+
+
+class FusedStep:
+    """The step of the members of some units under one rule, on one device.
+
+    Args:
+        program: of the rule.
+        units: at least one member; `takes` says which.
+
+    Attributes:
+        captured: a CUDA graph addresses the tables.
+    """
+
+    def __init__(self, rule: Rule, units: Sequence[Unit]) -> None:
+        self.rule, program = rule, FUSED[rule.name]
+        members = [member for unit in units for member in unit.members]
+        device, n = members[0].p.device, len(members)
+        self.parts = [
+            make_part(i, member, rule.row_keys, lambda layout, order: program.suits(rule, layout, order))
+            for i, member in enumerate(members)
+        ]
+        self.captured = False
+        self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
+        self._order = list(dict.fromkeys(self._kinds))
+        batches = [[part for part in self.parts if self._kinds[part.item] == kind] for kind in self._order]
+        self.program = program(rule, batches, n)
+        self.seeded = any(SEED in member.state for member in members)
+        self.clocks = [_make_clock(parts, members) for parts in batches]
+        self.live = torch.empty(n, dtype=torch.bool, device=device)
+        self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
+        self._grads, self._plans = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
+        self._terms = _Uploaded(torch.float32, device)
+        self._grad_copies: dict[int, Tensor] = {}
+        self._key = _read_key(members)  # state may have been laid out anew
+        self.parts = [part.release() for part in self.parts]
+
+    @property
+    def copies(self) -> int:
+        """Parameters, and gradients, that are copied for a step as they have gaps or lie in another order."""
+        return sum(part.source is not None for part in self.parts) + len(self._grad_copies)
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        """Whether a member can be stepped so."""
+        p, g = member.p.dtype, member.g.dtype
+        return member.shard is None and p in PARAMETER_DTYPES and g in (p, torch.float32)
+
+    def matches(self, units: Sequence[Unit]) -> bool:
+        """Whether the tables still tell of these."""
+        return self._key == _read_key([member for unit in units for member in unit.members])
+
+    def step(
+        self,
+        units: Sequence[Unit],
+        loss: Tensor | None,
+        sanitize: bool,
+        decay_scale: Callable[[Unit], float],
+        skipped: Tensor,
+        amp: Scaled | None = None,
+    ) -> None:
+        """One step of all members, in place.
+
+        Args:
+            units: those of the constructor, with gradients and options as they are now.
+            loss, sanitize, decay_scale, amp: see `lopt.optim.torch_backend.step.step_units`.
+            skipped: int64; its first number grows by the parameters whose gradients are not finite.
+        """
+        self.captured = self.captured or _is_capturing(self.live.device)
+        terms = self._read_terms(units, decay_scale, amp)
+        for part in self.parts:
+            if part.source is not None:
+                part.p.copy_(part.source)
+        items = self._read_items([member for unit in units for member in unit.members], terms)
+        for table, own in zip(self.clocks, items, strict=True):
+            clock_op.launch_segments(
+                *(table, own.grads, own.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
+                found_inf=None if amp is None else amp.found_inf,
+                look=not sanitize,
+                align=own.align,
+            )
+        clock = Clock(self.steps, None)
+        if self.rule.needs_num_steps:
+            plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
+            totals = self._plans.send(plans)
+            clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(plans)) == 1))
+        self.program.run(items, sanitize, loss, clock)
+        for part in self.parts:
+            if part.source is not None:
+                part.source.copy_(part.p.view(part.source.shape))
+
+    def _read_terms(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Terms:
+        """Rates as they are now; those in tensors on a device stay there."""
+        device = self.live.device
+        rates = [read_lr(unit.group["lr"], device) for unit in units]
+        decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
+        signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
+        counts = [len(unit.members) for unit in units]
+        known = [rate if isinstance(rate, float) else 0.0 for rate in rates]
+        numbers: list[float] = []
+        for column in (known, decays, signs):
+            numbers += [x for x, k in zip(column, counts, strict=True) for _ in range(k)]
+            numbers += [0.0] * (-len(numbers) % 4)  # kernels are compiled for columns that begin at 16 bytes
+        lr, decay, sign = self._terms.send(numbers).view(3, -1)[:, : sum(counts)].unbind()
+        if any(isinstance(rate, Tensor) for rate in rates):
+            lr = torch.cat([
+                rate.float().expand(k) if isinstance(rate, Tensor) else lr.new_full((k,), rate)
+                for rate, k in zip(rates, counts, strict=True)
+            ])  # fmt: skip
+        unscale = None if amp is None else amp.unscale
+        return Terms(lr, decay, sign if unscale is None else sign * unscale)
+
+    def _read_items(self, members: Sequence[Member], terms: Terms) -> list[Items]:
+        """For each batch; gradients that do not lie as their parameters are copied."""
+        addresses = []
+        for part, member in zip(self.parts, members, strict=True):
+            g = member.g
+            if part.source is not None or g.stride() != member.p.stride():
+                g = self._arrange_grad(part, g.detach().reshape(part.layout.shape).permute(part.order))
+            addresses.append(g.data_ptr())
+        grads = self._grads.send(addresses)
+        seeds = self.seeds if self.seeded else None
+        made = []
+        for kind in self._order:
+            own = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
+            made.append(Items(grads, terms, self.live, self.steps, seeds, kind[1], find_alignment(own)))
+        return made
+
+    def _arrange_grad(self, part: Part, g: Tensor) -> Tensor:
+        """A gradient in the order of its parameter's memory, copied if need be."""
+        if g.is_contiguous():
+            return g
+        if part.item not in self._grad_copies:
+            self._grad_copies[part.item] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        return self._grad_copies[part.item].copy_(g)
+
+
+MAX_STEPS = 8  # sets of parameters with gradients, as of the two networks of a GAN, whose tables are kept
+
+
+def find_step(known: list[FusedStep], rule: Rule, units: Sequence[Unit]) -> FusedStep:
+    """The step of these units, if it is known, or a new one; the last few are kept, and those that graphs address."""
+    found = next((step for step in known if step.matches(units)), None)
+    if found is None:
+        found = FusedStep(rule, units)
+        spare = [step for step in known if not step.captured][MAX_STEPS - 1 :]
+        known[:] = [found, *(step for step in known if step not in spare)]
+    return found
+
+
+class _Uploaded:
+    """Numbers on a device, sent there only when they change.
+
+    A copy that is recorded in a CUDA graph has not been made: it is not cached, and its source, pinned before, is kept
+    for the graph's replays, as is all that the graph addresses.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.numbers: Sequence[float] | None = None
+        self.tensor: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.kept: list[Tensor] = []
+
+    def send(self, numbers: Sequence[float]) -> Tensor:
+        """The numbers as a tensor.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and no step was made outside of one before.
+        """
+        capturing = _is_capturing(self.device)
+        if self.tensor is None or numbers != self.numbers:
+            if capturing:
+                return self._record(numbers)
+            self.numbers, self.tensor = numbers, upload(numbers, self.dtype, self.device)
+        if capturing:
+            self.kept.append(self.tensor)
+        elif self.spare is None and self.device.type == "cuda":
+            self.spare = torch.empty(len(numbers), dtype=self.dtype, pin_memory=True)
+        return self.tensor
+
+    def _record(self, numbers: Sequence[float]) -> Tensor:
+        """A copy in the graph that is being captured."""
+        host, self.spare = self.spare, None
+        if host is None:
+            raise RuntimeError(
+                "LearnedOptimizer.step is captured with gradients or rates other than in the step before, and has no "
+                "pinned memory for them: make one step outside of a graph before each capture."
+            )
+        host.copy_(torch.tensor(numbers, dtype=self.dtype))
+        tensor = host.to(self.device, non_blocking=True)
+        self.kept += [host, tensor]
+        return tensor
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device is recorded in a CUDA graph instead."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
+    """The table of the kernel `clock`; a parameter that is not rounded at random has its counter for a seed."""
+    made = []
+    for part in parts:
+        state = members[part.item].state
+        pair = (state[STEP], state.get(SEED, state[STEP]))
+        made.append(Segment(pair, (part.p.numel(),), part.item))
+    return Segments(made, by_elements(clock_op.BLOCK))
+
+
+def _read_key(members: Sequence[Member]) -> list[tuple[object, ...]]:
+    """All that the tables and programs depend on."""
+    key: list[tuple[object, ...]] = [(torch.get_float32_matmul_precision(),)]
+    for p, g, state in ((member.p, member.g, member.state) for member in members):
+        key.append((p.data_ptr(), p.shape, p.stride(), p.dtype, g.dtype, *(x.data_ptr() for x in state.values())))
+    return key

@@ -1,0 +1,85 @@
+"""How a step reaches memory: everything between a rule, which computes in fp32, and a user's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.core.tensors import draw_bits
+
+HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
+
+Transform = Callable[[Tensor, Tensor, dict[str, Tensor], bool], tuple[Tensor, dict[str, Tensor]]]
+"""(step, gradient, accumulators, may they be overwritten?) of a whole tensor -> its final step, new accumulators."""
+
+
+class Apply(NamedTuple):
+    """What a user's options make of one step of a parameter, or of `k` equal ones.
+
+    Attributes:
+        lr: the parameter becomes `p + lr * delta - lr * decay * p`; a number or a tensor of one element.
+        decay: see above.
+        maximize: the gradient is negated.
+        unscale: factor on the gradient, `[]`: what takes a gradient scaler's factor out.
+        sanitize: NaN and infinite entries of the gradient count as 0.
+        live: bool `[]` or `[k]`: False leaves parameter and state as they are, bit for bit. None: all live.
+        seeds: int64 `[]` or `[k]`: bf16 parameters are rounded up or down at random, with these seeds for this step.
+        transform: what is made of the whole step before it is added, if anything.
+    """
+
+    lr: float | Tensor
+    decay: float
+    maximize: bool = False
+    unscale: Tensor | None = None
+    sanitize: bool = False
+    live: Tensor | None = None
+    seeds: Tensor | None = None
+    transform: Transform | None = None
+
+    def read(self, g: Tensor) -> Tensor:
+        """The gradient in fp32, as rules shall see it; finite numbers where it is not live."""
+        g = g.float()
+        if self.unscale is not None:
+            g = g * self.unscale
+        if self.sanitize:
+            g = g.nan_to_num(0.0, 0.0, 0.0)
+        if self.live is not None:
+            g = torch.where(_spread(self.live, g), g, 0.0)
+        return -g if self.maximize else g
+
+    def merge(self, new: Tensor, old: Tensor) -> Tensor:
+        """The new state where live."""
+        return new if self.live is None else torch.where(_spread(self.live, new), new, old)
+
+    def move(self, p: Tensor, delta: Tensor, first: int = 0) -> Tensor:
+        """The parameter after the step, computed in at least fp32 and rounded once; with lr 0 not a bit changes.
+
+        Args:
+            p, delta: `[*shape]` or `[k, *shape]`, or a part of the first, from element `first` on.
+        """
+        if isinstance(self.lr, float) and self.lr == 0:
+            return p
+        base = p.to(torch.promote_types(p.dtype, torch.float32))
+        if isinstance(self.lr, float):
+            if self.decay:
+                base = base - self.lr * self.decay * base
+            new = torch.add(base, delta, alpha=self.lr)
+        else:
+            new = torch.where(self.lr == 0, base, base - self.lr * self.decay * base + self.lr * delta)
+        return self.merge(self._round(new, p.dtype, first), p)
+
+    def _round(self, x: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+        if self.seeds is None or dtype != torch.bfloat16:
+            return x.to(dtype)
+        count = x.numel() // max(1, self.seeds.numel())
+        noise = draw_bits(self.seeds, first, count, HALF_BITS).reshape(x.shape)
+        bits = (x.view(torch.int32) + noise.to(torch.int32)) & -(1 << HALF_BITS)
+        return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
+
+
+def _spread(mask: Tensor, like: Tensor) -> Tensor:
+    """`[]` or `[k]` -> `[1...]` or `[k, 1...]`."""
+    return mask.reshape((*mask.shape, *[1] * (like.ndim - mask.ndim)))

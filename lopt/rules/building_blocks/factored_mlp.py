@@ -1,0 +1,158 @@
+"""The features of small_fc_lopt and its descendants (VeLO, Celo, Celo2): momenta, second moments, factored moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from lopt_kernels.feature_mlp.features import CLIP, LARGEST
+from lopt_kernels.feature_mlp.fold import RMS_EPS
+from torch import Tensor
+
+from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Visit
+from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.feature_mlp import FeatureMLP
+from lopt.rules.layout import Layout
+
+MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
+FACTORED_DECAYS = (0.9, 0.99, 0.999)
+K = 3
+CLIPS_NAMES = ("clip(g, 0.1)", "g rs")  # the features that small_fc_lopt does not have
+FEATURE_NAMES = (
+    *("g", "clip(g, 0.1)", "p"),
+    *(f"m {decay}" for decay in MOMENTUM_DECAYS),
+    "v",
+    *(f"m {decay} rs" for decay in MOMENTUM_DECAYS),
+    "rs = 1/sqrt(v)",
+    *(f"g F {decay}" for decay in FACTORED_DECAYS),
+    "g rs",
+    *(f"row mean of g^2 {decay}" for decay in FACTORED_DECAYS),
+    *(f"column mean of g^2 {decay}" for decay in FACTORED_DECAYS),
+    *(f"1/sqrt(row mean) {decay}" for decay in FACTORED_DECAYS),
+    *(f"1/sqrt(column mean) {decay}" for decay in FACTORED_DECAYS),
+    *(f"m {momentum} F {decay}" for momentum, decay in zip(MOMENTUM_DECAYS, FACTORED_DECAYS, strict=True)),
+)
+
+
+class FactoredMLP(FeatureMLP):
+    """Inputs, in this order (Celo's family has the ones in brackets):
+
+    `g, [clip(g, 0.1)], p, m*3, v, m rs*3, rs, g F*3, [g rs], R*3, C*3, rsqrt(R)*3, rsqrt(C)*3, m F*3`
+
+    with momenta m, second moment v, rs = 1/sqrt(v), row and column averages R, C of g^2 and F, which replaces 1/sqrt of
+    the second moment by a row times a column factor. Vectors have one average V per decay for R, C and F. Differs from
+    the source: where it does not clip gradients, they are clipped to +-1e7, so that their fourth powers stay finite.
+
+    Attributes:
+        clips: the family has the features in brackets, and clips gradients to +-1000.
+        rs_eps: added to v in rs.
+        vector_eps: added to V in the m F of vectors.
+    """
+
+    clips: bool = True
+    line_keys = ("rows", "cols")
+    rs_eps: float = 1e-6
+    vector_eps: float = 0.0
+    second_decay: float = 0.999
+
+    def __init__(
+        self, widths: list[int], seed: int, *, config: Mapping[str, object], bank: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(widths, seed, config=config, bank=bank)
+        self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS), persistent=False)
+        self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS), persistent=False)
+        self.register_buffer("second_decays", torch.tensor([self.second_decay]), persistent=False)
+
+    def decays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decays `[3]`, `[1]`, `[3]` of momenta, second moment and factored moments; a batch may come first."""
+        return self.momentum_decays, self.second_decays, self.factored_decays  # type: ignore[return-value]
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        """Momenta, second moment, and row and column averages (vectors: the averages themselves)."""
+        start = {"m": features.start_averages(p, K, layout.ndim), "v": torch.zeros_like(p)}
+        if layout.factored is None:
+            return start | {"averages": features.start_averages(p, K, layout.ndim)}
+        return start | features.start_lines(p, K, layout)
+
+    def clip(self, g: Tensor) -> Tensor:
+        """The gradient that everything is computed from."""
+        bound = CLIP if self.clips else LARGEST
+        return g.clamp(-bound, bound)
+
+    def parameter_rms(self, mean_squares: Tensor) -> Tensor:
+        """`sqrt(mean p^2 + 1e-9)` `[*batch]`, from the element features' mean squares."""
+        return (mean_squares[..., 2 if self.clips else 1] + RMS_EPS).sqrt()
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def measure(self, e: Elements) -> Visit:
+        """Row and column sums of g^2."""
+        if e.layout.factored is None:
+            return Visit()
+        return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
+
+    def prepare(self, clock: Clock) -> Means:
+        """As `FeatureMLP.prepare`, and the decays."""
+        decays = zip(("momentum decays", "second decays", "factored decays"), self.decays(), strict=True)
+        return super().prepare(clock) | dict(decays)
+
+    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
+        """Row and column averages, and the factors that they make."""
+        if layout.factored is None:
+            return Fold()
+        decays = features.spread(terms["factored decays"], layout.ndim)
+        lines = {key: features.average(acc[key], means[key], decays) for key in ("rows", "cols")}
+        return Fold(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
+
+    def accumulate(self, e: Elements, terms: Means) -> Visit:
+        """Momenta and second moment, and the features' sums of squares."""
+        ndim, g = e.layout.ndim, self.clip(e.g)
+        momentum, second, factored = (
+            features.spread(terms[f"{key} decays"], ndim) for key in ("momentum", "second", "factored")
+        )
+        square, lifted = g.square(), features.lift(g, ndim)
+        acc = {
+            "m": features.average(e.acc["m"], lifted, momentum),
+            "v": features.average(e.acc["v"], square, second.squeeze(-ndim - 1)),
+        }
+        if e.layout.factored is None:
+            acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
+        new = e._replace(acc=e.acc | acc)
+        axes = self.norm_axes(e.layout)
+        joined, fields = self.join_features(new)
+        return Visit(acc, {"squares": features.sum_squares([joined], axes, e)}, fields=fields)
+
+    # -- features ------------------------------------------------------------------------------------------------------
+
+    def element_features(self, e: Elements) -> list[features.Piece]:
+        """See `FeatureMLP.element_features`."""
+        ndim = e.layout.ndim
+        g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
+        m, rs = e.acc["m"], (v + self.rs_eps).rsqrt()
+        own: list[features.Piece]
+        shared: list[features.Piece] = []
+        if e.layout.factored is None:  # a vector's averages are its elements' own, and both rows and columns
+            averages = e.acc["averages"]
+            shared = [averages, averages, *2 * [(averages + 1e-8).rsqrt()]]
+            factor, factor_m = (averages + 1e-9).rsqrt(), (averages + self.vector_eps).rsqrt()
+        else:
+            factor = factor_m = e.acc["row_scale"] * e.acc["col_scale"]
+        if self.clips:
+            own = [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs)]
+        else:
+            own = [g, p, m, v, (m, rs), rs, (g, factor)]
+        return [*own, *shared, (m, factor_m)]
+
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+        """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
+        if layout.factored is None:
+            return []
+        return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in ("rows", "cols")]
+
+    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
+        """See `FeatureMLP.slots`."""
+        start = 15 if self.clips else 13
+        rows, cols, rs_rows, rs_cols, last = (slice(start + K * i, start + K * (i + 1)) for i in range(5))
+        if layout.factored is None:
+            return [slice(last.stop)], [], slice(last.stop, None)
+        return [slice(start), last], [[rows, rs_rows], [cols, rs_cols]], slice(last.stop, None)

@@ -1,0 +1,58 @@
+"""What a program is: the launches that make one step of a rule for many parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from lopt_kernels.launching.parameters import Items
+from torch import Tensor
+
+from lopt.rules import Clock, Rule
+from lopt.rules.layout import Layout
+from lopt.rules.programs.parts import Order, Part
+
+
+class Program(ABC):
+    """Tables for parameters that stay where they are; `run` steps them all. Parts are not kept: they hold state.
+
+    Args:
+        rule: frozen, on the parameters' device.
+        batches: parts of equal dtypes of parameter and gradient.
+        count: how many parameters there are in all.
+        slots: the rule's meta-weights are stacks of so many, `[slots, ...]` each (`lopt.rules.programs.population`), of
+            which a part's `slot` is its row, and items are numbered slot by slot. None: they are its own.
+    """
+
+    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+        self.rule, self.count, self.slots = rule, count, slots
+
+    @classmethod
+    @abstractmethod
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
+        """Why the kernels do not take a rule as it is configured on a device, or None if they do."""
+
+    @classmethod
+    def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
+        """Whether the kernels take a parameter in this order of its axes."""
+        return True
+
+    def divide_slots(self, x: Tensor) -> Tensor:
+        """All parameters' `[count, ...]` as `[(slots,) n, ...]`."""
+        return x if self.slots is None else x.view(self.slots, -1, *x.shape[1:])
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the rule's meta-weights anew, to where the launches have them."""
+
+    @abstractmethod
+    def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
+        """One step of all parameters, in place.
+
+        Args:
+            items: for each batch; their tensors are numbers of all parameters.
+            sanitize: entries of gradients that are not finite count as 0.
+            loss: `[]`, or `[slots]`, or None.
+            clock: int64 `[count]`.
+        """
