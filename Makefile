@@ -10,8 +10,8 @@ demo: .venv/ready
 # A process for each core, with one thread each; a file's tests stay together, as they share what is slow to set up.
 # Those that start processes of torchrun, and kill some, have the machine for themselves.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --ignore tests/test_torchrun.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_torchrun.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --ignore tests/meta/test_torchrun.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/meta/test_torchrun.py
 
 test-slow: .venv/examples-ready
 	$(BIN)/pytest -m slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_estimators import Trap, constant, flatten
+from estimator_cases import Balance, FirstState, Trap, constant, flatten
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -168,42 +168,6 @@ def test_estimates_on_a_linear_loss_are_unbiased_over_windows_that_cross_resets(
 
 
 # -- influence balancing -----------------------------------------------------------------------------------------------
-
-
-class Balance(Rule):
-    """The linear system of influence balancing (Tallec & Ollivier 2017, arXiv 1702.05043, section 4.2): 23 states.
-
-    The meta-weight raises the first 10 states and lowers the 13 others, from which it comes to the first one later.
-    """
-
-    name = "balance"
-
-    def __init__(self, theta: float = 0.5) -> None:
-        super().__init__(theta=theta)
-        self.theta = torch.nn.Parameter(torch.tensor([theta]))
-        self.register_buffer("signs", torch.tensor([1.0] * 10 + [-1.0] * 13))
-
-    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        return {}
-
-    def emit(self, e: Elements, terms: Any) -> Visit:
-        following = torch.cat([e.p[..., 1:], torch.zeros_like(e.p[..., :1])], -1)
-        return Visit(delta=0.5 * (following - e.p) + self.theta * self.signs)
-
-
-class FirstState(TaskFamily):
-    """How far the first state is from 1."""
-
-    name = "first_state"
-
-    def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"s": torch.ones(23)}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        return {"target": torch.ones(len(seeds))}
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return 1 + 0.5 * (params["s"][0] - batch["target"]).square()
 
 
 def run_episode(name: str, tasks: int, horizon: int, steps: int) -> float:

@@ -25,8 +25,8 @@ from lopt.core.foreign_files import Weights, read_weights
 from lopt.rules import RULES, Rule
 from lopt.rules.released import IMPORTERS, build_rule, count_learned, import_rule
 
-GOLDEN = Path(__file__).parent / "golden"
-RELEASED = Path(__file__).parents[2] / "shared" / "weights"
+GOLDEN = Path(__file__).parents[1] / "cases" / "golden"
+RELEASED = Path(__file__).parents[3] / "shared" / "weights"
 Tree = dict[str, Any]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_trainer import TINY, hash_state, make_config
+from training_cases import TINY, hash_state, make_config
 
 from lopt.cli.run_folder import start_run
 from lopt.cli.sweep import sweep as sweeping

@@ -20,7 +20,7 @@ from bench.__main__ import cli
 from bench.gpu.compile import read_hip_figures
 from bench.variants import list_ops, list_variants
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = {"registers", "spilled", "shared", "warps"}
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -23,7 +23,7 @@ import lopt.optim.triton_backend.step
 from lopt import LearnedOptimizer
 from lopt.rules.programs.registry import FUSED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAX_LAUNCHES = {"adamw": 3, "lstm": 3, "rnnprop": 3, "mlp": 5, "small_fc": 8, "celo2_base": 11}
 
 
@@ -165,7 +165,7 @@ def test_every_kernel_of_a_step_compiles_without_spills(name: str, capability: i
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, str(ROOT / "tests" / "kernel_launches.py"), str(capability), name]
+    command = [sys.executable, str(ROOT / "tests" / "cases" / "kernel_launches.py"), str(capability), name]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -16,7 +16,7 @@ from lopt import LearnedOptimizer
 from lopt.rules import Rule
 from lopt.rules.released import import_rule
 
-WEIGHTS = Path(os.environ.get("LOPT_WEIGHTS", Path(__file__).parents[2] / "shared" / "weights"))
+WEIGHTS = Path(os.environ.get("LOPT_WEIGHTS", Path(__file__).parents[3] / "shared" / "weights"))
 STEPS, BATCH, SEEDS = 1000, 64, 3
 # rule, hidden widths, final loss, accuracy in %, mean batch loss; the final loss varies tenfold between seeds
 PUBLISHED = [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
+from estimator_cases import Negative, Trap, constant, flatten
 from torch import Tensor
 from torch.func import functional_call, vmap
 
@@ -19,20 +19,12 @@ from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
 
 
-def constant(steps: int) -> Callable[[Tensor], Tensor]:
-    return lambda seeds: torch.full_like(seeds, steps)
-
-
 def estimate_once(name: str, rule: Rule, family: TaskFamily, tasks: int = 4, **options: object) -> Estimate:
     estimator = ESTIMATORS[name](**options)
     horizon = constant(options["num_steps"])  # type: ignore[arg-type]
     loop = InnerLoop(rule, family, 0, horizon)
     slots = estimator.start(loop, torch.arange(tasks))
     return estimator.estimate(loop, slots._replace(horizon=horizon(slots.ids)))
-
-
-def flatten(gradient: Params) -> Tensor:
-    return torch.cat([g.flatten() for g in gradient.values()])
 
 
 class Double(TaskFamily):
@@ -153,37 +145,6 @@ def test_a_compiled_update_does_not_change_the_gradient() -> None:
     assert (plain - compiled).norm() < 1e-4 * plain.norm()
 
 
-class Trap(TaskFamily):
-    """Quadratics of which some are poisoned: their loss, only its gradient, or only the meta-gradient is not finite."""
-
-    name = "trap"
-
-    def __init__(self, poison: str, bad: tuple[int, ...]) -> None:
-        super().__init__(poison=poison, bad=bad)
-        self.inner, self.poison, self.bad = TASKS["quadratic"](), poison, bad
-        self.drawn = 0
-
-    def sample(self, generator: torch.Generator) -> Task:
-        bad = self.drawn in self.bad
-        self.drawn += 1
-        return self.inner.sample(generator) | {"bad": torch.tensor(float(bad))}
-
-    def init(self, task: Task, generator: torch.Generator) -> Params:
-        params = self.inner.init(task, generator)
-        return {"x": params["x"] + 10 * task["bad"]} if self.poison == "meta-gradient" else params
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        return tasks
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        loss = self.inner.loss(params, batch)
-        if self.poison == "loss":
-            return loss / (1 - batch["bad"])
-        if self.poison == "gradient":
-            return loss + (1 - batch["bad"] + 0 * params["x"].sum()).sqrt()  # derivative 0 / 0
-        return loss
-
-
 class BrittleSGD(type(RULES["sgd"]())):  # type: ignore[misc]
     """SGD whose meta-derivative is 0 / 0 where parameters are large."""
 
@@ -240,15 +201,6 @@ def test_objectives_are_what_they_say(name: str, objective: str) -> None:
     }[objective]
     (expected,) = torch.autograd.grad(value, [rule.lr])
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
-
-
-class Negative(type(TASKS["quadratic"]())):  # type: ignore[misc]
-    """Quadratics whose losses are all below 0."""
-
-    name = "negative"
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return super().loss(params, batch) - 100
 
 
 def test_negative_losses_keep_the_sign_of_the_gradient_when_normalized() -> None:

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 import lopt
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "cases"
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
 

@@ -1,4 +1,4 @@
-"""Rules against recorded trajectories of independent implementations (tests/golden/README.md)."""
+"""Rules against recorded trajectories of independent implementations (tests/cases/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lopt import LearnedOptimizer
 from lopt.rules import Rule
 from lopt.rules.released import import_rule
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "cases" / "golden"
 CASES = ["matrix_7x5", "matrix_5x9", "square_6x6", "conv_hwio_3x3x4x8", "vector_6", "scalar"]
 NUM_STEPS = 100
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from test_estimators import Negative
+from estimator_cases import Negative
 from torch import Tensor
 
 from bench.__main__ import cli

@@ -186,7 +186,7 @@ def test_a_mixture_learns_logs_its_sources_and_resumes_bitwise(tmp_path: Path) -
     assert {f"validation {name}/curves" for name in families} == set(board.Tags()["images"])
 
     interrupt_and_resume(make_config(), tmp_path / "halves")
-    from test_trainer import hash_state
+    from training_cases import hash_state
 
     assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
     assert (tmp_path / "whole" / CHECKPOINT).is_file()
@@ -210,7 +210,7 @@ def test_the_size_that_a_gradient_is_divided_by_is_a_running_one() -> None:
 
 
 def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
-    from test_trainer import hash_state
+    from training_cases import hash_state
 
     config = make_config(trainer=MIXTURE["trainer"] | {"merge": "normalised"})
     start_run(config, tmp_path / "whole").run()
@@ -222,7 +222,7 @@ def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
 
 
 def test_guidance_falls_to_nothing_and_resumes_bitwise(tmp_path: Path) -> None:
-    from test_trainer import hash_state
+    from training_cases import hash_state
 
     imitation = {"teacher": "adam", "weight": 100.0, "follow": 0.5, "steps": 5}
     config = make_config(imitation=imitation)

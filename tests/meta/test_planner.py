@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_estimators import constant, flatten
+from estimator_cases import constant, flatten
 
 from lopt.meta.config.run import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_estimators import constant
-from test_evolution import Balance, FirstState
+from estimator_cases import Balance, FirstState, constant
 
 from lopt.cli.diagnosis import Finding, diagnose, measure_truncation
 from lopt.meta.config.run import TrainerConfig

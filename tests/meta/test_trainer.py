@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -15,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
-from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.config.run import TrainerConfig, parse_config
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
@@ -30,55 +30,6 @@ from lopt.rules import RULES
 from lopt.rules.files import load, load_card, load_state
 from lopt.tasks import TASKS
 from lopt.tasks.base import Task
-
-TINY = """
-description = "a tiny run"
-[task]
-name = "quadratic"
-dim = 4
-[rule]
-name = "rnnprop"
-hidden = 4
-[estimator]
-name = "truncated"
-num_steps = 4
-[horizon]
-name = "curriculum"
-stages = [6, 9]
-improvements = 2
-[trainer]
-steps = 24
-tasks = 3
-warmup = 2
-validate_every = 6
-validation_tasks = 4
-validation_steps = 12
-checkpoint_every = 5
-threads = 1
-"""
-
-
-def make_config(**trainer: object) -> RunConfig:
-    from lopt.meta.config.run import merge, tomllib
-
-    raw = tomllib.loads(TINY) | {"name": "tiny"}
-    merge(raw, {"trainer": trainer})
-    return parse_config(raw)
-
-
-def hash_state(folder: Path) -> str:
-    """Of everything in the checkpoint but wall-clock time."""
-    tensors, metadata = load_state(folder / CHECKPOINT)
-    metadata.pop("seconds")
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def timeless(folder: Path) -> list[dict[str, object]]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -243,13 +194,6 @@ def test_training_validation_and_evaluation_share_no_task() -> None:
     trainer.train_step()
     trainer.validate()
     assert collect() == validation  # every time the same tasks
-
-
-def make_trainer(estimator: str = "truncated", folder: Path | str | None = None, **options: object) -> Trainer:
-    """A small one whose validations are few."""
-    config = {"tasks": 2, "steps": 20, "validation_tasks": 1, "validation_steps": 1} | options
-    built = ESTIMATORS[estimator](num_steps=2) if isinstance(estimator, str) else estimator
-    return Trainer(RULES["linear"](), TASKS["quadratic"](dim=2), built, TrainerConfig(**config), folder=folder)  # type: ignore[arg-type]
 
 
 def test_clipping_bounds_the_gradient_that_is_stepped_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from lopt.rules import RULES
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Client(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import TINY, hash_state, make_config, make_trainer, timeless
 from torch import Tensor
+from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 import lopt
 from lopt.cli.run_folder import build_trainer, resume_run, start_run

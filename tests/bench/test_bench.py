@@ -23,7 +23,7 @@ from lopt import LearnedOptimizer
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "cases" / "golden"
 SHAPES = [(7, 5), (5, 9), (6, 6), (8, 4, 3, 3), (6,), (1,), ()]
 CPU = torch.device("cpu")
 

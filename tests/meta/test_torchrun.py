@@ -13,7 +13,7 @@ from shutil import copytree
 
 import pytest
 import torch.distributed as dist
-from test_trainer import TINY, hash_state, timeless
+from training_cases import TINY, hash_state, timeless
 
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics

@@ -1,0 +1,72 @@
+"""A tiny meta-training run, and what two runs are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.trainer.checkpoint import CHECKPOINT
+from lopt.meta.trainer.log import read_metrics
+from lopt.meta.trainer.trainer import Trainer
+from lopt.rules import RULES
+from lopt.rules.files import load_state
+from lopt.tasks import TASKS
+
+TINY = """
+description = "a tiny run"
+[task]
+name = "quadratic"
+dim = 4
+[rule]
+name = "rnnprop"
+hidden = 4
+[estimator]
+name = "truncated"
+num_steps = 4
+[horizon]
+name = "curriculum"
+stages = [6, 9]
+improvements = 2
+[trainer]
+steps = 24
+tasks = 3
+warmup = 2
+validate_every = 6
+validation_tasks = 4
+validation_steps = 12
+checkpoint_every = 5
+threads = 1
+"""
+
+
+def make_config(**trainer: object) -> RunConfig:
+    from lopt.meta.config.run import merge, tomllib
+
+    raw = tomllib.loads(TINY) | {"name": "tiny"}
+    merge(raw, {"trainer": trainer})
+    return parse_config(raw)
+
+
+def hash_state(folder: Path) -> str:
+    """Of everything in the checkpoint but wall-clock time."""
+    tensors, metadata = load_state(folder / CHECKPOINT)
+    metadata.pop("seconds")
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def timeless(folder: Path) -> list[dict[str, object]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in lines]
+
+
+def make_trainer(estimator: str = "truncated", folder: Path | str | None = None, **options: object) -> Trainer:
+    """A small one whose validations are few."""
+    config = {"tasks": 2, "steps": 20, "validation_tasks": 1, "validation_steps": 1} | options
+    built = ESTIMATORS[estimator](num_steps=2) if isinstance(estimator, str) else estimator
+    return Trainer(RULES["linear"](), TASKS["quadratic"](dim=2), built, TrainerConfig(**config), folder=folder)  # type: ignore[arg-type]
