@@ -1,4 +1,4 @@
-"""Names: the known ones that an unknown one may have meant, and names fit for a folder."""
+"""Names that users write: a value that must be one of a few, what an unknown one may have meant, names of folders."""
 
 from __future__ import annotations
 
@@ -6,22 +6,63 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from hashlib import sha256
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 MAX_BYTES = 200
 
 
+def choose(name: str, value: Value, known: Iterable[Value]) -> Value:
+    """Check an option that has few possible values, at the boundary where a user's value comes in.
+
+    Args:
+        name: the option, as the user writes it.
+        value: what was given, of any type.
+        known: the values that there are, in the order in which an error lists them.
+    Returns:
+        `value` itself.
+    Raises:
+        ValueError: it is none of them; the message lists them and suggests those that are spelt nearly like it.
+    """
+    values = list(known)
+    if value in values:
+        return value
+    near = _find_near(value, map(str, values))
+    hint = f". Did you mean {near}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(map(str, values)) or 'none'}, got {value!r}{hint}")
+
+
 def suggest(name: object, known: Iterable[str]) -> str:
-    """What to say of an unknown name: "Did you mean adam? Known: adam, lstm, sgd"."""
+    """The end of an error about an unknown name, for callers who say themselves what the name is of.
+
+    Args:
+        name: what was given.
+        known: the names that there are; an error lists them sorted.
+    Returns:
+        Such as "Did you mean adam? Known: adam, lstm, sgd", without the question if none is spelt nearly like it.
+    """
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=3)
-    question = f"Did you mean {' or '.join(near)}? " if near else ""
+    near = _find_near(name, names)
+    question = f"Did you mean {near}? " if near else ""
     return f"{question}Known: {', '.join(names) or 'none'}"
 
 
+def _find_near(name: object, known: Iterable[str]) -> str:
+    """Up to three known names that are spelt nearly like `name`: "adam or adamw"; "" if there is none."""
+    return " or ".join(get_close_matches(str(name), list(known), n=3))
+
+
 def slugify(label: str) -> str:
-    """A label as the name of one folder: letters, digits, dots, dashes; never empty, hidden, a path or too long."""
+    """A free label made into the name of one folder, for the folders of runs and trials that users name.
+
+    Returns:
+        Letters, digits, underscores, dots and dashes, anything else replaced by a dash: never empty, hidden or a path,
+        and at most 209 bytes. Long labels are cut and end with 8 hexadecimal digits of their SHA-256, so that two of
+        them stay apart.
+    """
     slug = re.sub(r"[^\w.]+", "-", label).strip(".-") or "unnamed"
-    data = slug.encode()
-    if len(data) <= MAX_BYTES:
+    encoded = slug.encode()
+    if len(encoded) <= MAX_BYTES:
         return slug
-    return f"{data[:MAX_BYTES].decode(errors='ignore')}-{sha256(data).hexdigest()[:8]}"
+    return f"{encoded[:MAX_BYTES].decode(errors='ignore')}-{sha256(encoded).hexdigest()[:8]}"
