@@ -184,7 +184,7 @@ def test_lightning_hands_the_loss_to_the_rule_through_its_closure(tmp_path: Path
 
 
 def test_hooks_hand_the_loss_to_the_rule_under_the_trainer(tmp_path: Path) -> None:
-    """The recipe of README.md for clients that call `step()` without a loss."""
+    """The recipe of docs/use.md for clients that call `step()` without a loss."""
     read: list[float] = []
     last: dict[str, Tensor] = {}
 

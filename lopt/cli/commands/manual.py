@@ -12,7 +12,7 @@ Examples:
   torchrun --nproc-per-node 2 --max-restarts 3 -m lopt train quadratic-lstm --set trainer.threads=1
 
 Under torchrun the processes share the tasks of every outer step; one that is lost is started again, and the run goes on
-from its last checkpoint. docs/meta-training.md has more.
+from its last checkpoint. docs/train.md has more.
 """
 
 SWEEP = """

@@ -1,0 +1,51 @@
+"""What mkdocs does beside its plugins: pages from the repository's root, and shapes in docstrings that stay shapes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Files of the root, where GitHub shows them, and the pages that they are on the site."""
+
+SHAPE = re.compile(r"(?<![`\w\]])\[[^\[\]`\n]*\](?![\[(:])")
+CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages of the root, with links as they are from inside docs/."""
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        for source, target in PAGES.items():
+            text = text.replace(f"]({source}", f"]({target}")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Writes `::: package.*` out: a directive for every module of the folder that no page names itself."""
+    pages = "\n".join(path.read_text() for path in Path(__file__).parent.glob("reference/*.md"))
+    named = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+
+    def list_modules(match: re.Match[str]) -> str:
+        folder = ROOT / ("kernels" if match[1].startswith("lopt_kernels") else "") / match[1].replace(".", "/")
+        modules = [f"{match[1]}.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))]
+        return "\n\n".join(f"::: {module}" for module in modules if module not in named)
+
+    return re.sub(r"^::: ([\w.]+)\.\*$", list_modules, markdown, flags=re.MULTILINE)
+
+
+class Shapes(griffe.Extension):
+    """Marks shapes in docstrings, `[*batch, n]`, as code, or Markdown would look for links and emphasis in them."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        if obj.docstring:
+            parts = CODE.split(obj.docstring.value)
+            parts[::2] = [SHAPE.sub(lambda shape: f"`{shape[0]}`", part) for part in parts[::2]]
+            obj.docstring.value = "".join(parts)

@@ -1,0 +1,81 @@
+"""What the pages say is true: their Python runs, links lead somewhere, and files, names and commands exist."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, find_anchors, find_code, find_links, find_spans
+
+from bench.__main__ import cli as bench
+from lopt.__main__ import cli as lopt
+
+DOCS = [page for page in PAGES if page.parent != ROOT]
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+COMMANDS = {"lopt": set(lopt.commands), "python -m bench": set(bench.commands), "make": TARGETS}
+COMMAND = re.compile(r"(?:^|-m )(lopt|python -m bench|make) ([a-z][\w-]*)")
+FOLDERS = ("lopt/", "kernels/", "bench/", "tests/", "docs/", "examples/")
+
+
+def name_page(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_page)
+each_present_page = pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_page)
+"""All but the changelog, which may name what is gone."""
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if find_code(p, "python")], ids=name_page)
+def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(find_code(page, "python")), {"__name__": "page"})
+
+
+@each_page
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in find_links(page):
+        if not re.match(r"[a-z]+:", link):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{name_page(page)} links to {link}"
+            assert not anchor or anchor in find_anchors(target), f"{name_page(page)} links to {link}"
+
+
+@each_present_page
+def test_files_named_in_a_page_exist(page: Path) -> None:
+    for span in find_spans(page):
+        if span.startswith(FOLDERS) and " " not in span:
+            assert list(ROOT.glob(span.rstrip("/"))), f"{name_page(page)} names {span}"
+
+
+@each_present_page
+def test_python_names_in_a_page_exist(page: Path) -> None:
+    for span in find_spans(page):
+        if re.fullmatch(r"(lopt|lopt_kernels|bench)(\.\w+)+", span):
+            assert resolve(span), f"{name_page(page)} names {span}"
+
+
+@each_present_page
+def test_commands_in_a_page_exist(page: Path) -> None:
+    lines = [line for code in find_code(page, "") + find_code(page, "bash") for line in code.splitlines()]
+    for text in [*lines, *find_spans(page)]:
+        for program, command in COMMAND.findall(text):
+            assert command in COMMANDS[program], f"{name_page(page)} names `{program} {command}`"
+
+
+def resolve(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    module, _, rest = name.partition(".")
+    thing = importlib.import_module(module)
+    for part in rest.split("."):
+        if not hasattr(thing, part):
+            module = f"{thing.__name__}.{part}" if hasattr(thing, "__path__") else ""
+            if not module or importlib.util.find_spec(module) is None:
+                return False
+            importlib.import_module(module)
+        thing = getattr(thing, part)
+    return True
