@@ -44,7 +44,6 @@ class Bowl(TaskFamily):
     name = "bowl"
 
     def __init__(self, dim: int = 10) -> None:
-        super().__init__(dim=dim)
         self.dim, self.curvature = dim, torch.logspace(-1.5, 0, dim)
 
     def init(self, task: Task, generator: torch.Generator) -> Params:

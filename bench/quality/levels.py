@@ -20,7 +20,7 @@ from lopt.meta.unroll.curves import run_curves
 from lopt.rules import RULES
 from lopt.rules.files import write_atomic
 from lopt.tasks import TASKS, TaskFamily
-from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, Level
+from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, TunedAdam
 
 OPTIMIZER, SCHEDULE, CRITERION = "adam", "constant", "final"
 EMBEDDED = [name for name in TASKS if name != "module"]
@@ -35,7 +35,7 @@ def count_seeds(family: TaskFamily) -> int:
     return min(MOST, max(FEWEST, NUMBERS // family.spec.size))
 
 
-def measure_level(family: TaskFamily, tuning: Tuning = TUNING) -> Level:
+def measure_adam(family: TaskFamily, tuning: Tuning = TUNING) -> TunedAdam:
     """Tune Adam's learning rate on `family`, and train other tasks with it.
 
     Raises:
@@ -56,7 +56,7 @@ def measure_level(family: TaskFamily, tuning: Tuning = TUNING) -> Level:
     losses = curves.losses[torch.from_numpy(np.concatenate([[0], steps]))].double()
     positive = bool((losses > 0).all())
     first, *averaged = losses.log().mean(1).exp() if positive else losses.mean(1)
-    return Level(
+    return TunedAdam(
         config=family.config,
         horizon=horizon,
         lr=lr,
@@ -72,7 +72,7 @@ def measure_level(family: TaskFamily, tuning: Tuning = TUNING) -> Level:
     )
 
 
-def write_levels(file: Path, levels: Mapping[str, dict[str, Any]]) -> None:
+def write_archive(file: Path, levels: Mapping[str, dict[str, Any]]) -> None:
     """Write the archive, a family a line, in the order of `TASKS`."""
     head = {
         "command": COMMAND,
@@ -107,9 +107,9 @@ def levels(families: tuple[str, ...], out: Path) -> None:
     began = time.process_time()
     for name in families or EMBEDDED:
         start = time.process_time()
-        entries[name] = asdict(measure_level(TASKS[name]()))
+        entries[name] = asdict(measure_adam(TASKS[name]()))
         console.print(f"{name}: {time.process_time() - start:.0f} CPU seconds")
-    write_levels(out, entries)
+    write_archive(out, entries)
     console.print(_tabulate(entries), f"{time.process_time() - began:.0f} CPU seconds in all, written to {out}")
 
 

@@ -58,15 +58,6 @@ class Autoencoder(ImageTask):
             return torch.nn.Sequential(encoder, decoder)
 
         super().__init__(build, F.mse_loss, images, batch_size, horizon)
-        self.config = {
-            "width": width,
-            "code": code,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-        }
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Mean squared difference of output and image; the classes are not used."""

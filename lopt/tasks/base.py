@@ -1,22 +1,24 @@
 """What a task is: a base learner with its data, drawn from a family of tasks of equal shapes.
 
 A task is a dict of tensors: what distinguishes it from others of its family (for a quadratic its matrix, for a
-classifier nothing: its initial parameters and its batches make it what it is). Losses are written for one
-task and batched over tasks with `torch.func.vmap`.
+classifier nothing: its initial parameters and its mini-batches make it what it is). Losses are written for one task
+and batched over tasks with `torch.func.vmap`, so that meta-training runs thousands of them side by side.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lopt.core.names import choose
+from lopt.core.recorded import Recorded
 from lopt.core.tensors import Params, ParamSpec, fold_in, make_generator
-from lopt.tasks.tuned_adam import Level, find_level, find_nearest_level
+from lopt.tasks.tuned_adam import TunedAdam, find_default, find_measured
 
 Task = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -31,13 +33,42 @@ BRANCHES = 2**32
 """Above the lanes of `draw_uniform`: a branch's seed is none of the numbers that are drawn from the seed itself."""
 
 
-class TaskFamily(ABC):
-    """A distribution over tasks; `config` rebuilds it: `TASKS[name](**config)`.
+class TaskFamily(Recorded, ABC):
+    """A distribution over tasks that rules are trained and judged on: `TASKS[name](**family.config)` is the same again.
+
+    Three methods make a family, `init`, `batch` and `loss`; most also draw what tells tasks apart in `sample`. Where
+    the loss needs no mini-batches, derive from `ExactTask`; for any `torch.nn.Module` with a data set, `ModuleTask` is
+    a family already.
+
+    >>> import torch
+    >>> from lopt.core.tensors import draw_normal, make_generator, stack_trees
+    >>> from lopt.tasks import TaskFamily
+    >>> class Mean(TaskFamily):
+    ...     '''Find a hidden point `[dim]` from noisy sights of it.'''
+    ...     name = "mean"
+    ...     def __init__(self, dim: int = 3, noise: float = 0.1):
+    ...         self.dim, self.noise = dim, noise
+    ...     def sample(self, generator):
+    ...         return {"point": torch.randn(self.dim, generator=generator)}
+    ...     def init(self, task, generator):
+    ...         return {"x": torch.zeros(self.dim)}
+    ...     def batch(self, tasks, seeds, split="train"):
+    ...         return {"sight": tasks["point"] + self.noise * draw_normal(seeds, self.dim).float()}
+    ...     def loss(self, params, batch):
+    ...         return (params["x"] - batch["sight"]).square().sum()
+    >>> family = Mean(dim=2)
+    >>> family.describe()
+    'mean(dim=2, noise=0.1)'
+    >>> tasks = stack_trees([family.sample(make_generator(i)) for i in range(4)])
+    >>> params = stack_trees([family.init({}, make_generator(i)) for i in range(4)])
+    >>> family.losses(params, family.batch(tasks, seeds=torch.arange(4))).shape
+    torch.Size([4])
 
     `sample` and `init` draw on the CPU; `batch` and `full_batch` return tensors on the device of the seeds and tasks
     that they are given, to which `to` must have moved what the family holds.
 
     Attributes:
+        name: the family's name in `TASKS`.
         horizon: number of steps that a task of this family is meant to be trained for.
         examples: the entries `[T, B, ...]` of a batch whose B rows are examples that the loss is a mean over.
     """
@@ -46,24 +77,40 @@ class TaskFamily(ABC):
     horizon: int = 100
     examples: tuple[str, ...] = ()
 
-    def __init__(self, **config: Any) -> None:
-        self.config = config
-
     def sample(self, generator: torch.Generator) -> Task:
-        """Draw one task: tensors without batch dimension; `{}` if all tasks share everything but their draws."""
+        """Draw what tells one task from the others of its family, such as the matrix of a quadratic.
+
+        Args:
+            generator: on the CPU, the only source of randomness, so that a seed names a task.
+        Returns:
+            Tensors without batch dimension; `{}`, the default, if tasks differ only in initial parameters and batches.
+        """
         return {}
 
     def to(self: Family, device: torch.device | str) -> Family:
-        """Move the tensors that the family holds (data, not tasks) to `device`; the family itself comes back."""
+        """Move the tensors that the family itself holds, such as data sets, to where its tasks will be trained.
+
+        Tasks and parameters are drawn on the CPU whatever the device; their user moves them.
+
+        Returns:
+            The family itself, changed in place.
+        """
         return self
 
     @abstractmethod
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """Draw initial parameters of one task."""
+        """Draw the parameters that one task starts from.
+
+        Args:
+            task: from `sample`, without batch dimension.
+            generator: on the CPU, the only source of randomness.
+        Returns:
+            Tensors of the same names and shapes for all tasks of the family, without batch dimension.
+        """
 
     @abstractmethod
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The mini-batches of T tasks.
+        """The mini-batches of T tasks for one step.
 
         Args:
             tasks: tensors `[T, ...]`; what `deliver` remembers there is not read, as batches of later steps are drawn
@@ -72,22 +119,36 @@ class TaskFamily(ABC):
             split: one of `SPLITS`.
         Returns:
             What `loss` reads, tensors `[T, ...]`.
+        Raises:
+            ValueError: there is no such split.
         """
 
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Scalar loss of one task on one batch; pure and differentiable."""
+        """Scalar loss of one task on one batch: what the base learner minimises, pure and differentiable.
+
+        Args:
+            params: tensors of the shapes that `init` draws.
+            batch: one task's share of what `batch` returns, without the dimension `[T]`.
+        """
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """Losses `[T]` of T tasks, from parameters and batches `[T, ...]`: `loss` batched with `vmap`, or faster."""
+        """Losses `[T]` of T tasks, from parameters and batches `[T, ...]`: `loss` batched with `vmap`.
+
+        Families override it where they can do the same with fewer operations; the numbers agree up to rounding.
+        """
         return vmap(self.loss)(params, batch)
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """The whole split for `count` tasks, `[count, ...]`; None where a batch is already exact."""
+        """The whole split for `count` tasks, `[count, ...]`, on which final losses are measured without noise.
+
+        Returns:
+            What `loss` reads, expanded where tasks share it; None, the default, where a batch is already exact.
+        """
         return None
 
     def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
-        """What a rule sees of the gradients of T tasks: here the gradients themselves.
+        """What a rule sees of the gradients of T tasks, in place of them: here the gradients themselves.
 
         Args:
             tasks: tensors `[T, ...]`, which may hold memory that goes on from step to step.
@@ -98,42 +159,66 @@ class TaskFamily(ABC):
         return tasks, grads
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Further scalars of one task on one batch, such as accuracy."""
+        """Scalars of one task on one batch that reports show beside the loss, such as accuracy; none by default.
+
+        Args:
+            params, batch: as in `loss`.
+        """
         return {}
 
     @cached_property
     def spec(self) -> ParamSpec:
-        """Names and shapes of the parameters."""
+        """Names and shapes of one task's parameters, and their order in the flat vectors `[T, P]` of the inner loop.
+
+        Found by drawing one task; all tasks of a family have the same.
+        """
         generator = make_generator(0)
         return ParamSpec.of(self.init(self.sample(generator), generator))
 
     @property
-    def baseline(self) -> Level | None:
-        """What tuned Adam reaches on these tasks; None if the archive does not have it."""
-        return find_level(self.name, self.config)
+    def baseline(self) -> TunedAdam | None:
+        """What tuned Adam reaches on these tasks, by which losses of different families become comparable.
+
+        None if it has not been measured with these options (`horizon` apart); `python -m bench levels` measures it.
+        """
+        return find_measured(self.name, self.config)
 
     @property
-    def nearest_baseline(self) -> Level | None:
-        """The same, or where these options are not archived that of the family with its default options."""
-        return find_nearest_level(self.name)
+    def nearest_baseline(self) -> TunedAdam | None:
+        """What tuned Adam reaches on the family with its default options, whatever the options of this one.
+
+        None if the family is not in the archive; `python -m bench levels` measures it.
+        """
+        return find_default(self.name)
 
     def describe(self) -> str:
-        """One line: the family's name and configuration."""
-        config = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
-        return f"{self.name}({config})"
+        """The family's name and options in one line, for logs and as a key of what was measured on it.
+
+        Such as `quadratic(dim=10, distribution='gaussian', init_std=0.01, horizon=100)`.
+        """
+        options = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
+        return f"{self.name}({options})"
+
+
+class ExactTask(TaskFamily):
+    """Base of families whose loss needs no mini-batches: the task is its own batch, in every step and split.
+
+    Subclasses write `init`, `loss`, which reads what `sample` drew as its `batch`, and `sample` unless all tasks have
+    the same loss and differ only in where they start.
+    """
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        choose("split", split, SPLITS)
+        return tasks
 
 
 def branch_seeds(seeds: Tensor, branch: int) -> Tensor:
-    """Seeds of the same shape for a further kind of draws, such as noise; `branch` names it within a family."""
-    return fold_in(seeds, torch.tensor(BRANCHES + branch))
+    """Seeds for a further kind of draws from a batch's seeds, such as noise, independent of all others.
 
-
-def check_split(split: str) -> str:
-    """`split` itself, if it is one.
-
-    Raises:
-        ValueError: it is not one of `SPLITS`.
+    Args:
+        seeds: int64 `[...]`.
+        branch: from 0, names the kind within a family.
+    Returns:
+        int64 of the same shape.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    return split
+    return fold_in(seeds, torch.tensor(BRANCHES + branch))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lopt.core.names import choose
 from lopt.tasks.data.characters import CharacterTask
 
 GATES = {"vanilla": 1, "gru": 3, "lstm": 4}
@@ -78,17 +79,7 @@ class CharRNN(CharacterTask):
         horizon: int = 200,
         data: str = "pydoc",
     ) -> None:
-        if cell not in GATES:
-            raise ValueError(f"cell must be one of {sorted(GATES)}, got {cell!r}")
+        choose("cell", cell, GATES)
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
         super().__init__(lambda: Recurrent(cell, characters, width), data, characters, length, batch_size, horizon)
-        self.config = {
-            "cell": cell,
-            "width": width,
-            "length": length,
-            "characters": characters,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-        }

@@ -104,14 +104,3 @@ class CharTransformer(CharacterTask):
             return Transformer(characters, length, width, depth, heads, expansion)
 
         super().__init__(build, data, characters, length, batch_size, horizon)
-        self.config = {
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "expansion": expansion,
-            "length": length,
-            "characters": characters,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-        }

@@ -60,11 +60,3 @@ class Conv(ImageTask):
             return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * places, count_classes(images)))
 
         super().__init__(build, F.cross_entropy, images, batch_size, horizon)
-        self.config = {
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-        }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params, derive_seeds, make_generator
 from lopt.tasks.base import SPLITS, Batch, Data, Task
 from lopt.tasks.data.splits import load_photographs, to_pixels
@@ -90,8 +91,7 @@ class CoordinateMLP(ModuleTask):
         batch_size: int = 128,
         horizon: int = 300,
     ) -> None:
-        if encoding not in ENCODINGS:
-            raise ValueError(f"encoding must be one of {ENCODINGS}, got {encoding!r}")
+        choose("encoding", encoding, ENCODINGS)
         if min(width, depth, features) < 1 or frequency <= 0:
             found = f"width={width}, depth={depth}, features={features}, frequency={frequency}"
             raise ValueError(f"sizes must be at least 1 and the frequency positive, got {found}")
@@ -110,16 +110,6 @@ class CoordinateMLP(ModuleTask):
             return nn.Sequential(*layers, nn.Linear(width, 3))
 
         super().__init__(build, F.mse_loss, _divide_pixels(size), batch_size, horizon)
-        self.config = {
-            "encoding": encoding,
-            "width": width,
-            "depth": depth,
-            "features": features,
-            "frequency": frequency,
-            "size": size,
-            "batch_size": batch_size,
-            "horizon": horizon,
-        }
 
     def to(self: Family, device: torch.device | str) -> Family:
         """Move the photographs, the coordinates and the random directions."""

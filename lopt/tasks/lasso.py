@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import Params
-from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tasks.base import Batch, ExactTask, Task
 
 
-class Lasso(TaskFamily):
+class Lasso(ExactTask):
     """|A x - b|^2 / 2 + penalty |x|_1, with the columns of A of unit norm in the mean and x starting at N(0, 1).
 
     b = A x0 + N(0, 0.01^2), where a quarter of x0 is standard normal and the rest 0. The optimum has no closed form;
@@ -30,7 +30,6 @@ class Lasso(TaskFamily):
     name = "lasso"
 
     def __init__(self, dim: int = 50, rows: int = 25, penalty: float = 0.005, horizon: int = 100) -> None:
-        super().__init__(dim=dim, rows=rows, penalty=penalty, horizon=horizon)
         if dim < 1 or rows < 1 or penalty < 0:
             found = f"got {dim}, {rows} and {penalty}"
             raise ValueError(f"dim and rows must be at least 1 and penalty not negative, {found}")
@@ -47,11 +46,6 @@ class Lasso(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """x `[dim]`."""
         return {"x": torch.randn(self.dim, generator=generator)}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The problem itself: the loss is exact."""
-        check_split(split)
-        return tasks
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The objective; its subgradient at x_i = 0 has no penalty term."""

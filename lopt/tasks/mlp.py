@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params
 from lopt.tasks.base import Task
 from lopt.tasks.data.images import ImageTask, count_classes, flatten_images
@@ -59,15 +60,6 @@ class MLP(ImageTask):
         widths = [images["train"][0].shape[1], *[width] * depth, count_classes(images)]
         super().__init__(lambda: build_mlp(widths, activation), F.cross_entropy, images, batch_size, horizon)
         self.init_scale = init_scale
-        self.config = {
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-            "init_scale": init_scale,
-        }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """The weights of a freshly built network, scaled."""
@@ -88,7 +80,6 @@ def check_network(width: int, depth: int, activation: str) -> None:
     Raises:
         ValueError: the activation is unknown, the width less than 1 or the depth negative.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    choose("activation", activation, ACTIVATIONS)
     if width < 1 or depth < 0:
         raise ValueError(f"width must be >= 1 and depth >= 0, got {width} and {depth}")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
-from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily, check_split
+from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily
 from lopt.tasks.batched import batch_losses
 
 Module = TypeVar("Module", bound="ModuleTask")
@@ -33,7 +34,7 @@ ADVICE = {
 """What to do about a failure, by a pattern of torch's message; the first one that fits is given."""
 
 
-class ModuleTask(TaskFamily):
+class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
     """Supervised learning with a user's module; tasks differ in their initial weights and their batches.
 
     Parameters that require gradients (all float32) are learned. Frozen ones and constant buffers are those of one
@@ -67,12 +68,11 @@ class ModuleTask(TaskFamily):
         seed: int = 0,
         **config: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, horizon=horizon, seed=seed, **config)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.build, self.loss_fn, self.batch_size, self.horizon = build, loss, batch_size, horizon
         if isinstance(data, Mapping):
-            self.data = {check_split(split): _as_tensors(part) for split, part in data.items()}
+            self.data = {choose("data's split", split, SPLITS): _as_tensors(part) for split, part in data.items()}
             if "train" not in self.data:
                 raise ValueError(f"data has splits {sorted(self.data)} but no 'train'")
         else:
@@ -111,7 +111,7 @@ class ModuleTask(TaskFamily):
             raise ValueError(f"forward changes the buffers {changed} (batch norm: set track_running_stats=False)")
 
     def _split(self, split: str) -> Data:
-        if check_split(split) not in self.data:
+        if choose("split", split, SPLITS) not in self.data:
             raise ValueError(f"data has no split {split!r}, only {sorted(self.data)}")
         return self.data[split]
 

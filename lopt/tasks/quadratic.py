@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params
-from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tasks.base import Batch, ExactTask, Task
 
 DISTRIBUTIONS = ("gaussian", "uniform")
 
 
-class Quadratic(TaskFamily):
+class Quadratic(ExactTask):
     """`dim`-dimensional quadratics, x starting at N(0, init_std^2).
 
     Args:
@@ -34,13 +35,10 @@ class Quadratic(TaskFamily):
         init_std: float = 0.01,
         horizon: int = 100,
     ) -> None:
-        super().__init__(dim=dim, distribution=distribution, init_std=init_std, horizon=horizon)
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-        self.dim, self.distribution, self.init_std = dim, distribution, init_std
-        self.horizon = horizon
+        self.dim, self.init_std, self.horizon = dim, init_std, horizon
+        self.distribution = choose("distribution", distribution, DISTRIBUTIONS)
 
     def sample(self, generator: torch.Generator) -> Task:
         """W `[dim, dim]` and y `[dim]`."""
@@ -53,11 +51,6 @@ class Quadratic(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """x `[dim]`."""
         return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The problem itself: the loss is exact."""
-        check_split(split)
-        return tasks
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """|W x - y|^2."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import Params
-from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tasks.base import Batch, ExactTask, Task
 
 
-class Rastrigin(TaskFamily):
+class Rastrigin(ExactTask):
     """|A x - b|^2 / 2 - alpha <c, cos(2 pi x)> + alpha dim; A, b, c and the starting point are standard normal.
 
     c may be negative and larger than 1, so the optimum is not 0; it is at least alpha (dim - |c|_1), which is
@@ -31,7 +31,6 @@ class Rastrigin(TaskFamily):
     name = "rastrigin"
 
     def __init__(self, dim: int = 10, alpha: float = 10.0, horizon: int = 100) -> None:
-        super().__init__(dim=dim, alpha=alpha, horizon=horizon)
         if dim < 1 or alpha < 0:
             raise ValueError(f"dim must be at least 1 and alpha not negative, got {dim} and {alpha}")
         self.dim, self.alpha, self.horizon = dim, alpha, horizon
@@ -47,11 +46,6 @@ class Rastrigin(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """x `[dim]`."""
         return {"x": torch.randn(self.dim, generator=generator)}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The problem itself: the loss is exact."""
-        check_split(split)
-        return tasks
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The function's value."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import Params
-from lopt.tasks.base import Batch, Task, TaskFamily, check_split
+from lopt.tasks.base import Batch, ExactTask, Task
 
 
-class Rosenbrock(TaskFamily):
+class Rosenbrock(ExactTask):
     """sum_i steepness (x_{i+1} - x_i^2)^2 + (a_i - x_i)^2, x starting at N(0, init_std^2).
 
     Tasks differ in a, uniform in [0.5, 1.5). For `dim` 2 the optimum is 0, at (a, a^2). In more dimensions it is
@@ -37,7 +37,6 @@ class Rosenbrock(TaskFamily):
         init_std: float = 1.0,
         horizon: int = 200,
     ) -> None:
-        super().__init__(dim=dim, steepness=steepness, spread=spread, init_std=init_std, horizon=horizon)
         if dim < 2:
             raise ValueError(f"dim must be at least 2, got {dim}")
         if steepness <= 0 or spread < 0:
@@ -52,11 +51,6 @@ class Rosenbrock(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """x `[dim]`."""
         return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The problem itself: the loss is exact."""
-        check_split(split)
-        return tasks
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The function's value."""

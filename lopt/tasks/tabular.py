@@ -42,11 +42,3 @@ class Tabular(ModuleTask):
         widths = [table["train"][0].shape[1], *[width] * depth, 1 if regression else count_classes(table)]
         loss = F.mse_loss if regression else F.cross_entropy
         super().__init__(lambda: build_mlp(widths, activation), loss, table, batch_size, horizon)
-        self.config = {
-            "data": data,
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "horizon": horizon,
-        }

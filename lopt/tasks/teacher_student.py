@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params, derive_seeds, draw_normal
-from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds, check_split
+from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds
 from lopt.tasks.mlp import ACTIVATIONS, build_mlp, check_network
 from lopt.tasks.module import draw_weights
 
@@ -51,15 +52,6 @@ class TeacherStudent(TaskFamily):
         batch_size: int = 64,
         horizon: int = 200,
     ) -> None:
-        super().__init__(
-            inputs=inputs,
-            width=width,
-            teacher_width=teacher_width,
-            depth=depth,
-            activation=activation,
-            batch_size=batch_size,
-            horizon=horizon,
-        )
         check_network(width, depth, activation)
         if min(inputs, teacher_width, batch_size) < 1:
             found = f"{inputs}, {teacher_width} and {batch_size}"
@@ -86,13 +78,13 @@ class TeacherStudent(TaskFamily):
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         """x `[T, batch_size, inputs]` and y `[T, batch_size, 1]`; the splits have different draws."""
-        split_seeds = branch_seeds(seeds, SPLITS.index(check_split(split)))
+        split_seeds = branch_seeds(seeds, SPLITS.index(choose("split", split, SPLITS)))
         x = draw_normal(split_seeds, self.batch_size * self.inputs).float().view(-1, self.batch_size, self.inputs)
         return {"x": x, "y": self._teach(tasks, x)}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         """`WHOLE` examples, with the same x in all tasks."""
-        seed = derive_seeds(0, "teacher_student", SPLITS.index(check_split(split))).to(tasks["0"].device)
+        seed = derive_seeds(0, "teacher_student", SPLITS.index(choose("split", split, SPLITS))).to(tasks["0"].device)
         x = draw_normal(seed, WHOLE * self.inputs).float().view(WHOLE, self.inputs).expand(count, -1, -1)
         return {"x": x, "y": self._teach(tasks, x)}
 

@@ -6,14 +6,15 @@ Transforms can be applied to one another, each kind once. They leave shapes, spl
 from __future__ import annotations
 
 from math import log
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params, draw_normal
 from lopt.tasks.base import Batch, Task, TaskFamily, branch_seeds
-from lopt.tasks.tuned_adam import Level
+from lopt.tasks.tuned_adam import TunedAdam
 
 T = TypeVar("T", bound="Transform")
 
@@ -36,8 +37,8 @@ class Transform(TaskFamily):
 
     key: ClassVar[str]
 
-    def __init__(self, family: TaskFamily, **config: Any) -> None:
-        super().__init__(family=family.describe(), **config)
+    def __init__(self, family: TaskFamily) -> None:
+        self.config["family"] = family.describe()
         self.family, self.horizon, self.examples = family, family.horizon, family.examples
         inner: TaskFamily = family
         while isinstance(inner, Transform):
@@ -89,12 +90,12 @@ class Transform(TaskFamily):
         return self.family.metrics(params, self._inner(batch))
 
     @property
-    def baseline(self) -> Level | None:
+    def baseline(self) -> TunedAdam | None:
         """The inner family's: what tuned Adam reaches on the tasks as they were (factors of the loss average out)."""
         return self.family.baseline
 
     @property
-    def nearest_baseline(self) -> Level | None:
+    def nearest_baseline(self) -> TunedAdam | None:
         """The inner family's."""
         return self.family.nearest_baseline
 
@@ -116,12 +117,10 @@ class RandomScaling(Transform):
     key = "coordinate_scale"
 
     def __init__(self, family: TaskFamily, scale_range: float = log(1000), level: str = "element") -> None:
-        super().__init__(family, scale_range=scale_range, level=level)
+        super().__init__(family)
         if scale_range < 0:
             raise ValueError(f"scale_range must not be negative, got {scale_range}")
-        if level not in LEVELS:
-            raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
-        self.scale_range, self.level = scale_range, level
+        self.scale_range, self.level = scale_range, choose("level", level, LEVELS)
 
     def sample(self, generator: torch.Generator) -> Task:
         """The inner family's task and one factor per parameter `[P]`."""
@@ -184,7 +183,7 @@ class GradientNoise(Transform):
     key = "gradient_noise"
 
     def __init__(self, family: TaskFamily, std: float = 0.01) -> None:
-        super().__init__(family, std=std)
+        super().__init__(family)
         if std < 0:
             raise ValueError(f"std must not be negative, got {std}")
         self.std = std
@@ -230,7 +229,7 @@ class ReducedBatch(Transform):
     key = "batch_share"
 
     def __init__(self, family: TaskFamily, smallest: float = 1 / 16) -> None:
-        super().__init__(family, smallest=smallest)
+        super().__init__(family)
         if not 0 < smallest <= 1:
             raise ValueError(f"smallest must be above 0 and at most 1, got {smallest}")
         if not family.examples:
@@ -267,7 +266,7 @@ class LossScaling(Transform):
     key = "loss_scale"
 
     def __init__(self, family: TaskFamily, scale_range: float = log(10)) -> None:
-        super().__init__(family, scale_range=scale_range)
+        super().__init__(family)
         if scale_range < 0:
             raise ValueError(f"scale_range must not be negative, got {scale_range}")
         self.scale_range = scale_range
@@ -310,7 +309,7 @@ class StaleGradients(Transform):
     delay = "gradient_delay"
 
     def __init__(self, family: TaskFamily, low: int = 0, high: int = 4) -> None:
-        super().__init__(family, low=low, high=high)
+        super().__init__(family)
         if not 0 <= low <= high:
             raise ValueError(f"low must be from 0 to high, got low={low} and high={high}")
         self.low, self.high = low, high

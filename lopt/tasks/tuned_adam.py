@@ -1,6 +1,8 @@
-"""What tuned Adam reaches on the families of `TASKS` with their default options: the archive `levels.json`.
+"""What tuned Adam reaches on the families of `TASKS` with their default options: the archive `tuned_adam.json`.
 
-`python -m bench levels` makes it. Rules are comparable between families in units of Adam's progress.
+`python -m bench levels` measures it. Losses of rules are comparable between families in units of Adam's progress, which
+the objective "baseline" of meta-training and the catalogue of tasks use. A family that has not been measured works in
+everything else.
 """
 
 from __future__ import annotations
@@ -22,14 +24,13 @@ COMMAND = "python -m bench levels"
 FREE = ("horizon",)
 """Options of families that do not change what is learned."""
 
-
 LEAST_PROGRESS = 0.1
 """Below a fall of the loss by a tenth, what is left to divide by is mostly noise."""
 
 
 @dataclass(frozen=True)
-class Level:
-    """Adam with a tuned constant learning rate on the tasks of a family, averaged over them.
+class TunedAdam:
+    """What Adam with a tuned constant learning rate reaches on the tasks of a family, averaged over them.
 
     Attributes:
         config: of the family.
@@ -65,35 +66,57 @@ class Level:
         return torch.from_numpy(np.interp(every, np.log(self.steps), np.log(self.losses)))
 
     def read_log_losses(self, steps: Tensor) -> Tensor:
-        """Logarithms of the loss after so many steps, float64 on the device of `steps`, an int64 tensor.
+        """Logarithms of the loss after so many steps, to compare a rule's with at each task's own step.
 
-        Interpolated in the logarithms of step and loss; from `horizon` on the loss stays where it is. Of a geometric
-        mean only.
+        Interpolated in the logarithms of step and loss; from `horizon` on the loss stays where it is. For curves of a
+        geometric mean only.
+
+        Args:
+            steps: int64 `[...]`, from 0.
+        Returns:
+            float64 of the same shape, on the same device.
         """
         return self._log_curve.to(steps.device)[steps.clamp(0, self.horizon)]
 
     @property
     def progress(self) -> float:
-        """How far the logarithm of the loss falls over the whole curve, `LEAST_PROGRESS` at least."""
+        """How far the logarithm of the loss falls over the whole curve: the unit that a rule's progress is measured in.
+
+        At least `LEAST_PROGRESS`, so that a family on which Adam hardly moves does not outweigh all others.
+        """
         return max(math.log(self.first / self.losses[-1]), LEAST_PROGRESS)
 
 
 @cache
-def load_levels() -> dict[str, Level]:
-    """The archive, by the families' names."""
+def load_archive() -> dict[str, TunedAdam]:
+    """All that has been measured, by the families' names in the order of `TASKS`; read once.
+
+    Families that have been added since `python -m bench levels` last ran are missing: that is no error here.
+    """
     content = json.loads(ARCHIVE.read_text())
-    return {name: Level(**entry) for name, entry in content["families"].items()}
+    return {name: TunedAdam(**entry) for name, entry in content["families"].items()}
 
 
-def find_level(name: str, config: Mapping[str, Any]) -> Level | None:
-    """That of a family, or None if the archive has none with options that make the same tasks."""
-    level = find_nearest_level(name)
-    return level if level is not None and _keep_binding(level.config) == _keep_binding(config) else None
+def find_measured(name: str, config: Mapping[str, Any]) -> TunedAdam | None:
+    """What tuned Adam reaches on the tasks that a family makes with these options.
+
+    Args:
+        name: of the family in `TASKS`.
+        config: its options; those in `FREE` may differ from the archive's.
+    Returns:
+        None if the family has not been measured, or with other options.
+    """
+    entry = find_default(name)
+    return entry if entry is not None and _keep_binding(entry.config) == _keep_binding(config) else None
 
 
-def find_nearest_level(name: str) -> Level | None:
-    """That of the family with its default options, whatever the options; None if the archive has none."""
-    return load_levels().get(name)
+def find_default(name: str) -> TunedAdam | None:
+    """What tuned Adam reaches on a family with its default options; None if it has not been measured.
+
+    Args:
+        name: of the family in `TASKS`.
+    """
+    return load_archive().get(name)
 
 
 def _keep_binding(config: Mapping[str, Any]) -> dict[str, Any]:

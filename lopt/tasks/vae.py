@@ -76,15 +76,6 @@ class VAE(ImageTask):
             return GaussianCode(encoder, decoder)
 
         super().__init__(build, F.binary_cross_entropy_with_logits, images, batch_size, horizon)
-        self.config = {
-            "width": width,
-            "code": code,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "horizon": horizon,
-            "data": data,
-        }
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         """Images `[T, batch_size, pixels]`, classes (not used) and noise `[T, batch_size, code]` float32."""

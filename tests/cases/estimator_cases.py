@@ -30,7 +30,6 @@ class Trap(TaskFamily):
     name = "trap"
 
     def __init__(self, poison: str, bad: tuple[int, ...]) -> None:
-        super().__init__(poison=poison, bad=bad)
         self.inner, self.poison, self.bad = TASKS["quadratic"](), poison, bad
         self.drawn = 0
 

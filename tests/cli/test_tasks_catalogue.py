@@ -10,7 +10,7 @@ import pytest
 
 from lopt.cli.commands.catalogue import list_families
 from lopt.tasks import TASKS
-from lopt.tasks.tuned_adam import load_levels
+from lopt.tasks.tuned_adam import load_archive
 
 
 def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None:
@@ -21,7 +21,8 @@ def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None
         if name != "module":
             assert entry["parameters"] == TASKS[name]().spec.size
             assert entry["horizon"] == TASKS[name]().horizon
-            assert entry["tuned_adam"] == load_levels()[name].final
+            tuned = load_archive().get(name)
+            assert entry["tuned_adam"] == (tuned.final if tuned else None)
     assert told["module"]["parameters"] is told["module"]["tuned_adam"] is None
 
 

@@ -115,7 +115,7 @@ def test_to_moves_what_a_family_holds(family: TaskFamily) -> None:
     assert {x.device.type for x in [*task.values(), *params.values()]} == {"cpu"}
     there = {key: x[None].to("meta") for key, x in task.items()}
     for batch in (moved.batch(there, torch.arange(1, device="meta")), moved.full_batch(there, 1)):
-        assert batch is None or {x.device.type for x in batch.values()} == {"meta"}
+        assert batch is None or {x.device.type for x in batch.values()} <= {"meta"}
 
 
 @pytest.mark.parametrize("name", sorted(set(TASKS) - {"module"}))

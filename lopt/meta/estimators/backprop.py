@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.meta.estimators.base import Estimate, Estimator
 from lopt.meta.estimators.objectives import check_objective, find_baseline, find_finite, weigh_losses
 from lopt.meta.unroll.inner_loop import InnerLoop, compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
 from lopt.rules import Rule
-from lopt.tasks.base import TaskFamily, check_split
+from lopt.tasks.base import SPLITS, TaskFamily
 
 Kind = TypeVar("Kind", bound="Backprop")
 
@@ -61,7 +62,10 @@ class Backprop(Estimator):
         if order == 2 and compile:
             raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
         self.num_steps, self.order = num_steps, order
-        self.objective, self.objective_split = check_objective(objective), check_split(objective_split)
+        self.objective, self.objective_split = (
+            check_objective(objective),
+            choose("objective_split", objective_split, SPLITS),
+        )
         self.normalize, self.loss_clamp, self.task_chunk = normalize, loss_clamp, task_chunk
         self.checkpoint, self.compile = checkpoint, compile
         self._set_guidance(teacher, imitation, follow)

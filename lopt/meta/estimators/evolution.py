@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params, derive_seeds, draw_normal
 from lopt.meta.estimators.base import Estimate, Estimator
 from lopt.meta.estimators.objectives import (
@@ -32,7 +33,7 @@ from lopt.meta.unroll.compiled import CompiledStride
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots, Window, join_slots, put_slots, repeat_slots, select_slots
 from lopt.rules import Rule
-from lopt.tasks.base import check_split
+from lopt.tasks.base import SPLITS
 
 CACHE_NUMBERS = 2**20
 """Parameters and state of the slots that are worked on together on a CPU."""
@@ -108,7 +109,7 @@ class Evolution(Estimator):
             raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
         self.num_steps, self.sigma, self.task_chunk = num_steps, sigma, task_chunk
         self.objective = check_objective(objective, self.objectives)
-        self.objective_split = check_split(objective_split)
+        self.objective_split = choose("objective_split", objective_split, SPLITS)
         self.normalize, self.loss_clamp = normalize, loss_clamp
         self.stride = CompiledStride() if compile else None
         if compile and teacher is not None:

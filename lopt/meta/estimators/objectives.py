@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lopt.meta.unroll.slots import Window
 from lopt.tasks import TaskFamily
-from lopt.tasks.tuned_adam import Level, load_levels
+from lopt.tasks.tuned_adam import COMMAND, TunedAdam, load_archive
 
 OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
 LOGARITHMIC = ("log", "baseline", "log_final")
@@ -42,7 +42,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     hard and what is easy weigh the same: its gradient is that of "log" over a number for each family.
 
     Raises:
-        ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family without a level.
+        ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family that is not archived.
     """
     first, active = window.first_loss.abs(), window.active.to(window.losses.dtype)
     count = active.sum(0)
@@ -53,9 +53,9 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         tiny = torch.finfo(losses.dtype).tiny
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
-            level = find_baseline(family)
-            adam = level.read_log_losses(window.steps) - math.log(level.first)
-            relative = (relative.double() - adam) / level.progress
+            tuned = find_baseline(family)
+            adam = tuned.read_log_losses(window.steps) - math.log(tuned.first)
+            relative = (relative.double() - adam) / tuned.progress
         return relative * (window.finished.to(losses.dtype) if objective == "log_final" else active / count)
     if normalize:
         losses = losses / first
@@ -67,24 +67,25 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     return losses * active / count if objective == "mean" else losses * active
 
 
-def find_baseline(family: TaskFamily) -> Level:
+def find_baseline(family: TaskFamily) -> TunedAdam:
     """What tuned Adam reaches on `family`, for objective "baseline"; on its default options where others are given.
 
     Raises:
-        ValueError: the archive has no level of such a family, or one with losses that are not above 0.
+        ValueError: the archive has no such family, or losses on it that are not above 0.
     """
-    level = family.nearest_baseline
-    if level is None:
+    tuned = family.nearest_baseline
+    if tuned is None:
         raise ValueError(
             f"objective 'baseline' needs tuned Adam's losses on {family.describe()}; archived are those on "
-            f"{', '.join(load_levels())}. Use one of these, or objective 'log'"
+            f"{', '.join(load_archive())}. Use one of these or objective 'log', or measure another "
+            f"one of TASKS with `{COMMAND} --family NAME`"
         )
-    if level.average != "geometric":
+    if tuned.average != "geometric":
         raise ValueError(
             f"objective 'baseline' needs losses above 0, but tuned Adam's on {family.describe()} are not all; "
             "use 'mean'"
         )
-    return level
+    return tuned
 
 
 def average_steps(window: Window, values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.tensors import derive_seeds, make_generator
 from lopt.tasks.base import SPLITS, Data
 from lopt.tasks.data.files import read_cifar10, read_mnist, read_text
@@ -54,8 +55,7 @@ def load_images(data: str) -> Splits:
     if data in embedded:
         return embedded[data]()
     if kind not in readers or not path:
-        known = [*embedded, *(f"{key}:FOLDER" for key in readers)]
-        raise ValueError(f"data must be one of {', '.join(known)}, got {data!r}")
+        choose("data", data, [*embedded, *(f"{key}:FOLDER" for key in readers)])
     (x, y), test = readers[kind](Path(path).expanduser())
     held = len(x) // 12
     if held == 0:
@@ -136,8 +136,7 @@ def load_table(data: str) -> Splits:
         ValueError: `data` is none of these.
         ImportError: scikit-learn is missing.
     """
-    if data not in TABLE_HELD_OUT:
-        raise ValueError(f"data must be one of {', '.join(TABLE_HELD_OUT)}, got {data!r}")
+    choose("data", data, TABLE_HELD_OUT)
     features, targets = getattr(_import_sklearn("datasets"), f"load_{data}")(return_X_y=True)
     regression = data == "diabetes"
     y = torch.tensor(targets)[:, None] if regression else torch.tensor(targets).long()
