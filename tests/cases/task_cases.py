@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.core.tensors import derive_seeds, make_generator, stack_trees
-from lopt.tasks import TASKS, ModuleTask, RandomScaling, TaskFamily
+from lopt.core.tensors import Params, derive_seeds, make_generator, stack_trees
+from lopt.tasks import TASKS, Batch, ModuleTask, RandomScaling, Task, TaskFamily
+from lopt.tasks.base import ExactTask
 
 
 def make_module_task(**options: object) -> ModuleTask:
@@ -32,10 +33,23 @@ class Scaled(nn.Module):
         return self.scale * self.layer(x)
 
 
+class Waves(ExactTask):
+    """A task is no tensors at all: all have the same loss."""
+
+    name = "waves"
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        return {"x": torch.randn(4, generator=generator)}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return (params["x"].square() + params["x"].sin()).sum()
+
+
 FAMILIES = {
     **{name: cls for name, cls in TASKS.items() if name != "module"},
     "module": make_module_task,
     "module with a scalar parameter": lambda: ModuleTask(Scaled, F.cross_entropy, make_classes(), batch_size=8),
+    "without tensors": Waves,
     "uniform quadratic": lambda: TASKS["quadratic"](distribution="uniform"),
     "deep relu mlp": lambda: TASKS["mlp"](depth=2, activation="relu"),
     "conv on patches": lambda: TASKS["conv"](data="patches", batch_size=8),

@@ -27,7 +27,6 @@ from lopt.tasks import TASKS, TRANSFORMS
 from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, LEAST_PROGRESS, TunedAdam, load_archive
 
 STALE = f"lopt/tasks/tuned_adam.json is stale: run `{COMMAND}`, and commit it"
-MISSING = f"not measured; `{COMMAND} --family NAME` does it, and then commit lopt/tasks/tuned_adam.json"
 ARCHIVE_SEED = int(derive_seeds(TUNING.seed, STREAM))
 
 
@@ -43,8 +42,9 @@ def make_entry(steps: list[int], losses: list[float], average: str = "geometric"
 
 
 def read_entry(name: str) -> TunedAdam:
-    """Of a family, whose tests are skipped where it is new."""
-    return load_archive().get(name) or pytest.skip(f"{name} is {MISSING}")
+    """Of a family; the tests of a new one are skipped."""
+    how = f"`{COMMAND} --family {name}` does it, and then commit lopt/tasks/tuned_adam.json"
+    return load_archive().get(name) or pytest.skip(f"tuned Adam is not measured on {name}: {how}")
 
 
 def test_archive_is_of_the_families_and_the_tuning_that_there_are_today() -> None:
