@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the root, where GitHub shows them, and the pages that they are on the site."""
 
-SHAPE = re.compile(r"(?<![`\w\]])\[[^\[\]`\n]*\](?![\[(:])")
+SECTION = re.compile(r"(?<=[^\n])\n(?=(?:Args|Attributes|Examples|Raises|Returns|Warns):\n)")
+NAMES = re.compile(r"^    (\w+(?:, \w+)+):(.*(?:\n     .*)*)", re.MULTILINE)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+SHAPE = re.compile(r"(?<![`\w\]])\[[^\[\]`\n]*\](?![\[(:])")
+NAME = re.compile(r"`((?:lopt|lopt_kernels)(?:\.\w+)+)`")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -38,14 +41,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         modules = [f"{match[1]}.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))]
         return "\n\n".join(f"::: {module}" for module in modules if module not in named)
 
-    return re.sub(r"^::: ([\w.]+)\.\*$", list_modules, markdown, flags=re.MULTILINE)
+    return link_names(re.sub(r"^::: ([\w.]+)\.\*$", list_modules, markdown, flags=re.MULTILINE))
 
 
-class Shapes(griffe.Extension):
-    """Marks shapes in docstrings, `[*batch, n]`, as code, or Markdown would look for links and emphasis in them."""
+def link_names(text: str) -> str:
+    """Links names such as `lopt.rules.base` to the reference, where it has them."""
+    return NAME.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', text)
+
+
+class Docstrings(griffe.Extension):
+    """Reads docstrings as they are written here: sections without a blank line, names that share a text, shapes."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring:
-            parts = CODE.split(obj.docstring.value)
-            parts[::2] = [SHAPE.sub(lambda shape: f"`{shape[0]}`", part) for part in parts[::2]]
-            obj.docstring.value = "".join(parts)
+            text = NAMES.sub(self._repeat, SECTION.sub("\n\n", obj.docstring.value))
+            # Markdown would look for links and emphasis in a shape, `[*batch, n]`, that is not marked as code.
+            pieces = CODE.split(text)
+            pieces[::2] = [SHAPE.sub(lambda shape: f"`{shape[0]}`", piece) for piece in pieces[::2]]
+            obj.docstring.value = link_names("".join(pieces))
+
+    def _repeat(self, match: re.Match[str]) -> str:
+        """The text of `a, b: text` for each of them, so that every name is looked for in the signature."""
+        return "\n".join(f"    {name}:{match[2]}" for name in match[1].split(", "))

@@ -8,14 +8,20 @@ import re
 from pathlib import Path
 
 import pytest
+from lopt_kernels import DIFFERENTIABLE_OPS, GROUP_OPS, OPS
 from pages import PAGES, ROOT, find_anchors, find_code, find_links, find_spans
 
-from bench.__main__ import cli as bench
-from lopt.__main__ import cli as lopt
+import lopt
+from bench.__main__ import cli as bench_cli
+from lopt.__main__ import cli as lopt_cli
+from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.unroll.horizons import HORIZONS
+from lopt.rules import RULES
+from lopt.tasks import TASKS, TRANSFORMS
 
 DOCS = [page for page in PAGES if page.parent != ROOT]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-COMMANDS = {"lopt": set(lopt.commands), "python -m bench": set(bench.commands), "make": TARGETS}
+COMMANDS = {"lopt": set(lopt_cli.commands), "python -m bench": set(bench_cli.commands), "make": TARGETS}
 COMMAND = re.compile(r"(?:^|-m )(lopt|python -m bench|make) ([a-z][\w-]*)")
 FOLDERS = ("lopt/", "kernels/", "bench/", "tests/", "docs/", "examples/")
 
@@ -29,6 +35,9 @@ each_present_page = pytest.mark.parametrize("page", [p for p in PAGES if p.name 
 """All but the changelog, which may name what is gone."""
 
 
+@pytest.mark.filterwarnings(
+    "ignore:this run goes beyond"
+)  # the guard of docs/use.md works where a rule was not trained to
 @pytest.mark.parametrize("page", [p for p in DOCS if find_code(p, "python")], ids=name_page)
 def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,6 +74,34 @@ def test_commands_in_a_page_exist(page: Path) -> None:
     for text in [*lines, *find_spans(page)]:
         for program, command in COMMAND.findall(text):
             assert command in COMMANDS[program], f"{name_page(page)} names `{program} {command}`"
+
+
+@pytest.mark.parametrize("folder", ["lopt", "kernels", "bench"])
+def test_python_names_in_docstrings_and_comments_exist(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in re.findall(r"`((?:lopt|lopt_kernels|bench)(?:\.\w+)+)[`(]", path.read_text()):
+            assert resolve(name), f"{path.relative_to(ROOT)} names {name}"
+
+
+def test_the_reference_has_all_public_names_and_all_that_is_registered() -> None:
+    documented = list_reference()
+    registries = [RULES, TASKS, TRANSFORMS, ESTIMATORS, HORIZONS]
+    names = [f"{thing.__module__}.{thing.__qualname__}" for registry in registries for thing in registry.values()]
+    names += [f"lopt.{name}" for name in lopt.__all__ if name != "__version__"]
+    names += [op.reference.__module__ for ops in (OPS, GROUP_OPS, DIFFERENTIABLE_OPS) for op in ops.values()]
+    assert [name for name in names if not documented & {name, name.rpartition(".")[0]}] == []
+
+
+def list_reference() -> set[str]:
+    """What the directives of docs/reference ask for, `package.*` written out as docs/hooks.py does it."""
+    names = set()
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            package = name.removesuffix(".*")
+            assert resolve(package), f"{name_page(page)} asks for {name}"
+            folder = ROOT / ("kernels" if name.startswith("lopt_kernels") else "") / package.replace(".", "/")
+            names |= {f"{package}.{path.stem}" for path in folder.glob("*.py")} if name != package else {name}
+    return names
 
 
 def resolve(name: str) -> bool:

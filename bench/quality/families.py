@@ -41,7 +41,7 @@ Losses = dict[str, list[float | None]]
 
 
 def measure(rules: Mapping[str, Rule], where: Setting, seeds: int, archive: Path, console: Console) -> Losses:
-    """Final losses (`lopt.evaluate`: after the last step, on the whole train split) on held-out tasks."""
+    """Final losses on held-out tasks, as `lopt.evaluation.comparison.compare` finds them, on the whole train split."""
 
     def tell(what: str) -> None:
         console.print(f"  tuning {what}", highlight=False)

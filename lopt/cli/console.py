@@ -109,7 +109,7 @@ def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dic
 def compare_all(
     rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
 ) -> list[Comparison]:
-    """`lopt.evaluate.compare` on every setting, telling what goes on."""
+    """`lopt.evaluation.comparison.compare` on every setting, telling what goes on."""
     from lopt.evaluation.comparison import compare
 
     comparisons = []
