@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lopt.core.files import VERSION as __version__
 from lopt.optim.learned_optimizer import LearnedOptimizer
 from lopt.optim.param_groups import group_parameters
-from lopt.rules.files import VERSION as __version__
 from lopt.rules.files import list_rules, load, load_card, save
 
 if TYPE_CHECKING:

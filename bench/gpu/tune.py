@@ -116,7 +116,7 @@ def make_group(name: str, shapes: Shapes, drawn: Drawn) -> Group:
     parts = []
     for i, (key, p, g) in enumerate(zip(shapes, *drawn, strict=True)):
         member = make_member(key, p.clone(), g, init_state(rule, p, None, guarded=False))
-        parts.append(make_part(i, member, rule.row_keys, partial(FUSED[name].suits, rule)))
+        parts.append(make_part(i, member, rule.tensor_keys, partial(FUSED[name].suits, rule)))
     program = FUSED[name](rule, [parts], n)
     assert isinstance(program, FeatureProgram), "likewise"
     tensors = [describe_part(rule, part, program.slot(part)) for part in parts]

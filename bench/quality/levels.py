@@ -15,10 +15,10 @@ import torch
 from rich.table import Table
 
 from bench.setting import list_versions, make_console, start_table
+from lopt.core.files import write_atomic
 from lopt.evaluation.baselines import FORMAT, Tuning, tune_baseline
 from lopt.meta.unroll.curves import run_curves
 from lopt.rules import RULES
-from lopt.rules.files import write_atomic
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, TunedAdam
 

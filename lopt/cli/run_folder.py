@@ -20,6 +20,7 @@ import numpy
 import torch
 
 import lopt
+from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.evaluation.settings import check_label, list_settings
 from lopt.meta.config.run import RunConfig, parse_config
@@ -28,7 +29,6 @@ from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart
 from lopt.meta.trainer.source import Source
 from lopt.meta.trainer.trainer import Trainer
-from lopt.rules.files import write_atomic
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
+from lopt.core.files import VERSION, write_atomic
 from lopt.core.names import suggest
-from lopt.core.tensors import derive_seeds
+from lopt.core.random import derive_seeds
 from lopt.meta.unroll.curves import run_curves
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.rules.building_blocks.hand_designed import SCHEDULES
-from lopt.rules.files import VERSION, write_atomic
 from lopt.tasks import TaskFamily
 
 BASELINES = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "nadamw")

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lopt.core.files import VERSION
 from lopt.evaluation.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, check_baseline, tune_baseline
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, Numbers, Run
 from lopt.evaluation.statistics import compare_paired, compute_speedup, keep_finite, summarize
 from lopt.meta.unroll.curves import Curves, run_curves
 from lopt.rules import RULES, HandDesigned, Rule
-from lopt.rules.files import VERSION
 from lopt.tasks import TaskFamily
 
 DEFAULT_LABEL = "adam, lr 0.001"

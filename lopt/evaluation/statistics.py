@@ -9,7 +9,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 
 RESAMPLES = 4000
 SMOOTHING = 20

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lopt.core.tensors import derive_seeds
+from lopt.core.random import derive_seeds
 from lopt.optim.guard.decisions import Guard, GuardOptions, guard_step, restore_snapshot, save_snapshot
 from lopt.optim.options import (
     ADAMW,

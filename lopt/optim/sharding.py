@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lopt.rules.base import Accumulators, Means, Steppable, Sum, divide_sums
 from lopt.rules.layout import Layout, find_layout
+from lopt.rules.stages import Accumulators, Means, Steppable, Sum, divide_sums
 
 
 class Shard:

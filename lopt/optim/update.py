@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import draw_bits
+from lopt.core.random import draw_bits
 
 HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
 

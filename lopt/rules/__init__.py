@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lopt.rules.adam import Adam, AdamW, NAdamW
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, State, Visit, step_tensors
+from lopt.rules.base import Rule, step_tensors
 from lopt.rules.blend import Blend
 from lopt.rules.building_blocks.elementwise import ElementwiseRule
 from lopt.rules.building_blocks.hand_designed import HandDesigned
@@ -18,6 +18,7 @@ from lopt.rules.rmsprop import RMSprop
 from lopt.rules.rnnprop import RNNprop
 from lopt.rules.sgd import SGD, Momentum, Nesterov
 from lopt.rules.small_fc import SmallFC
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, State, Visit
 from lopt.rules.star import Star
 from lopt.rules.velo import VeLO
 
@@ -47,10 +48,11 @@ RULES: dict[str, type[Rule]] = {
 __all__ = [
     "RULES",
     "Accumulators",
+    "AllTensors",
     "Clock",
+    "Decision",
     "Elements",
     "ElementwiseRule",
-    "Fold",
     "HandDesigned",
     "Layout",
     "Means",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt.rules.base import Accumulators
 from lopt.rules.building_blocks.elementwise import safe_sqrt
 from lopt.rules.building_blocks.hand_designed import HandDesigned
+from lopt.rules.stages import Accumulators
 
 
 class Adam(HandDesigned):

@@ -15,11 +15,12 @@ import torch
 from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
 from torch import Tensor, nn
 
-from lopt.core.tensors import make_generator
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Sum, Visit, count_elements
+from lopt.core.random import make_generator
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.scheduler import LOSS_KEYS
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Sum, Visit, count_elements
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MOMENTA = (0.9, 0.99)
@@ -82,7 +83,7 @@ class Blend(Rule):
     name = "blend"
     needs_loss = True
     needs_num_steps = True
-    row_keys = ("scale", "cosines", *LOSS_KEYS)
+    tensor_keys = ("scale", "cosines", *LOSS_KEYS)
     temporaries = 8
     feature_names = FEATURES
     momentum_decays: Tensor
@@ -117,24 +118,18 @@ class Blend(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """See `Rule.measure`: all products of g, p and the momenta, and the mean second moment."""
+        """All products of g, p and the momenta, and the mean second moment."""
         ndim, axes = e.layout.ndim, e.layout.axes
         rows = torch.cat([features.lift(_clip(e.g), ndim), features.lift(e.p, ndim), e.acc["m"]], -ndim - 1)
         rows = rows.flatten(-ndim)
         products = features.spread((rows @ rows.mT).flatten(-2), ndim)
         return Visit(sums={"products": Sum(products, axes), "power": Sum(e.acc["v"].sum(axes, keepdim=True), axes)})
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`: the controller."""
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        """The controller."""
+        tensor_state, means, layouts, loss, clock = tensors
         assert clock.num_steps is not None
-        scale = rows["scale"]  # [*batch, n, 1]
+        scale = tensor_state["scale"]  # [*batch, n, 1]
         products = torch.cat(
             [m["products"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)], scale.ndim - 2
         )
@@ -144,10 +139,10 @@ class Blend(Rule):
         squares = gram.diagonal(dim1=-2, dim2=-1)
         size = (squares[..., 1:2] + TINY).sqrt()
         decays = features.loss_decays(clock.num_steps, scale.dtype)
-        buffer = features.update_loss_buffer({key: rows[key] for key in LOSS_KEYS}, loss, decays)
+        buffer = features.update_loss_buffer({key: tensor_state[key] for key in LOSS_KEYS}, loss, decays)
         new = {
             "scale": torch.where(begins, size.clamp(min=SMALLEST_SCALE), scale),
-            "cosines": torch.lerp(_find_cosines(gram, squares), rows["cosines"], COSINES),
+            "cosines": torch.lerp(_find_cosines(gram, squares), tensor_state["cosines"], COSINES),
             **buffer,
         }
         progress = clock.progress(scale.dtype)
@@ -188,8 +183,8 @@ class Blend(Rule):
             sizes.append(like.new_full((count,), log10(max(1, prod(layout.shape))) / 3 - 1))
         return torch.stack([torch.cat(flags), torch.cat(sizes)], -1).expand(*like.shape[:-1], 2)
 
-    def accumulate(self, e: Elements, terms: Means) -> Visit:
-        """See `Rule.accumulate`: momenta and second moment."""
+    def update_state(self, e: Elements, shared: Means) -> Visit:
+        """Momenta and second moment."""
         ndim, g = e.layout.ndim, _clip(e.g)
         acc = {
             "m": features.average(e.acc["m"], features.lift(g, ndim), features.spread(self.momentum_decays, ndim)),
@@ -197,26 +192,26 @@ class Blend(Rule):
         }
         return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
-        """See `Rule.fold`: what brings momenta and second moment to a size of about 1."""
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        """What brings momenta and second moment to a size of about 1."""
         inverse = (means["power"] + TINY).reciprocal()
-        momenta = (terms["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
-        return Fold(terms=BlendTerms(terms["step"], terms["orthogonal"], momenta, terms["exponent"], inverse))
+        momenta = (shared["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
+        return Decision(decided=BlendTerms(shared["step"], shared["orthogonal"], momenta, shared["exponent"], inverse))
 
-    def emit(self, e: Elements, terms: BlendTerms) -> Visit:
-        """See `Rule.emit`: the preconditioned momentum, of any size."""
+    def move(self, e: Elements, decided: BlendTerms) -> Visit:
+        """The preconditioned momentum, of any size."""
         ndim = e.layout.ndim
-        m = (terms.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
-        relative = e.acc["v"] * terms.inverse + LEAST_RELATIVE
-        return Visit(delta=m * relative ** features.spread(terms.exponent, ndim))
+        m = (decided.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
+        relative = e.acc["v"] * decided.inverse + LEAST_RELATIVE
+        return Visit(delta=m * relative ** features.spread(decided.exponent, ndim))
 
-    def finish(self, delta: Tensor, terms: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
-        """See `Rule.finish`: orthogonalises in part, and sets the size."""
-        inverse, step = _find_inverse_rms(delta, layout), features.spread(terms.step, layout.ndim)
+    def finish(self, delta: Tensor, decided: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Orthogonalises in part, and sets the size."""
+        inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
             return delta, inverse * step
         matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
-        shares = features.spread(terms.orthogonal, layout.ndim)
+        shares = features.spread(decided.orthogonal, layout.ndim)
         return torch.lerp(delta * inverse, matrix * _find_inverse_rms(matrix, layout), shares), step
 
 

@@ -7,18 +7,19 @@ Celo-Adam), and in Celo also the head over a bank of one MLP and the MLP's third
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import derive_seeds
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.core.random import derive_seeds
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.building_blocks.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
 from lopt.rules.building_blocks.scheduler import ROW_KEYS, Scheduler
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Visit
 
 STEP_MULT = 1e-3
 
@@ -42,20 +43,13 @@ class Scheduled(Rule):
 
     needs_loss = True
     needs_num_steps = True
-    row_keys = ROW_KEYS
+    tensor_keys = ROW_KEYS
     scheduler: CeloScheduler
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`: the learned schedule."""
-        rows, factor = self.scheduler(rows, loss, clock)
-        return rows, {"factor": factor}
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        """The learned schedule."""
+        tensor_state, factor = self.scheduler(tensors.tensor_state, tensors.loss, tensors.clock)
+        return tensor_state, {"factor": factor}
 
 
 class Celo(Scheduled, FactoredMLP):
@@ -78,9 +72,9 @@ class Celo(Scheduled, FactoredMLP):
         """The MLP's averages and the scheduler's row."""
         return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
 
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """`0.001 lambda rms(p)`."""
-        return STEP_MULT * terms["factor"] * self.parameter_rms(mean_squares)
+        return STEP_MULT * shared["factor"] * self.parameter_rms(mean_squares)
 
 
 class CeloAdam(Scheduled):
@@ -105,15 +99,14 @@ class CeloAdam(Scheduled):
         row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         """The step's size, and the two bias corrections, `[*batch, 1...]`."""
-        count = clock.step.to(terms["factor"].dtype) + 1
-        parts = STEP_MULT * terms["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
-        return Fold(terms=[features.spread(part, layout.ndim) for part in parts])
+        count = clock.step.to(shared["factor"].dtype) + 1
+        parts = STEP_MULT * shared["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
+        return Decision(decided=[features.spread(part, layout.ndim) for part in parts])
 
-    def emit(self, e: Elements, terms: list[Tensor]) -> Visit:
-        """See `Rule.emit`."""
-        size, correct_m, correct_v = terms
+    def move(self, e: Elements, decided: list[Tensor]) -> Visit:
+        size, correct_m, correct_v = decided
         m = torch.lerp(e.g, e.acc["m"], self.beta1)
         v = torch.lerp(e.g.square(), e.acc["v"], self.beta2)
         return Visit({"m": m, "v": v}, delta=-size * (m * correct_m) / ((v * correct_v + 1e-10).sqrt() + 1e-8))

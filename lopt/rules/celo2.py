@@ -12,11 +12,12 @@ from lopt_kernels.feature_mlp.scaled_move import EPS as STEP_EPS
 from torch import Tensor
 
 from lopt.rules.adam import AdamW
-from lopt.rules.base import Elements, Means, Rule, count_elements
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.building_blocks.feature_mlp import MLPTerms
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Elements, Means, count_elements
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
 VECTOR_FEATURES = 15  # up to g rs
@@ -85,11 +86,11 @@ class Celo2(FactoredMLP):
         pieces = super().element_features(e)
         return pieces[:-5] if e.layout.factored is None else pieces  # neither averages nor m F
 
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """1: `finish` sets the size."""
         return mean_squares.new_ones(mean_squares.shape[:-1])
 
-    def finish(self, delta: Tensor, terms: MLPTerms, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, decided: MLPTerms, layout: Layout) -> tuple[Tensor, Tensor]:
         """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
         if self.orthogonalizes and layout.factored is not None:
             delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)

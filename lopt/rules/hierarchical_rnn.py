@@ -10,17 +10,18 @@ untrained rule follows the momenta; no attention (gradients at another point tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import log, prod, sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from lopt.core.tensors import make_generator
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Sum, Visit
+from lopt.core.random import make_generator
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Sum, Visit
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MAX_SCALES = 16
@@ -52,7 +53,7 @@ class HierarchicalRNN(Rule):
     """
 
     name = "hierarchical_rnn"
-    row_keys = ("pooled", "tensor", "global")
+    tensor_keys = ("pooled", "tensor", "global")
     shares: Tensor
     w_2to1: Tensor
     w_3to1: Tensor
@@ -138,23 +139,17 @@ class HierarchicalRNN(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """See `Rule.measure`: the mean of the rates' logarithms."""
+        """The mean of the rates' logarithms."""
         axes = e.layout.axes
         return Visit(sums={"log_rate": Sum(e.acc["log_rate"].sum(axes, keepdim=True), axes)})
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`: the two upper levels take in what the last step pooled.
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        """The two upper levels take in what the last step pooled.
 
         A tensor at its first step starts from the learned initial values and has nothing to tell yet.
         """
-        pooled = rows["pooled"]
+        tensor_state, means, layouts, _, clock = tensors
+        pooled = tensor_state["pooled"]
         rates = [m["log_rate"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)]  # [*batch, count]
         counts = torch.cat([torch.full_like(r, prod(x.shape)) for r, x in zip(rates, layouts, strict=True)], -1)
         started = (clock.step > 0).expand(pooled.shape[:-1])
@@ -162,37 +157,37 @@ class HierarchicalRNN(Rule):
         some = heard.any(-2, keepdim=True)  # [*batch, 1, 1]
         first_tensor, first_model = self.start2.unsqueeze(-2), self.start3.unsqueeze(-2)
 
-        tensor = torch.where(started[..., None], rows["tensor"], first_tensor)
-        model = torch.where(some, _mean(rows["global"], heard), first_model)
+        tensor = torch.where(started[..., None], tensor_state["tensor"], first_tensor)
+        model = torch.where(some, _mean(tensor_state["global"], heard), first_model)
         told = self._cell(2, pooled.mT, tensor.mT, _project(self.w_3to2, model).mT).mT
         tensor = torch.where(started[..., None], told, tensor)
         told = self._cell(3, _mean(tensor, heard).mT, model.mT, None).mT
         model = torch.where(some, told, model)
 
         log_rate = (torch.cat(rates, -1) * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
-        terms = {
+        shared = {
             "bias": _project(self.w_2to1, tensor) + _project(self.w_3to1, model),
             "start": torch.where(started[..., None], 0.0, self.start1.unsqueeze(-2)),
             "started": started.to(pooled.dtype),
             "log_rate": log_rate.expand(pooled.shape[:-1]),
         }
-        return {"tensor": tensor, "global": model.expand_as(rows["global"])}, terms
+        return {"tensor": tensor, "global": model.expand_as(tensor_state["global"])}, shared
 
-    def accumulate(self, e: Elements, terms: Means) -> Visit:
-        """See `Rule.accumulate`: averages and the elements' GRU."""
+    def update_state(self, e: Elements, shared: Means) -> Visit:
+        """Averages and the elements' GRU."""
         ndim, shape = e.layout.ndim, e.p.shape
         h, m, v = (e.acc[key].flatten(-ndim) for key in ("hidden", "m", "v"))  # [*batch, k, N]
-        h = h + terms["start"][..., None]
-        started = terms["started"][..., None, None]
+        h = h + shared["start"][..., None]
+        started = shared["started"][..., None, None]
         log_decays = logsigmoid(self.w_decays @ h + self.b_decays[..., None])
         decays = started * torch.exp(log_decays[..., :1, :] * self.shares[:, None])
         m = features.average(m, features.lift(e.g, ndim).flatten(-ndim), decays)
         v = features.average(v, m.square() + 1e-12, started * log_decays[..., 1:, :].exp())
         scaled, log_v = _scale(m, v), (v + 1e-16).log()
-        log_rate = features.lift(e.acc["log_rate"], ndim).flatten(-ndim) - terms["log_rate"][..., None, None]
+        log_rate = features.lift(e.acc["log_rate"], ndim).flatten(-ndim) - shared["log_rate"][..., None, None]
         products = scaled[..., 1:, :] * scaled[..., :-1, :]
         x = torch.cat([scaled, products, log_v - log_v.mean(-2, keepdim=True), log_rate], -2)
-        h = self._cell(1, x, h, terms["bias"][..., None])
+        h = self._cell(1, x, h, shared["bias"][..., None])
         pooled = torch.cat([h, x], -2).sum(-1)
         squares = self._direction(h, scaled).square().sum(-1)
         sums = {"pooled": pooled, "squares": squares}
@@ -201,20 +196,19 @@ class HierarchicalRNN(Rule):
             {key: Sum(features.spread(a, len(shape[-ndim:])), e.layout.axes) for key, a in sums.items()},
         )
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
-        """See `Rule.fold`: what the tensor's GRU will see, and 1 / rms of the directions."""
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        """What the tensor's GRU will see, and 1 / rms of the directions."""
         pooled, squares = (means[key].flatten(-layout.ndim)[..., 0] for key in ("pooled", "squares"))
-        return Fold({"pooled": pooled}, terms=(squares + 1e-16).rsqrt())
+        return Decision({"pooled": pooled}, decided=(squares + 1e-16).rsqrt())
 
-    def emit(self, e: Elements, terms: Tensor) -> Visit:
-        """See `Rule.emit`."""
+    def move(self, e: Elements, decided: Tensor) -> Visit:
         ndim = e.layout.ndim
         h, m, v = (e.acc[key].flatten(-ndim) for key in ("hidden", "m", "v"))
         old, lr = e.acc["log_rate"].flatten(-ndim), self.log_lr[..., None]
         change = (self.w_rate @ h)[..., 0, :] + self.b_rate
         log_rate = _limit(lr + old + change)
         kept = features.average(old, log_rate - lr, torch.sigmoid(self.rate_momentum)[..., None])
-        step = log_rate.exp() * terms[..., None] * self._direction(h, _scale(m, v))
+        step = log_rate.exp() * decided[..., None] * self._direction(h, _scale(m, v))
         return Visit({"log_rate": kept.reshape(e.p.shape)}, delta=-step.reshape(e.p.shape))
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lopt.rules.base import Accumulators
 from lopt.rules.building_blocks.elementwise import ElementwiseRule, safe_sqrt
+from lopt.rules.stages import Accumulators
 
 EPS = 1e-8
 

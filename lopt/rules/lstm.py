@@ -14,9 +14,9 @@ from lopt_kernels.elementwise import lstm
 from lopt_kernels.elementwise.lstm import LSTMWeights
 from torch import Tensor, nn
 
-from lopt.core.tensors import make_generator
-from lopt.rules.base import Accumulators
+from lopt.core.random import make_generator
 from lopt.rules.building_blocks.elementwise import ElementwiseRule
+from lopt.rules.stages import Accumulators
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 STATE = ("h1", "c1", "h2", "c2")

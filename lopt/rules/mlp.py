@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt.rules.base import Accumulators, Clock, Elements, Means, Visit
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Clock, Elements, Means, Visit
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 NUM_OWN = 2 + len(DECAYS)
@@ -48,7 +48,7 @@ class MLPLOpt(FeatureMLP):
         """Six momenta."""
         return {"m": features.start_averages(p, len(DECAYS), layout.ndim)}
 
-    def accumulate(self, e: Elements, terms: Means) -> Visit:
+    def update_state(self, e: Elements, shared: Means) -> Visit:
         """Momenta, and the features' sums of squares."""
         decays = features.spread(self.decays, e.layout.ndim)  # type: ignore[arg-type]
         acc = {"m": features.average(e.acc["m"], features.lift(e.g, e.layout.ndim), decays)}
@@ -67,6 +67,6 @@ class MLPLOpt(FeatureMLP):
         """See `FeatureMLP.slots`."""
         return [slice(NUM_OWN)], [], slice(NUM_OWN, None)
 
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """`step_mult` for every tensor."""
         return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.core.tensors import derive_seeds, make_generator
-from lopt.rules.base import Accumulators
+from lopt.core.random import derive_seeds, make_generator
 from lopt.rules.building_blocks.elementwise import safe_sqrt
 from lopt.rules.lstm import STATE, CoordinatewiseLSTM
+from lopt.rules.stages import Accumulators
 
 EPS = 1e-8
 

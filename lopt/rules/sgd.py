@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt.rules.base import Accumulators
 from lopt.rules.building_blocks.hand_designed import HandDesigned
+from lopt.rules.stages import Accumulators
 
 
 class SGD(HandDesigned):

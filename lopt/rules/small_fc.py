@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lopt.rules.base import Clock, Means
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import CLIPS_NAMES, FactoredMLP, K
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES as FAMILY_NAMES
+from lopt.rules.stages import Clock, Means
 
 FEATURE_NAMES = (*(name for name in FAMILY_NAMES if name not in CLIPS_NAMES), *features.TIME_NAMES)
 
@@ -63,6 +63,6 @@ class SmallFC(FactoredMLP):
         """The eleven time features."""
         return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
 
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """`step_mult` for every tensor."""
         return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)

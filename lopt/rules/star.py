@@ -10,17 +10,18 @@ the eps in it, and an inner rule that is scaled already would be scaled twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lopt.core.names import suggest
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.elementwise import safe_sqrt
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Visit
 
 KEYS = ("nominal_m", "nominal_v", "nominal_recent")
 
@@ -75,7 +76,7 @@ class Star(Rule):
         if not momentum_decays or not all(0 < decay < 1 for decay in (*momentum_decays, second_decay)):
             raise ValueError(f"decays must be above 0 and below 1, at least one of a momentum, got {decays}")
         self.inner, self.factors, self.residual_unit, self.eps = made, factors, residual_unit, eps
-        self.elementwise, self.row_keys, self.line_keys = made.elementwise, made.row_keys, made.line_keys
+        self.elementwise, self.tensor_keys, self.line_keys = made.elementwise, made.tensor_keys, made.line_keys
         self.needs_loss, self.needs_num_steps = made.needs_loss, made.needs_num_steps
         self.feature_names = made.feature_names
         self.temporaries = made.temporaries + 2 * len(momentum_decays) + 6
@@ -93,43 +94,31 @@ class Star(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """See `Rule.measure`."""
         return self.inner.measure(_without_nominal(e))
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`."""
-        return self.inner.fold_tensors(rows, means, layouts, loss, clock)
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        return self.inner.decide_together(tensors)
 
-    def prepare(self, clock: Clock) -> Means:
-        """See `Rule.prepare`."""
-        return self.inner.prepare(clock)
+    def begin_step(self, clock: Clock) -> Means:
+        return self.inner.begin_step(clock)
 
-    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
-        """See `Rule.fold_lines`."""
-        return self.inner.fold_lines(means, acc, layout, terms)
+    def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
+        return self.inner.update_lines(means, acc, layout, shared)
 
-    def accumulate(self, e: Elements, terms: Means) -> Visit:
-        """See `Rule.accumulate`."""
-        return self.inner.accumulate(_without_nominal(e), terms)
+    def update_state(self, e: Elements, shared: Means) -> Visit:
+        return self.inner.update_state(_without_nominal(e), shared)
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
-        """See `Rule.fold`: the inner rule's terms, and the number of this step."""
-        folded = self.inner.fold(means, acc, layout, clock, terms)
-        return folded._replace(terms=(folded.terms, clock.step + 1))
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        """The inner rule's terms, and the number of this step."""
+        decision = self.inner.decide(means, acc, layout, clock, shared)
+        return decision._replace(decided=(decision.decided, clock.step + 1))
 
-    def emit(self, e: Elements, terms: tuple[Any, Tensor]) -> Visit:
-        """See `Rule.emit`: the inner rule's step becomes the residual."""
-        inner_terms, step = terms
+    def move(self, e: Elements, decided: tuple[Any, Tensor]) -> Visit:
+        """The inner rule's step becomes the residual."""
+        inner_terms, step = decided
         ndim = e.layout.ndim
-        visit = self.inner.emit(_without_nominal(e), inner_terms)
-        assert visit.delta is not None, "`emit` makes the step"
+        visit = self.inner.move(_without_nominal(e), inner_terms)
+        assert visit.delta is not None, "`move` makes the step"
         momenta, long = (features.spread(torch.sigmoid(x), ndim) for x in (self.momentum_logits, self.second_logit))
         counts = features.spread(step[..., None].to(e.p.dtype), ndim)
         square, recent = features.lift(e.g.square(), ndim), momenta.narrow(-ndim - 1, 0, 1)

@@ -6,18 +6,16 @@ Differs from the source: what has no effect there is left out (a mixing layer an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import derive_seeds
-from lopt.rules.base import Accumulators, Clock, Elements, Means, Sum, Visit
+from lopt.core.random import derive_seeds
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP, K
 from lopt.rules.building_blocks.feature_mlp import Layer
 from lopt.rules.building_blocks.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
 from lopt.rules.building_blocks.scheduler import ROW_KEYS, Scheduler
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, AllTensors, Clock, Elements, Means, Sum, Visit
 
 STEP_MULT = 1e-3
 BANK_SCALE = 100.0
@@ -48,7 +46,7 @@ class VeLO(FactoredMLP):
     name = "velo"
     needs_loss = True
     needs_num_steps = True
-    row_keys = ROW_KEYS
+    tensor_keys = ROW_KEYS
     feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES, *TENSOR_FEATURES)
 
     def __init__(
@@ -82,17 +80,11 @@ class VeLO(FactoredMLP):
         sums = {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in parts.items()}
         return Visit(sums={**super().measure(e).sums, **sums})
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        """See `Rule.fold_tensors`."""
-        described = [_describe_tensor(mean, layout) for mean, layout in zip(means, layouts, strict=True)]
-        return self.schedule(rows, torch.cat(described, -2), loss, clock)
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        """The tensors' statistics, described for the LSTM, and what it makes of them."""
+        pairs = zip(tensors.means, tensors.layouts, strict=True)
+        described = torch.cat([_describe_tensor(means, layout) for means, layout in pairs], -2)
+        return self.schedule(tensors.tensor_state, described, tensors.loss, tensors.clock)
 
     def schedule(
         self, rows: Accumulators, described: Tensor, loss: Tensor | None, clock: Clock
@@ -100,7 +92,7 @@ class VeLO(FactoredMLP):
         """Loss buffer, LSTM, and its two heads.
 
         Args:
-            rows, loss, clock: see `Rule.fold_tensors`.
+            rows, loss, clock: see `Rule.decide_together`.
             described: the `TENSOR_FEATURES`, `[*batch, n, 12]`.
         """
         assert clock.num_steps is not None, "step_tensors has seen to it"
@@ -112,14 +104,14 @@ class VeLO(FactoredMLP):
         read = self.scheduler.read
         return rows, {"control": read("control", h), "factor": read("step", h)[..., 0]}
 
-    def layers(self, terms: Means) -> list[Layer]:
+    def layers(self, shared: Means) -> list[Layer]:
         """The bank's weights averaged under the tensor's controls, times 100."""
-        control = terms["control"] * (BANK_SCALE / terms["control"].shape[-1])
-        return [(_mix(control, weight, 2), _mix(control, bias, 1)) for weight, bias in super().layers(terms)]
+        control = shared["control"] * (BANK_SCALE / shared["control"].shape[-1])
+        return [(_mix(control, weight, 2), _mix(control, bias, 1)) for weight, bias in super().layers(shared)]
 
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """`0.001 lambda rms(p)`."""
-        return STEP_MULT * terms["factor"] * self.parameter_rms(mean_squares)
+        return STEP_MULT * shared["factor"] * self.parameter_rms(mean_squares)
 
 
 def _mix(control: Tensor, bank: Tensor, ndim: int) -> Tensor:

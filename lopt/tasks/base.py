@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from lopt.core.names import choose
+from lopt.core.random import fold_in, make_generator
 from lopt.core.recorded import Recorded
-from lopt.core.tensors import Params, ParamSpec, fold_in, make_generator
+from lopt.core.tensors import Params, ParamSpec
 from lopt.tasks.tuned_adam import TunedAdam, find_default, find_measured
 
 Task = dict[str, Tensor]

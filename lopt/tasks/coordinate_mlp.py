@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lopt.core.names import choose
-from lopt.core.tensors import Params, derive_seeds, make_generator
+from lopt.core.random import derive_seeds, make_generator
+from lopt.core.tensors import Params
 from lopt.tasks.base import SPLITS, Batch, Data, Task
 from lopt.tasks.data.splits import load_photographs, to_pixels
 from lopt.tasks.mlp import build_mlp

@@ -16,7 +16,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.data import Dataset
 
 from lopt.core.names import choose
-from lopt.core.tensors import Params, derive_seeds, draw_indices, make_generator, stack_trees
+from lopt.core.random import derive_seeds, draw_indices, make_generator
+from lopt.core.tensors import Params, stack_trees
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily
 from lopt.tasks.batched import batch_losses
 

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lopt.core.names import choose
-from lopt.core.tensors import Params, derive_seeds, draw_normal
+from lopt.core.random import derive_seeds, draw_normal
+from lopt.core.tensors import Params
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds
 from lopt.tasks.mlp import ACTIVATIONS, build_mlp, check_network
 from lopt.tasks.module import draw_weights

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.core.tensors import Params, draw_normal
+from lopt.core.random import draw_normal
+from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task, TaskFamily, branch_seeds
 from lopt.tasks.tuned_adam import TunedAdam
 

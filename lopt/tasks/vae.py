@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lopt.core.tensors import Params, derive_seeds, draw_normal
+from lopt.core.random import derive_seeds, draw_normal
+from lopt.core.tensors import Params
 from lopt.tasks.base import SPLITS, Batch, Task, branch_seeds
 from lopt.tasks.data.images import ImageTask, flatten_images
 from lopt.tasks.data.splits import load_images

@@ -262,10 +262,11 @@ def test_naive_velo_moves_as_the_learned_optimizer_does_under_given_terms() -> N
     shake(rule)
     control, factor = torch.tensor([0.1, -0.2, 0.3]), 5.0
 
-    def fold_tensors(rows: Any, means: Any, *_: Any) -> Any:
-        return rows, {"control": control.expand(len(means), -1), "factor": torch.full((len(means),), factor)}
+    def decide_together(tensors: Any) -> Any:
+        count = len(tensors.means)
+        return tensors.tensor_state, {"control": control.expand(count, -1), "factor": torch.full((count,), factor)}
 
-    rule.fold_tensors = fold_tensors  # type: ignore[method-assign]
+    rule.decide_together = decide_together  # type: ignore[method-assign]
     layers = list(rule.layers({"control": control}))
 
     def update(*args: Any) -> Tensor:

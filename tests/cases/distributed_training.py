@@ -16,12 +16,12 @@ from faults import limit_file_size
 from torch import Tensor
 
 from lopt.cli.run_folder import build_trainer, open_run, resume_run, start_run
+from lopt.core.files import load_state, save_state
 from lopt.meta.config.run import RunConfig, parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.trainer import Interrupted, Trainer
-from lopt.rules.files import load_state, save_state
 
 TOLERANCE = 1e-6  # of the meta-gradient's norm, in float64: the order of a sum over tasks is all that differs
 STEPS = 3

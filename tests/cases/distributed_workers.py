@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES
 
 MODULES = (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lopt.core.tensors import Params
 from lopt.rules import Rule
-from lopt.rules.base import Accumulators, Elements, Visit
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Elements, Visit
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
 
@@ -79,7 +79,7 @@ class Balance(Rule):
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         return {}
 
-    def emit(self, e: Elements, terms: Any) -> Visit:
+    def move(self, e: Elements, decided: Any) -> Visit:
         following = torch.cat([e.p[..., 1:], torch.zeros_like(e.p[..., :1])], -1)
         return Visit(delta=0.5 * (following - e.p) + self.theta * self.signs)
 

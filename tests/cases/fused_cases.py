@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES, Rule
 from lopt.rules.programs.registry import FUSED
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.core.tensors import Params, derive_seeds, make_generator, stack_trees
+from lopt.core.random import derive_seeds, make_generator
+from lopt.core.tensors import Params, stack_trees
 from lopt.tasks import TASKS, Batch, ModuleTask, RandomScaling, Task, TaskFamily
 from lopt.tasks.base import ExactTask
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from lopt.core.files import load_state
 from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.trainer import Trainer
 from lopt.rules import RULES
-from lopt.rules.files import load_state
 from lopt.tasks import TASKS
 
 TINY = """

@@ -19,9 +19,11 @@ import torch
 from faults import limit_file_size
 from torch import Tensor, nn
 
-from lopt.core.tensors import make_generator
+from lopt.core import files as core_files
+from lopt.core.files import MAX_HEADER, encode_file, load_state, save_state, write_atomic
+from lopt.core.random import make_generator
 from lopt.rules import RULES, Rule, files
-from lopt.rules.files import fingerprint, load, load_card, load_state, save, save_state, write_atomic
+from lopt.rules.files import fingerprint, load, load_card, save
 
 
 def make_rule() -> Rule:
@@ -35,7 +37,7 @@ def rule_file(tmp_path: Path) -> Path:
 
 def write_rule(path: Path, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """A whole rule file with whatever is given."""
-    return write_atomic(path, files._encode("rule", tensors, {"rule": name, "config": config, "card": {}}))
+    return write_atomic(path, encode_file("rule", tensors, {"rule": name, "config": config, "card": {}}))
 
 
 # -- there and back --------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path) -> None:
 
 def test_names_and_metadata_beyond_the_limit_are_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exceed"):
-        save_state(tmp_path / "x", {}, {"text": "x" * files.MAX_HEADER})
+        save_state(tmp_path / "x", {}, {"text": "x" * MAX_HEADER})
     assert not any(tmp_path.iterdir())
 
 
@@ -281,7 +283,7 @@ def test_foreign_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_newer_format_asks_for_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(files, "FORMAT", 2)
+        patch.setattr(core_files, "FORMAT", 2)
         path = save(make_rule(), tmp_path / "rule.safetensors")
     with pytest.raises(ValueError, match=r"format 2.*reads formats up to 1.*Upgrade"):
         load(path)

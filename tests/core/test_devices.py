@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 import lopt.meta.trainer.trainer
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.devices import find_device
+from lopt.core.files import load_state
 from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.trainer import Trainer
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
-from lopt.rules.files import load_state
 
 QUICK_FAMILIES = ("quadratic", "mlp", "vae", "coordinate_mlp", "scaled")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lopt.core.tensors import ParamSpec, derive_seeds, draw_indices, draw_normal, draw_uniform, fold_in, make_generator
+from lopt.core.random import derive_seeds, draw_indices, draw_normal, draw_uniform, fold_in, make_generator
+from lopt.core.tensors import ParamSpec
 
 
 def test_unflatten_undoes_flatten_with_and_without_batch_dimensions() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lopt.core.tensors import derive_seeds
+from lopt.core.random import derive_seeds
 from lopt.evaluation import baselines
 from lopt.evaluation.baselines import Grid, Tuning, tune_baseline
 from lopt.evaluation.comparison import compare

@@ -20,8 +20,8 @@ from lopt_kernels.launching.parameters import Items, Terms, draw_bits, make_item
 from lopt_kernels.launching.segments import Segment, Segments, by_elements
 from torch import Tensor
 
-from lopt.core.tensors import draw_bits as draw_bits_of_lopt
-from lopt.core.tensors import fold_in
+from lopt.core.random import draw_bits as draw_bits_of_lopt
+from lopt.core.random import fold_in
 from lopt.optim.torch_backend.chunked import ChunkedTensor
 from lopt.optim.update import Apply
 from lopt.rules import RULES as LOPT_RULES

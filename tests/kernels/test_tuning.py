@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench.__main__ import cli
 from bench.gpu import replay, tune
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES
 from lopt.rules.programs.features import FeatureProgram
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lopt.meta.unroll.inner_loop
-from lopt.core.tensors import derive_seeds, draw_uniform
+from lopt.core.random import derive_seeds, draw_uniform
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.unroll.compiled import CompiledStride, Scan
 from lopt.meta.unroll.inner_loop import InnerLoop

@@ -17,8 +17,9 @@ from lopt.meta.estimators.evolution import Evolution, draw_perturbation
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import select_slots
 from lopt.rules import RULES
-from lopt.rules.base import Accumulators, Elements, Rule, Visit
+from lopt.rules.base import Rule
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Elements, Visit
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
 
@@ -123,7 +124,7 @@ class Drift(Rule):
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         return {}
 
-    def emit(self, e: Elements, terms: Any) -> Visit:
+    def move(self, e: Elements, decided: Any) -> Visit:
         return Visit(delta=self.theta.expand_as(e.p))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lopt.core.tensors import derive_seeds
+from lopt.core.random import derive_seeds
 from lopt.meta.unroll.horizons import HORIZONS, HorizonSchedule
 
 SEEDS = derive_seeds(0, "horizon", torch.arange(30_000))

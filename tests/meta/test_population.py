@@ -16,12 +16,12 @@ from lopt_kernels.launching.segments import Segments
 from torch import Tensor
 from torch.func import functional_call
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES, find_layout
-from lopt.rules.base import State
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.programs.features import describe_family, describe_part, describe_shape, join_decays, pack_weights
 from lopt.rules.programs.parts import Part, find_order
+from lopt.rules.stages import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"0.weight": (32, 64), "0.bias": (32,), "2.weight": (10, 32), "2.bias": (10,)}  # digits MLP, 2,410 parameters

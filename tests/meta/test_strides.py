@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from recorded_work import record
 
-import lopt.core.tensors
+import lopt.core.random
 import lopt.meta.unroll.on_gpu
 import lopt.rules.programs.features
 from lopt.meta.estimators import ESTIMATORS, Estimate
@@ -90,11 +90,11 @@ def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
         for counter in counters:
-            seeds = lopt.core.tensors._mix(seeds + lopt.core.tensors._GOLDEN * (torch.as_tensor(counter) + 1))
+            seeds = lopt.core.random._mix(seeds + lopt.core.random._GOLDEN * (torch.as_tensor(counter) + 1))
         return seeds
 
-    monkeypatch.setattr(lopt.core.tensors, "fold_in", fold_in)
-    monkeypatch.setattr(lopt.core.tensors, "_to_words", lambda x: x)
+    monkeypatch.setattr(lopt.core.random, "fold_in", fold_in)
+    monkeypatch.setattr(lopt.core.random, "_to_words", lambda x: x)
 
 
 @pytest.mark.usefixtures("tensors_only")

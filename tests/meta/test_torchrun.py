@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 from training_cases import TINY, hash_state, timeless
 
+from lopt.core.files import load_state
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
-from lopt.rules.files import load_state
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (dist.is_available() and dist.is_gloo_available()),

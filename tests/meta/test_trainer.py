@@ -17,6 +17,7 @@ from torch import Tensor
 from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.core.files import load_state
 from lopt.meta.config.run import TrainerConfig, parse_config
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
@@ -27,7 +28,7 @@ from lopt.meta.unroll.horizons import Curriculum
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots
 from lopt.rules import RULES
-from lopt.rules.files import load, load_card, load_state
+from lopt.rules.files import load, load_card
 from lopt.tasks import TASKS
 from lopt.tasks.base import Task
 

@@ -14,6 +14,7 @@ from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 import lopt
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
+from lopt.core.files import load_state
 from lopt.meta.config.run import parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
@@ -21,7 +22,6 @@ from lopt.meta.trainer.meta_weights import freeze_weights, load_weights
 from lopt.meta.trainer.stop import parse_duration
 from lopt.meta.trainer.trainer import Progress
 from lopt.rules import RULES, Rule
-from lopt.rules.files import load_state
 
 # -- time limits -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lopt.core.tensors import Params
 from lopt.meta.unroll.inner_loop import InnerLoop, compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
-from lopt.rules import RULES, Clock, Elements, Fold, Layout, Rule, State, Visit
+from lopt.rules import RULES, Clock, Decision, Elements, Layout, Rule, State, Visit
+from lopt.rules.stages import AllTensors
 from lopt.tasks import TASKS
 
 ROWS = 1e-5  # float32, sums over ten numbers in another order
@@ -189,7 +190,7 @@ class LossScaled(Rule):
 
     name = "loss_scaled"
     needs_loss = True
-    row_keys = ("count",)
+    tensor_keys = ("count",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,17 +199,15 @@ class LossScaled(Rule):
     def init_accumulators(self, p: Tensor, layout: Layout) -> Params:
         return {"count": torch.zeros(*p.shape[: p.ndim - layout.ndim], 1)}
 
-    def fold_tensors(
-        self, rows: Params, means: object, layouts: object, loss: Tensor | None, clock: Clock
-    ) -> tuple[Params, Params]:
-        assert loss is not None
-        return {}, {"size": self.lr * loss.expand(rows["count"].shape[:-1])}
+    def decide_together(self, tensors: AllTensors) -> tuple[Params, Params]:
+        assert tensors.loss is not None
+        return {}, {"size": self.lr * tensors.loss.expand(tensors.tensor_state["count"].shape[:-1])}
 
-    def fold(self, means: object, acc: object, layout: Layout, clock: Clock, terms: Params) -> Fold:
-        return Fold(terms=terms["size"].reshape(*terms["size"].shape, *[1] * layout.ndim))
+    def decide(self, means: object, acc: object, layout: Layout, clock: Clock, shared: Params) -> Decision:
+        return Decision(decided=shared["size"].reshape(*shared["size"].shape, *[1] * layout.ndim))
 
-    def emit(self, e: Elements, terms: Tensor) -> Visit:
-        return Visit(delta=-terms * e.g)
+    def move(self, e: Elements, decided: Tensor) -> Visit:
+        return Visit(delta=-decided * e.g)
 
 
 def test_second_order_goes_through_the_loss_that_the_rule_reads() -> None:

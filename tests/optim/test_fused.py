@@ -27,7 +27,7 @@ from fused_cases import (
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules.programs.registry import FUSED
 
 

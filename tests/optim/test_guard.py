@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lopt
-from lopt.core.tensors import derive_seeds, draw_indices, draw_uniform
+from lopt.core.random import derive_seeds, draw_indices, draw_uniform
 from lopt.optim.guard.decisions import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
 from lopt.rules import Rule
 from lopt.tasks.mlp import load_digits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lopt.optim.torch_backend.step
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES
 
 CONFIG: dict[str, dict[str, Any]] = {"lstm": {"hidden": 4}, "velo": {"width": 16, "bank": 4}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 import lopt
 from bench.memory import measure_allocations
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.optim import learned_optimizer
 from lopt.optim.torch_backend import chunked
-from lopt.rules import RULES, Accumulators, Clock, Elements, Fold, Layout, Means, Rule, State, Visit, files
+from lopt.rules import RULES, Accumulators, Clock, Decision, Elements, Layout, Means, Rule, State, Visit, files
+from lopt.rules.stages import AllTensors
 
 CHUNK = 1024  # the smallest chunk
 LOSS = 0.5
@@ -38,37 +39,30 @@ class UnitNorm(Rule):
         self.size = nn.Parameter(torch.tensor(size))
         self.needs_num_steps = planned
 
-    row_keys = ("told",)
+    tensor_keys = ("told",)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         return {"m": torch.zeros_like(p), "told": torch.zeros(*p.shape[: p.ndim - layout.ndim], 2)}
 
-    def fold_tensors(
-        self,
-        rows: Accumulators,
-        means: Sequence[Means],
-        layouts: Sequence[Layout],
-        loss: Tensor | None,
-        clock: Clock,
-    ) -> tuple[Accumulators, Means]:
-        told = torch.zeros_like(rows["told"])
-        if loss is not None:
-            told[..., 0] = loss
-        progress = clock.progress(torch.float32)
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        told = torch.zeros_like(tensors.tensor_state["told"])
+        if tensors.loss is not None:
+            told[..., 0] = tensors.loss
+        progress = tensors.clock.progress(torch.float32)
         if progress is not None:
             told[..., 1] = progress.clamp(max=1)
         return {"told": told}, {"size": self.size * (1 + told[..., 0]) * (1 - told[..., 1])}
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
-        return Fold(terms=terms)
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        return Decision(decided=shared)
 
-    def emit(self, e: Elements, terms: Means) -> Visit:
+    def move(self, e: Elements, decided: Means) -> Visit:
         m = 0.9 * e.acc["m"] + e.g
         return Visit({"m": m}, delta=-m)
 
-    def finish(self, delta: Tensor, terms: Means, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, decided: Means, layout: Layout) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(delta, dim=layout.axes, keepdim=True)
-        return delta, terms["size"].reshape(*terms["size"].shape, *[1] * layout.ndim) / (norm + 1e-8)
+        return delta, decided["size"].reshape(*decided["size"].shape, *[1] * layout.ndim) / (norm + 1e-8)
 
 
 def make_rule(name: str) -> Rule:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lopt
 from lopt import LearnedOptimizer
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES, Rule
 
 READS_LOSS = [name for name in sorted(RULES) if RULES[name].needs_loss]

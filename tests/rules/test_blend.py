@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import Params, make_generator
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.unroll.horizons import LogUniform
 from lopt.meta.unroll.inner_loop import InnerLoop

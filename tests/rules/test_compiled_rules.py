@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import RULES
 
 

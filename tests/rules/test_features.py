@@ -10,7 +10,7 @@ import torch
 from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
 from torch import Tensor
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import Elements, find_layout
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.features import NO_LOSS, NUM_LOSS_DECAYS

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import Params, make_generator
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params
 from lopt.rules import RULES, HandDesigned, Rule
 
 SHAPES = {"w": (3, 4), "b": (4,), "s": (), "e": (0, 2), "one": (1, 1)}

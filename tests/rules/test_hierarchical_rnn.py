@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import Params, make_generator
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
 

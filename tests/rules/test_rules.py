@@ -19,7 +19,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import Params, make_generator
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params
 from lopt.meta.estimators.truncated import Truncated
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.optim.torch_backend import chunked
@@ -166,7 +167,7 @@ def test_accumulators_broadcast_against_the_parameter(rule: Rule) -> None:
     for name, acc in rule.init_state(params).accumulators.items():
         shape = tuple(params[name].shape) or (1,)
         for key, a in acc.items():
-            if key not in rule.row_keys:
+            if key not in rule.tensor_keys:
                 assert a.ndim - len(shape) in (0, 1)
                 assert all(ours in (1, theirs) for ours, theirs in zip(a.shape[-len(shape) :], shape, strict=True))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.core.tensors import Params, make_generator
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule, files
 from lopt.rules.star import Star
@@ -136,7 +137,7 @@ def test_optimizer_steps_as_update_chunk_by_chunk(inner: str, monkeypatch: pytes
 @pytest.mark.parametrize("name", sorted(set(RULES) - REFUSED))
 def test_wrapper_takes_on_what_the_inner_rule_needs(name: str) -> None:
     star = Star(name)
-    flags = ("elementwise", "needs_loss", "needs_num_steps", "row_keys", "feature_names")
+    flags = ("elementwise", "needs_loss", "needs_num_steps", "tensor_keys", "feature_names")
     assert [getattr(star, flag) for flag in flags] == [getattr(star.inner, flag) for flag in flags]
     assert star.temporaries > star.inner.temporaries
     acc, own = (rule.init_state(draw(0)).accumulators["w"] for rule in (star, star.inner))

@@ -7,7 +7,7 @@ import torch
 from task_cases import FAMILIES, draw_tasks
 from torch.func import grad, vmap
 
-from lopt.core.tensors import derive_seeds, make_generator
+from lopt.core.random import derive_seeds, make_generator
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import SPLITS, TASKS, TaskFamily

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from lopt.core.tensors import derive_seeds, make_generator, stack_trees
+from lopt.core.random import derive_seeds, make_generator
+from lopt.core.tensors import stack_trees
 from lopt.tasks import ModuleTask
 from lopt.tasks.batched import batch_losses
 

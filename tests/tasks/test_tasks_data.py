@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.tasks import SPLITS, TASKS
 from lopt.tasks.data.files import read_cifar10, read_mnist, read_text
 from lopt.tasks.data.splits import load_digits, load_images, load_photographs, load_table, load_text, to_pixels

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.tasks import ModuleTask
 
 

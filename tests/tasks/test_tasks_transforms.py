@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lopt.core.tensors import derive_seeds, make_generator, stack_trees
+from lopt.core.random import derive_seeds, make_generator
+from lopt.core.tensors import stack_trees
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.__main__ import cli
 from bench.quality.levels import EMBEDDED, STREAM, TUNING, count_seeds, measure_adam
-from lopt.core.tensors import derive_seeds
+from lopt.core.random import derive_seeds
 from lopt.evaluation.baselines import FORMAT
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.estimators.objectives import weigh_losses

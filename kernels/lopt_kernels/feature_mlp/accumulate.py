@@ -27,7 +27,7 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.feature_mlp.features import (  # fmt: skip
+    from lopt_kernels.feature_mlp.features import (
         FIRST,
         FIRST_SCALE,
         SECOND,

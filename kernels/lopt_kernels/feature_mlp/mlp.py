@@ -30,7 +30,7 @@ try:
     import triton
     import triton.language as tl
 
-    from lopt_kernels.feature_mlp.features import (  # fmt: skip
+    from lopt_kernels.feature_mlp.features import (
         FIRST,
         FIRST_SCALE,
         SECOND,
@@ -50,7 +50,7 @@ try:
         make_features,
         make_line_features,
     )
-    from lopt_kernels.feature_mlp.layers import (  # fmt: skip
+    from lopt_kernels.feature_mlp.layers import (
         dot,
         finish_dot,
         finish_plain,

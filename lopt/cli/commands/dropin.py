@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.optim.learned_optimizer import DEFAULT_RULE, LearnedOptimizer
 from lopt.tasks.mlp import load_digits
 

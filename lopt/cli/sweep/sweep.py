@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lopt.cli.run_folder import CONFIG, read_command, read_json, resume_run, start_run, to_json
 from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range
+from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.meta.config.run import RunConfig, parse_config
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.stop import Stop
 from lopt.meta.trainer.trainer import Interrupted
-from lopt.rules.files import load_card, write_atomic
+from lopt.rules.files import load_card
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt.core.files import write_atomic
 from lopt.evaluation.behaviour import probes
 from lopt.evaluation.behaviour.panels import (
     draw_colorbar,
@@ -30,7 +31,6 @@ from lopt.evaluation.behaviour.panels import (
 )
 from lopt.evaluation.report.curves import DARK, LIGHT, Theme
 from lopt.rules import RULES, Rule
-from lopt.rules.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import make_generator
+from lopt.core.random import make_generator
 from lopt.rules import Rule
 
 SCALES = (1e-3, 1e-1, 1e1)

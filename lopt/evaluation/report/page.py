@@ -13,10 +13,10 @@ from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lopt.core.files import write_atomic
 from lopt.evaluation.report.curves import plot_curves
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, display_name, save_comparisons
 from lopt.evaluation.statistics import Summary
-from lopt.rules.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console

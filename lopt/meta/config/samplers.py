@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from lopt.core.random import derive_seeds, draw_uniform
 from lopt.core.schema import conform
-from lopt.core.tensors import derive_seeds, draw_uniform
 
 CHOICE = {"choose"}
 RANGE = {"low", "high", "log"}

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.core.tensors import Params, derive_seeds, draw_normal
+from lopt.core.random import derive_seeds, draw_normal
+from lopt.core.tensors import Params
 from lopt.meta.estimators.base import Estimate, Estimator
 from lopt.meta.estimators.objectives import (
     OBJECTIVES,

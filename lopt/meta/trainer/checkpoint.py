@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lopt.core.files import load_state
 from lopt.meta.trainer.log import list_changes
 from lopt.meta.trainer.outer_optimizer import MOMENTS
 from lopt.meta.trainer.ranks import Ranks
-from lopt.rules.files import load_state
 
 CHECKPOINT = "checkpoint.safetensors"
 RULE = "rule.safetensors"

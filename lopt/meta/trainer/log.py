@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.rules.files import write_atomic
+from lopt.core.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lopt.core.devices import find_device
+from lopt.core.files import save_state
 from lopt.meta.config.run import TrainerConfig
 from lopt.meta.estimators import Estimator
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE, read_snapshot, select
@@ -35,7 +36,7 @@ from lopt.meta.trainer.validation import log_validation, validate
 from lopt.meta.unroll.horizons import HorizonSchedule
 from lopt.meta.unroll.on_gpu import choose_stride
 from lopt.rules import Rule
-from lopt.rules.files import save, save_state
+from lopt.rules.files import save
 from lopt.tasks import TaskFamily
 
 MAX_DEAD_STEPS = 20

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lopt.core.tensors import Params, derive_seeds
+from lopt.core.random import derive_seeds
+from lopt.core.tensors import Params
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots, select_slots
 from lopt.rules import Rule

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import draw_uniform
+from lopt.core.random import draw_uniform
 
 
 class HorizonSchedule(ABC):

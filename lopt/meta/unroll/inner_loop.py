@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lopt.core.tensors import Params, derive_seeds, draw_uniform, make_generator, stack_trees
+from lopt.core.random import derive_seeds, draw_uniform, make_generator
+from lopt.core.tensors import Params, stack_trees
 from lopt.meta.unroll.slots import Slots, Window, detach_slots, join_windows, put_slots, select_slots
 from lopt.rules import Rule, State
 from lopt.tasks import Batch, Task, TaskFamily

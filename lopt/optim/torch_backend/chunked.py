@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lopt.optim.update import Apply
-from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Rule, Sum, Visit
+from lopt.rules.base import Rule
 from lopt.rules.layout import find_layout
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
 
 if TYPE_CHECKING:
     from lopt.optim.sharding import Shard
@@ -44,7 +45,8 @@ class ChunkedTensor:
     """
 
     batch: tuple[int, ...] = ()
-    count: int | None = None
+    count = 1
+    stacked = False
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class ChunkedTensor:
             acc, self.extra = ({key: _flatten(a, ndim) for key, a in x.items()} for x in (acc, self.extra))
         self.shape = self.layout.shape if self.shard is None else self.shard.shape
         self.p, self.g, self.acc = p.view(self.shape), g.reshape(self.shape), acc
-        self.fields = {key: a for key, a in acc.items() if key not in rule.row_keys}
+        self.fields = {key: a for key, a in acc.items() if key not in rule.tensor_keys}
         self.whole = set(rule.line_keys)  # of these and the fields, every process holds all
         if p.device.type == "cpu":
             keep_heap()
@@ -103,12 +105,12 @@ class ChunkedTensor:
         """See `Steppable.move`."""
         if finish is None and self.apply.transform is None:
             for cut, visit in self._walk(stage):
-                assert visit.delta is not None, "`emit` makes the step"
+                assert visit.delta is not None, "`move` makes the step"
                 self._write(cut, visit.delta)
             return
         delta = torch.empty(self.shape, dtype=torch.float32, device=self.p.device)
         for cut, visit in self._walk(stage):
-            assert visit.delta is not None, "`emit` makes the step"
+            assert visit.delta is not None, "`move` makes the step"
             self._cut(delta, cut).copy_(visit.delta)
         factor: Tensor | None = None
         if finish is not None:

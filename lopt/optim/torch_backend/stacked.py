@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lopt.optim.update import Apply
-from lopt.rules.base import NOTHING, Accumulators, Elements, Finish, Sum, Visit
 from lopt.rules.layout import find_layout
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
 
 
 class Bucket:
@@ -37,7 +37,7 @@ class Bucket:
         extras: Sequence[Accumulators] = (),
     ) -> None:
         self.layout = find_layout(tuple(params[0].shape))
-        self.count: int | None = len(params)
+        self.count, self.stacked = len(params), True
         self.batch: tuple[int, ...] = (len(params),)
         self.params, self.grads, self.apply = list(params), list(grads), apply
         self.acc, self.extra = Stacked(states), Stacked(extras)
@@ -59,7 +59,7 @@ class Bucket:
         """See `Steppable.move`."""
         visit, e = self._call(stage)
         delta = visit.delta
-        assert delta is not None, "`emit` makes the step"
+        assert delta is not None, "`move` makes the step"
         if finish is not None:
             delta, factor = finish(delta)
             delta = delta * factor

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import fold_in
+from lopt.core.random import fold_in
 from lopt.optim.guard.decisions import init_guard
 from lopt.optim.torch_backend.chunked import ChunkedTensor, chunk_length
 from lopt.optim.torch_backend.stacked import Bucket
 from lopt.optim.update import Apply, Transform
 from lopt.rules import Clock, Rule, find_layout, step_tensors
-from lopt.rules.base import Steppable, divide_sums
+from lopt.rules.stages import Steppable, divide_sums
 
 if TYPE_CHECKING:
     from lopt.optim.sharding import Shard
@@ -90,7 +90,7 @@ def init_state(
     layout = find_layout(tuple(p.shape))
     if _is_sharded(p):
         init = _sharding().init_parts
-        state |= init(lambda part, x: rule.init_accumulators(part.float(), x), p, rule.row_keys, rule.line_keys)
+        state |= init(lambda part, x: rule.init_accumulators(part.float(), x), p, rule.tensor_keys, rule.line_keys)
         state |= init(lambda part, x: init_guard(part), p, (), ()) if guarded else {}
     else:
         state |= rule.init_state({"": p.float()}).accumulators[""]
@@ -195,7 +195,7 @@ def _make_tensor(rule: Rule, unit: Unit, apply: Apply) -> Steppable:
     extras = [member.pick(extra=True) for member in unit.members] if apply.transform is not None else []
     if unit.together:
         params, grads = [member.p for member in unit.members], [member.g for member in unit.members]
-        return Bucket(params, grads, accs, apply, rule.row_keys, extras)
+        return Bucket(params, grads, accs, apply, rule.tensor_keys, extras)
     member = unit.members[0]
     return ChunkedTensor(rule, member.p, member.g, accs[0], apply, extras[0] if extras else {}, member.shard)
 

@@ -38,7 +38,7 @@ def step_in_graph(
     """`FusedStep.step` of some units, as a node of the graph that is being traced.
 
     Args:
-        number: of `register`; of a rule without `row_keys`.
+        number: of `register`; of a rule without `tensor_keys`.
         decays: weight decay of each unit.
         sanitize, tally, amp: see `FusedStep.step`.
     """

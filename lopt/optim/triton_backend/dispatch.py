@@ -40,7 +40,7 @@ class Dispatch:
 
     def choose(self, index: int, rule: Rule, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
         """The units, without some of their members, that kernels step under a rule, and what is left."""
-        rows = bool(rule.row_keys)
+        rows = bool(rule.tensor_keys)
         if not self.numbers[index] or (rows and torch.compiler.is_compiling()):
             return [], units
         fused, rest = [], []

@@ -37,7 +37,7 @@ class FusedStep:
         members = [member for unit in units for member in unit.members]
         device, n = members[0].p.device, len(members)
         self.parts = [
-            make_part(i, member, rule.row_keys, lambda layout, order: program.suits(rule, layout, order))
+            make_part(i, member, rule.tensor_keys, lambda layout, order: program.suits(rule, layout, order))
             for i, member in enumerate(members)
         ]
         self.captured = False

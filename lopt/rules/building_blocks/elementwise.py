@@ -7,8 +7,9 @@ from math import prod
 
 from torch import Tensor
 
-from lopt.rules.base import Accumulators, Clock, Elements, Rule, Visit
+from lopt.rules.base import Rule
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Clock, Elements, Visit
 
 
 class ElementwiseRule(Rule):
@@ -38,16 +39,14 @@ class ElementwiseRule(Rule):
         """
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """See `Rule.init_accumulators`."""
         flat = self.init_flat(_flatten(p, layout))
         return {key: _unflatten(a, layout) for key, a in flat.items()}
 
-    def emit(self, e: Elements, terms: Clock) -> Visit:
-        """See `Rule.emit`."""
+    def move(self, e: Elements, decided: Clock) -> Visit:
         acc = {key: _flatten(a, e.layout) for key, a in e.acc.items()}
-        progress = terms.progress(e.p.dtype)
+        progress = decided.progress(e.p.dtype)
         progress = None if progress is None else progress[..., None]
-        step = terms.step[..., None].to(e.p.dtype)
+        step = decided.step[..., None].to(e.p.dtype)
         delta, acc = self.policy(_flatten(e.g, e.layout), _flatten(e.p, e.layout), acc, step, progress)
         return Visit({key: a.reshape(e.acc[key].shape) for key, a in acc.items()}, delta=delta.reshape(e.p.shape))
 

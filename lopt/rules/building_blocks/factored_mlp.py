@@ -9,10 +9,10 @@ from lopt_kernels.feature_mlp.features import CLIP, LARGEST
 from lopt_kernels.feature_mlp.fold import RMS_EPS
 from torch import Tensor
 
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Visit
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Clock, Decision, Elements, Means, Visit
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
@@ -91,24 +91,24 @@ class FactoredMLP(FeatureMLP):
             return Visit()
         return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
 
-    def prepare(self, clock: Clock) -> Means:
-        """As `FeatureMLP.prepare`, and the decays."""
+    def begin_step(self, clock: Clock) -> Means:
+        """As `FeatureMLP.begin_step`, and the decays."""
         decays = zip(("momentum decays", "second decays", "factored decays"), self.decays(), strict=True)
-        return super().prepare(clock) | dict(decays)
+        return super().begin_step(clock) | dict(decays)
 
-    def fold_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, terms: Means) -> Fold:
+    def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
         """Row and column averages, and the factors that they make."""
         if layout.factored is None:
-            return Fold()
-        decays = features.spread(terms["factored decays"], layout.ndim)
+            return Decision()
+        decays = features.spread(shared["factored decays"], layout.ndim)
         lines = {key: features.average(acc[key], means[key], decays) for key in ("rows", "cols")}
-        return Fold(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
+        return Decision(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
 
-    def accumulate(self, e: Elements, terms: Means) -> Visit:
+    def update_state(self, e: Elements, shared: Means) -> Visit:
         """Momenta and second moment, and the features' sums of squares."""
         ndim, g = e.layout.ndim, self.clip(e.g)
         momentum, second, factored = (
-            features.spread(terms[f"{key} decays"], ndim) for key in ("momentum", "second", "factored")
+            features.spread(shared[f"{key} decays"], ndim) for key in ("momentum", "second", "factored")
         )
         square, lifted = g.square(), features.lift(g, ndim)
         acc = {

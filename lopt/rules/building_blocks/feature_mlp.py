@@ -17,10 +17,12 @@ import torch
 from lopt_kernels.differentiable import mlp as mlp_autograd
 from torch import Tensor, nn
 
-from lopt.core.tensors import is_traced, make_generator
-from lopt.rules.base import Accumulators, Clock, Elements, Fold, Means, Rule, Visit
+from lopt.core.random import make_generator
+from lopt.core.tensors import is_traced
+from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Clock, Decision, Elements, Means, Visit
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MAX_LAYERS = 8
@@ -97,34 +99,34 @@ class FeatureMLP(Rule):
         """The axes over which features are normalised."""
         return layout.axes
 
-    def layers(self, terms: Means) -> list[Layer]:
-        """The MLP, given the tensor's terms from `fold_tensors`."""
+    def layers(self, shared: Means) -> list[Layer]:
+        """The MLP, given the tensor's terms from `decide_together`."""
         return [(getattr(self, f"w{i}"), getattr(self, f"b{i}")) for i in range(1, len(self.widths))]
 
     @abstractmethod
-    def gain(self, mean_squares: Tensor, terms: Means) -> Tensor:
+    def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """Factor on the step `[*batch]`, given the element features' mean squares `[*batch, k]`."""
 
     def join_features(self, e: Elements) -> tuple[Tensor, Accumulators]:
-        """The element features `[*batch, k, *shape]`, and the fields that save `emit` from making them again."""
+        """The element features `[*batch, k, *shape]`, and the fields that save `move` from making them again."""
         joined = features.join_pieces(self.element_features(e), e.p, e.layout.ndim)
         return joined, {"features": joined} if e.whole else {}
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def prepare(self, clock: Clock) -> Means:
+    def begin_step(self, clock: Clock) -> Means:
         """The features that all elements share."""
         shared = self.constant_features(clock)
         return {} if shared is None else {"constant": shared}
 
-    def fold(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, terms: Means) -> Fold:
-        """See `Rule.fold`: the first layer, with everything that is not an element's own folded in."""
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        """The first layer, with everything that is not an element's own folded in."""
         axes, ndim = self.norm_axes(layout), layout.ndim
-        (weight, bias), *rest = self.layers(terms)
+        (weight, bias), *rest = self.layers(shared)
         own, groups, constant = self.slots(layout)
         fields: Accumulators = {}
-        if "constant" in terms:
-            bias = _add_product(bias[..., None], weight[..., constant], terms["constant"][..., None])[..., 0]
+        if "constant" in shared:
+            bias = _add_product(bias[..., None], weight[..., constant], shared["constant"][..., None])[..., 0]
         lines = self.line_features(acc, layout)
         fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
         squares = [means["squares"], *(feature.square().mean(axes, keepdim=True) for feature in lines)]
@@ -138,20 +140,21 @@ class FeatureMLP(Rule):
             scales = ("scale", *(f"scale {i}" for i in range(len(groups))))
             fields |= {key: (square + self.norm_eps).rsqrt() for key, square in zip(scales, squares, strict=True)}
         weight, *line_weights = torch.split(first, widths, -1)
-        gain = self.gain(means["squares"].flatten(-ndim).mean(-1), terms)
-        return Fold(fields=fields, terms=MLPTerms([(weight, bias), *rest], line_weights, gain))
+        gain = self.gain(means["squares"].flatten(-ndim).mean(-1), shared)
+        return Decision(fields=fields, decided=MLPTerms([(weight, bias), *rest], line_weights, gain))
 
-    def emit(self, e: Elements, terms: MLPTerms) -> Visit:
-        """See `Rule.emit`."""
+    def move(self, e: Elements, decided: MLPTerms) -> Visit:
         ndim, shape = e.layout.ndim, e.p.shape[e.p.ndim - e.layout.ndim :]
         x = e.acc["features"] if "features" in e.acc else self.join_features(e)[0]
         if "scale" in e.acc:
             x = x * e.acc["scale"]
-        (weight, bias), *rest = terms.layers
+        (weight, bias), *rest = decided.layers
         base = features.spread(bias, ndim)
         made = "lines 0" in e.acc
-        lines = [e.acc[f"lines {i}"] for i in range(len(terms.lines))] if made else self.line_features(e.acc, e.layout)
-        for i, (line, feature) in enumerate(zip(terms.lines, lines, strict=True)):
+        lines = (
+            [e.acc[f"lines {i}"] for i in range(len(decided.lines))] if made else self.line_features(e.acc, e.layout)
+        )
+        for i, (line, feature) in enumerate(zip(decided.lines, lines, strict=True)):
             feature = feature * e.acc[f"scale {i}"] if f"scale {i}" in e.acc else feature
             flat = feature.flatten(-ndim)
             product = _add_product(bias[..., None], line, flat) if i == 0 else _multiply(line, flat)
@@ -163,11 +166,11 @@ class FeatureMLP(Rule):
             base = base if spread else base.expand(*base.shape[:-ndim], *shape)
             hidden = mlp_autograd.run_mlp(x, base.flatten(-ndim), weight, rest)
         else:
-            hidden = _run_layers(x, base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), terms)
+            hidden = _run_layers(x, base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), decided)
         step = hidden[..., 0, :]
         if self.exp_mult:
             step = step * torch.exp(self.exp_mult * hidden[..., 1, :])
-        return Visit(delta=(step * -terms.gain[..., None]).reshape(e.p.shape))
+        return Visit(delta=(step * -decided.gain[..., None]).reshape(e.p.shape))
 
 
 def _run_layers(x: Tensor, base: Tensor, terms: MLPTerms) -> Tensor:

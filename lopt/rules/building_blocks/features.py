@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import is_traced
-from lopt.rules.base import Accumulators, Elements, Sum
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Elements, Sum
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 TIME_NAMES = tuple(f"tanh(t/{scale:g} - 1)" for scale in TIME_SCALES)

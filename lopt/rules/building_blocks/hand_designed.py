@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt.rules.base import Accumulators
 from lopt.rules.building_blocks.elementwise import ElementwiseRule
+from lopt.rules.stages import Accumulators
 
 SCHEDULES = ("constant", "cosine")
 

@@ -12,9 +12,9 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from lopt.core.tensors import make_generator
-from lopt.rules.base import Accumulators, Clock
+from lopt.core.random import make_generator
 from lopt.rules.building_blocks import features
+from lopt.rules.stages import Accumulators, Clock
 
 MAX_WIDTH = 4096
 LOSS_KEYS = ("loss_mean", "loss_min", "loss_count")

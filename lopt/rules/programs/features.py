@@ -27,7 +27,6 @@ from lopt_kernels.launching.tuning import Tile
 from torch import Tensor
 
 from lopt.rules import Clock, Rule, find_layout
-from lopt.rules.base import Accumulators, Means
 from lopt.rules.building_blocks.factored_mlp import FactoredMLP
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.celo import STEP_MULT
@@ -37,6 +36,7 @@ from lopt.rules.mlp import DECAYS, MLPLOpt
 from lopt.rules.programs.base import Program
 from lopt.rules.programs.parts import Order, Part
 from lopt.rules.small_fc import SmallFC
+from lopt.rules.stages import Accumulators, AllTensors, Means
 from lopt.rules.velo import BANK_SCALE, VeLO, count_large, describe_moments
 
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # of torch.get_float32_matmul_precision
@@ -156,7 +156,7 @@ class FeatureProgram(Program):
         return None
 
     def find_tiles(self, p: Tensor) -> tuple[Tile, Plan]:
-        """How `accumulate` and `mlp` divide parameters of the dtype and on the device of this one."""
+        """How `update_state` and `mlp` divide parameters of the dtype and on the device of this one."""
         key = accumulate.sign(self.family, p.dtype)
         tile = tuning.find("accumulate", key, accumulate.TILE, p.device)
         key = mlp.sign(self.family, self.shape, self.plan, p.dtype)
@@ -274,8 +274,10 @@ class ScheduledProgram(FeatureProgram):
     def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
         super().__init__(rule, batches, count, slots)
         parts = [part for own in batches for part in own]
-        self.table = rows.make_table([(part.item, tuple(part.state[key] for key in rule.row_keys)) for part in parts])
-        self.widths = [parts[0].state[key].numel() for key in rule.row_keys]
+        self.table = rows.make_table(
+            [(part.item, tuple(part.state[key] for key in rule.tensor_keys)) for part in parts]
+        )
+        self.widths = [parts[0].state[key].numel() for key in rule.tensor_keys]
 
     def describe_network(self, rule: FeatureMLP) -> Network:
         """See `FeatureProgram.describe_network`."""
@@ -284,14 +286,14 @@ class ScheduledProgram(FeatureProgram):
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         """See `FeatureProgram.schedule`."""
         gathered = map(self.divide_slots, rows.gather(self.table, self.widths, self.count))
-        old = dict(zip(self.rule.row_keys, gathered, strict=True))
+        old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
         new, terms = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
-        rows.scatter(self.table, [new[key] for key in self.rule.row_keys], items[0].live)
+        rows.scatter(self.table, [new[key] for key in self.rule.tensor_keys], items[0].live)
         return terms["factor"].flatten().contiguous()
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
-        """New rows `[(slots,) n, width]`, and terms `[(slots,) n, ...]`: see `Rule.fold_tensors`."""
-        return self.rule.fold_tensors(old, [], [], loss, clock)
+        """New rows `[(slots,) n, width]`, and terms `[(slots,) n, ...]`: see `Rule.decide_together`."""
+        return self.rule.decide_together(AllTensors(old, [], [], loss, clock))
 
 
 class VeLOProgram(ScheduledProgram):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.rules.base import Accumulators
 from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators
 
 Order = tuple[int, ...]
 
@@ -19,8 +19,8 @@ class Part(NamedTuple):
     Attributes:
         item: its number in the step.
         p: contiguous `[*shape]`, in the order of its memory; at least one dimension.
-        state: accumulators `[(features,) *shape or 1s]`, contiguous in the same order; those of the rule's `row_keys`
-            as they are.
+        state: accumulators `[(features,) *shape or 1s]`, contiguous in the same order; those of the rule's
+            `tensor_keys` as they are.
         layout: of the parameter, in torch's order.
         order: the axes in the order of memory.
         source: the parameter, where `p` is a copy of it.

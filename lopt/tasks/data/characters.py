@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lopt.core.tensors import draw_indices
+from lopt.core.random import draw_indices
 from lopt.tasks.base import Batch, Task
 from lopt.tasks.data.splits import load_text
 from lopt.tasks.module import ModuleTask

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.core.tensors import derive_seeds, make_generator
+from lopt.core.random import derive_seeds, make_generator
 from lopt.tasks.base import SPLITS, Data
 from lopt.tasks.data.files import read_cifar10, read_mnist, read_text
 
