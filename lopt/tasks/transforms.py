@@ -31,7 +31,6 @@ class Transform(TaskFamily):
 
     Args:
         family: the inner family.
-        config: the transform's own options.
     Raises:
         ValueError: the inner family has been transformed in this way already.
     """
