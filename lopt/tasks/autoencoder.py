@@ -1,4 +1,4 @@
-"""Autoencoders of images.
+"""Autoencoders of images: networks that reproduce their input through a narrow code.
 
 Source: a family of Metz et al. 2022, arXiv 2211.09760 (VeLO), appendix on tasks: multi-layer perceptrons that reproduce
 flattened images, mean squared error.
@@ -21,7 +21,9 @@ from lopt.tasks.mlp import build_mlp, check_network
 class Autoencoder(ImageTask):
     """pixels-width-code-width-pixels, mean squared error over pixels in [0, 1].
 
-    The best constant output has the variance of the pixels: 0.073 on digits. On digits and by default 4,744 parameters.
+    Mini-batches are images x `[T, batch_size, pixels]` float32; their classes y are there and not used. A metric is the
+    "mse", which is the loss itself. The best constant output has the variance of the pixels: 0.073 on digits. On digits
+    and by default 4,744 parameters.
 
     Args:
         width: units of every hidden layer but the code.
@@ -30,7 +32,10 @@ class Autoencoder(ImageTask):
         activation: one of `ACTIVATIONS`; the code is linear.
         batch_size: images per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
-        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER"; see `load_images`.
+        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER", read by `load_images`.
+    Raises:
+        ValueError: an option is out of range or unknown, or `data` is not what it should be.
+        FileNotFoundError: a file of `data` is missing.
     """
 
     name = "autoencoder"
@@ -60,9 +65,7 @@ class Autoencoder(ImageTask):
         super().__init__(build, F.mse_loss, images, batch_size, horizon)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean squared difference of output and image; the classes are not used."""
         return F.mse_loss(functional_call(self.module, params, (batch["x"],)), batch["x"])
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error."""
         return {"mse": self.loss(params, batch)}

@@ -19,7 +19,8 @@ from lopt.tasks.mlp import ACTIVATIONS, check_network
 class Conv(ImageTask):
     """3 x 3 convolutions of stride 2, a linear layer on all that is left, cross-entropy; torch's initialisation.
 
-    On digits and by default 1,898 parameters.
+    Mini-batches are images x `[T, batch_size, channels, height, width]` float32 in [0, 1] and classes y
+    `[T, batch_size]` int64. A metric is the accuracy. On digits and by default 1,898 parameters.
 
     Args:
         width: channels of the first convolution; each further one doubles them.
@@ -27,7 +28,11 @@ class Conv(ImageTask):
         activation: one of `ACTIVATIONS`.
         batch_size: images per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
-        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER"; see `load_images`.
+        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER", read by `load_images`.
+    Raises:
+        ValueError: an option is out of range or unknown, the images are too small for `depth`, or `data` is not what it
+            should be.
+        FileNotFoundError: a file of `data` is missing.
     """
 
     name = "conv"

@@ -30,7 +30,14 @@ SHRINK = 4
 
 
 class Fourier(nn.Module):
-    """Sines and cosines of random multiples of the coordinates, the same for all tasks."""
+    """Sines and cosines of random multiples of the coordinates, for a plain perceptron to read instead of them.
+
+    The multiples are the same for all tasks and on every machine. Source: Tancik et al. 2020, arXiv 2006.10739.
+
+    Args:
+        count: random directions; twice as many features.
+        frequency: standard deviation of the directions, in half periods per unit of the coordinates.
+    """
 
     directions: Tensor
 
@@ -40,13 +47,21 @@ class Fourier(nn.Module):
         self.register_buffer("directions", frequency * torch.randn(2, count, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, 2]` to `[B, 2 count]`."""
+        """Coordinates `[B, 2]` to features `[B, 2 count]`: all sines, then all cosines."""
         phase = pi * (x @ self.directions.to(x.dtype))
         return torch.cat([phase.sin(), phase.cos()], -1)
 
 
 class Sine(nn.Module):
-    """A linear layer and a sine of `frequency` times its output."""
+    """A linear layer and a sine of `frequency` times its output, initialised as in the source.
+
+    Source: Sitzmann et al. 2020, arXiv 2006.09661.
+
+    Args:
+        fan_in, fan_out: units before and after.
+        frequency: factor on the output before the sine.
+        first: whether the layer reads the coordinates, which have another initialisation.
+    """
 
     def __init__(self, fan_in: int, fan_out: int, frequency: float, *, first: bool) -> None:
         super().__init__()
@@ -55,7 +70,7 @@ class Sine(nn.Module):
         nn.init.uniform_(self.linear.weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, fan_in]` to `[B, fan_out]`."""
+        """`[B, fan_in]` to `[B, fan_out]`, in [-1, 1]."""
         y: Tensor = (self.frequency * self.linear(x)).sin()
         return y
 
@@ -63,9 +78,11 @@ class Sine(nn.Module):
 class CoordinateMLP(ModuleTask):
     """(x, y) in [-1, 1] to red, green and blue in [0, 1]; mean squared error. Each task is a cut-out of a photograph.
 
-    The two photographs are scikit-learn's, shrunk 4 times to 106 x 160 pixels; the cut-out's place is drawn. Its pixels
-    are divided in four splits, the same places in all tasks. The best constant colour has a loss of 0.036 in the
-    mean over tasks. By default 2,211 parameters.
+    A task is "place" `[3]` int64: the photograph, the row and the column of the cut-out, which are drawn. The two
+    photographs are scikit-learn's, shrunk 4 times to 106 x 160 pixels. A cut-out's pixels are divided in four splits,
+    the same places in all tasks; mini-batches are coordinates x `[T, batch_size, 2]` and colours y
+    `[T, batch_size, 3]`, both float32. A metric is "psnr", the peak signal-to-noise ratio in decibels. The best
+    constant colour has a loss of 0.036 in the mean over tasks. By default 2,211 parameters.
 
     Args:
         encoding: "fourier" (random features, then ReLU) or "sine" (sine activations on the coordinates themselves).
@@ -77,6 +94,9 @@ class CoordinateMLP(ModuleTask):
         size: height and width of a cut-out in pixels.
         batch_size: pixels per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
+    Raises:
+        ValueError: an option is out of range or unknown.
+        ImportError: scikit-learn or Pillow is missing.
     """
 
     name = "coordinate_mlp"
@@ -113,21 +133,17 @@ class CoordinateMLP(ModuleTask):
         super().__init__(build, F.mse_loss, _divide_pixels(size), batch_size, horizon)
 
     def to(self: Family, device: torch.device | str) -> Family:
-        """Move the photographs, the coordinates and the random directions."""
         self.photographs = self.photographs.to(device)
         return super().to(device)
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The photograph, the row and the column of a cut-out: "place" `[3]`, int64."""
         ranges = [self.photographs.shape[0], *(n - self.size + 1 for n in self.photographs.shape[2:])]
         return {"place": torch.stack([torch.randint(high, (), generator=generator) for high in ranges])}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """Coordinates `[T, batch_size, 2]` and colours `[T, batch_size, 3]`, both float32."""
         return self._look_up(tasks, super().batch(tasks, seeds, split))
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """All pixels of a split."""
         return self._look_up(tasks, cast(Batch, super().full_batch(tasks, count, split)))
 
     def _look_up(self, tasks: Task, batch: Batch) -> Batch:
@@ -137,7 +153,6 @@ class CoordinateMLP(ModuleTask):
         return {"x": batch["x"], "y": self.photographs[photograph, :, rows, column + batch["y"] % self.size]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Peak signal-to-noise ratio in decibels."""
         return {"psnr": -10 * self.loss(params, batch).log10()}
 
 

@@ -17,14 +17,17 @@ from lopt.tasks.base import Batch, ExactTask, Task
 class Lasso(ExactTask):
     """|A x - b|^2 / 2 + penalty |x|_1, with the columns of A of unit norm in the mean and x starting at N(0, 1).
 
-    b = A x0 + N(0, 0.01^2), where a quarter of x0 is standard normal and the rest 0. The optimum has no closed form;
-    over 200 tasks of the default size it is 0.045 in the mean (FISTA, 20,000 steps); starting points are at 31.
+    A task is A `[rows, dim]` and b `[rows]`, the parameters are x `[dim]`. b = A x0 + N(0, 0.01^2), where a quarter of
+    x0 is standard normal and the rest 0. The subgradient at x_i = 0 has no penalty term. The optimum has no closed
+    form; over 200 tasks of the default size it is 0.045 in the mean (FISTA, 20,000 steps); starting points are at 31.
 
     Args:
         dim: number of parameters.
         rows: number of measurements.
         penalty: weight of the l1 norm.
         horizon: steps that a problem is meant to be optimised for.
+    Raises:
+        ValueError: `dim` or `rows` is below 1, or the penalty negative.
     """
 
     name = "lasso"
@@ -36,7 +39,6 @@ class Lasso(ExactTask):
         self.dim, self.rows, self.penalty, self.horizon = dim, rows, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A `[rows, dim]` and b `[rows]`."""
         matrix = torch.randn(self.rows, self.dim, generator=generator) / self.rows**0.5
         chosen = torch.rand(self.dim, generator=generator) < 0.25
         sparse = torch.randn(self.dim, generator=generator) * chosen
@@ -44,10 +46,8 @@ class Lasso(ExactTask):
         return {"A": matrix, "b": matrix @ sparse + noise}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """x `[dim]`."""
         return {"x": torch.randn(self.dim, generator=generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The objective; its subgradient at x_i = 0 has no penalty term."""
         x = params["x"]
         return (batch["A"] @ x - batch["b"]).square().sum() / 2 + self.penalty * x.abs().sum()

@@ -18,15 +18,19 @@ from lopt.tasks.base import Batch, ExactTask, Task
 class Logistic(ExactTask):
     """mean_j log(1 + exp(-y_j (<x_j, w> + b))) + penalty |w|^2 / 2 on all of a task's examples, w starting at N(0, 1).
 
-    Examples are N(0, S) with standard deviations log-uniform in [0.1, 10] per coordinate (condition number about 1e4);
-    labels are drawn with the probabilities of a random w0 in units of S. The optimum has no closed form; over 200 tasks
-    of the default size it is 0.469 in the mean (Newton's method); starting points are at 3.8.
+    A task is the examples x `[count, dim]` and their labels y `[count]`, -1 or 1; the parameters are w `[dim]` and b
+    `[]`, which starts at 0; a metric is the accuracy on the task's examples. Examples are N(0, S) with standard
+    deviations log-uniform in [0.1, 10] per coordinate (condition number about 1e4); labels are drawn with the
+    probabilities of a random w0 in units of S. The optimum has no closed form; over 200 tasks of the default size it is
+    0.469 in the mean (Newton's method); starting points are at 3.8.
 
     Args:
         dim: number of features; dim + 1 parameters.
         count: examples of a task.
         penalty: weight of the squared norm.
         horizon: steps that a problem is meant to be optimised for.
+    Raises:
+        ValueError: `dim` or `count` is below 1, or the penalty negative.
     """
 
     name = "logistic"
@@ -38,7 +42,6 @@ class Logistic(ExactTask):
         self.dim, self.count, self.penalty, self.horizon = dim, count, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        """Examples `[count, dim]` and labels `[count]`, -1 or 1."""
         scale = 10 ** (2 * torch.rand(self.dim, generator=generator) - 1)
         standard = torch.randn(self.count, self.dim, generator=generator)
         slope = 2 * torch.randn(self.dim, generator=generator) / self.dim**0.5
@@ -47,15 +50,12 @@ class Logistic(ExactTask):
         return {"x": standard * scale, "y": 2.0 * positive - 1}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """w `[dim]` and b `[]`."""
         return {"w": torch.randn(self.dim, generator=generator), "b": torch.zeros(())}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The objective."""
         margin = batch["y"] * (batch["x"] @ params["w"] + params["b"])
         return F.softplus(-margin).mean() + self.penalty / 2 * params["w"].square().sum()
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Accuracy on the task's examples."""
         margin = batch["y"] * (batch["x"] @ params["w"] + params["b"])
         return {"accuracy": (margin > 0).float().mean()}

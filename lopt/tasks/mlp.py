@@ -31,14 +31,20 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class MLP(ImageTask):
     """A classifier pixels-width-...-classes with torch's default initialisation, cross-entropy, pixels in [0, 1].
 
+    Tasks differ in their initial weights and in their mini-batches: x `[T, batch_size, pixels]` float32 and the classes
+    y `[T, batch_size]` int64. A metric is the accuracy.
+
     Args:
         width: units of every hidden layer.
         depth: number of hidden layers.
         activation: one of `ACTIVATIONS`.
         batch_size: images per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
-        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER"; see `load_images`.
+        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER", read by `load_images`.
         init_scale: factor on the initial weights and biases.
+    Raises:
+        ValueError: an option is out of range or unknown, or `data` is not what it should be.
+        FileNotFoundError: a file of `data` is missing.
     """
 
     name = "mlp"
@@ -62,12 +68,18 @@ class MLP(ImageTask):
         self.init_scale = init_scale
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """The weights of a freshly built network, scaled."""
         return {name: self.init_scale * p for name, p in super().init(task, generator).items()}
 
 
 def build_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
-    """Linear layers between `widths` units, with the activation after all but the last."""
+    """A plain multi-layer perceptron: linear layers with an activation after all but the last, which gives the logits.
+
+    Args:
+        widths: units of the input, of every hidden layer and of the output.
+        activation: one of `ACTIVATIONS`.
+    Returns:
+        A module that `lopt.tasks.batched` knows to batch over tasks; `[..., widths[0]]` to `[..., widths[-1]]`.
+    """
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths[:-1]):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
@@ -75,7 +87,7 @@ def build_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
 
 
 def check_network(width: int, depth: int, activation: str) -> None:
-    """Refuse what `build_mlp` cannot build.
+    """Refuse what `build_mlp` cannot build, by the names that users of the families with a perceptron give to options.
 
     Raises:
         ValueError: the activation is unknown, the width less than 1 or the depth negative.

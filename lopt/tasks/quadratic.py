@@ -17,13 +17,17 @@ DISTRIBUTIONS = ("gaussian", "uniform")
 
 
 class Quadratic(ExactTask):
-    """`dim`-dimensional quadratics, x starting at N(0, init_std^2).
+    """`dim`-dimensional quadratics |W x - y|^2, x starting at N(0, init_std^2): the first problem to try a rule on.
+
+    A task is W `[dim, dim]` and y `[dim]`, the parameters are x `[dim]`. The optimum is 0 wherever W is invertible.
 
     Args:
         dim: number of parameters.
         distribution: of the entries of W and y: "gaussian" N(0, 1) or "uniform" [0, 1).
         init_std: standard deviation of the starting point (0.01 in the published code).
         horizon: steps that a problem is meant to be optimised for.
+    Raises:
+        ValueError: `dim` is below 1, or the distribution unknown.
     """
 
     name = "quadratic"
@@ -41,7 +45,6 @@ class Quadratic(ExactTask):
         self.distribution = choose("distribution", distribution, DISTRIBUTIONS)
 
     def sample(self, generator: torch.Generator) -> Task:
-        """W `[dim, dim]` and y `[dim]`."""
         draw = torch.randn if self.distribution == "gaussian" else torch.rand
         return {
             "W": draw(self.dim, self.dim, generator=generator),
@@ -49,9 +52,7 @@ class Quadratic(ExactTask):
         }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """x `[dim]`."""
         return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """|W x - y|^2."""
         return (batch["W"] @ params["x"] - batch["y"]).square().sum()

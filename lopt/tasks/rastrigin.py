@@ -18,14 +18,16 @@ from lopt.tasks.base import Batch, ExactTask, Task
 class Rastrigin(ExactTask):
     """|A x - b|^2 / 2 - alpha <c, cos(2 pi x)> + alpha dim; A, b, c and the starting point are standard normal.
 
-    c may be negative and larger than 1, so the optimum is not 0; it is at least alpha (dim - |c|_1), which is
-    alpha dim (1 - sqrt(2 / pi)) = 0.2 alpha dim in the mean, and that is reached only if A x = b has a solution on the
-    lattice.
+    A task is A `[dim, dim]`, b `[dim]` and c `[dim]`, the parameters are x `[dim]`. c may be negative and larger than
+    1, so the optimum is not 0; it is at least alpha (dim - |c|_1), which is alpha dim (1 - sqrt(2 / pi)), about 0.2
+    alpha dim, in the mean, and that is reached only if A x = b has a solution on the lattice.
 
     Args:
         dim: number of parameters.
         alpha: height of the local minima's walls; 0 leaves the bowl.
         horizon: steps that a problem is meant to be optimised for.
+    Raises:
+        ValueError: `dim` is below 1, or `alpha` negative.
     """
 
     name = "rastrigin"
@@ -36,7 +38,6 @@ class Rastrigin(ExactTask):
         self.dim, self.alpha, self.horizon = dim, alpha, horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A `[dim, dim]`, b `[dim]` and c `[dim]`."""
         return {
             "A": torch.randn(self.dim, self.dim, generator=generator),
             "b": torch.randn(self.dim, generator=generator),
@@ -44,11 +45,9 @@ class Rastrigin(ExactTask):
         }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """x `[dim]`."""
         return {"x": torch.randn(self.dim, generator=generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The function's value."""
         x = params["x"]
         bowl = (batch["A"] @ x - batch["b"]).square().sum() / 2
         return bowl + self.alpha * (self.dim - (batch["c"] * (2 * pi * x).cos()).sum())

@@ -16,8 +16,9 @@ from lopt.tasks.base import Batch, ExactTask, Task
 class Rosenbrock(ExactTask):
     """sum_i steepness (x_{i+1} - x_i^2)^2 + (a_i - x_i)^2, x starting at N(0, init_std^2).
 
-    Tasks differ in a, uniform in [0.5, 1.5). For `dim` 2 the optimum is 0, at (a, a^2). In more dimensions it is
-    above 0 unless all a_i are 1 (`spread=0`), which is the classical function with its optimum 0 at (1, ..., 1).
+    A task is a `[dim - 1]`, uniform in [1 - spread, 1 + spread); the parameters are x `[dim]`. For `dim` 2 the optimum
+    is 0, at (a, a^2). In more dimensions it is above 0 unless all a_i are 1 (`spread=0`), which is the classical
+    function with its optimum 0 at (1, ..., 1).
 
     Args:
         dim: number of parameters, 2 or more.
@@ -25,6 +26,8 @@ class Rosenbrock(ExactTask):
         spread: half-width of the distribution of a around 1.
         init_std: standard deviation of the starting point.
         horizon: steps that a problem is meant to be optimised for.
+    Raises:
+        ValueError: `dim` is below 2, `steepness` not positive, or `spread` negative.
     """
 
     name = "rosenbrock"
@@ -45,14 +48,11 @@ class Rosenbrock(ExactTask):
         self.horizon = horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        """a `[dim - 1]`."""
         return {"a": 1 + self.spread * (2 * torch.rand(self.dim - 1, generator=generator) - 1)}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """x `[dim]`."""
         return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The function's value."""
         x, following = params["x"][:-1], params["x"][1:]
         return (self.steepness * (following - x.square()).square() + (batch["a"] - x).square()).sum()

@@ -27,8 +27,11 @@ WHOLE = 1024
 class TeacherStudent(TaskFamily):
     """Regression on y = teacher(x), x standard normal; mean squared error.
 
-    Every task has its own teacher, whose weights are N(0, 1 / fan-in), without biases. A student at least as wide and
-    as deep can reach 0; an output of 0 has a loss of 0.22 in the mean over tasks. By default 1,633 parameters.
+    A task is its teacher's weights by layer, "0" and on, `[fan_out, fan_in]` from N(0, 1 / fan-in), without biases; the
+    parameters are the student's, as torch initialises them. Mini-batches are x `[T, batch_size, inputs]` and y
+    `[T, batch_size, 1]`, other draws in each split, of which `WHOLE` stand for all. A metric is the share of the
+    teacher's mean square that the student leaves "unexplained". A student at least as wide and as deep can reach 0; an
+    output of 0 has a loss of 0.22 in the mean over tasks. By default 1,633 parameters.
 
     Args:
         inputs: dimensions of x.
@@ -38,6 +41,8 @@ class TeacherStudent(TaskFamily):
         activation: of both, one of `ACTIVATIONS`.
         batch_size: examples per batch, always fresh.
         horizon: steps that a task is meant to be trained for.
+    Raises:
+        ValueError: an option is out of range or unknown.
     """
 
     name = "teacher_student"
@@ -67,24 +72,20 @@ class TeacherStudent(TaskFamily):
         return build_mlp(self.student_widths, str(self.config["activation"]))
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The teacher's weights by layer, "0" and on, `[fan_out, fan_in]`."""
         return {
             str(layer): torch.randn(fan_out, fan_in, generator=generator) / fan_in**0.5
             for layer, (fan_in, fan_out) in enumerate(pairwise(self.teacher_widths))
         }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """The student's weights, as torch initialises them."""
         return draw_weights(self._build, generator)
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """x `[T, batch_size, inputs]` and y `[T, batch_size, 1]`; the splits have different draws."""
         split_seeds = branch_seeds(seeds, SPLITS.index(choose("split", split, SPLITS)))
         x = draw_normal(split_seeds, self.batch_size * self.inputs).float().view(-1, self.batch_size, self.inputs)
         return {"x": x, "y": self._teach(tasks, x)}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """`WHOLE` examples, with the same x in all tasks."""
         seed = derive_seeds(0, "teacher_student", SPLITS.index(choose("split", split, SPLITS))).to(tasks["0"].device)
         x = draw_normal(seed, WHOLE * self.inputs).float().view(WHOLE, self.inputs).expand(count, -1, -1)
         return {"x": x, "y": self._teach(tasks, x)}
@@ -97,9 +98,7 @@ class TeacherStudent(TaskFamily):
         return x
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean squared error of the student."""
         return F.mse_loss(functional_call(self.module, params, (batch["x"],)), batch["y"])
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The share of the teacher's mean square that the student does not explain."""
         return {"unexplained": self.loss(params, batch) / batch["y"].square().mean()}

@@ -1,4 +1,4 @@
-"""Variational autoencoders of images.
+"""Variational autoencoders of images: a random code, and a loss of two terms that pull against each other.
 
 Source: Kingma & Welling 2014, arXiv 1312.6114; a family of Metz et al. 2022, arXiv 2211.09760 (VeLO).
 """
@@ -24,14 +24,28 @@ NOISE = 1
 
 
 class GaussianCode(nn.Module):
-    """An encoder to means and log variances, a sample of the code, a decoder to logits."""
+    """An encoder to means and log variances, a sample of the code, a decoder to logits: the whole network of a `VAE`.
+
+    The noise that the sample is made of is an input, so that the module draws nothing and can be batched over tasks.
+
+    Args:
+        encoder: `[B, pixels]` to `[B, 2 code]`.
+        decoder: `[B, code]` to `[B, pixels]`.
+    """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images `[B, pixels]` and standard normal noise `[B, code]`: logits, means and log variances."""
+        """Encode, sample with the reparametrisation mean + noise * deviation, and decode.
+
+        Args:
+            x: images `[B, pixels]`.
+            noise: standard normal, `[B, code]`.
+        Returns:
+            Logits of the pixels `[B, pixels]`, means and log variances of the code, both `[B, code]`.
+        """
         mean, log_variance = self.encoder(x).chunk(2, -1)
         return self.decoder(mean + noise * (log_variance / 2).exp()), mean, log_variance
 
@@ -39,8 +53,11 @@ class GaussianCode(nn.Module):
 class VAE(ImageTask):
     """pixels-width-code-width-pixels; the negative evidence lower bound per pixel, in nats, with one sample of a code.
 
-    Pixels in [0, 1] are taken as probabilities (cross-entropy), so the loss cannot fall below their entropy: 0.213 on
-    digits; with constant outputs and an unused code it is 0.423. On digits and by default 5,008 parameters.
+    Mini-batches are images x `[T, batch_size, pixels]`, classes y, not used, and noise `[T, batch_size, code]`, all
+    float32 but the classes; whole splits have one draw of noise, the same in all tasks. Metrics are the loss's two
+    terms per pixel: "reconstruction" and "divergence" of the code from a standard normal. Pixels in [0, 1] are taken as
+    probabilities (cross-entropy), so the loss cannot fall below their entropy: 0.213 on digits; with constant outputs
+    and an unused code it is 0.423. On digits and by default 5,008 parameters.
 
     Args:
         width: units of every hidden layer but the code.
@@ -49,7 +66,10 @@ class VAE(ImageTask):
         activation: one of `ACTIVATIONS`.
         batch_size: images per batch, drawn with replacement; their noise is drawn of the same seeds.
         horizon: steps that a task is meant to be trained for.
-        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER"; see `load_images`.
+        data: "digits", "patches", "mnist:FOLDER" or "cifar10:FOLDER", read by `load_images`.
+    Raises:
+        ValueError: an option is out of range or unknown, or `data` is not what it should be.
+        FileNotFoundError: a file of `data` is missing.
     """
 
     name = "vae"
@@ -79,13 +99,11 @@ class VAE(ImageTask):
         super().__init__(build, F.binary_cross_entropy_with_logits, images, batch_size, horizon)
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """Images `[T, batch_size, pixels]`, classes (not used) and noise `[T, batch_size, code]` float32."""
         noise = draw_normal(branch_seeds(seeds, NOISE), self.batch_size * self.code).float()
         noise = noise.view(*seeds.shape, self.batch_size, self.code)
         return super().batch(tasks, seeds, split) | {"noise": noise}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """All of a split with one draw of noise, the same for all tasks."""
         batch = cast(Batch, super().full_batch(tasks, count, split))
         x = batch["x"]
         seed = derive_seeds(0, "vae", SPLITS.index(split)).to(x.device)
@@ -93,11 +111,9 @@ class VAE(ImageTask):
         return batch | {"noise": noise.expand(count, *noise.shape)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The negative evidence lower bound per pixel."""
         return sum(self.metrics(params, batch).values(), torch.zeros((), device=batch["x"].device))
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The loss's two terms per pixel: "reconstruction" and "divergence" of the code from a standard normal."""
         x = batch["x"]
         logits, mean, log_variance = functional_call(self.module, params, (x, batch["noise"]))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1) / 2
