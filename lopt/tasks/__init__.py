@@ -1,4 +1,8 @@
-"""Tasks: base learners with their data. A new family is one file here and one line in `TASKS`."""
+"""Tasks: base learners with their data, which rules are meta-trained on and judged by.
+
+A family is one file here and one line in `TASKS`; the contract tests of `tests/tasks` find it there. Its first
+docstring line is what `lopt list tasks` says of it. `TRANSFORMS` make families of other families.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses of many tasks at once, as batched matrix products: what `vmap` would do, in far fewer operations.
 
-Layers are feature-major, `[T, features, B]`: products need no transposed copies, and the softmax over few classes runs
-along the batch.
+Small networks are bound by the number of calls, not by arithmetic. Layers are feature-major, `[T, features, B]`:
+products need no transposed copies, and the softmax over few classes runs along the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Losses = Callable[[Params, Tensor, Tensor], Tensor]
 
 
 def batch_losses(module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Losses | None:
-    """The losses of many copies of `module`, or None where it is not a plain sequence of linear layers.
+    """The losses of many copies of `module` in one go, or None where it is not a plain sequence of linear layers.
 
     Args:
         module: an `nn.Sequential` of `nn.Linear` and `ELEMENTWISE` modules, all of whose parameters are learned.

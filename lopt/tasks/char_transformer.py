@@ -121,8 +121,8 @@ class CharTransformer(CharacterTask):
         data: str = "pydoc",
     ) -> None:
         if min(width, depth, heads, expansion) < 1 or width % heads:
-            found = f"width={width}, depth={depth}, heads={heads}, expansion={expansion}"
-            raise ValueError(f"sizes must be at least 1 and width a multiple of heads, got {found}")
+            sizes = f"width={width}, depth={depth}, heads={heads}, expansion={expansion}"
+            raise ValueError(f"sizes must be at least 1 and width a multiple of heads, got {sizes}")
 
         def build() -> nn.Module:
             return Transformer(characters, length, width, depth, heads, expansion)

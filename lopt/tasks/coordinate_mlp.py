@@ -22,7 +22,7 @@ from lopt.tasks.data.splits import load_photographs, to_pixels
 from lopt.tasks.mlp import build_mlp
 from lopt.tasks.module import ModuleTask
 
-Family = TypeVar("Family", bound="CoordinateMLP")
+Coordinates = TypeVar("Coordinates", bound="CoordinateMLP")
 
 ENCODINGS = ("fourier", "sine")
 SHRINK = 4
@@ -114,8 +114,8 @@ class CoordinateMLP(ModuleTask):
     ) -> None:
         choose("encoding", encoding, ENCODINGS)
         if min(width, depth, features) < 1 or frequency <= 0:
-            found = f"width={width}, depth={depth}, features={features}, frequency={frequency}"
-            raise ValueError(f"sizes must be at least 1 and the frequency positive, got {found}")
+            sizes = f"width={width}, depth={depth}, features={features}, frequency={frequency}"
+            raise ValueError(f"sizes must be at least 1 and the frequency positive, got {sizes}")
         self.photographs = F.avg_pool2d(to_pixels(load_photographs()), SHRINK)
         smallest = min(self.photographs.shape[2:])
         if not 4 <= size <= smallest:
@@ -132,7 +132,7 @@ class CoordinateMLP(ModuleTask):
 
         super().__init__(build, F.mse_loss, _divide_pixels(size), batch_size, horizon)
 
-    def to(self: Family, device: torch.device | str) -> Family:
+    def to(self: Coordinates, device: torch.device | str) -> Coordinates:
         self.photographs = self.photographs.to(device)
         return super().to(device)
 
@@ -161,6 +161,6 @@ def _divide_pixels(size: int) -> dict[str, Data]:
     number = torch.randperm(size**2, generator=make_generator(derive_seeds(0, "splits")))
     column, row = number % size, number // size
     x = (torch.stack([column, row], 1) + 0.5) / size * 2 - 1
-    held = size**2 // 10
-    parts = torch.split(torch.arange(size**2), [size**2 - 3 * held, held, held, held])
-    return {split: (x[i], number[i]) for split, i in zip(SPLITS, parts, strict=True)}
+    held_out = size**2 // 10
+    places = torch.split(torch.arange(size**2), [size**2 - 3 * held_out, held_out, held_out, held_out])
+    return {split: (x[i], number[i]) for split, i in zip(SPLITS, places, strict=True)}

@@ -34,8 +34,8 @@ class Lasso(ExactTask):
 
     def __init__(self, dim: int = 50, rows: int = 25, penalty: float = 0.005, horizon: int = 100) -> None:
         if dim < 1 or rows < 1 or penalty < 0:
-            found = f"got {dim}, {rows} and {penalty}"
-            raise ValueError(f"dim and rows must be at least 1 and penalty not negative, {found}")
+            values = f"got {dim}, {rows} and {penalty}"
+            raise ValueError(f"dim and rows must be at least 1 and penalty not negative, {values}")
         self.dim, self.rows, self.penalty, self.horizon = dim, rows, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:

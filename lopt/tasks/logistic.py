@@ -37,8 +37,8 @@ class Logistic(ExactTask):
 
     def __init__(self, dim: int = 10, count: int = 100, penalty: float = 0.005, horizon: int = 100) -> None:
         if dim < 1 or count < 1 or penalty < 0:
-            found = f"got {dim}, {count} and {penalty}"
-            raise ValueError(f"dim and count must be at least 1 and penalty not negative, {found}")
+            values = f"got {dim}, {count} and {penalty}"
+            raise ValueError(f"dim and count must be at least 1 and penalty not negative, {values}")
         self.dim, self.count, self.penalty, self.horizon = dim, count, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:

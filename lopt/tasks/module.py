@@ -1,4 +1,4 @@
-"""Any `torch.nn.Module` with a loss and a data set as a task.
+"""Any `torch.nn.Module` with a loss and a data set as a task: the shortest way to meta-train on a problem of one's own.
 
 family = ModuleTask(lambda: nn.Linear(64, 10), F.cross_entropy, (images, labels), batch_size=32)
 """
@@ -43,6 +43,9 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
     random numbers (dropout), change buffers (batch normalisation's running statistics), branch on values or use fused
     recurrent layers. One step of two tasks is tried at once to find out.
 
+    Mini-batches are inputs x and targets y, `[T, batch_size, ...]`. Where targets are integers and outputs
+    `[..., classes]`, a metric is the accuracy. Subclasses record the arguments of their own constructors as `config`.
+
     Args:
         build: makes the module; its weights are drawn from a seeded generator, torch's global one is restored.
         loss: `loss(output, target) -> scalar`, for one batch.
@@ -52,8 +55,14 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         batch_size: examples per batch, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
         seed: of the division into splits.
+        config: further names and values for `config`, by which descriptions tell this family from others.
     Raises:
         ValueError: the data cannot be divided, or the module cannot be trained on many tasks at once.
+
+    Attributes:
+        data: inputs and targets by split.
+        module: one build, with the frozen parameters and the buffers of all tasks.
+        batched: the losses of many tasks as matrix products, for plain networks; None where `vmap` computes them.
     """
 
     name = "module"
@@ -73,7 +82,7 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.build, self.loss_fn, self.batch_size, self.horizon = build, loss, batch_size, horizon
         if isinstance(data, Mapping):
-            self.data = {choose("data's split", split, SPLITS): _as_tensors(part) for split, part in data.items()}
+            self.data = {choose("data's split", split, SPLITS): _as_tensors(pairs) for split, pairs in data.items()}
             if "train" not in self.data:
                 raise ValueError(f"data has splits {sorted(self.data)} but no 'train'")
         else:
@@ -81,25 +90,25 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         self.module = _build_seeded(build, 0)
         # Negative classes are those that cross-entropy leaves out, which the batched form does not know.
         whole = all(y.is_floating_point() or bool((y >= 0).all()) for _, y in self.data.values())
-        self._batched = batch_losses(self.module, loss) if whole else None
+        self.batched = batch_losses(self.module, loss) if whole else None
         self._try_step()
 
     def to(self: Module, device: torch.device | str) -> Module:
-        """Move the data, frozen parameters and buffers."""
         self.data = {split: (x.to(device), y.to(device)) for split, (x, y) in self.data.items()}
         self.module = self.module.to(device)
         return self
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """The weights of a freshly built module."""
         return draw_weights(self.build, generator)
 
     def _try_step(self) -> None:
         """What one step and one evaluation of two tasks compute, so that what they cannot is refused here."""
         weights = _trainable(self.module)
         if {p.dtype for p in weights.values()} != {torch.float32}:
-            found = {k: p.dtype for k, p in weights.items()} or "none"
-            raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {found}")
+            dtypes = {k: p.dtype for k, p in weights.items()} or "none"
+            raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {dtypes}")
+        # Training computes loss and gradient, evaluation the loss alone. The generator is forked, as a module may draw
+        # numbers before it is refused.
         tasks = stack_trees([self.sample(make_generator(0))] * 2)
         batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(2)))
         with torch.random.fork_rng(devices=[]), _explain_failure(batch):
@@ -117,30 +126,25 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         return self.data[split]
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """Inputs `[T, batch_size, ...]` and targets `[T, batch_size, ...]`."""
         x, y = self._split(split)
         index = draw_indices(seeds, self.batch_size, len(x))
         return {"x": x[index], "y": y[index]}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """All of a split, expanded without copying."""
         x, y = self._split(split)
         return {"x": x.expand(count, *x.shape), "y": y.expand(count, *y.shape)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The user's loss on the module's output."""
         return self.loss_fn(functional_call(self.module, params, (batch["x"],)), batch["y"])
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """See `TaskFamily.losses`; plain networks as batched matrix products."""
-        if self._batched is None or type(self).loss is not ModuleTask.loss:
+        if self.batched is None or type(self).loss is not ModuleTask.loss:
             return super().losses(params, batch)
         x, y = batch["x"], batch["y"]
         plain = x.ndim == 3 and y.ndim == (3 if y.is_floating_point() else 2)
-        return self._batched(params, x, y) if plain else super().losses(params, batch)
+        return self.batched(params, x, y) if plain else super().losses(params, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """Accuracy, where targets `[...]` are integers and outputs `[..., classes]`."""
         y = batch["y"]
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             return {}
@@ -151,7 +155,12 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
 
 
 def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> Params:
-    """The trainable weights of a freshly built module; torch's global generator is left as it was."""
+    """The trainable weights of a freshly built module, as a family's `init` draws them.
+
+    Args:
+        build: makes the module with torch's global generator, which is seeded for it and then left as it was.
+        generator: of the task; one number is drawn.
+    """
     seed = int(torch.randint(2**62, (), generator=generator))
     return _trainable(_build_seeded(build, seed))
 
@@ -185,9 +194,9 @@ def _explain_failure(batch: Batch) -> Iterator[None]:
     except Exception as error:
         fitting = (advice for pattern, advice in ADVICE.items() if re.search(pattern, str(error)))
         advice = next(fitting, "it must run under torch.func.vmap and grad")
-        found = ", ".join(f"{k} {v.dtype} {list(v.shape[1:])}" for k, v in batch.items())
+        shapes = ", ".join(f"{k} {v.dtype} {list(v.shape[1:])}" for k, v in batch.items())
         raise ValueError(
-            f"module and loss fail on batches of two tasks: {advice} (found {found}; "
+            f"module and loss fail on batches of two tasks: {advice} (found {shapes}; "
             f"{type(error).__name__}: {str(error)[:200]})"
         ) from error
 
@@ -208,9 +217,9 @@ def _as_tensors(data: RawData) -> Data:
 def _divide(data: Data, seed: int) -> dict[str, Data]:
     """80 % train, the rest in three equal parts, by a seeded permutation."""
     x, y = data
-    rest = len(x) // 15
-    if rest == 0:
+    held_out = len(x) // 15
+    if held_out == 0:
         raise ValueError(f"{len(x)} examples are too few for four splits (15 at least)")
     order = torch.randperm(len(x), generator=make_generator(derive_seeds(seed, "splits")))
-    sizes = [len(x) - 3 * rest, rest, rest, rest]
+    sizes = [len(x) - 3 * held_out, held_out, held_out, held_out]
     return {s: (x[i], y[i]) for s, i in zip(SPLITS, torch.split(order, sizes), strict=True)}

@@ -60,8 +60,8 @@ class TeacherStudent(TaskFamily):
     ) -> None:
         check_network(width, depth, activation)
         if min(inputs, teacher_width, batch_size) < 1:
-            found = f"{inputs}, {teacher_width} and {batch_size}"
-            raise ValueError(f"inputs, teacher_width and batch_size must be at least 1, got {found}")
+            sizes = f"{inputs}, {teacher_width} and {batch_size}"
+            raise ValueError(f"inputs, teacher_width and batch_size must be at least 1, got {sizes}")
         self.inputs, self.batch_size, self.horizon = inputs, batch_size, horizon
         self.student_widths = [inputs, *[width] * depth, 1]
         self.teacher_widths = [inputs, *[teacher_width] * depth, 1]

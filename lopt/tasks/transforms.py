@@ -25,9 +25,11 @@ NOISE = 1000
 
 
 class Transform(TaskFamily):
-    """A family with the tasks of another one, changed: by default not at all.
+    """Base of families with the tasks of another one, changed: by default not at all.
 
-    What a transform adds to a task and to a batch has the name `key` there, which the inner family does not see.
+    Every method hands on to the inner family; a transform overrides those it changes and calls `super()`. What it adds
+    to a task and to a batch has the name `key` there, which the inner family does not see. In `config` the inner family
+    is its description.
 
     Args:
         family: the inner family.
@@ -49,54 +51,48 @@ class Transform(TaskFamily):
             inner = inner.family
 
     def _inner(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the inner family may see of a task or a batch."""
         return {key: value for key, value in tensors.items() if key != self.key}
 
     def to(self: T, device: torch.device | str) -> T:
-        """Move what the inner family holds."""
         self.family = self.family.to(device)
         return self
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The inner family's task."""
         return self.family.sample(generator)
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """The inner family's parameters."""
         return self.family.init(self._inner(task), generator)
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The inner family's batch."""
         return self.family.batch(self._inner(tasks), seeds, split)
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """The inner family's split."""
         return self.family.full_batch(self._inner(tasks), count, split)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's loss."""
         return self.family.loss(params, self._inner(batch))
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's losses `[T]`."""
         return self.family.losses(params, self._inner(batch))
 
     def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
-        """What the inner family shows of the gradients."""
         inner, grads = self.family.deliver(self._inner(tasks), grads, steps)
         return tasks | inner, grads
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The inner family's metrics."""
         return self.family.metrics(params, self._inner(batch))
 
     @property
     def baseline(self) -> TunedAdam | None:
-        """The inner family's: what tuned Adam reaches on the tasks as they were (factors of the loss average out)."""
+        """The inner family's: what tuned Adam reaches on the tasks as they were, without the transform.
+
+        Factors of the loss average out in it, so that transformed tasks are measured in the same unit of progress.
+        """
         return self.family.baseline
 
     @property
     def nearest_baseline(self) -> TunedAdam | None:
-        """The inner family's."""
         return self.family.nearest_baseline
 
 
@@ -104,13 +100,16 @@ class RandomScaling(Transform):
     """Every task's parameters are measured in random units s = exp(U(-range, range)): p = s * z.
 
     The rule optimises z. It sees gradients and parameters of very different scales, which keeps it from relying on
-    those of the training tasks. Sources: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4.1 (one unit per element,
-    range 3); Moudgil et al. 2025, arXiv 2501.12670 (Celo; units from 1e-3 to 1e3).
+    those of the training tasks. A task and its batches have one factor per parameter, "coordinate_scale" `[P]`; losses
+    and metrics are the inner family's of p. Sources: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4.1 (one unit per
+    element, range 3); Moudgil et al. 2025, arXiv 2501.12670 (Celo; units from 1e-3 to 1e3).
 
     Args:
         family: the family whose parameters are rescaled.
         scale_range: half-width of the log-uniform distribution, by default ln 1000; 0 changes nothing.
         level: what has a unit of its own: "global" (a task), "tensor" (each tensor of a task) or "element".
+    Raises:
+        ValueError: `scale_range` is negative, or `level` unknown.
     """
 
     name = "random_scaling"
@@ -123,7 +122,6 @@ class RandomScaling(Transform):
         self.scale_range, self.level = scale_range, choose("level", level, LEVELS)
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The inner family's task and one factor per parameter `[P]`."""
         task = self.family.sample(generator)
         spec = self.family.spec
         count = {"global": 1, "tensor": len(spec.names), "element": spec.size}[self.level]
@@ -136,30 +134,24 @@ class RandomScaling(Transform):
         return task | {self.key: scale}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        """The inner family's parameters in the task's units."""
         params = super().init(task, generator)
         scale = self.family.spec.unflatten(task[self.key])
         return {name: p / scale[name] for name, p in params.items()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The inner family's batch with the factors."""
         return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """The inner family's split with the factors."""
         batch = super().full_batch(tasks, count, split)
         return None if batch is None else batch | {self.key: tasks[self.key]}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's loss of the parameters in its units."""
         return super().loss(self._unscale(params, batch), batch)
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's losses `[T]` of the parameters in its units."""
         return super().losses(self._unscale(params, batch), batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The inner family's metrics of the parameters in its units."""
         return super().metrics(self._unscale(params, batch), batch)
 
     def _unscale(self, params: Params, batch: Batch) -> Params:
@@ -170,13 +162,15 @@ class RandomScaling(Transform):
 class GradientNoise(Transform):
     """The rule sees gradients with Gaussian noise; the losses are as they were.
 
-    The noise is drawn anew for every step, and only in batches of the train split: other splits, and whole splits, have
-    right gradients. The meta-gradient of a first-order unroll is made of the same gradients, so on the train split it
-    is noisy, too, without bias.
+    The noise, "gradient_noise" `[T, P]` in a batch, is drawn anew for every step, and only in batches of the train
+    split: other splits, and whole splits, have right gradients. The meta-gradient of a first-order unroll is made of
+    the same gradients, so on the train split it is noisy, too, without bias.
 
     Args:
         family: the family whose gradients are disturbed.
         std: standard deviation of the noise of every element of the gradient.
+    Raises:
+        ValueError: `std` is negative.
     """
 
     name = "gradient_noise"
@@ -189,7 +183,6 @@ class GradientNoise(Transform):
         self.std = std
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The inner family's batch, for the train split with noise `[T, P]` float32."""
         batch = super().batch(tasks, seeds, split)
         if split != "train":
             return batch
@@ -197,11 +190,9 @@ class GradientNoise(Transform):
         return batch | {self.key: noise.float()}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's loss; its gradient has the noise added."""
         return super().loss(params, batch) + self._tilt(params, batch)
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's losses `[T]`; their gradients have the noise added."""
         return super().losses(params, batch) + self._tilt(params, batch)
 
     def _tilt(self, params: Params, batch: Batch) -> Tensor | float:
@@ -209,6 +200,7 @@ class GradientNoise(Transform):
         if self.key not in batch:
             return 0.0
         flat = self.family.spec.flatten(params)
+        # Linear in the parameters, with the noise as slope, and 0 where they are: only the gradient changes.
         return (batch[self.key] * (flat - flat.detach())).sum(-1)
 
 
@@ -216,7 +208,8 @@ class ReducedBatch(Transform):
     """Every task learns from smaller batches, of a random share of their examples: noisier gradients, at equal cost.
 
     The first examples of a batch, at least one, stand in for the others, so shapes stay what they are; each counts
-    equally but for the remainder of the division. Only batches of the train split are reduced.
+    equally but for the remainder of the division. Only batches of the train split are reduced. A task has its share
+    `[]` as "batch_share".
 
     Args:
         family: the family whose batches are reduced; its batches must consist of examples.
@@ -237,29 +230,32 @@ class ReducedBatch(Transform):
         self.smallest = smallest
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The inner family's task and the share `[]`."""
         task = super().sample(generator)
         return task | {self.key: (torch.rand((), generator=generator) * log(self.smallest)).exp()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The inner family's batch, for the train split with repeated examples."""
         batch = super().batch(tasks, seeds, split)
         if split != "train":
             return batch
         size = batch[self.examples[0]].shape[1]
         share = tasks[self.key]
-        kept = (share * size).round().clamp(min=1).long()
-        index = torch.arange(size, device=share.device) % kept[:, None]
-        row = torch.arange(len(share), device=share.device)[:, None]
-        return batch | {key: batch[key][row, index] for key in self.examples}
+        # Repeats instead of a shorter batch: all tasks of a population must have equal shapes.
+        count = (share * size).round().clamp(min=1).long()
+        index = torch.arange(size, device=share.device) % count[:, None]
+        task = torch.arange(len(share), device=share.device)[:, None]
+        return batch | {key: batch[key][task, index] for key in self.examples}
 
 
 class LossScaling(Transform):
     """Every task's losses, and so its gradients, have a random factor exp(U(-range, range)); metrics do not.
 
+    For rules that should not rely on the scale of a loss. A task and its batches have the factor `[]` as "loss_scale".
+
     Args:
         family: the family whose losses are scaled.
         scale_range: half-width of the log-uniform distribution, by default ln 10; 0 changes nothing.
+    Raises:
+        ValueError: `scale_range` is negative.
     """
 
     name = "loss_scaling"
@@ -272,36 +268,34 @@ class LossScaling(Transform):
         self.scale_range = scale_range
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The inner family's task and the factor `[]`."""
         task = super().sample(generator)
         return task | {self.key: ((torch.rand((), generator=generator) * 2 - 1) * self.scale_range).exp()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """The inner family's batch with the factors `[T]`."""
         return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """The inner family's split with the factors."""
         batch = super().full_batch(tasks, count, split)
         return None if batch is None else batch | {self.key: tasks[self.key]}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's loss, scaled."""
         return batch[self.key] * super().loss(params, batch)
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """The inner family's losses `[T]`, scaled."""
         return batch[self.key] * super().losses(params, batch)
 
 
 class StaleGradients(Transform):
     """The rule sees gradients late, as in asynchronous training: those of some steps ago; losses are as they were.
 
-    In a task's first steps it sees the gradient of its beginning. Each task keeps its last `high` gradients.
+    In a task's first steps it sees the gradient of its beginning. A task has its number of steps, "gradient_delay" `[]`
+    int64, and keeps its last `high` gradients, "late_gradients" `[high, P]`, oldest first.
 
     Args:
         family: the family whose gradients are late.
         low, high: least and largest number of steps; each task's is uniform between them, both included.
+    Raises:
+        ValueError: not 0 <= low <= high.
     """
 
     name = "stale_gradients"
@@ -318,18 +312,17 @@ class StaleGradients(Transform):
         return {key: value for key, value in tensors.items() if key not in (self.key, self.delay)}
 
     def sample(self, generator: torch.Generator) -> Task:
-        """The inner family's task, its number of steps `[]` int64 and an empty memory `[high, P]`, oldest first."""
         task = super().sample(generator)
         delay = torch.randint(self.low, self.high + 1, (), generator=generator)
         return task | {self.delay: delay, self.key: torch.zeros(self.high, self.family.spec.size)}
 
     def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
-        """Of what the inner family shows, that of the task's number of steps ago."""
         tasks, grads = super().deliver(tasks, grads, steps)
         begins = (steps == 0)[:, None, None]
-        known = torch.cat([torch.where(begins, grads[:, None], tasks[self.key]), grads[:, None]], 1)
-        row = torch.arange(len(steps), device=steps.device)
-        return tasks | {self.key: known[:, 1:]}, known[row, self.high - tasks[self.delay]]
+        # An episode's first gradient stands for those before it, and what the memory held is of the episode before.
+        history = torch.cat([torch.where(begins, grads[:, None], tasks[self.key]), grads[:, None]], 1)
+        task = torch.arange(len(steps), device=steps.device)
+        return tasks | {self.key: history[:, 1:]}, history[task, self.high - tasks[self.delay]]
 
 
 TRANSFORMS: dict[str, type[Transform]] = {

@@ -36,12 +36,12 @@ def test_plain_networks_are_batched_and_give_the_same_losses(
 ) -> None:
     loss = F.mse_loss if y.is_floating_point() else F.cross_entropy
     family = compare(lambda: nn.Sequential(nn.Linear(6, 8, bias), activation(), nn.Linear(8, 3)), loss, y)
-    assert family._batched is not None
+    assert family.batched is not None
 
 
 def test_classes_that_are_left_out_are_left_out() -> None:
     family = compare(lambda: nn.Sequential(nn.Linear(6, 3)), F.cross_entropy, CLASSES.where(CLASSES > 0, -100))
-    assert family._batched is None
+    assert family.batched is None
 
 
 def test_other_modules_and_losses_are_left_to_vmap() -> None:

@@ -1,1 +1,4 @@
-"""Data of the task families: what ships with packages, what is drawn, and files of the user's."""
+"""Data of the task families: what ships with Python and scikit-learn, what is drawn, and files of the user's.
+
+Nothing is downloaded. One string, such as "digits" or "mnist:FOLDER", says which data are meant.
+"""

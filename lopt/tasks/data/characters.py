@@ -20,13 +20,22 @@ WINDOWS = 1024
 class CharacterTask(ModuleTask):
     """Cross-entropy, in nats per character, of a module's logits `[B, length, characters]` from codes `[B, length]`.
 
+    Mini-batches are codes x `[T, batch_size, length]` and the codes y one place further on, both int64. Whole splits
+    are windows that follow one another, evenly spaced if there are more than `WINDOWS`.
+
     Args:
         build: makes the module.
-        data: "pydoc" or "text:FILE"; see `load_text`.
+        data: "pydoc" or "text:FILE", read by `load_text`.
         characters: number of codes; rarer characters than that share one.
         length: characters in a window.
         batch_size: windows per batch, starting anywhere, drawn with replacement.
         horizon: steps that a task is meant to be trained for.
+    Raises:
+        ValueError: `length` is below 1 or the smallest split no longer, or the text cannot be divided.
+        FileNotFoundError: the file of `data` is missing.
+
+    Attributes:
+        vocabulary: the characters of the codes from 1 on; code 0 is any other.
     """
 
     def __init__(
@@ -43,12 +52,10 @@ class CharacterTask(ModuleTask):
         super().__init__(build, cross_entropy, splits, batch_size, horizon)
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        """Codes `[T, batch_size, length]` and the codes one place further on, both int64."""
         codes, _ = self._split(split)
         return self._cut(codes, draw_indices(seeds, self.batch_size, len(codes) - self.length))
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        """Windows that follow one another, evenly spaced if there are more than `WINDOWS`; shared by all tasks."""
         codes, _ = self._split(split)
         places = torch.arange(0, len(codes) - self.length, self.length, device=codes.device)
         if len(places) > WINDOWS:
@@ -62,5 +69,10 @@ class CharacterTask(ModuleTask):
 
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Nats per character: logits `[B, length, characters]`, codes `[B, length]` int64."""
+    """Nats per character, averaged over all places of all windows.
+
+    Args:
+        logits: `[B, length, characters]`.
+        codes: `[B, length]` int64, the right ones.
+    """
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())

@@ -28,21 +28,27 @@ def read_mnist(folder: Path) -> tuple[Data, Data]:
         FileNotFoundError: the folder or one of the files is missing.
         ValueError: a file is not IDX, truncated or too long, or there are not as many classes as images.
     """
-    parts = []
-    for part in ("train", "t10k"):
-        images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"), 3)
-        classes = read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), 1)
+    sets = []
+    for name in ("train", "t10k"):
+        images = read_idx(_find(folder, f"{name}-images-idx3-ubyte"), 3)
+        classes = read_idx(_find(folder, f"{name}-labels-idx1-ubyte"), 1)
         if len(images) != len(classes):
-            raise ValueError(f"{folder}: {part} has {len(images)} images and {len(classes)} labels; get the files anew")
-        parts.append((images[:, None], classes.long()))
-    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
-        raise ValueError(f"{folder}: images of {[list(x.shape[2:]) for x, _ in parts]} pixels are of two data sets")
-    return parts[0], parts[1]
+            raise ValueError(f"{folder}: {name} has {len(images)} images and {len(classes)} labels; get the files anew")
+        sets.append((images[:, None], classes.long()))
+    train, test = sets
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f"{folder}: images of {[list(x.shape[2:]) for x, _ in sets]} pixels are of two data sets")
+    return train, test
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """A tensor of bytes, uint8, of `ndim` dimensions.
+    """A file of MNIST's format, which holds one array of bytes and says its sizes.
 
+    Args:
+        path: of the file, gzipped if its name ends with `.gz`.
+        ndim: dimensions that it must have.
+    Returns:
+        uint8, with the sizes of the header.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else, or less or more than its header says.
@@ -72,6 +78,7 @@ def read_cifar10(folder: Path) -> tuple[Data, Data]:
         FileNotFoundError: the folder or one of the files is missing.
         ValueError: a file does not consist of whole records, or a label is not from 0 to 9.
     """
+    # The archive unpacks into a folder of that name; users name either.
     inner = folder / "cifar-10-batches-bin"
     folder = inner if inner.is_dir() else folder
     train = [_read_cifar_file(_find(folder, f"data_batch_{i}.bin")) for i in range(1, 6)]
@@ -95,8 +102,10 @@ def _read_cifar_file(path: Path) -> Data:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text, with `\\n` as the end of a line.
+    r"""A text in UTF-8, with or without a byte order mark, gzipped if its name ends with `.gz`.
 
+    Returns:
+        The text, with `\n` as the end of a line, whatever it was in the file.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8.
@@ -116,8 +125,8 @@ def _find(folder: Path, name: str) -> Path:
             return path
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; it should hold {name} (or {name}.gz)")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(f"{folder} has no {name} (or {name}.gz), only {found}; put the data set's files there")
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(f"{folder} has no {name} (or {name}.gz), only {names}; put the data set's files there")
 
 
 def _read(path: Path) -> bytes:

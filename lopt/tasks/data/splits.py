@@ -57,16 +57,19 @@ def load_images(data: str) -> Splits:
     if kind not in readers or not path:
         choose("data", data, [*embedded, *(f"{key}:FOLDER" for key in readers)])
     (x, y), test = readers[kind](Path(path).expanduser())
-    held = len(x) // 12
-    if held == 0:
+    held_out = len(x) // 12
+    if held_out == 0:
         raise ValueError(f"{path} has {len(x)} training images, too few for three splits (12 at least)")
     order = torch.randperm(len(x), generator=make_generator(derive_seeds(0, "splits")))
-    parts = torch.split(order, [len(x) - 2 * held, held, held])
-    return {split: (x[i], y[i]) for split, i in zip(SPLITS[:3], parts, strict=True)} | {"test": test}
+    numbers = torch.split(order, [len(x) - 2 * held_out, held_out, held_out])
+    return {split: (x[i], y[i]) for split, i in zip(SPLITS[:3], numbers, strict=True)} | {"test": test}
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Pixels in [0, 1], float, from those or from bytes."""
+    """Pixels in [0, 1] float32 from bytes in [0, 255]; floating-point pixels come back as they are.
+
+    Data sets keep bytes, so this runs on each mini-batch.
+    """
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
@@ -90,8 +93,10 @@ def _load_square_digits() -> Splits:
 
 @cache
 def load_photographs() -> Tensor:
-    """scikit-learn's photographs, a temple and a flower: uint8 `[2, 3, 427, 640]`.
+    """scikit-learn's photographs, a temple and a flower, for families on pictures rather than on sets of them.
 
+    Returns:
+        uint8 `[2, 3, 427, 640]`: photograph, colour, row, column.
     Raises:
         ImportError: scikit-learn or Pillow is missing (`pip install lopt[train]`).
     """
@@ -108,6 +113,8 @@ def load_patches() -> Splits:
 
     Returns:
         For each split images `[n, 3, 8, 8]` uint8 and classes `[n]` int64 from 0 to 7.
+    Raises:
+        ImportError: scikit-learn or Pillow is missing.
     """
     tiles = load_photographs().unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     photographs, _, rows, columns = tiles.shape[:4]
@@ -140,28 +147,28 @@ def load_table(data: str) -> Splits:
     features, targets = getattr(_import_sklearn("datasets"), f"load_{data}")(return_X_y=True)
     regression = data == "diabetes"
     y = torch.tensor(targets)[:, None] if regression else torch.tensor(targets).long()
-    parts = _divide(torch.tensor(features), y, TABLE_HELD_OUT[data], stratify=not regression)
-    x_train, y_train = parts["train"]
+    table = _divide(torch.tensor(features), y, TABLE_HELD_OUT[data], stratify=not regression)
+    x_train, y_train = table["train"]
 
     def standardise(x: Tensor, by: Tensor) -> Tensor:
         return ((x - by.mean(0)) / by.std(0)).float()
 
     return {
         split: (standardise(x, x_train), standardise(y, y_train) if regression else y)
-        for split, (x, y) in parts.items()
+        for split, (x, y) in table.items()
     }
 
 
 def _divide(x: Tensor, y: Tensor, held_out: int, *, stratify: bool) -> Splits:
     """`held_out` examples for each of the last three splits, the rest for the first."""
     train_test_split = _import_sklearn("model_selection").train_test_split
-    parts, rest = [], torch.arange(len(y)).numpy()
+    numbers, undivided = [], torch.arange(len(y)).numpy()
     for size in (3 * held_out, 2 * held_out, held_out):  # held out of what is left, each from the one before
-        labels = y[rest] if stratify else None
-        kept, rest = train_test_split(rest, test_size=size, stratify=labels, random_state=0)
-        parts.append(torch.from_numpy(kept))
-    parts.append(torch.from_numpy(rest))
-    return {split: (x[i], y[i]) for split, i in zip(SPLITS, parts, strict=True)}
+        labels = y[undivided] if stratify else None
+        one_split, undivided = train_test_split(undivided, test_size=size, stratify=labels, random_state=0)
+        numbers.append(torch.from_numpy(one_split))
+    numbers.append(torch.from_numpy(undivided))
+    return {split: (x[i], y[i]) for split, i in zip(SPLITS, numbers, strict=True)}
 
 
 def _import_sklearn(module: str) -> Any:
@@ -203,17 +210,19 @@ def load_text(data: str, characters: int) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"data must be pydoc or text:FILE, got {data!r}")
     if len(text) < MIN_TEXT:
         raise ValueError(f"{data} has {len(text)} characters, too few for four splits ({MIN_TEXT} at least)")
+    # Blocks, not four stretches: a book's end is not like its beginning, and splits should be alike.
     size = min(BLOCK, len(text) // 15)
     blocks = [text[i : i + size] for i in range(0, len(text), size)]
     order = torch.randperm(len(blocks), generator=make_generator(derive_seeds(0, "splits")))
-    held = len(blocks) // 15
-    parts = torch.split(order, [len(blocks) - 3 * held, held, held, held])
-    texts = {split: "".join(blocks[i] for i in part) for split, part in zip(SPLITS, parts, strict=True)}
+    held_out = len(blocks) // 15
+    numbers = torch.split(order, [len(blocks) - 3 * held_out, held_out, held_out, held_out])
+    texts = {split: "".join(blocks[i] for i in indices) for split, indices in zip(SPLITS, numbers, strict=True)}
+    # From the train split alone, as a vocabulary is learned, too; equally frequent characters are in their own order.
     ranked = sorted(Counter(texts["train"]).items(), key=lambda item: (-item[1], item[0]))
     vocabulary = "".join(character for character, _ in ranked[: characters - 1])
     codes = {character: code for code, character in enumerate(vocabulary, 1)}
     return {
-        split: torch.tensor([codes.get(c, 0) for c in part], dtype=torch.uint8) for split, part in texts.items()
+        split: torch.tensor([codes.get(c, 0) for c in text], dtype=torch.uint8) for split, text in texts.items()
     }, vocabulary
 
 
