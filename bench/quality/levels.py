@@ -31,13 +31,19 @@ FEWEST, MOST, NUMBERS = 32, 4096, 2**18
 
 
 def count_seeds(family: TaskFamily) -> int:
-    """Tasks that a curve is averaged over: many where they are small, and their losses far apart."""
+    """How many tasks a curve is averaged over: more where they are small and cheap, as their losses are far apart.
+
+    From `FEWEST` to `MOST`, as many as have `NUMBERS` parameters together.
+    """
     return min(MOST, max(FEWEST, NUMBERS // family.spec.size))
 
 
 def measure_adam(family: TaskFamily, tuning: Tuning = TUNING) -> TunedAdam:
-    """Tune Adam's learning rate on `family`, and train other tasks with it.
+    """Tune Adam's learning rate on `family`, and train other tasks with it: an entry of the archive.
 
+    Args:
+        family: with its default options, where the entry is to be archived.
+        tuning: tasks and grid that the learning rate is tuned on.
     Raises:
         ValueError: no learning rate is stable, or that of the tuning tasks is not on the others.
     """
@@ -52,6 +58,7 @@ def measure_adam(family: TaskFamily, tuning: Tuning = TUNING) -> TunedAdam:
             f"Adam with lr={lr} is stable on {tuning.count_seeds(family)} tuning tasks of {family.describe()}, but "
             f"{int(curves.diverged.sum())} of {count} others diverged: tune it on more tasks"
         )
+    # Curves are straightest in logarithms: points are spaced in those, and losses averaged in them where they can be.
     steps = np.unique(np.geomspace(1, horizon, POINTS).round().astype(int))
     losses = curves.losses[torch.from_numpy(np.concatenate([[0], steps]))].double()
     positive = bool((losses > 0).all())
@@ -72,14 +79,19 @@ def measure_adam(family: TaskFamily, tuning: Tuning = TUNING) -> TunedAdam:
     )
 
 
-def write_archive(file: Path, levels: Mapping[str, dict[str, Any]]) -> None:
-    """Write the archive, a family a line, in the order of `TASKS`."""
+def write_archive(file: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Write the archive, a family a line, in the order of `TASKS`, so that a change of one is a change of a line.
+
+    Args:
+        file: replaced as a whole, or not at all.
+        entries: by the families' names.
+    """
     head = {
         "command": COMMAND,
         "optimizer": f"{OPTIMIZER}, {SCHEDULE} learning rate with the lowest {CRITERION} loss",
         "tuning": asdict(TUNING) | {"format": FORMAT},
     }
-    lines = [f"  {json.dumps(name)}: {_write(levels[name])}" for name in TASKS if name in levels]
+    lines = [f"  {json.dumps(name)}: {_write(entries[name])}" for name in TASKS if name in entries]
     top = [f" {json.dumps(key)}: {_write(value)}" for key, value in head.items()]
     text = ",\n".join([*top, ' "families": {\n' + ",\n".join(lines) + "\n }"])
     write_atomic(file, f"{{\n{text}\n}}\n".encode())

@@ -96,7 +96,34 @@ class Transform(TaskFamily):
         return self.family.nearest_baseline
 
 
-class RandomScaling(Transform):
+class Scaling(Transform):
+    """Base of transforms that draw factors exp(U(-range, range)) for a task, which its loss reads in every batch.
+
+    Args:
+        family: the inner family.
+        scale_range: half-width of the log-uniform distribution; 0 changes nothing.
+    Raises:
+        ValueError: `scale_range` is negative.
+    """
+
+    def __init__(self, family: TaskFamily, scale_range: float) -> None:
+        super().__init__(family)
+        if scale_range < 0:
+            raise ValueError(f"scale_range must not be negative, got {scale_range}")
+        self.scale_range = scale_range
+
+    def _draw_factors(self, generator: torch.Generator, *shape: int) -> Tensor:
+        return ((torch.rand(shape, generator=generator) * 2 - 1) * self.scale_range).exp()
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
+
+    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
+        batch = super().full_batch(tasks, count, split)
+        return None if batch is None else batch | {self.key: tasks[self.key]}
+
+
+class RandomScaling(Scaling):
     """Every task's parameters are measured in random units s = exp(U(-range, range)): p = s * z.
 
     The rule optimises z. It sees gradients and parameters of very different scales, which keeps it from relying on
@@ -116,16 +143,14 @@ class RandomScaling(Transform):
     key = "coordinate_scale"
 
     def __init__(self, family: TaskFamily, scale_range: float = log(1000), level: str = "element") -> None:
-        super().__init__(family)
-        if scale_range < 0:
-            raise ValueError(f"scale_range must not be negative, got {scale_range}")
-        self.scale_range, self.level = scale_range, choose("level", level, LEVELS)
+        super().__init__(family, scale_range)
+        self.level = choose("level", level, LEVELS)
 
     def sample(self, generator: torch.Generator) -> Task:
         task = self.family.sample(generator)
         spec = self.family.spec
         count = {"global": 1, "tensor": len(spec.names), "element": spec.size}[self.level]
-        scale = ((torch.rand(count, generator=generator) * 2 - 1) * self.scale_range).exp()
+        scale = self._draw_factors(generator, count)
         if self.level == "global":
             scale = scale.repeat(spec.size)
         elif self.level == "tensor":
@@ -137,13 +162,6 @@ class RandomScaling(Transform):
         params = super().init(task, generator)
         scale = self.family.spec.unflatten(task[self.key])
         return {name: p / scale[name] for name, p in params.items()}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
-
-    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        batch = super().full_batch(tasks, count, split)
-        return None if batch is None else batch | {self.key: tasks[self.key]}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return super().loss(self._unscale(params, batch), batch)
@@ -246,7 +264,7 @@ class ReducedBatch(Transform):
         return batch | {key: batch[key][task, index] for key in self.examples}
 
 
-class LossScaling(Transform):
+class LossScaling(Scaling):
     """Every task's losses, and so its gradients, have a random factor exp(U(-range, range)); metrics do not.
 
     For rules that should not rely on the scale of a loss. A task and its batches have the factor `[]` as "loss_scale".
@@ -262,21 +280,11 @@ class LossScaling(Transform):
     key = "loss_scale"
 
     def __init__(self, family: TaskFamily, scale_range: float = log(10)) -> None:
-        super().__init__(family)
-        if scale_range < 0:
-            raise ValueError(f"scale_range must not be negative, got {scale_range}")
-        self.scale_range = scale_range
+        super().__init__(family, scale_range)
 
     def sample(self, generator: torch.Generator) -> Task:
         task = super().sample(generator)
-        return task | {self.key: ((torch.rand((), generator=generator) * 2 - 1) * self.scale_range).exp()}
-
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
-
-    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        batch = super().full_batch(tasks, count, split)
-        return None if batch is None else batch | {self.key: tasks[self.key]}
+        return task | {self.key: self._draw_factors(generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return batch[self.key] * super().loss(params, batch)
