@@ -2,20 +2,21 @@
 
     optimizer = lopt.LearnedOptimizer(model.parameters())
 
-`Trainer` and all that only meta-training needs is imported when it is first used.
+Every name is imported when it is first used: `import lopt` by itself loads neither torch nor meta-training.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lopt.core.files import VERSION as __version__
-from lopt.optim.learned_optimizer import LearnedOptimizer
-from lopt.optim.param_groups import group_parameters
-from lopt.rules.files import list_rules, load, load_card, save
+from lopt.core.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from lopt.meta.trainer.trainer import Trainer
+    from lopt.optim.learned_optimizer import LearnedOptimizer
+    from lopt.optim.param_groups import group_parameters
+    from lopt.rules.files import list_rules, load, load_card, save
 
 __all__ = [
     "LearnedOptimizer",
@@ -28,10 +29,22 @@ __all__ = [
     "save",
 ]
 
+_HOMES = {
+    "LearnedOptimizer": "lopt.optim.learned_optimizer",
+    "Trainer": "lopt.meta.trainer.trainer",
+    "group_parameters": "lopt.optim.param_groups",
+    "list_rules": "lopt.rules.files",
+    "load": "lopt.rules.files",
+    "load_card": "lopt.rules.files",
+    "save": "lopt.rules.files",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Trainer":
-        from lopt.meta.trainer.trainer import Trainer
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return Trainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # completion and `help` see what is not imported yet, too

@@ -18,7 +18,6 @@ import os
 from collections.abc import Mapping
 from glob import escape
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,10 @@ from safetensors.torch import load as decode_tensors
 from safetensors.torch import save as encode_tensors
 from torch import Tensor
 
+from lopt.core.version import VERSION
+
 FORMAT = 1
 MAX_HEADER = 10_000_000  # bytes
-
-try:
-    VERSION = version("lopt")
-except PackageNotFoundError:  # the sources are on the path, but not installed
-    VERSION = "0+unknown"
 
 _BLANK = "0" * 64
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from lopt.core.files import VERSION, write_atomic
+from lopt.core.files import write_atomic
 from lopt.core.names import suggest
 from lopt.core.random import derive_seeds
+from lopt.core.version import VERSION
 from lopt.meta.unroll.curves import run_curves
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES

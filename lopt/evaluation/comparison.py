@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lopt.core.files import VERSION
+from lopt.core.version import VERSION
 from lopt.evaluation.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, check_baseline, tune_baseline
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, Numbers, Run
 from lopt.evaluation.statistics import compare_paired, compute_speedup, keep_finite, summarize
