@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lopt
+
 ROOT = Path(__file__).parent.parent
 # Imports go only downward; the folders of one line do not know each other. A new file needs no edit here.
 LAYERS = [
@@ -72,6 +74,23 @@ def test_imports_go_only_downward(path: Path) -> None:
 
 def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+HEAVY = ["torch", "lopt.meta", "lopt.evaluation", "lopt.optim", "matplotlib", "sklearn", "numpy"]
+
+
+@pytest.mark.parametrize("code", ["import lopt", "from lopt.__main__ import cli"])
+def test_importing_lopt_or_its_command_line_loads_nothing_heavy(code: str) -> None:
+    code = f"import sys; {code}; print([m for m in {HEAVY} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_listed_and_found() -> None:
+    assert set(lopt.__all__) <= set(dir(lopt))
+    assert all(getattr(lopt, name) is not None for name in lopt.__all__)
+    with pytest.raises(AttributeError, match=r"'lopt' has no attribute 'nothing'"):
+        lopt.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_using_an_optimizer_imports_no_training_code() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,8 +17,6 @@ import lopt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lopt.cli.sweep.sweep import Sweep
-    from lopt.cli.sweep.trials import Trial
     from lopt.evaluation.results import Comparison
     from lopt.evaluation.settings import Setting
     from lopt.meta.config.run import RunConfig
@@ -59,28 +56,6 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     elif trainer.step < steps:
         say(console, f"ended at step {trainer.step} of {steps}: {trainer.stale} validations without a better one")
     say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
-
-
-def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
-    """Run a sweep, telling of every trial that ends; on a signal say how to go on and exit with 130."""
-    from lopt.cli.sweep.sweep import print_trials
-    from lopt.meta.trainer.trainer import Interrupted
-
-    trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
-    say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
-
-    def tell(trial: Trial) -> None:
-        settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
-        found = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
-        say(console, f"{trial.name} ({settings}): step {trial.step}, {found}")
-
-    try:
-        best = sweep.run(workers, tell)
-    except Interrupted:
-        say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
-        sys.exit(130)
-    print_trials(sweep.state, console)
-    say(console, f"the best one is {best.name}: {sweep.rule_path}")
 
 
 def say(console: Console, text: str) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import lopt
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
+from lopt.core.version import VERSION
 from lopt.evaluation.settings import check_label, list_settings
 from lopt.meta.config.run import RunConfig, parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
@@ -32,6 +35,8 @@ from lopt.meta.trainer.trainer import Trainer
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+MAX_BYTES = 200
+"""Of a folder's name before its hash; file systems allow 255."""
 
 
 def build_trainer(
@@ -179,6 +184,21 @@ def move_run(config: RunConfig, device: str | None) -> RunConfig:
     return config if device is None else replace(config, trainer=replace(config.trainer, device=device))
 
 
+def slugify(label: str) -> str:
+    """A free label made into the name of one folder, for the folders of runs and trials that users name.
+
+    Returns:
+        Letters, digits, underscores, dots and dashes, anything else replaced by a dash: never empty, hidden or a path,
+        and at most 209 bytes. Long labels are cut and end with 8 hexadecimal digits of their SHA-256, so that two of
+        them stay apart.
+    """
+    slug = re.sub(r"[^\w.]+", "-", label).strip(".-") or "unnamed"
+    encoded = slug.encode()
+    if len(encoded) <= MAX_BYTES:
+        return slug
+    return f"{encoded[:MAX_BYTES].decode(errors='ignore')}-{sha256(encoded).hexdigest()[:8]}"
+
+
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
     return shlex.join(["lopt", "train", "--resume", str(folder)])
@@ -204,7 +224,7 @@ def describe_environment() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     return {
-        "lopt": lopt.__version__,
+        "lopt": VERSION,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),

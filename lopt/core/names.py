@@ -1,16 +1,12 @@
-"""Names that users write: a value that must be one of a few, what an unknown one may have meant, names of folders."""
+"""Names that users write: a value that must be one of a few, and what an unknown one may have meant."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from hashlib import sha256
 from typing import TypeVar
 
 Value = TypeVar("Value")
-
-MAX_BYTES = 200
 
 
 def choose(name: str, value: Value, known: Iterable[Value]) -> Value:
@@ -51,18 +47,3 @@ def suggest(name: object, known: Iterable[str]) -> str:
 def _find_near(name: object, known: Iterable[str]) -> str:
     """Up to three known names that are spelt nearly like `name`: "adam or adamw"; "" if there is none."""
     return " or ".join(get_close_matches(str(name), list(known), n=3))
-
-
-def slugify(label: str) -> str:
-    """A free label made into the name of one folder, for the folders of runs and trials that users name.
-
-    Returns:
-        Letters, digits, underscores, dots and dashes, anything else replaced by a dash: never empty, hidden or a path,
-        and at most 209 bytes. Long labels are cut and end with 8 hexadecimal digits of their SHA-256, so that two of
-        them stay apart.
-    """
-    slug = re.sub(r"[^\w.]+", "-", label).strip(".-") or "unnamed"
-    encoded = slug.encode()
-    if len(encoded) <= MAX_BYTES:
-        return slug
-    return f"{encoded[:MAX_BYTES].decode(errors='ignore')}-{sha256(encoded).hexdigest()[:8]}"

@@ -11,7 +11,7 @@ from lopt.evaluation.baselines import BASELINES
 from lopt.evaluation.comparison import DEFAULT_LABEL
 from lopt.evaluation.results import Comparison
 from lopt.evaluation.statistics import Summary
-from lopt.meta.config.run import RunConfig, build
+from lopt.meta.config.run import RunConfig, build, merge, parse_override
 from lopt.tasks import TASKS, TaskFamily
 
 
@@ -62,6 +62,45 @@ def read_card(card: Any) -> Card:
     entries = conform(card, dict[str, Any], "card")
     known: Card = conform({f.name: entries[f.name] for f in fields(Card) if f.name in entries}, Card, "card")
     return known
+
+
+class UnclearTask(ValueError):
+    """What a rule is to be judged on follows neither from its card nor from what was asked for.
+
+    The message goes on from the name of the rule, which only the caller knows.
+    """
+
+
+def choose_settings(
+    card: Card, task: str | None = None, overrides: Sequence[str] = (), steps: Sequence[int] = ()
+) -> list[Setting]:
+    """What a rule is judged on: what is asked for, and where nothing is, all that its training card names.
+
+    Args:
+        card: of the rule; its configuration says which families the rule was trained on.
+        task: a family; None takes the trained ones, of which `overrides` can change only one.
+        overrides: options of the family as texts `KEY=VALUE`, on top of its defaults, or of the trained options.
+        steps: lengths of the runs; without them the family's horizon.
+    Returns:
+        Settings with titles where they are the card's, otherwise without one, for every family and length.
+    Raises:
+        UnclearTask: the card names no task and none is asked for, or several and it is not said which one to change.
+        ValueError: an unknown family or option, or a value that does not fit.
+    """
+    if task is None and card.config is None:
+        raise UnclearTask("has no training card that names a task; give --task")
+    trained = card.config.list_families() if card.config else []
+    if card.config and not (task or overrides or steps):
+        return list_settings(card.config)
+    if len(trained) > 1 and not task:
+        if overrides:
+            raise UnclearTask(f"was trained on {len(trained)} tasks: say with --task which one --set changes")
+        return [Setting(None, source.build_task(), num_steps) for source in trained for num_steps in steps]
+    options = {"name": task} if task or not trained else dict(trained[0].task)
+    for override in overrides:
+        merge(options, parse_override(override))
+    family = build("task", TASKS, options)
+    return [Setting(None, family, num_steps) for num_steps in steps or [family.horizon]]
 
 
 def check_label(label: str) -> str:

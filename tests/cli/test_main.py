@@ -326,7 +326,7 @@ def test_ctrl_c_while_judging_says_that_the_rule_is_trained(run, monkeypatch: py
 
     Path("one.toml").write_text("\n".join(line for line in TINY.splitlines() if "variants" not in line))
     with monkeypatch.context() as patch:
-        patch.setattr("lopt.evaluate.compare", interrupt)
+        patch.setattr("lopt.evaluation.comparison.compare", interrupt)
         result = run("train", "one.toml", "--out", "my [red]run")
     assert result.status == 130
     assert "the rule is trained: my [red]run/rule.safetensors" in result.out

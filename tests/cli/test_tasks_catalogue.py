@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lopt.cli.commands.catalogue import list_families
+from lopt.cli.commands.list import list_families
 from lopt.tasks import TASKS
 from lopt.tasks.tuned_adam import load_archive
 

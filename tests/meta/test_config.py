@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from lopt.core.names import slugify
 from lopt.evaluation.settings import list_settings, read_card
 from lopt.meta.config.run import RunConfig, list_presets, load_config, merge, parse_config, parse_override
 from lopt.meta.trainer.meta_weights import freeze_weights
@@ -141,19 +140,6 @@ def test_a_card_may_say_more_and_less_than_lopt_reads() -> None:
     card = read_card({"name": "mine", "licence": 3, "config": RAW})
     assert card.config is not None
     assert (card.name, card.config.task) == ("mine", RAW["task"])
-
-
-@pytest.mark.parametrize(
-    "label", ["a/b/../../../z", "..", "", ".hidden", "a b\\c", "/", "x\0y", "z" * 1000, "\u4e2d" * 300]
-)
-def test_a_slug_is_one_visible_folder(label: str) -> None:
-    slug = slugify(label)
-    assert re.fullmatch(r"\w[\w.-]*", slug)
-    assert len(slug.encode()) < 255
-
-
-def test_long_labels_keep_different_slugs() -> None:
-    assert slugify("z" * 1000 + "a") != slugify("z" * 1000 + "b")
 
 
 def test_options_that_json_cannot_hold_are_no_options() -> None:

@@ -19,24 +19,10 @@ from lopt.meta.config.run import parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
 from lopt.meta.trainer.meta_weights import freeze_weights, load_weights
-from lopt.meta.trainer.stop import parse_duration
 from lopt.meta.trainer.trainer import Progress
 from lopt.rules import RULES, Rule
 
 # -- time limits -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400), ("0.5s", 0.5)]
-)
-def test_times_are_written_with_units(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "m", "30 m", "-5m", "0", "0m", "5d", "m30", "30m!", "1e3s"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"a time is given as 90s, 30m, 1.5h or 1h30m, got"):
-        parse_duration(text)
 
 
 def run_for(trainer: Any, steps: int) -> None:

@@ -1,1 +1,1 @@
-"""One file per command."""
+"""One file per command of `lopt`: its options, its examples, and what no other command needs."""

@@ -1,21 +1,42 @@
-"""What `lopt list` tells: names of what there is, with a line or a table row for each."""
+"""`lopt list`: what rules, presets, tasks and estimators there are, with a line or a table row for each."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 import lopt
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 KINDS = ("shipped", "presets", "rules", "tasks", "estimators")
 
 
+@click.command(name="list", short_help="List rules, presets, tasks and estimators.")
+@click.argument("what", type=click.Choice(KINDS), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_kinds(what: str | None, as_json: bool) -> None:
+    """List shipped rules, presets, and what rules, tasks and estimators there are."""
+    contents = list_contents(what)
+    if as_json:
+        click.echo(json.dumps(contents))
+    else:
+        print_contents(contents, Console())
+
+
 def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
-    """Entries by name, of one of `KINDS` or all: a line each, or a dict of columns."""
-    from lopt.cli.commands.catalogue import list_families
+    """All that can be named in a configuration or a command, collected from the registries and the shipped files.
+
+    Args:
+        kind: one of `KINDS`, or None for all of them.
+    Returns:
+        For each kind its entries by name: a line of text, or a dict of columns.
+    """
     from lopt.meta.config.run import list_presets
     from lopt.meta.estimators import ESTIMATORS
     from lopt.rules import RULES
@@ -33,19 +54,61 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
     return {key: contents[key]() for key in ([kind] if kind else KINDS)}
 
 
-def print_contents(contents: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """A table of each kind."""
-    from rich.markup import escape
-    from rich.table import Table
+class FamilyFacts(TypedDict):
+    """What there is to say about a family with its default options; None where it has none.
 
+    Attributes:
+        what: the first line of its file.
+        parameters: of one task.
+        horizon: steps that a task is meant to be trained for.
+        tuned_adam: mean loss that Adam with a tuned learning rate reaches in them, from `lopt.tasks.tuned_adam`.
+    """
+
+    what: str
+    parameters: int | None
+    horizon: int | None
+    tuned_adam: float | None
+
+
+def list_families() -> dict[str, FamilyFacts]:
+    """Every family of `TASKS` by name, to choose one by its size and by what is reached on it.
+
+    Builds them all, which reads their data. Families whose data this installation lacks, and `module`, which has no
+    defaults, have no numbers.
+    """
+    from lopt.tasks import TASKS
+
+    return {name: _describe_family(name, cls) for name, cls in TASKS.items()}
+
+
+def _describe_family(name: str, cls: Callable[[], Any]) -> FamilyFacts:
+    what = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+    unknown: FamilyFacts = {"what": what, "parameters": None, "horizon": None, "tuned_adam": None}
+    if name == "module":
+        return unknown
+    try:
+        family = cls()
+    except ImportError:
+        return unknown
+    final = None if family.baseline is None else family.baseline.final
+    return {"what": what, "parameters": family.spec.size, "horizon": family.horizon, "tuned_adam": final}
+
+
+def print_contents(contents: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Print a table of each kind, headed by its name; entries that are a line of text have one column without a title.
+
+    Args:
+        contents: from `list_contents`.
+        console: whose width the tables take.
+    """
     for title, entries in contents.items():
-        told = {name: entry if isinstance(entry, dict) else {"": entry} for name, entry in entries.items()}
-        columns = list(next(iter(told.values()), {}))
+        rows = {name: entry if isinstance(entry, dict) else {"": entry} for name, entry in entries.items()}
+        columns = list(next(iter(rows.values()), {}))
         table = Table(title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
         for column in columns:
             table.add_column(column, justify="left" if column in ("", "what") else "right")
-        for name, entry in told.items():
+        for name, entry in rows.items():
             table.add_row(escape(name), *(escape(_write_cell(entry[column])) for column in columns))
         console.print(table, "")
 

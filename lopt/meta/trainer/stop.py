@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
-
-UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class Reason(IntEnum):
@@ -61,16 +58,3 @@ class Stop:
         finally:
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of "90", "90s", "30m", "1.5h" or "1h30m".
-
-    Raises:
-        ValueError: something else, or not positive.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text + "s" * text[-1:].isdigit())
-    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if "".join(map("".join, parts)) != text + "s" * text[-1:].isdigit() or seconds <= 0:
-        raise ValueError(f"a time is given as 90s, 30m, 1.5h or 1h30m, got {text!r}")
-    return seconds

@@ -1,0 +1,85 @@
+"""`lopt eval`: compare a rule with tuned baselines on held-out tasks, in tables, pictures and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lopt.cli.console import ARCHIVE, RUNS, compare_all, make_folder, open_rule, show
+
+EXAMPLES = """
+\b
+Examples:
+  lopt eval digits-lstm
+  lopt eval runs/q --steps 200 --seeds 50
+  lopt eval my.safetensors --task mlp --set width=40 --set activation=relu --baselines adam,nesterov
+
+RULE is a shipped name (see `lopt list shipped`), a rule file or the folder of a run. Without --task, --set and --steps
+it is judged on all settings that its training card names.
+"""
+
+
+@click.command(name="eval", short_help="Compare a rule with tuned baselines.", epilog=EXAMPLES)
+@click.argument("rule")
+@click.option("--task", help="Task family, see `lopt list tasks`.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
+@click.option("--steps", type=click.IntRange(min=1), multiple=True, help="Length of the runs; repeatable.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Held-out tasks [default: the card's, or 20].")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws other held-out tasks.")
+@click.option("--baselines", help="Comma-separated; all seven by default.")
+@click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
+@click.option("--archive", type=click.Path(path_type=Path), default=ARCHIVE, show_default=True, help="Tuned baselines.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [default: runs/eval-RULE-OPTIONS].")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparisons as JSON.")
+def judge_rule(
+    rule: str,
+    task: str | None,
+    overrides: tuple[str, ...],
+    steps: tuple[int, ...],
+    seeds: int | None,
+    seed: int,
+    baselines: str | None,
+    criterion: str,
+    archive: Path,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
+    from lopt.cli.run_folder import read_command, slugify
+    from lopt.core.names import choose
+    from lopt.evaluation.baselines import BASELINES
+    from lopt.evaluation.settings import UnclearTask, check_label, choose_settings, read_card
+
+    path, learned, content = open_rule(rule)
+    card = read_card(content)
+    try:
+        settings = choose_settings(card, task, overrides, steps)
+    except UnclearTask as error:
+        raise click.UsageError(f"{rule} {error}") from error
+    label = check_label(card.name or path.stem)
+    names = [choose("baselines", name.strip(), BASELINES) for name in baselines.split(",")] if baselines else BASELINES
+
+    # What was asked for names the folder, so that evaluations with other options do not overwrite each other.
+    asked = {"steps": steps, "seeds": seeds, "seed": seed, "criterion": criterion if criterion != "final" else ""}
+    words = ["eval", label, task, *overrides, baselines, *(f"{key} {value}" for key, value in asked.items() if value)]
+    out = out or RUNS / slugify(" ".join(filter(None, words)))
+    make_folder(out)
+    make_folder(archive)
+
+    console = Console(stderr=as_json)
+    comparisons = compare_all(
+        {label: learned},
+        settings,
+        console,
+        num_seeds=seeds or (card.config.evaluation.seeds if card.config else 20),
+        seed=seed,
+        baselines=names,
+        criterion=criterion,
+        archive=archive,
+    )
+    show(comparisons, out, console, read_command())
+    if as_json:
+        click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))

@@ -1,0 +1,40 @@
+"""`lopt inspect`: show what a rule is (configuration, size, state, training card), and draw what it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lopt.cli.console import RUNS, make_folder, open_rule, say
+
+
+@click.command(name="inspect", short_help="Show what a rule is and does, and how it was trained.")
+@click.argument("rule")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the pictures [default: runs/inspect-RULE].")
+@click.option("--pictures/--no-pictures", default=None, help="Draw them [default: yes; with --json only for --out].")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -> None:
+    """Show what RULE is (configuration, size, state, training card) and draw what it does."""
+    from lopt.cli.run_folder import slugify
+    from lopt.evaluation.behaviour.facts import find_horizon, inspect_rule, print_facts
+    from lopt.evaluation.behaviour.pictures import probe_rule, write_portrait
+
+    path, learned, card = open_rule(rule)
+    label = card.get("name") or path.stem
+    folder = out or RUNS / slugify(f"inspect {label}")
+    draws = pictures or (pictures is None and (out is not None or not as_json))
+    if draws:
+        make_folder(folder)
+    facts, console = inspect_rule(learned), Console(stderr=as_json)
+    if as_json:
+        click.echo(json.dumps({**facts, "card": card}))
+    else:
+        print_facts(facts, card, console)
+    if draws:
+        with console.status("probing and drawing"):
+            written = write_portrait(folder, probe_rule(learned, label, find_horizon(card)))
+        for name, picture in written.items():
+            say(console, f"{name:>16}  {picture}")

@@ -1,0 +1,101 @@
+"""`lopt sweep`: meta-train with several settings, each a run of its own, and keep the rule that validates best."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from lopt.cli.console import RUNS, say
+
+if TYPE_CHECKING:
+    from lopt.cli.sweep.sweep import Sweep
+    from lopt.cli.sweep.trials import Trial
+
+EXAMPLES = """
+\b
+Examples:
+  lopt sweep digits-lstm --vary trainer.learning_rate=1e-3,3e-3,1e-2 --vary rule.hidden=10,20
+  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --vary estimator.sigma=0.003:0.1:log --samples 16
+  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --samples 16 --halve-every 100
+  lopt sweep --resume runs/sweep-mixture
+
+Every trial is a run of its own, which `lopt report` and TensorBoard show. The best one is that with the best
+validation, which flatters it: `lopt eval` judges its rule on other tasks.
+"""
+
+
+@click.command(name="sweep", short_help="Meta-train with several settings; keep the best rule.", epilog=EXAMPLES)
+@click.argument("preset", required=False)
+@click.option("--resume", type=click.Path(path_type=Path), metavar="SWEEP", help="Go on with this sweep's folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep [default: runs/sweep-PRESET].")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of all trials.")
+@click.option("--vary", multiple=True, metavar="KEY=A,B,C", help="Try these values, or KEY=LOW:HIGH[:log]; repeatable.")
+@click.option("--samples", type=click.IntRange(min=1), help="Draw so many trials [default: all combinations].")
+@click.option("--workers", type=click.IntRange(min=1), help="Trials at a time, one thread each [default: all cores].")
+@click.option("--halve-every", default=0, metavar="STEPS", help="End the worse half of the trials every STEPS steps.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def sweep_settings(
+    preset: str | None,
+    resume: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    vary: tuple[str, ...],
+    samples: int | None,
+    workers: int | None,
+    halve_every: int,
+    as_json: bool,
+) -> None:
+    """Meta-train a rule from PRESET or a TOML file with several settings; keep the one that validates best."""
+    from lopt.cli.run_folder import slugify
+    from lopt.cli.sweep.sweep import resume_sweep, start_sweep
+    from lopt.meta.config.run import load_config
+
+    if resume is not None and (preset or out or overrides or vary or samples or halve_every):
+        raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
+    if resume is not None:
+        sweep = resume_sweep(resume)
+    elif preset is None:
+        raise click.UsageError("give a PRESET or --resume SWEEP; `lopt list presets` shows the presets")
+    else:
+        config = load_config(preset, list(overrides))
+        folder = out or RUNS / slugify(f"sweep {config.name}")
+        sweep = start_sweep(config, vary, folder, samples=samples, halve_every=halve_every)
+    run_sweep(sweep, workers or os.cpu_count() or 1, Console(stderr=as_json))
+    if as_json:
+        click.echo((sweep.folder / "sweep.json").read_text())
+
+
+def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
+    """Run a sweep to its end, with a line for every trial that ends and a table of all of them at last.
+
+    On a signal the running trials are saved, the console says how to go on, and the process exits with status 130.
+
+    Args:
+        sweep: new, or resumed from its folder.
+        workers: processes at a time; no more are started than there are trials.
+        console: for people; results for programs are in the sweep's folder.
+    """
+    from lopt.cli.sweep.sweep import print_trials
+    from lopt.meta.trainer.trainer import Interrupted
+
+    trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
+    say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
+
+    def tell(trial: Trial) -> None:
+        settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
+        outcome = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
+        say(console, f"{trial.name} ({settings}): step {trial.step}, {outcome}")
+
+    try:
+        best = sweep.run(workers, tell)
+    except Interrupted:
+        say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
+        sys.exit(130)
+    print_trials(sweep.state, console)
+    say(console, f"the best one is {best.name}: {sweep.rule_path}")
