@@ -42,7 +42,8 @@ class TaskFamily(Recorded, ABC):
     a family already.
 
     >>> import torch
-    >>> from lopt.core.tensors import draw_normal, make_generator, stack_trees
+    >>> from lopt.core.random import draw_normal, make_generator
+    >>> from lopt.core.tensors import stack_trees
     >>> from lopt.tasks import TaskFamily
     >>> class Mean(TaskFamily):
     ...     '''Find a hidden point `[dim]` from noisy sights of it.'''

@@ -121,12 +121,12 @@ def move_parameter(p: Tensor, delta: Tensor, terms: Terms, seeds: Tensor | None 
 
 
 def draw_bits(seeds: Tensor, count: int) -> Tensor:
-    """`HALF_BITS` random bits for each of `count` coordinates, int64: `lopt.core.tensors.draw_bits`."""
+    """`HALF_BITS` random bits for each of `count` coordinates, int64: `lopt.core.random.draw_bits`."""
     return _shift_right(fold_in(seeds, torch.arange(count, device=seeds.device)), 64 - HALF_BITS)
 
 
 def fold_in(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Independent seeds for every counter, int64: `lopt.core.tensors.fold_in`."""
+    """Independent seeds for every counter, int64: `lopt.core.random.fold_in`."""
     x = seeds + GOLDEN * (counters + 1)
     x = (x ^ _shift_right(x, 30)) * MIX_1
     x = (x ^ _shift_right(x, 27)) * MIX_2
