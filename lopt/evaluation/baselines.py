@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lopt.core.files import write_atomic
-from lopt.core.names import suggest
+from lopt.core.names import choose
 from lopt.core.random import derive_seeds
 from lopt.core.version import VERSION
 from lopt.meta.unroll.curves import run_curves
@@ -99,8 +99,7 @@ class Tuning:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
         if self.finalists < 1:
             raise ValueError(f"finalists must be at least 1, got {self.finalists}")
-        unknown = sorted(set(self.schedules) - set(SCHEDULES))
-        if unknown or not self.schedules:
+        if not self.schedules or set(self.schedules) - set(SCHEDULES):
             raise ValueError(f"schedules must be some of {SCHEDULES}, got {self.schedules}")
 
     def count_seeds(self, family: TaskFamily) -> int:
@@ -109,7 +108,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """One learning rate of a search: losses averaged over `num_seeds` tasks, None where one is not finite."""
 
     exponent: int
@@ -126,33 +125,22 @@ class Tuned:
 
     Attributes:
         settings: all that determined it.
-        trials: in the order of the learning rate.
+        trials: the candidates, in the order of the learning rate; the name is that in archived files.
         best: the learning rate with the lowest loss for each of `CRITERIA`; None if none stayed finite.
         fingerprint: of the settings and the tasks.
         lopt_version: that made it.
     """
 
     settings: dict[str, Any]
-    trials: list[Trial]
+    trials: list[Candidate]
     best: dict[str, float | None]
     fingerprint: str
     lopt_version: str
 
     def lowest(self, criterion: str) -> float:
         """The loss of the best learning rate, infinite if none stayed finite."""
-        best = _choose(self.trials, criterion)
+        best = _pick_best(self.trials, criterion)
         return float("inf") if best is None else float(getattr(best, criterion))
-
-
-def check_baseline(name: str) -> str:
-    """`name` itself, if it is one of `BASELINES`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}. {suggest(name, BASELINES)}")
-    return name
 
 
 def tune_baseline(
@@ -175,7 +163,7 @@ def tune_baseline(
     Raises:
         ValueError: `name` is not a hand-designed optimizer.
     """
-    check_baseline(name)
+    choose("baseline", name, BASELINES)
     num_seeds = tuning.count_seeds(family)
     settings = {
         "format": FORMAT,
@@ -190,18 +178,18 @@ def tune_baseline(
     }
     fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
     path = None if archive is None else archive / f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
-    found = None if path is None else load_tuned(path, fingerprint)
-    if found is not None:
-        return found
+    archived = None if path is None else load_tuned(path, fingerprint)
+    if archived is not None:
+        return archived
     if on_search is not None:
         count = tuning.grid.high - tuning.grid.low + 1
         on_search(f"{name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
-    trials = _search(name, schedule, family, num_steps, tuning)
-    best = {criterion: _choose(trials, criterion) for criterion in CRITERIA}
+    candidates = _search(name, schedule, family, num_steps, tuning)
+    best = {criterion: _pick_best(candidates, criterion) for criterion in CRITERIA}
     tuned = Tuned(
         settings,
-        trials,
-        {key: None if trial is None else trial.lr for key, trial in best.items()},
+        candidates,
+        {key: None if candidate is None else candidate.lr for key, candidate in best.items()},
         fingerprint,
         VERSION,
     )
@@ -217,53 +205,53 @@ def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
         return None
     try:
         content = json.loads(path.read_text())
-        trials = [Trial(**trial) for trial in content.pop("trials")]
-        tuned = Tuned(trials=trials, **content)
+        candidates = [Candidate(**candidate) for candidate in content.pop("trials")]
+        tuned = Tuned(trials=candidates, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning("archived tuning %s is damaged (%s); tuning again", path, error)
         return None
-    chosen = {c: t.lr if (t := _choose(trials, c)) else None for c in CRITERIA}
+    chosen = {c: t.lr if (t := _pick_best(candidates, c)) else None for c in CRITERIA}
     if tuned.fingerprint != fingerprint or tuned.best != chosen:
         logger.warning("archived tuning %s belongs to other settings; tuning again", path)
         return None
     return tuned
 
 
-def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning) -> list[Trial]:
+def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning) -> list[Candidate]:
     """The grid on a few tasks, then finalists on all, until no learning rate that is not tried looks better."""
     full = tuning.count_seeds(family)
     few = min(full, max(4, full // 8))
-    trials: dict[int, Trial] = {}
+    candidates: dict[int, Candidate] = {}
 
     def try_rates(exponents: Iterable[int], num_seeds: int) -> None:
         todo = sorted(exponents)
         new = _try_rates(name, schedule, family, num_steps, tuning, todo, num_seeds)
-        trials.update(zip(todo, new, strict=True))
+        candidates.update(zip(todo, new, strict=True))
 
     todo = set(range(tuning.grid.low, tuning.grid.high + 1))
     while todo:
         try_rates(todo, few)
-        while promising := _pick_finalists(trials.values(), tuning.finalists, full):
+        while promising := _pick_finalists(candidates.values(), tuning.finalists, full):
             try_rates(promising, full)
-        todo = _extend(trials)
-    return [trials[k] for k in sorted(trials)]
+        todo = _extend(candidates)
+    return [candidates[k] for k in sorted(candidates)]
 
 
-def _pick_finalists(trials: Iterable[Trial], count: int, full: int) -> set[int]:
+def _pick_finalists(candidates: Iterable[Candidate], count: int, full: int) -> set[int]:
     """Of the best `count` for either criterion those that were not tried on all tasks."""
     found = set()
     for criterion in CRITERIA:
-        for trial in _rank(trials, criterion)[:count]:
-            if trial.num_seeds < full:
-                found.add(trial.exponent)
+        for candidate in _rank(candidates, criterion)[:count]:
+            if candidate.num_seeds < full:
+                found.add(candidate.exponent)
     return found
 
 
-def _extend(trials: Mapping[int, Trial]) -> set[int]:
+def _extend(candidates: Mapping[int, Candidate]) -> set[int]:
     """What to try beyond an edge that is best; where nothing is finite, smaller learning rates."""
-    low, high = min(trials), max(trials)
-    best = [_choose(trials.values(), criterion) for criterion in CRITERIA]
-    edges = {low if trial is None else trial.exponent for trial in best}
+    low, high = min(candidates), max(candidates)
+    best = [_pick_best(candidates.values(), criterion) for criterion in CRITERIA]
+    edges = {low if candidate is None else candidate.exponent for candidate in best}
     below = range(max(low - EXTENSION, -EXPONENT_LIMIT), low) if low in edges else ()
     above = range(high + 1, min(high + EXTENSION, EXPONENT_LIMIT) + 1) if high in edges else ()
     return {*below, *above}
@@ -271,7 +259,7 @@ def _extend(trials: Mapping[int, Trial]) -> set[int]:
 
 def _try_rates(
     name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int], num_seeds: int
-) -> list[Trial]:
+) -> list[Candidate]:
     """All given learning rates on the first `num_seeds` tuning tasks, as one population."""
     rule = RULES[name](schedule=schedule)
     lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
@@ -301,18 +289,18 @@ def _try_rates(
         curves.diverged.view(len(lrs), num_seeds).sum(1).tolist(),
         strict=True,
     )
-    return [Trial(*column) for column in columns]
+    return [Candidate(*column) for column in columns]
 
 
-def _rank(trials: Iterable[Trial], criterion: str) -> list[Trial]:
+def _rank(candidates: Iterable[Candidate], criterion: str) -> list[Candidate]:
     """Those that are finite, the lowest loss first."""
-    finite = [trial for trial in trials if getattr(trial, criterion) is not None]
-    return sorted(finite, key=lambda trial: (getattr(trial, criterion), trial.exponent))
+    finite = [candidate for candidate in candidates if getattr(candidate, criterion) is not None]
+    return sorted(finite, key=lambda candidate: (getattr(candidate, criterion), candidate.exponent))
 
 
-def _choose(trials: Iterable[Trial], criterion: str) -> Trial | None:
+def _pick_best(candidates: Iterable[Candidate], criterion: str) -> Candidate | None:
     """The best: after the last round of a search it has been tried on all tasks."""
-    ranked = _rank(trials, criterion)
+    ranked = _rank(candidates, criterion)
     return ranked[0] if ranked else None
 
 

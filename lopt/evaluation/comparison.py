@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.version import VERSION
-from lopt.evaluation.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, check_baseline, tune_baseline
+from lopt.evaluation.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, tune_baseline
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, Numbers, Run
 from lopt.evaluation.statistics import compare_paired, compute_speedup, keep_finite, summarize
 from lopt.meta.unroll.curves import Curves, run_curves
@@ -92,11 +93,10 @@ def read_environment() -> dict[str, str]:
 def _check(rules: Mapping[str, Rule], baselines: Sequence[str], criterion: str, num_seeds: int) -> None:
     if not rules:
         raise ValueError("there is no rule to compare")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
+    choose("criterion", criterion, CRITERIA)
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
-    labels = [*rules, *map(check_baseline, baselines), DEFAULT_LABEL]
+    labels = [*rules, *(choose("baseline", name, BASELINES) for name in baselines), DEFAULT_LABEL]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"labels must differ, but these are used twice: {twice}")

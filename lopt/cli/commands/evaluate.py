@@ -60,7 +60,7 @@ def judge_rule(
     except UnclearTask as error:
         raise click.UsageError(f"{rule} {error}") from error
     label = check_label(card.name or path.stem)
-    names = [choose("baselines", name.strip(), BASELINES) for name in baselines.split(",")] if baselines else BASELINES
+    names = [choose("baseline", name.strip(), BASELINES) for name in baselines.split(",")] if baselines else BASELINES
 
     # What was asked for names the folder, so that evaluations with other options do not overwrite each other.
     asked = {"steps": steps, "seeds": seeds, "seed": seed, "criterion": criterion if criterion != "final" else ""}
