@@ -65,7 +65,8 @@ def measure_hip(variant: Variant, arch: str) -> dict[str, Any]:
     try:
         lanes = 64 if arch.startswith("gfx9") else 32
         source = variant.make_source()
-        exact = {"FAST": False} if "FAST" in source.constexprs else {}  # NVIDIA's instructions
+        sizes = source.constexprs.get("SIZES")
+        exact = {"SIZES": sizes._replace(FAST=False)} if hasattr(sizes, "FAST") else {}  # NVIDIA's instructions
         source = replace(source, constexprs=source.constexprs | exact)
         kernel, seconds = compile_once(source, "hip", arch, lanes)
         row |= read_hip_figures(kernel.asm["amdgcn"])

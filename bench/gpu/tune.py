@@ -120,8 +120,8 @@ def make_group(name: str, shapes: Shapes, drawn: Drawn) -> Group:
     program = FUSED[name](rule, [parts], n)
     assert isinstance(program, FeatureProgram), "likewise"
     tensors = [describe_part(rule, part, program.slot(part)) for part in parts]
-    terms = parameters.Terms(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
-    items = parameters.make_items(drawn[1], terms)
+    rates = parameters.Rates(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
+    items = parameters.make_items(drawn[1], rates)
     factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
     if factored:
         lines.launch_segments(lines.make_lines(factored), program.decays, items, program.family)

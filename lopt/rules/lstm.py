@@ -10,8 +10,8 @@ from math import exp, sqrt
 
 import torch
 from lopt_kernels.differentiable import lstm as lstm_autograd
-from lopt_kernels.elementwise import lstm
-from lopt_kernels.elementwise.lstm import LSTMWeights
+from lopt_kernels.elementwise import lstm_layers
+from lopt_kernels.elementwise.lstm_layers import LSTMWeights
 from torch import Tensor, nn
 
 from lopt.core.random import make_generator
@@ -66,7 +66,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
         weights = LSTMWeights(*(getattr(self, name) for name in LSTMWeights._fields))
         h1, c1, h2, c2 = (acc[key] for key in STATE)
         vectors = (h1, c1, h2, c2)
-        run = lstm_autograd.run_lstm if lstm_autograd.can_run(x, vectors, weights) else lstm.reference
+        run = lstm_autograd.run_lstm if lstm_autograd.can_run(x, vectors, weights) else lstm_layers.reference
         out, state = run(x, vectors, weights)
         return out, dict(zip(STATE, state, strict=True))
 

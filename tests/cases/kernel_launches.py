@@ -39,21 +39,28 @@ class Compiler:
         given = dict(zip(kernel.arg_names, args, strict=False))
         given |= {key: value for key, value in keywords.items() if key in kernel.arg_names}
         options = {key: value for key, value in keywords.items() if key not in kernel.arg_names}
-        signature: dict[str, str] = {}
+        signature: dict[str, Any] = {}
         constants: dict[str, Any] = {}
         for parameter in kernel.params:
             value = given[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + NAMES[value.dtype]
             else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                signature[parameter.name] = name_type(value)
         key = f"{kernel.__name__} {signature} {constants} {options}"
         if key not in self.seen:
             self.seen.add(key)
             found = compile_figures(CompileSource(kernel, signature, constants, options), self.capability)
             print(kernel.__name__, found.registers, found.spilled, found.shared, flush=True)  # noqa: T201
+
+
+def name_type(value: Any) -> Any:
+    """Triton's name of an argument's type; of a tuple, those of its elements."""
+    if isinstance(value, tuple):
+        return tuple(name_type(each) for each in value)
+    if isinstance(value, torch.Tensor):
+        return "*" + NAMES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def step(name: str, dtype: torch.dtype, scaled: bool, **options: Any) -> None:

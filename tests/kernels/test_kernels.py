@@ -15,7 +15,8 @@ import lopt_kernels
 import pytest
 import torch
 from lopt_kernels import DIFFERENTIABLE_OPS, GROUP_OPS, OPS, Op
-from lopt_kernels.elementwise.lstm import LSTMWeights, launch, reference, sample
+from lopt_kernels.elementwise.lstm import launch, sample
+from lopt_kernels.elementwise.lstm_layers import LSTMWeights, reference
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -160,7 +161,7 @@ def test_nonfinite_number_stays_in_its_coordinate(op: Op, value: float) -> None:
     clean = tree_leaves(op.launch(**inputs))
     others = torch.arange(count, device=DEVICE) != bad
     for tensor in tree_leaves(inputs):
-        if tensor.shape[-1] != count:  # weights
+        if tensor.shape[-1:] != (count,):  # weights
             continue
         numbers = tensor.view(-1, count)[0]
         kept, numbers[bad] = numbers[bad].item(), value

@@ -278,7 +278,7 @@ def test_second_derivative_is_refused_and_says_what_to_do(op: DifferentiableOp) 
     own: Any = tree_map(lambda t: t.detach().requires_grad_(), draw(op, 1, 3))
     result = tree_leaves(op.run(*own))[0]
     (gradient,) = torch.autograd.grad(result.square().sum(), own[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"{op.name} kernel: .*first order.*lopt_kernels\.autograd\.use_references"):
+    with pytest.raises(RuntimeError, match=rf"{op.name} kernel: .*first order.*lopt_kernels\.differentiable\.autograd\.use_references"):
         gradient.sum().backward()
 
 
@@ -560,8 +560,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lopt_kernels import lstm_autograd, mlp_autograd
-from lopt_kernels.figures import compile_figures
-from lopt_kernels.mlp import Shape
+from lopt_kernels.launching.figures import compile_figures
+from lopt_kernels.feature_mlp.mlp import Shape
 {large if wide else small}
 for name, s in sources.items():
     figures = compile_figures(s, {capability})

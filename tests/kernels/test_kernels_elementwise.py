@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from lopt_kernels import OPS, Op
-from lopt_kernels.launching.parameters import Items, Terms, draw_bits, make_items
+from lopt_kernels.launching.parameters import Items, Rates, draw_bits, make_items
 from lopt_kernels.launching.segments import Segment, Segments, by_elements
 from torch import Tensor
 
@@ -25,21 +25,27 @@ from lopt.core.random import fold_in
 from lopt.optim.torch_backend.chunked import ChunkedTensor
 from lopt.optim.update import Apply
 from lopt.rules import RULES as LOPT_RULES
-from lopt.rules import Clock, step_tensors
+from lopt.rules import Clock, Rule, step_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RULES = {"adamw": "adamw", "coordinatewise_lstm": "lstm", "rnnprop": "rnnprop"}  # op -> rule
-KEYS = {"adamw": ("m", "v"), "coordinatewise_lstm": ("h1", "c1", "h2", "c2")}  # of the rule's accumulators
-KEYS["rnnprop"] = (*KEYS["coordinatewise_lstm"], "m", "v")
+ELEMENTWISE = {name: op for name, op in OPS.items() if op.formula}
 PACKAGES = Path(lopt_kernels.__file__).parents[1]
 GUARD = 256  # numbers on each side of a guarded tensor
 EXACT = 1e-5  # order of summation, in float32
 TOLERANCE = {torch.float32: EXACT, torch.bfloat16: 2e-2}  # of the state; bfloat16: tf32 products, one rounding
 
-each_op = pytest.mark.parametrize("op", [pytest.param(OPS[name], id=name) for name in RULES])
+each_op = pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in ELEMENTWISE.items()])
 each_op_and_state = pytest.mark.parametrize(
     ("op", "dtype"),
-    [pytest.param(OPS[n], d, id=f"{n}-{d}".replace("torch.", "")) for n in RULES for d in OPS[n].state_dtypes],
+    [
+        pytest.param(op, dtype, id=f"{name}-{dtype}".replace("torch.", ""))
+        for name, op in ELEMENTWISE.items()
+        for dtype in op.state_dtypes
+    ],
+)
+each_op_and_rule = pytest.mark.parametrize(
+    ("op", "rule"),
+    [pytest.param(op, rule, id=f"{name}-{rule}") for name, op in ELEMENTWISE.items() for rule in op.formula.rules],
 )
 
 
@@ -50,7 +56,7 @@ class Group(NamedTuple):
     grads: list[Tensor]
     states: list[tuple[Tensor, ...]]
     weights: Any
-    terms: Terms
+    rates: Rates
     live: Tensor
     steps: Tensor
     buffers: list[Tensor]
@@ -61,7 +67,7 @@ class Group(NamedTuple):
         return Segments(made, by_elements(op.block))
 
     def items(self, seeds: Tensor | None = None) -> Items:
-        return make_items(self.grads, self.terms, self.live, self.steps, seeds)
+        return make_items(self.grads, self.rates, self.live, self.steps, seeds)
 
     def clone(self) -> Group:
         """The same numbers in other memory."""
@@ -89,26 +95,19 @@ def draw_group(
     p_dtype: torch.dtype = torch.float32,
     g_dtype: torch.dtype = torch.float32,
 ) -> Group:
-    """Parameters of these sizes with heterogeneous gradients, different terms and two sets of weights."""
+    """Parameters of these sizes with heterogeneous gradients, different rates and two sets of weights."""
     generator = torch.Generator().manual_seed(sum(sizes))
     drawn = [op.sample(size, generator, dtype, DEVICE) for size in sizes]
     other = op.sample(1, generator, dtype, DEVICE)["weights"]
     first = drawn[0]["weights"]
-    if op.name == "adamw":
-        other = other._replace(lr=other.lr * 2, beta2=other.beta2 - 0.01)
     count = torch.arange(len(sizes), device=DEVICE)
     shapes = [() if size == 1 else (size,) for size in sizes]
     group = Group(
         params=[d["p"].to(p_dtype).reshape(shape) for d, shape in zip(drawn, shapes, strict=True)],
         grads=[d["g"].to(g_dtype) for d in drawn],
         states=[d["state"] for d in drawn],
-        weights=type(first)(
-            *(
-                torch.stack([a, b]).reshape(2, *([] if op.name == "adamw" else a.shape))
-                for a, b in zip(first, other, strict=True)
-            )
-        ),
-        terms=Terms(0.5 + 0.1 * count, 0.03 * (count % 3), 1.0 - 2.0 * (count % 2)),
+        weights=type(first)(*(torch.stack(pair) for pair in zip(first, other, strict=True))),
+        rates=Rates(0.5 + 0.1 * count, 0.03 * (count % 3), 1.0 - 2.0 * (count % 2)),
         live=torch.ones(len(sizes), dtype=torch.bool, device=DEVICE),
         steps=7 * count,
         buffers=[],
@@ -130,7 +129,7 @@ def expect(op: Op, group: Group, i: int, **options: Any) -> tuple[Tensor, ...]:
         group.grads[i].reshape(-1),
         group.states[i],
         type(group.weights)(*(w[i % 2] for w in group.weights)),
-        Terms(*(t[i : i + 1] for t in group.terms)),
+        Rates(*(t[i : i + 1] for t in group.rates)),
         group.steps[i : i + 1].float(),
         **options,
     )
@@ -202,7 +201,7 @@ def test_low_precision_parameters_are_rounded_once(op: Op, p_dtype: torch.dtype,
 @each_op
 def test_dead_segment_is_not_written_and_a_rate_of_zero_only_moves_the_state(op: Op) -> None:
     group = draw_group(op, [op.block + 1, 9, 9])
-    group.live[0], group.terms.lr[1] = False, 0.0
+    group.live[0], group.rates.lr[1] = False, 0.0
     group.grads[0].fill_(torch.nan)
     group.grads[1][0] = torch.nan  # 0 times it is not 0
     old = group.clone()
@@ -261,12 +260,16 @@ def test_bfloat16_parameters_are_rounded_by_lopts_random_bits(op: Op) -> None:
 # --- lopt's own rules ---
 
 
-@each_op
+@each_op_and_rule
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("tensor_rate", [False, True])
-def test_reference_equals_lopts_rule_under_its_own_apply(op: Op, maximize: bool, tensor_rate: bool) -> None:
-    rule = LOPT_RULES[RULES[op.name]]()
-    generator = torch.Generator().manual_seed(3)
+def test_reference_equals_lopts_rule_under_its_own_apply(op: Op, rule: str, maximize: bool, tensor_rate: bool) -> None:
+    check_reference(op, LOPT_RULES[rule](), maximize, tensor_rate)
+
+
+def check_reference(op: Op, rule: Rule, maximize: bool, tensor_rate: bool) -> None:
+    """The op's definition moves a matrix as the rule does in three steps of the optimizer."""
+    formula, generator = op.formula, torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, weight in rule.named_parameters():  # an untrained output layer hardly moves anything
             if "w_out" in name:
@@ -275,13 +278,10 @@ def test_reference_equals_lopts_rule_under_its_own_apply(op: Op, maximize: bool,
     acc = rule.init_state({"": p}).accumulators[""]
     stepped = {key: value.clone() for key, value in acc.items()}
     moved, flat = p.clone(), p.reshape(-1).clone()
-    state = tuple(acc[key].flatten(acc[key].ndim - 2).clone() for key in KEYS[op.name])
-    fields = type(op.sample(1, generator, torch.float32, torch.device("cpu"))["weights"])._fields
-    weights = type(op.sample(1, generator, torch.float32, torch.device("cpu"))["weights"])(
-        *(getattr(rule, field).detach() for field in fields)
-    )
+    state = tuple(acc[key].flatten(acc[key].ndim - 2).clone() for key in formula.keys)
+    weights = formula.weights(*(getattr(rule, field).detach() for field in formula.weights._fields))
     lr, decay = 0.8, 0.1
-    terms = Terms(torch.tensor([lr]), torch.tensor([decay]), torch.tensor([-0.5 if maximize else 0.5]))
+    rates = Rates(torch.tensor([lr]), torch.tensor([decay]), torch.tensor([-0.5 if maximize else 0.5]))
     for step in range(3):
         g = torch.randn(6, 5, generator=generator) * 10 ** torch.arange(-4.0, 2)[:, None]
         before = moved.clone()
@@ -289,9 +289,9 @@ def test_reference_equals_lopts_rule_under_its_own_apply(op: Op, maximize: bool,
         tensor = ChunkedTensor(rule, moved, g, stepped, apply)
         with torch.no_grad():
             step_tensors(rule, [tensor], None, Clock(torch.tensor([step]), None))
-        flat, state = op.reference(flat, g.reshape(-1), state, weights, terms, torch.tensor([float(step)]))
+        flat, state = op.reference(flat, g.reshape(-1), state, weights, rates, torch.tensor([float(step)]))
         assert_close(flat, moved, before, EXACT)
-        for key, value in zip(KEYS[op.name], state, strict=True):
+        for key, value in zip(formula.keys, state, strict=True):
             torch.testing.assert_close(value.reshape(stepped[key].shape), stepped[key], rtol=EXACT, atol=1e-6)
 
 
@@ -343,7 +343,7 @@ def test_table_names_what_does_not_fit(change: Change, message: str) -> None:
     [
         (lambda g: g._replace(live=g.live.float()), "live must be contiguous torch.bool"),
         (lambda g: g._replace(steps=g.steps[:1]), r"steps must be contiguous torch.int64 \[2\]"),
-        (lambda g: g._replace(terms=g.terms._replace(lr=g.terms.lr.double())), "lr must be contiguous torch.float32"),
+        (lambda g: g._replace(rates=g.rates._replace(lr=g.rates.lr.double())), "lr must be contiguous torch.float32"),
         (lambda g: g._replace(weights=type(g.weights)(*(w[:1] for w in g.weights))), "slot 1, .* a stack of 1"),
         (lambda g: g._replace(weights=type(g.weights)(*(w.double() for w in g.weights))), "must be contiguous torch.f"),
         (lambda g: g._replace(states=[s[1:] for s in g.states]), "state tensors"),
@@ -360,7 +360,7 @@ def test_launch_names_what_it_cannot_take(op: Op, change: Callable[[Group], Grou
 COMPILE_AND_PRINT = """
 import torch
 from lopt_kernels import OPS
-from lopt_kernels.figures import compile_figures
+from lopt_kernels.launching.figures import compile_figures
 for name, dtypes in {what}.items():
     options = {options}
     for dtype in dtypes:
@@ -383,19 +383,20 @@ def compile_all(what: str, first: int, folder: Path, **options: Any) -> list[str
     return done.stdout.splitlines()
 
 
-def test_adamw_with_random_rounding_compiles_without_spills(tmp_path: Path) -> None:
-    lines = compile_all("{'adamw': [torch.float32]}", 1, tmp_path)
-    assert len(lines) == 2
+def test_light_kernels_with_random_rounding_compile_without_spills(tmp_path: Path) -> None:
+    light = [name for name, op in ELEMENTWISE.items() if op.formula.layers is None]
+    lines = compile_all(f"{{name: [torch.float32] for name in {light}}}", 1, tmp_path)
+    assert len(lines) == 2 * len(light)
     assert all(line.split()[5] == "0" for line in lines), lines
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
-    what = ", ".join(f"{name!r}: {list(OPS[name].state_dtypes)}" for name in RULES)
+    what = ", ".join(f"{name!r}: {list(op.state_dtypes)}" for name, op in ELEMENTWISE.items())
     lines = compile_all(f"{{{what}}}", 0, tmp_path)
-    assert len(lines) == 20
+    assert len(lines) == 4 * sum(len(op.state_dtypes) for op in ELEMENTWISE.values())
     assert all(line.split()[5] == "0" for line in lines), lines
-    what = "{'coordinatewise_lstm': [torch.float32], 'rnnprop': [torch.float32]}"
-    lines = compile_all(what, 0, tmp_path, precision="tf32")
-    assert len(lines) == 8
+    deep = [name for name, op in ELEMENTWISE.items() if op.formula.layers is not None]
+    lines = compile_all(f"{{name: [torch.float32] for name in {deep}}}", 0, tmp_path, precision="tf32")
+    assert len(lines) == 4 * len(deep)
     assert all(line.split()[5] == "0" for line in lines), lines

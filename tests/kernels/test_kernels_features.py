@@ -97,10 +97,10 @@ def divided(t: Tensors) -> list[Tensors]:
 
 def advance(t: Tensors, family: Family) -> Tensors:
     """`t` after the launches on accumulators."""
-    terms, decays = parameters.sample_terms(DEVICE), draw_decays(family)
+    rates, decays = parameters.sample_rates(DEVICE), draw_decays(family)
     if t.axes is not None and family.factored:
-        t = t._replace(**lines.reference(t, decays, terms, family)._asdict())
-    new = accumulate.reference(t, decays, terms, family)
+        t = t._replace(**lines.reference(t, decays, rates, family)._asdict())
+    new = accumulate.reference(t, decays, rates, family)
     return t._replace(m=new.m, v=new.v, first=t.first if new.averages is None else new.averages)
 
 
@@ -122,9 +122,9 @@ def test_lines_equal_reference(dtype: torch.dtype) -> None:
         averages = [torch.rand(shape, generator=torch.Generator().manual_seed(1)) for shape in (first, second)]
         group.append(t._replace(axes=axes, first=averages[0].to(DEVICE), second=averages[1].to(DEVICE)))
     group += [t._replace(rows=1) for t in group]
-    terms = parameters.sample_terms(DEVICE)
-    for t, made in zip(group, lines.launch(group, decays, terms, family), strict=True):
-        for got, want in zip(made, lines.reference(t, decays, terms, family), strict=True):
+    rates = parameters.sample_rates(DEVICE)
+    for t, made in zip(group, lines.launch(group, decays, rates, family), strict=True):
+        for got, want in zip(made, lines.reference(t, decays, rates, family), strict=True):
             assert_close(got, want, TOLERANCE)
 
 
@@ -134,11 +134,11 @@ def test_lines_equal_reference(dtype: torch.dtype) -> None:
 )
 def test_accumulators_and_sums_equal_reference(name: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
-    group, decays, terms = draw_group(family, dtype), draw_decays(family), parameters.sample_terms(DEVICE)
+    group, decays, rates = draw_group(family, dtype), draw_decays(family), parameters.sample_rates(DEVICE)
     group += divided(group[5]) if family.factored else []
-    launched = accumulate.launch(group, decays, terms, family, tile=Tile(BLOCK, STEPS))
+    launched = accumulate.launch(group, decays, rates, family, tile=Tile(BLOCK, STEPS))
     for t, new in zip(group, launched, strict=True):
-        want = accumulate.reference(t, decays, terms, family)
+        want = accumulate.reference(t, decays, rates, family)
         for name, tensor in new._asdict().items():
             assert_close(tensor, getattr(want, name), TOLERANCE)
 
@@ -157,40 +157,40 @@ def make_plan(shape: Shape, precision: str = "ieee") -> Plan:
 )
 @pytest.mark.parametrize("delta", [False, True])
 def test_mlp_equals_reference(family: Family, shape: Shape, delta: bool) -> None:
-    group, terms = draw_group(family), parameters.sample_terms(DEVICE)
+    group, rates = draw_group(family), parameters.sample_rates(DEVICE)
     group += divided(group[5]) if family.factored else []
-    weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
-    launched = mlp.launch(group, weights, terms, family, shape, make_plan(shape), delta=delta)
+    weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
+    launched = mlp.launch(group, weights, rates, family, shape, make_plan(shape), delta=delta)
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
-        assert_close(got, mlp.reference(t, own, terms, family, shape, delta=delta), TOLERANCE)
+        assert_close(got, mlp.reference(t, own, rates, family, shape, delta=delta), TOLERANCE)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-3), ("bf16", 2e-2)])
 def test_mlp_on_tensor_cores_is_as_precise_as_their_inputs(precision: str, tolerance: float) -> None:
     family, shape = FAMILIES["small_fc"], Shape(hidden=16)
-    group, terms = draw_group(family, shapes=[(3, 40)]), parameters.sample_terms(DEVICE)
-    weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
-    (got,) = mlp.launch(group, weights, terms, family, shape, make_plan(shape, precision), delta=True)
-    assert_close(got, mlp.reference(group[0], weights, terms, family, shape, delta=True), tolerance)
+    group, rates = draw_group(family, shapes=[(3, 40)]), parameters.sample_rates(DEVICE)
+    weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
+    (got,) = mlp.launch(group, weights, rates, family, shape, make_plan(shape, precision), delta=True)
+    assert_close(got, mlp.reference(group[0], weights, rates, family, shape, delta=True), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mlp_rounds_a_parameter_once(dtype: torch.dtype) -> None:
     family, shape = FAMILIES["celo"], Shape(hidden=2)
-    group, terms = draw_group(family, dtype, [(3, 40), (5,)]), parameters.sample_terms(DEVICE)
-    weights = mlp.draw_weights(group, terms, family, shape, torch.Generator().manual_seed(1))
-    launched = mlp.launch(group, weights, terms, family, shape, make_plan(shape))
+    group, rates = draw_group(family, dtype, [(3, 40), (5,)]), parameters.sample_rates(DEVICE)
+    weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
+    launched = mlp.launch(group, weights, rates, family, shape, make_plan(shape))
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
-        assert_close(got, mlp.reference(t, own, terms, family, shape), ROUNDING[dtype])
+        assert_close(got, mlp.reference(t, own, rates, family, shape), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_fold_equals_reference(name: str) -> None:
     family = FAMILIES[name]
-    group, terms, decays = draw_group(family), parameters.sample_terms(DEVICE), draw_decays(family)
+    group, rates, decays = draw_group(family), parameters.sample_rates(DEVICE), draw_decays(family)
     group += divided(group[5]) if family.factored else []
     sample = fold.sample(0, torch.Generator().manual_seed(2), torch.float32, DEVICE, family, Shape(hidden=17, layers=2))
-    sums = [accumulate.reference(t, decays, terms, family).squares for t in group]
+    sums = [accumulate.reference(t, decays, rates, family).squares for t in group]
     given = sample | {"group": group, "sums": sums, "steps": torch.arange(len(group), device=DEVICE) * 7}
     given |= {"factor": torch.linspace(-1, 2, len(group), device=DEVICE)}
     for i, got in enumerate(fold.launch(**given)):
@@ -224,9 +224,9 @@ def test_moments_equal_reference(dtype: torch.dtype) -> None:
 def test_scaled_move_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], groups: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(0)
     p, delta = torch.randn((2, *shape), generator=generator).to(DEVICE)
-    terms, p = parameters.sample_terms(DEVICE), p.to(dtype)
-    got = scaled_move.launch(p, delta, terms, 0.3, groups, inner)
-    assert_close(got, scaled_move.reference(p, delta, terms, 0.3, groups, inner), ROUNDING[dtype])
+    rates, p = parameters.sample_rates(DEVICE), p.to(dtype)
+    got = scaled_move.launch(p, delta, rates, 0.3, groups, inner)
+    assert_close(got, scaled_move.reference(p, delta, rates, 0.3, groups, inner), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live:
         [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)],
         features.by_tiles(BLOCK, STEPS),
     )
-    one = parameters.sample_terms(DEVICE)
-    terms = parameters.Terms(*(x.expand(len(group)).contiguous() for x in one))
-    items = parameters.make_items([t.g for t in group], terms, live)
+    one = parameters.sample_rates(DEVICE)
+    rates = parameters.Rates(*(x.expand(len(group)).contiguous() for x in one))
+    items = parameters.make_items([t.g for t in group], rates, live)
     matrices = [(i, t) for i, t in enumerate(group) if t.axes is not None and family.factored]
     if matrices:
         lines.launch_segments(lines.make_lines(matrices), draw_decays(family)[None], items, family)
@@ -323,9 +323,9 @@ def compile_all(capability: int) -> str:
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lopt_kernels import accumulate, lines, mlp
-from lopt_kernels.features import WIDE, Family
-from lopt_kernels.mlp import Shape, choose_plan
+from lopt_kernels.feature_mlp import accumulate, lines, mlp
+from lopt_kernels.feature_mlp.features import WIDE, Family
+from lopt_kernels.feature_mlp.mlp import Shape, choose_plan
 celo, wide = Family(clips=True), 1 << WIDE
 for name, source in {{
     "lines": lines.compile_source(torch.bfloat16),
@@ -363,6 +363,6 @@ def test_reference_of_the_passes_leaves_its_inputs_untouched() -> None:
     family = FAMILIES["celo"]
     (t,) = draw_group(family, shapes=[(5,)])
     before = [x.clone() for x in t if isinstance(x, Tensor)]
-    new = accumulate.reference(t, draw_decays(family), parameters.sample_terms(DEVICE), family)
+    new = accumulate.reference(t, draw_decays(family), parameters.sample_rates(DEVICE), family)
     assert isinstance(new, Accumulated)
     assert all(torch.equal(a, b) for a, b in zip(before, [x for x in t if isinstance(x, Tensor)], strict=True))

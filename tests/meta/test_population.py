@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp
-from lopt_kernels.launching.parameters import Terms, make_items
+from lopt_kernels.launching.parameters import Rates, make_items
 from lopt_kernels.launching.segments import Segments
 from torch import Tensor
 from torch.func import functional_call
@@ -91,9 +91,9 @@ class Kernels:
 
     def step(self, grads: dict[str, Tensor]) -> None:
         n = len(self.tensors)
-        terms = Terms(torch.ones(n, device=DEVICE), torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE))
+        rates = Rates(torch.ones(n, device=DEVICE), torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE))
         each = [grads[key][slot] for slot in range(self.of.count) for key in SHAPES]
-        items = make_items(each, terms, steps=self.of.state.step.repeat_interleave(len(SHAPES)))
+        items = make_items(each, rates, steps=self.of.state.step.repeat_interleave(len(SHAPES)))
         if self.lines is not None:
             lines.launch_segments(self.lines, self.decays, items, self.family)
         sums = accumulate.launch_segments(self.tables[0], self.decays, items, self.family, kinds=self.kinds)

@@ -55,7 +55,7 @@ def test_machine_where_triton_cannot_compile_is_stepped_by_torch(monkeypatch: py
         raise FileNotFoundError("no C compiler")
 
     try_triton = lopt_kernels.launching.op.try_triton
-    monkeypatch.setattr(lopt_kernels.launching.op, "_probe", {(1,): fail})  # its launch
+    monkeypatch.setattr(lopt_kernels.launching.op, "probe", {(1,): fail})  # its launch
     monkeypatch.setattr(lopt_kernels.launching.op, "check_triton", lambda *_: None)
     try_triton.cache_clear()
     try:

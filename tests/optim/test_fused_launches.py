@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,13 @@ def test_graph_may_be_captured_with_gradients_of_its_own(name: str) -> None:
 
 def test_precision_of_products_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    for module in (lopt_kernels.feature_mlp.mlp, lopt_kernels.elementwise.coordinatewise_lstm):
-        original = module._constexprs
-        monkeypatch.setattr(module, "_constexprs", lambda *a, f=original: (used.append(f(*a)["PRECISION"]), f(*a))[1])
+
+    def watch(module: Any, function: str, read: Callable[[dict[str, Any]], str]) -> None:
+        original = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a: (used.append(read(original(*a))), original(*a))[1])
+
+    watch(lopt_kernels.feature_mlp.mlp, "_constexprs", lambda constants: constants["PRECISION"])
+    watch(lopt_kernels.elementwise.driver, "_make_constants", lambda constants: constants["SIZES"].PRECISION)
 
     def change(step: int, params: list[nn.Parameter]) -> None:
         torch.set_float32_matmul_precision(["highest", "high", "medium"][step])

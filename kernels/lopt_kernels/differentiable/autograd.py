@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lopt_kernels.launching.language import triton
 from lopt_kernels.launching.op import CompileSource
-
-try:
-    import triton
-except ImportError:  # references need torch only
-    triton = None
 
 _references = 0  # how many `use_references` are entered; not thread-local: autograd recomputes in threads of its own
 

@@ -20,139 +20,148 @@ from torch.autograd import Function
 
 from lopt_kernels.differentiable import autograd
 from lopt_kernels.differentiable.autograd import DifferentiableOp, check_tensor, differentiate_once, flatten_slots
-from lopt_kernels.elementwise import lstm
-from lopt_kernels.elementwise.lstm import OPTIONS, STATE_DTYPES, STATE_NAMES, LSTMWeights, State, reference
+from lopt_kernels.elementwise import lstm, lstm_layers
+from lopt_kernels.elementwise.lstm import OPTIONS
+from lopt_kernels.elementwise.lstm_layers import (
+    STATE_DTYPES,
+    STATE_NAMES,
+    LSTMWeights,
+    State,
+    compute_gate,
+    find_slot,
+    find_weights,
+    reference,
+    sigmoid,
+    tanh,
+)
+from lopt_kernels.launching.language import jit, tl, triton
 from lopt_kernels.launching.op import CompileSource, check_triton, specialize
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.elementwise.lstm import compute_gate, find_slot, find_weights, sigmoid, tanh
-except ImportError:  # the reference needs torch only
-    triton = None
 
 NAME = "lstm"
 BLOCK = 16  # coordinates per program of the backward pass: what the registers hold without spills
 MAX_WIDTH = 32  # of x and of the hidden vectors, likewise
 
 
-if triton is not None:
+@jit
+def _load(x_ptr, at, mask):
+    return tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
 
-    @triton.jit
-    def _load(x_ptr, at, mask):
-        return tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
 
-    @triton.jit
-    def _compute_gates(x, h, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-        """The gates (i, f, g, o) of one cell, `[PH, BLOCK]` each."""
-        i = sigmoid(compute_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        f = sigmoid(compute_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        g = tanh(compute_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        o = sigmoid(compute_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
-        return i, f, g, o
+@jit
+def _compute_gates(x, h, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+    """The gates (i, f, g, o) of one cell, `[PH, BLOCK]` each."""
+    i = sigmoid(compute_gate(0, x, h, w_ih, w_hh, b, X, H, PRECISION))
+    f = sigmoid(compute_gate(1, x, h, w_ih, w_hh, b, X, H, PRECISION))
+    g = tanh(compute_gate(2, x, h, w_ih, w_hh, b, X, H, PRECISION))
+    o = sigmoid(compute_gate(3, x, h, w_ih, w_hh, b, X, H, PRECISION))
+    return i, f, g, o
 
-    @triton.jit
-    def _differentiate_cell(dh, dc, c, t, i, f, g, o, in_unit):
-        """Gradients of the gates before their nonlinearity and of the old c, from those of the new h and c.
 
-        t is the tanh of the new c. Padded rows are made 0: 0 * inf made NaN of them.
-        """
-        dc += dh * o * (1 - t * t)
-        di = tl.where(in_unit, dc * g * i * (1 - i), 0.0)
-        df = tl.where(in_unit, dc * c * f * (1 - f), 0.0)
-        dg = tl.where(in_unit, dc * i * (1 - g * g), 0.0)
-        do = tl.where(in_unit, dh * t * o * (1 - o), 0.0)
-        return (di, df, dg, do), dc * f
+@jit
+def _differentiate_cell(dh, dc, c, t, i, f, g, o, in_unit):
+    """Gradients of the gates before their nonlinearity and of the old c, from those of the new h and c.
 
-    @triton.jit
-    def _load_transposed(w, gate, X: tl.constexpr, H: tl.constexpr, PX: tl.constexpr, PH: tl.constexpr):
-        """A gate's rows of a matrix `[4H, X]`: [PX, PH]."""
-        unit, k = tl.arange(0, PH), tl.arange(0, PX)
-        return tl.load(w + (gate * H + unit.to(tl.int64)) * X + k[:, None], (k < X)[:, None] & (unit < H), 0.0)
+    t is the tanh of the new c. Padded rows are made 0: 0 * inf made NaN of them.
+    """
+    dc += dh * o * (1 - t * t)
+    di = tl.where(in_unit, dc * g * i * (1 - i), 0.0)
+    df = tl.where(in_unit, dc * c * f * (1 - f), 0.0)
+    dg = tl.where(in_unit, dc * i * (1 - g * g), 0.0)
+    do = tl.where(in_unit, dh * t * o * (1 - o), 0.0)
+    return (di, df, dg, do), dc * f
 
-    @triton.jit
-    def _multiply_back(gates, w_ih, w_hh, dx, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-        """dx `[PX, BLOCK]` and, to be added to nothing, dh `[PH, BLOCK]` from the gradients of the four gates.
 
-        What nobody stores is not computed: the compiler drops it.
-        """
-        dh = tl.zeros_like(gates[0])
-        for gate in tl.static_range(4):  # both products in turn: one after the other takes twice the registers
-            w = _load_transposed(w_ih, gate, X, H, dx.shape[0], dh.shape[0])
-            dx = tl.dot(w, gates[gate], dx, input_precision=PRECISION)
-            w = _load_transposed(w_hh, gate, H, H, dh.shape[0], dh.shape[0])
-            dh = tl.dot(w, gates[gate], dh, input_precision=PRECISION)
-        return dx, dh
+@jit
+def _load_transposed(w, gate, X: tl.constexpr, H: tl.constexpr, PX: tl.constexpr, PH: tl.constexpr):
+    """A gate's rows of a matrix `[4H, X]`: [PX, PH]."""
+    unit, k = tl.arange(0, PH), tl.arange(0, PX)
+    return tl.load(w + (gate * H + unit.to(tl.int64)) * X + k[:, None], (k < X)[:, None] & (unit < H), 0.0)
 
-    @triton.jit
-    def _store_gates(gates_ptr, gates, at, mask, num_coordinates, H: tl.constexpr):
-        for gate in tl.static_range(4):
-            tl.store(gates_ptr + gate * H * num_coordinates.to(tl.int64) + at, gates[gate], mask)
 
-    @triton.jit
-    def _lstm_backward_kernel(
-        x_ptr,  # [S, F, N]
-        h1_ptr, c1_ptr, h2_ptr, c2_ptr,  # [S, H, N]: the old state
-        w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out,  # one set, or S of them with PER_SLOT
-        dout_ptr,  # [S, N]
-        dnew_h1_ptr, dnew_c1_ptr, dnew_h2_ptr, dnew_c2_ptr,  # [S, H, N], or None: nobody used the new state
-        dgates1_ptr, dgates2_ptr,  # [S, 4H, N], or None: no weight needs a gradient
-        dx_ptr,  # [S, F, N] or None
-        dh1_ptr, dc1_ptr, dh2_ptr, dc2_ptr,  # [S, H, N] or None
-        num_coordinates,  # N
-        F: tl.constexpr, H: tl.constexpr,
-        PF: tl.constexpr, PH: tl.constexpr,  # F and H padded to a power of two that tl.dot takes
-        BLOCK: tl.constexpr, PRECISION: tl.constexpr, PER_SLOT: tl.constexpr,
-    ):  # fmt: skip
-        slot, column = find_slot(num_coordinates, BLOCK)
-        in_column = column < num_coordinates
-        weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out)
-        if PER_SLOT:
-            weights = find_weights(weights, slot, F, H)
-        w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
-        feature, unit = tl.arange(0, PF).to(tl.int64), tl.arange(0, PH).to(tl.int64)
-        in_unit = (unit < H)[:, None]
-        x_at, x_mask = ((slot * F + feature) * num_coordinates)[:, None] + column, (feature < F)[:, None] & in_column
-        at, mask = ((slot * H + unit) * num_coordinates)[:, None] + column, in_unit & in_column
-        gates_at = ((slot * (4 * H) + unit) * num_coordinates)[:, None] + column
+@jit
+def _multiply_back(gates, w_ih, w_hh, dx, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+    """dx `[PX, BLOCK]` and, to be added to nothing, dh `[PH, BLOCK]` from the gradients of the four gates.
 
-        # both layers again
-        x, h, c1 = _load(x_ptr, x_at, x_mask), _load(h1_ptr, at, mask), _load(c1_ptr, at, mask)
-        i1, f1, g1, o1 = _compute_gates(x, h, w_ih1, w_hh1, b1, F, H, PRECISION)
-        t1 = tanh(f1 * c1 + i1 * g1)
-        h1 = tl.where(in_unit, o1 * t1, 0.0)  # 0 * inf made NaN of padded rows
-        h, c2 = _load(h2_ptr, at, mask), _load(c2_ptr, at, mask)
-        i, f, g, o = _compute_gates(h1, h, w_ih2, w_hh2, b2, H, H, PRECISION)
-        t = tanh(f * c2 + i * g)
+    What nobody stores is not computed: the compiler drops it.
+    """
+    dh = tl.zeros_like(gates[0])
+    for gate in tl.static_range(4):  # both products in turn: one after the other takes twice the registers
+        w = _load_transposed(w_ih, gate, X, H, dx.shape[0], dh.shape[0])
+        dx = tl.dot(w, gates[gate], dx, input_precision=PRECISION)
+        w = _load_transposed(w_hh, gate, H, H, dh.shape[0], dh.shape[0])
+        dh = tl.dot(w, gates[gate], dh, input_precision=PRECISION)
+    return dx, dh
 
-        # the second layer
-        dout = _load(dout_ptr, slot * num_coordinates + column, in_column)
-        dh = tl.load(w_out + unit, unit < H, 0.0)[:, None] * dout
-        dc, dh1, dc1 = tl.zeros_like(dh), tl.zeros_like(dh), tl.zeros_like(dh)
-        if dnew_h1_ptr is not None:
-            dh += _load(dnew_h2_ptr, at, mask)
-            dc += _load(dnew_c2_ptr, at, mask)
-            dh1 += _load(dnew_h1_ptr, at, mask)
-            dc1 += _load(dnew_c1_ptr, at, mask)
-        dgates, dc = _differentiate_cell(dh, dc, c2, t, i, f, g, o, in_unit)
-        if dgates2_ptr is not None:
-            _store_gates(dgates2_ptr, dgates, gates_at, mask, num_coordinates, H)
-        dh1, dh = _multiply_back(dgates, w_ih2, w_hh2, dh1, H, H, PRECISION)
-        if dh2_ptr is not None:
-            tl.store(dh2_ptr + at, dh.to(dh2_ptr.dtype.element_ty), mask)
-            tl.store(dc2_ptr + at, dc.to(dc2_ptr.dtype.element_ty), mask)
 
-        # the first layer
-        dgates, dc1 = _differentiate_cell(dh1, dc1, c1, t1, i1, f1, g1, o1, in_unit)
-        if dgates1_ptr is not None:
-            _store_gates(dgates1_ptr, dgates, gates_at, mask, num_coordinates, H)
-        dx, dh = _multiply_back(dgates, w_ih1, w_hh1, tl.zeros([PF, BLOCK], tl.float32), F, H, PRECISION)
-        if dh1_ptr is not None:
-            tl.store(dh1_ptr + at, dh.to(dh1_ptr.dtype.element_ty), mask)
-            tl.store(dc1_ptr + at, dc1.to(dc1_ptr.dtype.element_ty), mask)
-        if dx_ptr is not None:
-            tl.store(dx_ptr + x_at, dx, x_mask)
+@jit
+def _store_gates(gates_ptr, gates, at, mask, num_coordinates, H: tl.constexpr):
+    for gate in tl.static_range(4):
+        tl.store(gates_ptr + gate * H * num_coordinates.to(tl.int64) + at, gates[gate], mask)
+
+
+@jit
+def _lstm_backward_kernel(
+    x_ptr,  # [S, F, N]
+    h1_ptr, c1_ptr, h2_ptr, c2_ptr,  # [S, H, N]: the old state
+    w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out,  # one set, or S of them with PER_SLOT
+    dout_ptr,  # [S, N]
+    dnew_h1_ptr, dnew_c1_ptr, dnew_h2_ptr, dnew_c2_ptr,  # [S, H, N], or None: nobody used the new state
+    dgates1_ptr, dgates2_ptr,  # [S, 4H, N], or None: no weight needs a gradient
+    dx_ptr,  # [S, F, N] or None
+    dh1_ptr, dc1_ptr, dh2_ptr, dc2_ptr,  # [S, H, N] or None
+    num_coordinates,  # N
+    F: tl.constexpr, H: tl.constexpr,
+    PF: tl.constexpr, PH: tl.constexpr,  # F and H padded to a power of two that tl.dot takes
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, PER_SLOT: tl.constexpr,
+):  # fmt: skip
+    slot, column = find_slot(num_coordinates, BLOCK)
+    in_column = column < num_coordinates
+    weights = (w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out)
+    if PER_SLOT:
+        weights = find_weights(weights, slot, F, H)
+    w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
+    feature, unit = tl.arange(0, PF).to(tl.int64), tl.arange(0, PH).to(tl.int64)
+    in_unit = (unit < H)[:, None]
+    x_at, x_mask = ((slot * F + feature) * num_coordinates)[:, None] + column, (feature < F)[:, None] & in_column
+    at, mask = ((slot * H + unit) * num_coordinates)[:, None] + column, in_unit & in_column
+    gates_at = ((slot * (4 * H) + unit) * num_coordinates)[:, None] + column
+
+    # both layers again
+    x, h, c1 = _load(x_ptr, x_at, x_mask), _load(h1_ptr, at, mask), _load(c1_ptr, at, mask)
+    i1, f1, g1, o1 = _compute_gates(x, h, w_ih1, w_hh1, b1, F, H, PRECISION)
+    t1 = tanh(f1 * c1 + i1 * g1)
+    h1 = tl.where(in_unit, o1 * t1, 0.0)  # 0 * inf made NaN of padded rows
+    h, c2 = _load(h2_ptr, at, mask), _load(c2_ptr, at, mask)
+    i, f, g, o = _compute_gates(h1, h, w_ih2, w_hh2, b2, H, H, PRECISION)
+    t = tanh(f * c2 + i * g)
+
+    # the second layer
+    dout = _load(dout_ptr, slot * num_coordinates + column, in_column)
+    dh = tl.load(w_out + unit, unit < H, 0.0)[:, None] * dout
+    dc, dh1, dc1 = tl.zeros_like(dh), tl.zeros_like(dh), tl.zeros_like(dh)
+    if dnew_h1_ptr is not None:
+        dh += _load(dnew_h2_ptr, at, mask)
+        dc += _load(dnew_c2_ptr, at, mask)
+        dh1 += _load(dnew_h1_ptr, at, mask)
+        dc1 += _load(dnew_c1_ptr, at, mask)
+    dgates, dc = _differentiate_cell(dh, dc, c2, t, i, f, g, o, in_unit)
+    if dgates2_ptr is not None:
+        _store_gates(dgates2_ptr, dgates, gates_at, mask, num_coordinates, H)
+    dh1, dh = _multiply_back(dgates, w_ih2, w_hh2, dh1, H, H, PRECISION)
+    if dh2_ptr is not None:
+        tl.store(dh2_ptr + at, dh.to(dh2_ptr.dtype.element_ty), mask)
+        tl.store(dc2_ptr + at, dc.to(dc2_ptr.dtype.element_ty), mask)
+
+    # the first layer
+    dgates, dc1 = _differentiate_cell(dh1, dc1, c1, t1, i1, f1, g1, o1, in_unit)
+    if dgates1_ptr is not None:
+        _store_gates(dgates1_ptr, dgates, gates_at, mask, num_coordinates, H)
+    dx, dh = _multiply_back(dgates, w_ih1, w_hh1, tl.zeros([PF, BLOCK], tl.float32), F, H, PRECISION)
+    if dh1_ptr is not None:
+        tl.store(dh1_ptr + at, dh.to(dh1_ptr.dtype.element_ty), mask)
+        tl.store(dc1_ptr + at, dc1.to(dc1_ptr.dtype.element_ty), mask)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + x_at, dx, x_mask)
 
 
 def can_run(x: Tensor, state: State, weights: LSTMWeights) -> bool:
@@ -179,7 +188,7 @@ def run_lstm(x: Tensor, state: State, weights: LSTMWeights) -> tuple[Tensor, Sta
     """
     _check_inputs(x, state, weights)
     check_triton(NAME, x.device)
-    batch, own = x.shape[:-2], [len(shape) for shape in lstm.weight_shapes(1, 1)]
+    batch, own = x.shape[:-2], [len(shape) for shape in lstm_layers.weight_shapes(1, 1)]
     per_slot = any(w.ndim > n for w, n in zip(weights, own, strict=True))
     sets = [flatten_slots(w, batch if per_slot else torch.Size(), n) for w, n in zip(weights, own, strict=True)]
     if not per_slot:
@@ -244,9 +253,10 @@ def _differentiate(needs: tuple[bool, ...], x: Tensor, *rest: Any) -> list[Tenso
 
 def _constexprs(num_features: int, hidden: int, dtype: torch.dtype, per_slot: bool) -> dict[str, Any]:
     """Compile-time constants of the backward pass."""
-    constants = lstm.constexprs(num_features, hidden, dtype)
+    _, sizes = lstm_layers.choose_sizes(num_features, hidden, dtype)
+    constants = sizes._replace(PRECISION="ieee")._asdict()  # tiles for tensor cores spill
     del constants["FAST"]  # gradients are those of the functions themselves
-    return {**constants, "PRECISION": "ieee", "BLOCK": BLOCK, "PER_SLOT": per_slot}  # tiles for tensor cores spill
+    return {**constants, "BLOCK": BLOCK, "PER_SLOT": per_slot}
 
 
 def _multiply(d: Tensor | None, other: Tensor | None, shared: bool) -> Tensor:
@@ -276,7 +286,9 @@ def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:
     check_tensor(NAME, "x", x, (features, count), torch.float32, x)
     for name, tensor in zip(STATE_NAMES, state, strict=True):
         check_tensor(NAME, name, tensor, (*x.shape[:-2], hidden, count), state[0].dtype, x)
-    for name, tensor, shape in zip(LSTMWeights._fields, weights, lstm.weight_shapes(features, hidden), strict=True):
+    for name, tensor, shape in zip(
+        LSTMWeights._fields, weights, lstm_layers.weight_shapes(features, hidden), strict=True
+    ):
         check_tensor(NAME, name, tensor, shape, torch.float32, x)
 
 
@@ -318,8 +330,7 @@ def compile_sources(
     dtype: torch.dtype, num_features: int = 2, hidden: int = 20, per_slot: bool = False
 ) -> dict[str, CompileSource]:
     """The kernels for a state of `dtype`: forward, backward with all results, and that of a window's last step."""
-    forward = lstm.compile_source(dtype, num_features, hidden)
-    forward.constexprs["PER_SLOT"] = per_slot
+    forward = lstm.compile_source(dtype, num_features, hidden, per_slot)
     constants = _constexprs(num_features, hidden, dtype, per_slot)
     vectors = [f"{prefix}{name}_ptr" for prefix in ("", "dnew_", "d") for name in STATE_NAMES]
     types = dict.fromkeys(vectors, "*fp32" if dtype == torch.float32 else "*bf16") | {"num_coordinates": "i32"}

@@ -19,16 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.launching.parameters import Items, Terms, read_gradient
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.segments import load_size
-except ImportError:  # references need torch only
-    triton = None
+from lopt_kernels.launching.language import constant, jit, tl
+from lopt_kernels.launching.parameters import Items, Rates, read_gradient
+from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, load_size
 
 LINES = 3  # averages of g^2, one per decay
 LINE_FEATURES = 2 * LINES  # they and their inverse roots
@@ -150,11 +143,11 @@ def find_kind(tensors: Tensors, block: int) -> int:
     return WIDE if a == b == c == tensors.groups == 1 and 2 * d2 > block else STRIDED
 
 
-def make_segments(tensors: Tensors, item: int, block: int, place: int = 0) -> list[Segment]:
+def make_segments(tensors: Tensors, index: int, block: int, place: int = 0) -> list[Segment]:
     """A parameter's segments, one per group of its normalisation.
 
     Args:
-        item: the parameter's number.
+        index: the parameter's number.
         block: elements that a program takes at once.
         place: of the parameter's step in a buffer, if steps are kept.
     """
@@ -162,7 +155,7 @@ def make_segments(tensors: Tensors, item: int, block: int, place: int = 0) -> li
     columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]))
     _, d1, b, d2, c = (1, 1, 1, ALIGNMENT, 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
     sizes = (t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c)
-    return [Segment(columns, (*sizes, group, t.inner, t.rows, place), item, t.slot) for group in range(t.groups)]
+    return [Segment(columns, (*sizes, group, t.inner, t.rows, place), index, t.slot) for group in range(t.groups)]
 
 
 NUM_COLUMNS, NUM_SIZES = 7, 11  # of a segment
@@ -267,9 +260,9 @@ def draw_decays(family: Family, device: torch.device) -> Tensor:
     return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
 
 
-def all_features(t: Tensors, terms: Terms, family: Family, sanitize: bool = False) -> Tensor:
+def all_features(t: Tensors, rates: Rates, family: Family, sanitize: bool = False) -> Tensor:
     """Element features and, where there are lines, those of both lines: `[F or I, groups, count]`."""
-    g = clip_gradient(read_gradient(t.g, terms, sanitize), family)
+    g = clip_gradient(read_gradient(t.g, rates, sanitize), family)
     x = element_features(g, t, family)
     if t.first is not None and t.second is not None:
         x = torch.cat([x, *(line_features(line).expand(-1, *g.shape) for line in (t.first, t.second))])
@@ -303,143 +296,154 @@ def name_constants(family: Family) -> dict[str, Any]:
     }
 
 
-if triton is not None:
-    _WIDE, _STRIDED, _VECTOR, _BARE = (tl.constexpr(x) for x in (WIDE, STRIDED, VECTOR, BARE))
-    _LINES = tl.constexpr(LINES)
-    _SMALL_CLIP = tl.constexpr(SMALL_CLIP)
-    _AVERAGE_EPS, _LINE_EPS, _SQUARE_EPS = (tl.constexpr(x) for x in (AVERAGE_EPS, LINE_EPS, SQUARE_EPS))
-    P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = (tl.constexpr(i) for i in range(7))
+_WIDE, _STRIDED, _VECTOR, _BARE = (constant(x) for x in (WIDE, STRIDED, VECTOR, BARE))
+_LINES = constant(LINES)
+_SMALL_CLIP = constant(SMALL_CLIP)
+_AVERAGE_EPS, _LINE_EPS, _SQUARE_EPS = (constant(x) for x in (AVERAGE_EPS, LINE_EPS, SQUARE_EPS))
+P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = (constant(i) for i in range(7))
 
-    @triton.jit
-    def clip(x, BOUND: tl.constexpr):
-        """x within +-BOUND; NaN stays NaN."""
-        return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
-    @triton.jit
-    def find_tile(
-        row, local, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-        STEPS: tl.constexpr,
-    ):  # fmt: skip
-        """A program's first and last row + 1, and its columns; not WIDE: its blocks, and the lanes."""
-        lane = tl.arange(0, BLOCK).to(tl.int64)
-        if KIND == _WIDE:
-            width = load_size(row, SIZES + 5, WIDTH)
-            tiles = tl.cdiv(width, BLOCK)
-            start, lane = local // tiles * STEPS, local % tiles * BLOCK + lane
-            last = load_size(row, SIZES, 1) // width
-        else:
-            start = local * STEPS
-            last = tl.cdiv(load_size(row, SIZES, 1), BLOCK)
-        return start, tl.minimum(start + STEPS, last), lane
+@jit
+def clip(x, BOUND: tl.constexpr):
+    """x within +-BOUND; NaN stays NaN."""
+    return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
-    @triton.jit
-    def find_elements(
-        row, start, lane, live, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """Offsets into the parameter and the lines, and what of them is there; WIDE: `start` is a row of the matrix.
 
-        The offset into the first line is a number for WIDE segments, else one per lane. If not
-        `live` nothing is there.
-        """
-        count = tl.where(live, load_size(row, SIZES, 1), 0)
+@jit
+def find_tile(
+    row, local, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """A program's first and last row + 1, and its columns; not WIDE: its blocks, and the lanes."""
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    if KIND == _WIDE:
         width = load_size(row, SIZES + 5, WIDTH)
-        if KIND == _WIDE:
-            at, first_at, second_at = start * width + lane, start, lane
-            mask = lane < tl.multiple_of(tl.where(start * width < count, width, 0), WIDTH)
-        else:
-            element = start * BLOCK + lane
-            mask = element < count
-            at = element
-            first_at, second_at = at, at
-            if KIND == _STRIDED:
-                groups = load_size(row, SIZES + 2, 1)
-                if groups > 1:
-                    group, behind = load_size(row, SIZES + 7, 1), load_size(row, SIZES + 8, 1)
-                    at = element // behind * (groups * behind) + group * behind + element % behind
-                inner, c = load_size(row, SIZES + 4, 1), load_size(row, SIZES + 6, 1)
-                outer = at // width
-                column = at - outer * width
-                first_at = outer * c + column % c
-                plane = load_size(row, SIZES + 3, 1) * inner
-                second_at = (outer // plane * inner + outer % inner) * width + column
-        return at, first_at, second_at, mask
+        tiles = tl.cdiv(width, BLOCK)
+        start, lane = local // tiles * STEPS, local % tiles * BLOCK + lane
+        last = load_size(row, SIZES, 1) // width
+    else:
+        start = local * STEPS
+        last = tl.cdiv(load_size(row, SIZES, 1), BLOCK)
+    return start, tl.minimum(start + STEPS, last), lane
 
-    @triton.jit
-    def find_lengths(row, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr):
-        """Numbers of the parameter, of its first line and of its second line."""
-        numel = load_size(row, SIZES, 1) * load_size(row, SIZES + 2, 1)
-        width = load_size(row, SIZES + 5, WIDTH)
-        first, second = numel // width * load_size(row, SIZES + 6, 1), numel // load_size(row, SIZES + 3, 1)
-        if KIND == _WIDE:  # whole rows
-            numel, second = tl.multiple_of(numel, WIDTH), tl.multiple_of(second, WIDTH)
-        return numel, first, second
 
-    @triton.jit
-    def load_several(pointer, at, mask, stride, COUNT: tl.constexpr):
-        """A tuple of COUNT loads, `stride` apart; 1 where nothing is: its root can be inverted."""
-        result = ()
-        for i in tl.static_range(COUNT):
-            result = result + (tl.load(pointer + i * stride + at, mask, 1.0),)
-        return result
+@jit
+def find_elements(
+    row, start, lane, live, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Offsets into the parameter and the lines, and what of them is there; WIDE: `start` is a row of the matrix.
 
-    @triton.jit
-    def average(old, new, decay):
-        """torch.lerp(new, old, decay)."""
-        return tl.where(decay < 0.5, new + decay * (old - new), old - (old - new) * (1 - decay))
+    The offset into the first line is a number for WIDE segments, else one per lane. If not
+    `live` nothing is there.
+    """
+    count = tl.where(live, load_size(row, SIZES, 1), 0)
+    width = load_size(row, SIZES + 5, WIDTH)
+    if KIND == _WIDE:
+        at, first_at, second_at = start * width + lane, start, lane
+        mask = lane < tl.multiple_of(tl.where(start * width < count, width, 0), WIDTH)
+    else:
+        element = start * BLOCK + lane
+        mask = element < count
+        at = element
+        first_at, second_at = at, at
+        if KIND == _STRIDED:
+            groups = load_size(row, SIZES + 2, 1)
+            if groups > 1:
+                group, behind = load_size(row, SIZES + 7, 1), load_size(row, SIZES + 8, 1)
+                at = element // behind * (groups * behind) + group * behind + element % behind
+            inner, c = load_size(row, SIZES + 4, 1), load_size(row, SIZES + 6, 1)
+            outer = at // width
+            column = at - outer * width
+            first_at = outer * c + column % c
+            plane = load_size(row, SIZES + 3, 1) * inner
+            second_at = (outer // plane * inner + outer % inner) * width + column
+    return at, first_at, second_at, mask
 
-    @triton.jit
-    def multiply_pairs(a, b, COUNT: tl.constexpr):
-        """a[i] * b[i]."""
-        result = ()
-        for i in tl.static_range(COUNT):
-            result = result + (a[i] * b[i],)
-        return result
 
-    @triton.jit
-    def scale_all(a, x, COUNT: tl.constexpr):
-        """a[i] * x."""
-        result = ()
-        for i in tl.static_range(COUNT):
-            result = result + (a[i] * x,)
-        return result
+@jit
+def find_lengths(row, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of the parameter, of its first line and of its second line."""
+    numel = load_size(row, SIZES, 1) * load_size(row, SIZES + 2, 1)
+    width = load_size(row, SIZES + 5, WIDTH)
+    first, second = numel // width * load_size(row, SIZES + 6, 1), numel // load_size(row, SIZES + 3, 1)
+    if KIND == _WIDE:  # whole rows
+        numel, second = tl.multiple_of(numel, WIDTH), tl.multiple_of(second, WIDTH)
+    return numel, first, second
 
-    @triton.jit
-    def invert_roots(a, EPS: tl.constexpr):
-        """1 / sqrt(a[i] + EPS), of lines."""
-        result = ()
-        for i in tl.static_range(_LINES):
-            result = result + (tl.rsqrt(a[i] + EPS),)
-        return result
 
-    @triton.jit
-    def make_line_features(line):
-        """See `line_features`."""
-        return line + invert_roots(line, _LINE_EPS)
+@jit
+def load_several(pointer, at, mask, stride, COUNT: tl.constexpr):
+    """A tuple of COUNT loads, `stride` apart; 1 where nothing is: its root can be inverted."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        result = result + (tl.load(pointer + i * stride + at, mask, 1.0),)
+    return result
 
-    @triton.jit
-    def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
-        """Factors of g and of m; of vectors from their averages `first`, else from the scales of the lines."""
-        if KIND == _VECTOR:
-            return invert_roots(first, _AVERAGE_EPS), invert_roots(first, VECTOR_EPS)
-        else:
-            factor = multiply_pairs(first, second, _LINES)
-            return factor, factor
 
-    @triton.jit
-    def make_features(
-        g, p, m, v, factor, factor_m, MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr,
-        RS_EPS: tl.constexpr,
-    ):  # fmt: skip
-        """See `element_features`: a tuple of F vectors."""
-        x = (g,)
-        if FACTORED:
-            rs = tl.rsqrt(v + RS_EPS)
-            if CLIPS:
-                x = x + (clip(g, _SMALL_CLIP),)
-            x = x + (p,) + m + (v,) + scale_all(m, rs, MOMENTA) + (rs,) + scale_all(factor, g, _LINES)
-            if CLIPS:
-                x = x + (g * rs,)
-            x = x + multiply_pairs(m, factor_m, _LINES)
-        else:
-            x = x + (p,) + m
-        return x
+@jit
+def average(old, new, decay):
+    """torch.lerp(new, old, decay)."""
+    return tl.where(decay < 0.5, new + decay * (old - new), old - (old - new) * (1 - decay))
+
+
+@jit
+def multiply_pairs(a, b, COUNT: tl.constexpr):
+    """a[i] * b[i]."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        result = result + (a[i] * b[i],)
+    return result
+
+
+@jit
+def scale_all(a, x, COUNT: tl.constexpr):
+    """a[i] * x."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        result = result + (a[i] * x,)
+    return result
+
+
+@jit
+def invert_roots(a, EPS: tl.constexpr):
+    """1 / sqrt(a[i] + EPS), of lines."""
+    result = ()
+    for i in tl.static_range(_LINES):
+        result = result + (tl.rsqrt(a[i] + EPS),)
+    return result
+
+
+@jit
+def make_line_features(line):
+    """See `line_features`."""
+    return line + invert_roots(line, _LINE_EPS)
+
+
+@jit
+def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
+    """Factors of g and of m; of vectors from their averages `first`, else from the scales of the lines."""
+    if KIND == _VECTOR:
+        return invert_roots(first, _AVERAGE_EPS), invert_roots(first, VECTOR_EPS)
+    else:
+        factor = multiply_pairs(first, second, _LINES)
+        return factor, factor
+
+
+@jit
+def make_features(
+    g, p, m, v, factor, factor_m, MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr,
+    RS_EPS: tl.constexpr,
+):  # fmt: skip
+    """See `element_features`: a tuple of F vectors."""
+    x = (g,)
+    if FACTORED:
+        rs = tl.rsqrt(v + RS_EPS)
+        if CLIPS:
+            x = x + (clip(g, _SMALL_CLIP),)
+        x = x + (p,) + m + (v,) + scale_all(m, rs, MOMENTA) + (rs,) + scale_all(factor, g, _LINES)
+        if CLIPS:
+            x = x + (g * rs,)
+        x = x + multiply_pairs(m, factor_m, _LINES)
+    else:
+        x = x + (p,) + m
+    return x

@@ -14,25 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lopt_kernels.elementwise.lstm_layers import tanh
 from lopt_kernels.feature_mlp import accumulate, features, mlp
-from lopt_kernels.feature_mlp.features import LINE_FEATURES, Family, Tensors
+from lopt_kernels.feature_mlp.features import LINE_FEATURES, VECTOR, Family, Tensors
 from lopt_kernels.feature_mlp.mlp import MLPWeights, Shape
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.op import CompileSource, Op, specialize
+from lopt_kernels.launching.language import constant, table_kernel, tl, triton
+from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items
-from lopt_kernels.launching.segments import Segments
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.elementwise.lstm import tanh
-    from lopt_kernels.feature_mlp.features import VECTOR
-    from lopt_kernels.launching.segments import load_item, load_slot
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.segments import Segments, load_index, load_slot
 
 ROWS = 64  # of the buffer of sums, at once
+STATE_DTYPES = (torch.float32,)
+BLOCK = mlp.BLOCK
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 RMS_EPS = 1e-9  # added to the mean of p^2
 
@@ -108,76 +102,76 @@ def reference(
     return MLPWeights(first * scale[:, None], bias.expand(t.groups, -1), rest[None], gain)
 
 
-if triton is not None:
-    VECTOR_ = tl.constexpr(VECTOR)
-    LINE_FEATURES_ = tl.constexpr(LINE_FEATURES)
-    RMS_EPS_ = tl.constexpr(RMS_EPS)
+VECTOR_ = constant(VECTOR)
+LINE_FEATURES_ = constant(LINE_FEATURES)
+RMS_EPS_ = constant(RMS_EPS)
 
-    @triton.jit(do_not_specialize_on_alignment=["table", "starts"])
-    def _fold_kernel(
-        table,  # int64 [n, COLUMNS]: see features.make_segments
-        starts,  # int64 [n + 1]
-        partial_ptr,  # [blocks, INPUTS]
-        weights_ptr,  # [K, TOTAL]
-        time_scales_ptr,  # [C]
-        steps_ptr,  # [items], as the next one
-        factor_ptr,  # or None: 1
-        first_ptr,  # [n, H, INPUTS]
-        bias_ptr,  # [n, H]
-        gain_ptr,  # [n]
-        norm_eps,
-        step_mult,
-        COLUMNS: tl.constexpr,
-        SIZES: tl.constexpr,
-        TOTAL: tl.constexpr,
-        F: tl.constexpr,
-        INPUTS: tl.constexpr,
-        VECTOR_INPUTS: tl.constexpr,
-        P_INDEX: tl.constexpr,
-        H: tl.constexpr,
-        C: tl.constexpr,
-        RELATIVE: tl.constexpr,
-        IP: tl.constexpr,  # INPUTS, H and C to powers of two
-        HP: tl.constexpr,
-        CP: tl.constexpr,
-        ROWS: tl.constexpr,
-    ):
-        segment = tl.program_id(0).to(tl.int64)
-        row = table + segment * COLUMNS
-        item, kind = load_item(row, COLUMNS), tl.load(row + SIZES + 1)
-        weights = weights_ptr + load_slot(row, COLUMNS) * TOTAL
-        k, j = tl.arange(0, IP), tl.arange(0, HP).to(tl.int64)
-        begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-        total = tl.zeros([ROWS, IP], tl.float32)
-        for start in range(begin, end, ROWS):
-            block = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (block < end)[:, None] & (k < INPUTS)
-            total += tl.load(partial_ptr + (block * INPUTS)[:, None] + k, mask, 0.0)
-        square = tl.sum(total, axis=0) / tl.maximum(tl.load(row + SIZES), 1).to(tl.float32)
-        known = INPUTS
-        source = k
-        if INPUTS > F:
-            if kind == VECTOR_:
-                known = VECTOR_INPUTS
-            swapped = (tl.load(row + SIZES + 9) == 1) & (k >= F)
-            source = tl.where(swapped, F + (k - F + LINE_FEATURES_) % (2 * LINE_FEATURES_), k)
-        mask = (j < H)[:, None] & (k < INPUTS)
-        w = tl.load(weights + (j * INPUTS)[:, None] + source, mask, 0.0) * tl.rsqrt(square + norm_eps)[None, :]
-        w = tl.where((k < known)[None, :], w, 0.0)
-        tl.store(first_ptr + segment * (H * INPUTS) + (j * INPUTS)[:, None] + k, w, mask)
-        bias = tl.load(weights + H * INPUTS + j, j < H, 0.0)
-        if C > 0:
-            c = tl.arange(0, CP)
-            time = tl.load(steps_ptr + item).to(tl.float32) / tl.load(time_scales_ptr + c, c < C, 1.0)
-            w = tl.load(weights + H * (INPUTS + 1) + (j * C)[:, None] + c, (j < H)[:, None] & (c < C), 0.0)
-            bias += tl.sum(w * tanh(time - 1)[None, :], axis=1)
-        tl.store(bias_ptr + segment * H + j, bias, j < H)
-        gain = step_mult
-        if factor_ptr is not None:
-            gain = gain * tl.load(factor_ptr + item)
-        if RELATIVE:
-            gain = gain * tl.sqrt(tl.sum(tl.where(k == P_INDEX, square, 0.0)) + RMS_EPS_)
-        tl.store(gain_ptr + segment, gain)
+
+@table_kernel
+def _fold_kernel(
+    table,  # int64 [n, COLUMNS]: see features.make_segments
+    starts,  # int64 [n + 1]
+    partial_ptr,  # [blocks, INPUTS]
+    weights_ptr,  # [K, TOTAL]
+    time_scales_ptr,  # [C]
+    steps_ptr,  # [items], as the next one
+    factor_ptr,  # or None: 1
+    first_ptr,  # [n, H, INPUTS]
+    bias_ptr,  # [n, H]
+    gain_ptr,  # [n]
+    norm_eps,
+    step_mult,
+    COLUMNS: tl.constexpr,
+    SIZES: tl.constexpr,
+    TOTAL: tl.constexpr,
+    F: tl.constexpr,
+    INPUTS: tl.constexpr,
+    VECTOR_INPUTS: tl.constexpr,
+    P_INDEX: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    IP: tl.constexpr,  # INPUTS, H and C to powers of two
+    HP: tl.constexpr,
+    CP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    row = table + segment * COLUMNS
+    index, kind = load_index(row, COLUMNS), tl.load(row + SIZES + 1)
+    weights = weights_ptr + load_slot(row, COLUMNS) * TOTAL
+    k, j = tl.arange(0, IP), tl.arange(0, HP).to(tl.int64)
+    begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    total = tl.zeros([ROWS, IP], tl.float32)
+    for start in range(begin, end, ROWS):
+        block = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (block < end)[:, None] & (k < INPUTS)
+        total += tl.load(partial_ptr + (block * INPUTS)[:, None] + k, mask, 0.0)
+    square = tl.sum(total, axis=0) / tl.maximum(tl.load(row + SIZES), 1).to(tl.float32)
+    known = INPUTS
+    source = k
+    if INPUTS > F:
+        if kind == VECTOR_:
+            known = VECTOR_INPUTS
+        swapped = (tl.load(row + SIZES + 9) == 1) & (k >= F)
+        source = tl.where(swapped, F + (k - F + LINE_FEATURES_) % (2 * LINE_FEATURES_), k)
+    mask = (j < H)[:, None] & (k < INPUTS)
+    w = tl.load(weights + (j * INPUTS)[:, None] + source, mask, 0.0) * tl.rsqrt(square + norm_eps)[None, :]
+    w = tl.where((k < known)[None, :], w, 0.0)
+    tl.store(first_ptr + segment * (H * INPUTS) + (j * INPUTS)[:, None] + k, w, mask)
+    bias = tl.load(weights + H * INPUTS + j, j < H, 0.0)
+    if C > 0:
+        c = tl.arange(0, CP)
+        time = tl.load(steps_ptr + index).to(tl.float32) / tl.load(time_scales_ptr + c, c < C, 1.0)
+        w = tl.load(weights + H * (INPUTS + 1) + (j * C)[:, None] + c, (j < H)[:, None] & (c < C), 0.0)
+        bias += tl.sum(w * tanh(time - 1)[None, :], axis=1)
+    tl.store(bias_ptr + segment * H + j, bias, j < H)
+    gain = step_mult
+    if factor_ptr is not None:
+        gain = gain * tl.load(factor_ptr + index)
+    if RELATIVE:
+        gain = gain * tl.sqrt(tl.sum(tl.where(k == P_INDEX, square, 0.0)) + RMS_EPS_)
+    tl.store(gain_ptr + segment, gain)
 
 
 def launch_segments(
@@ -245,8 +239,8 @@ def launch(
     """`reference` of every parameter of a group; `weights` `[1, T]`, `steps` int64 and `factor` one number for each."""
     parts = [part for i, t in enumerate(group) for part in features.make_segments(t, i, 1)]
     segments = Segments(parts, lambda sizes: 1)
-    terms = parameters.Terms(*[torch.ones_like(factor)] * 3)
-    items = parameters.make_items([t.g for t in group], terms, steps=steps)
+    rates = parameters.Rates(*[torch.ones_like(factor)] * 3)
+    items = parameters.make_items([t.g for t in group], rates, steps=steps)
     made = launch_segments(segments, torch.cat(list(sums)).contiguous(), weights, items, family, shape, network, factor)
     counts = [t.groups for t in group]
     rows = zip(*(x.split(counts) for x in (made.first, made.bias, made.gain)), strict=True)
@@ -272,10 +266,10 @@ def sample(
     network = Network(torch.tensor([1.0, 10.0, 100.0], device=device), relative=True)
     total = count_first(family, shape, network) + shape.num_rest
     drawn = accumulate.reference
-    terms, decays = parameters.sample_terms(device), features.draw_decays(family, device)
+    rates, decays = parameters.sample_rates(device), features.draw_decays(family, device)
     return {
         "group": group,
-        "sums": [drawn(t, decays, terms, family).squares for t in group],
+        "sums": [drawn(t, decays, rates, family).squares for t in group],
         "weights": torch.randn(1, total, generator=generator, device=generator.device).to(device),
         "steps": torch.arange(len(group), device=device) * 7,
         "factor": torch.linspace(0.5, 2.0, len(group), device=device),
@@ -298,14 +292,4 @@ def compile_source(dtype: torch.dtype, family: Family | None = None, shape: Shap
     return specialize(_fold_kernel, constexprs, OPTIONS, **types)
 
 
-OP = Op(
-    name="fold",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32,),
-    block=mlp.BLOCK,
-)
+OP = make_op(__name__)

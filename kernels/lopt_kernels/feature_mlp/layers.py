@@ -9,119 +9,119 @@ The first layer's product is the caller's; weights are those of `mlp.MLPWeights`
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # references need torch only
-    triton = None
+from lopt_kernels.launching.language import INTERPRETED, constant, jit, tl
 
-if triton is not None:
+INTERPRETED_ = constant(INTERPRETED)
 
-    @triton.jit
-    def _probe():
-        """Compiled for a GPU or, in the interpreter, not."""
 
-    INTERPRETED_ = tl.constexpr(not isinstance(_probe, triton.JITFunction))
+@jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
-    @triton.jit
-    def relu(x):
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
-    # -- plain multiplications: layers are tuples of vectors [BLOCK] --
+# -- plain multiplications: layers are tuples of vectors [BLOCK] --
 
-    @triton.jit
-    def multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-        """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH."""
-        out = ()
-        for j in tl.static_range(WIDTH):
-            acc = base[j]
-            for k in tl.static_range(COUNT):
-                acc += x[k] * tl.load(w + j * STRIDE + k)
-            out = out + (acc,)
-        return out
 
-    @triton.jit
-    def load_numbers(b, COUNT: tl.constexpr):
-        """COUNT numbers as a tuple."""
-        out = ()
-        for j in tl.static_range(COUNT):
-            out = out + (tl.load(b + j),)
-        return out
+@jit
+def multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH."""
+    out = ()
+    for j in tl.static_range(WIDTH):
+        acc = base[j]
+        for k in tl.static_range(COUNT):
+            acc += x[k] * tl.load(w + j * STRIDE + k)
+        out = out + (acc,)
+    return out
 
-    @triton.jit
-    def finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr):
-        """The layers after the first product: a tuple of outputs."""
-        for layer in tl.static_range(LAYERS):
-            active = ()
-            for j in tl.static_range(H):
-                active = active + (relu(h[j]),)
-            if layer + 1 < LAYERS:
-                h = multiply(active, load_numbers(rest + H * H, H), rest, H, H, H)
-                rest += H * (H + 1)
-            else:
-                h = multiply(active, load_numbers(rest + OUTPUTS * H, OUTPUTS), rest, H, H, OUTPUTS)
-        return h
 
-    # -- tensor cores: layers are tiles [BLOCK, HP] --
+@jit
+def load_numbers(b, COUNT: tl.constexpr):
+    """COUNT numbers as a tuple."""
+    out = ()
+    for j in tl.static_range(COUNT):
+        out = out + (tl.load(b + j),)
+    return out
 
-    @triton.jit
-    def stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
-        """COUNT vectors [BLOCK] as [BLOCK, PADDED], zeros behind them."""
-        y = x
-        for _ in tl.static_range(PADDED - COUNT):
-            y = y + (tl.zeros_like(x[0]),)
-        for level in tl.static_range(1, 10):
-            if (PADDED >> level) > 0:
-                joined = ()
-                for i in tl.static_range(PADDED >> level):
-                    joined = joined + (tl.join(y[i], y[i + (PADDED >> level)]),)
-                y = joined
-        return tl.reshape(y[0], [x[0].shape[0], PADDED])
 
-    @triton.jit
-    def dot(x, w, acc, PRECISION: tl.constexpr):
-        if PRECISION == "bf16":
-            x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
-            if INTERPRETED_:  # its tl.dot takes the bits of bf16 for integers
-                return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
-            else:
-                return tl.dot(x, w, acc)
-        else:
-            return tl.dot(x, w, acc, input_precision=PRECISION)
-
-    @triton.jit
-    def load_tile(
-        w, ROWS: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, HP: tl.constexpr
-    ):
-        """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded: [PADDED, HP]."""
-        k, j = tl.arange(0, PADDED), tl.arange(0, HP).to(tl.int64)
-        return tl.load(w + j * STRIDE + k[:, None], (j < ROWS) & (k < COUNT)[:, None], 0.0)
-
-    @triton.jit
-    def load_column(w, ROWS: tl.constexpr, STRIDE: tl.constexpr, HP: tl.constexpr):
-        j = tl.arange(0, HP).to(tl.int64)
-        return tl.load(w + j * STRIDE, j < ROWS, 0.0)
-
-    @triton.jit
-    def load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, HP: tl.constexpr):
-        """Tiles and biases of the hidden layers after the first, then weights and bias of each output."""
-        tiles = ()
-        for _ in tl.static_range(LAYERS - 1):
-            tiles = tiles + (load_tile(rest, H, H, H, HP, HP), load_column(rest + H * H, H, 1, HP))
+@jit
+def finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """The layers after the first product: a tuple of outputs."""
+    for layer in tl.static_range(LAYERS):
+        active = ()
+        for j in tl.static_range(H):
+            active = active + (relu(h[j]),)
+        if layer + 1 < LAYERS:
+            h = multiply(active, load_numbers(rest + H * H, H), rest, H, H, H)
             rest += H * (H + 1)
-        for i in tl.static_range(OUTPUTS):
-            tiles = tiles + (load_column(rest + i * H, H, 1, HP), tl.load(rest + OUTPUTS * H + i))
-        return tiles
+        else:
+            h = multiply(active, load_numbers(rest + OUTPUTS * H, OUTPUTS), rest, H, H, OUTPUTS)
+    return h
 
-    @triton.jit
-    def finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
-        """The layers after the first product: a tuple of outputs [BLOCK]."""
-        for layer in tl.static_range(LAYERS - 1):
-            base = tl.zeros_like(h) + tiles[2 * layer + 1][None, :]
-            h = dot(relu(h), tiles[2 * layer], base, PRECISION)
-        h = relu(h)
-        out = ()
-        for i in tl.static_range(OUTPUTS):
-            w, b = tiles[2 * (LAYERS - 1 + i)], tiles[2 * (LAYERS - 1 + i) + 1]
-            out = out + (tl.sum(h * w[None, :], axis=1) + b,)
-        return out
+
+# -- tensor cores: layers are tiles [BLOCK, HP] --
+
+
+@jit
+def stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """COUNT vectors [BLOCK] as [BLOCK, PADDED], zeros behind them."""
+    y = x
+    for _ in tl.static_range(PADDED - COUNT):
+        y = y + (tl.zeros_like(x[0]),)
+    for level in tl.static_range(1, 10):
+        if (PADDED >> level) > 0:
+            joined = ()
+            for i in tl.static_range(PADDED >> level):
+                joined = joined + (tl.join(y[i], y[i + (PADDED >> level)]),)
+            y = joined
+    return tl.reshape(y[0], [x[0].shape[0], PADDED])
+
+
+@jit
+def dot(x, w, acc, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
+        if INTERPRETED_:  # its tl.dot takes the bits of bf16 for integers
+            return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+        else:
+            return tl.dot(x, w, acc)
+    else:
+        return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@jit
+def load_tile(w, ROWS: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, HP: tl.constexpr):
+    """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded: [PADDED, HP]."""
+    k, j = tl.arange(0, PADDED), tl.arange(0, HP).to(tl.int64)
+    return tl.load(w + j * STRIDE + k[:, None], (j < ROWS) & (k < COUNT)[:, None], 0.0)
+
+
+@jit
+def load_column(w, ROWS: tl.constexpr, STRIDE: tl.constexpr, HP: tl.constexpr):
+    j = tl.arange(0, HP).to(tl.int64)
+    return tl.load(w + j * STRIDE, j < ROWS, 0.0)
+
+
+@jit
+def load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, HP: tl.constexpr):
+    """Tiles and biases of the hidden layers after the first, then weights and bias of each output."""
+    tiles = ()
+    for _ in tl.static_range(LAYERS - 1):
+        tiles = tiles + (load_tile(rest, H, H, H, HP, HP), load_column(rest + H * H, H, 1, HP))
+        rest += H * (H + 1)
+    for i in tl.static_range(OUTPUTS):
+        tiles = tiles + (load_column(rest + i * H, H, 1, HP), tl.load(rest + OUTPUTS * H + i))
+    return tiles
+
+
+@jit
+def finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
+    """The layers after the first product: a tuple of outputs [BLOCK]."""
+    for layer in tl.static_range(LAYERS - 1):
+        base = tl.zeros_like(h) + tiles[2 * layer + 1][None, :]
+        h = dot(relu(h), tiles[2 * layer], base, PRECISION)
+    h = relu(h)
+    out = ()
+    for i in tl.static_range(OUTPUTS):
+        w, b = tiles[2 * (LAYERS - 1 + i)], tiles[2 * (LAYERS - 1 + i) + 1]
+        out = out + (tl.sum(h * w[None, :], axis=1) + b,)
+    return out

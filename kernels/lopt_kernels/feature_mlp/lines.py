@@ -19,28 +19,30 @@ import torch
 from torch import Tensor
 
 from lopt_kernels.feature_mlp import features
-from lopt_kernels.feature_mlp.features import LINES, Family, Tensors
+from lopt_kernels.feature_mlp.features import LINES, Family, Tensors, average, clip
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.op import CompileSource, Op, specialize
-from lopt_kernels.launching.parameters import Items, Terms
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.feature_mlp.features import average, clip
-    from lopt_kernels.launching.parameters import load_gradient
-    from lopt_kernels.launching.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size, load_slot
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
+from lopt_kernels.launching.op import CompileSource, make_op, specialize
+from lopt_kernels.launching.parameters import Items, Rates, load_gradient
+from lopt_kernels.launching.segments import (
+    ALIGNMENT,
+    Segment,
+    Segments,
+    by_elements,
+    find_row,
+    load_index,
+    load_pointer,
+    load_size,
+    load_slot,
+)
 
 OUTPUTS, DEPTH = 32, 64  # a program's tile: means, and elements of each that it takes at once
 CHUNK = 1024  # elements of a mean that a program sums
 BLOCK = 256  # means per program of the second launch
 WIDTH, LENGTH = 8, 256  # a program's tile in the third launch: means of rows, and rows of each
+STATE_DTYPES = (torch.float32,)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-COLUMNS = 12  # average, scale | means, K, Y, chunks, place in the buffer, rows?, length and inner of rows | item, slot
+COLUMNS = 12  # average, scale | means, K, Y, chunks, place in the buffer, rows?, length and inner of rows | index, slot
 MEAN_EPS, SMALLEST = 1e-9, 1e-9  # added to the rows' mean, and the least that has a root
 
 
@@ -62,18 +64,18 @@ class Lines(NamedTuple):
     buffer: int
 
 
-def reference(t: Tensors, decays: Tensor, terms: Terms, family: Family, sanitize: bool = False) -> LineAverages:
+def reference(t: Tensors, decays: Tensor, rates: Rates, family: Family, sanitize: bool = False) -> LineAverages:
     """One parameter's part of the launch; pure.
 
     Args:
         decays: of momenta, second moment and factored moments, `[momenta + 4]`; the last three are used.
-        terms: `[1]` each; the gradient's factor is used.
+        rates: `[1]` each; the gradient's factor is used.
         sanitize: entries of g that are not finite count as 0.
     """
     assert t.axes is not None, "a vector has no lines"
     assert t.first is not None, "and a matrix has them"
     assert t.second is not None, "both"
-    g = features.clip_gradient(parameters.read_gradient(t.g, terms, sanitize), family)
+    g = features.clip_gradient(parameters.read_gradient(t.g, rates, sanitize), family)
     square = g.square() + features.SQUARE_EPS
     decay = decays[-LINES:].reshape(-1, *[1] * g.ndim)
     lines, scales = [], []
@@ -89,7 +91,7 @@ def reference(t: Tensors, decays: Tensor, terms: Terms, family: Family, sanitize
 def make_lines(group: Sequence[tuple[int, Tensors]]) -> Lines:
     """Tables for parameters with `axes` and `first` to `second_scale`, each with its number among the items."""
     segments, start = [], 0
-    for item, t in group:
+    for index, t in group:
         assert t.axes is not None, "a vector has no lines"
         one, two = t.axes
         for i, (axis, other) in enumerate(((two, one), (one, two))):
@@ -100,7 +102,7 @@ def make_lines(group: Sequence[tuple[int, Tensors]]) -> Lines:
             count, chunks = prod(shape[:axis]) * prod(shape[axis + 1 :]), max(1, -(-shape[axis] // CHUNK))
             inner = prod(size for j, size in enumerate(shape) if j > other and j != axis)
             sizes = (count, shape[axis], prod(shape[axis + 1 :]), chunks, start, int(i == t.rows), shape[other], inner)
-            segments.append(Segment((average, scale), sizes, item, t.slot))
+            segments.append(Segment((average, scale), sizes, index, t.slot))
             start += count * chunks
     return Lines(
         Segments(segments, lambda sizes: -(-sizes[0] // OUTPUTS) * sizes[3]),
@@ -110,116 +112,120 @@ def make_lines(group: Sequence[tuple[int, Tensors]]) -> Lines:
     )
 
 
-if triton is not None:
-    SQUARE_EPS_, MEAN_EPS_, SMALLEST_ = (tl.constexpr(x) for x in (features.SQUARE_EPS, MEAN_EPS, SMALLEST))
-    LINES_ = tl.constexpr(LINES)
+SQUARE_EPS_, MEAN_EPS_, SMALLEST_ = (constant(x) for x in (features.SQUARE_EPS, MEAN_EPS, SMALLEST))
+LINES_ = constant(LINES)
 
-    @triton.jit
-    def _square(g, at, mask, scale, BOUND: tl.constexpr, SANITIZE: tl.constexpr):
-        x = clip(load_gradient(g, at, mask, scale, SANITIZE), BOUND)
-        return tl.where(mask, x * x + SQUARE_EPS_, 0.0)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts", "grads"])
-    def _sums_kernel(
-        table,  # int64 [n, COLUMNS]
-        starts,  # int64 [n + 1]
-        num_segments,  # n
-        grads,  # [items], as the next one
-        grad_scale_ptr,
-        partial_ptr,
-        G_TYPE: tl.constexpr,
-        G_ALIGN: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BOUND: tl.constexpr,
-        SANITIZE: tl.constexpr,
-        OUTPUTS: tl.constexpr,
-        DEPTH: tl.constexpr,
-        CHUNK: tl.constexpr,
-    ):
-        _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        item = load_item(row, COLUMNS)
-        g, scale = load_pointer(grads + item, 0, G_TYPE, G_ALIGN), tl.load(grad_scale_ptr + item)
-        count, length, inner = load_size(row, 2, 1), load_size(row, 3, 1), load_size(row, 4, 1)
-        chunks = load_size(row, 5, 1)
-        first = local % chunks * CHUNK
-        last = tl.minimum(first + CHUNK, length)
-        mean = local // chunks * OUTPUTS + tl.arange(0, OUTPUTS).to(tl.int64)
-        depth = tl.arange(0, DEPTH).to(tl.int64)
-        out = partial_ptr + load_size(row, 6, 1) + local % chunks * count + mean
-        if inner == 1:  # the elements of a mean are neighbours
-            wide = tl.zeros([OUTPUTS, DEPTH], tl.float32)
-            for k in range(first, last, DEPTH):
-                there = (mean < count)[:, None] & (k + depth < last)
-                wide += _square(g, (mean * length)[:, None] + k + depth, there, scale, BOUND, SANITIZE)
-            tl.store(out, tl.sum(wide, axis=1), mean < count)
-        else:  # neighbours belong to different means
-            start = mean // inner * (length * inner) + mean % inner
-            tall = tl.zeros([DEPTH, OUTPUTS], tl.float32)
-            for k in range(first, last, DEPTH):
-                mask = (k + depth < last)[:, None] & (mean < count)
-                tall += _square(g, ((k + depth) * inner)[:, None] + start, mask, scale, BOUND, SANITIZE)
-            tl.store(out, tl.sum(tall, axis=0), mean < count)
+@jit
+def _square(g, at, mask, scale, BOUND: tl.constexpr, SANITIZE: tl.constexpr):
+    x = clip(load_gradient(g, at, mask, scale, SANITIZE), BOUND)
+    return tl.where(mask, x * x + SQUARE_EPS_, 0.0)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
-    def _averages_kernel(
-        table,
-        starts,
-        num_segments,
-        live_ptr,  # [items]
-        decays_ptr,  # [K, FIRST_DECAY + 3]
-        partial_ptr,
-        FIRST_DECAY: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        average_ptr, scale_ptr = load_pointer(row, 0, tl.float32, 1), load_pointer(row, 1, tl.float32, 1)
-        count, length, chunks = load_size(row, 2, 1), load_size(row, 3, 1), load_size(row, 5, 1)
-        decays = decays_ptr + load_slot(row, COLUMNS) * (FIRST_DECAY + LINES_) + FIRST_DECAY
-        mean = local * BLOCK + tl.arange(0, BLOCK)
-        mask = mean < tl.where(tl.load(live_ptr + load_item(row, COLUMNS)), count, 0)
-        partial = partial_ptr + load_size(row, 6, 1) + mean
-        total = tl.zeros([BLOCK], tl.float32)
-        for chunk in range(chunks):
-            total += tl.load(partial + chunk * count, mask, 0.0)
-        total = total / tl.maximum(length, 1).to(tl.float32)
-        scaled_here = mean < tl.where(load_size(row, 7, 1) == 1, 0, count)  # not rows
-        for i in tl.static_range(LINES_):
-            new = average(tl.load(average_ptr + i * count + mean, mask, 0.0), total, tl.load(decays + i))
-            tl.store(average_ptr + i * count + mean, new, mask)
-            tl.store(scale_ptr + i * count + mean, _invert_root(new), mask & scaled_here)
 
-    @triton.jit
-    def _invert_root(x):
-        return tl.rsqrt(tl.where(x < SMALLEST_, SMALLEST_, x))  # NaN stays NaN
+@table_kernel
+def _sums_kernel(
+    table,  # int64 [n, COLUMNS]
+    starts,  # int64 [n + 1]
+    num_segments,  # n
+    grads,  # [items], as the next one
+    grad_scale_ptr,
+    partial_ptr,
+    G_TYPE: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BOUND: tl.constexpr,
+    SANITIZE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+    index = load_index(row, COLUMNS)
+    g, scale = load_pointer(grads + index, 0, G_TYPE, G_ALIGN), tl.load(grad_scale_ptr + index)
+    count, length, inner = load_size(row, 2, 1), load_size(row, 3, 1), load_size(row, 4, 1)
+    chunks = load_size(row, 5, 1)
+    first = local % chunks * CHUNK
+    last = tl.minimum(first + CHUNK, length)
+    mean = local // chunks * OUTPUTS + tl.arange(0, OUTPUTS).to(tl.int64)
+    depth = tl.arange(0, DEPTH).to(tl.int64)
+    out = partial_ptr + load_size(row, 6, 1) + local % chunks * count + mean
+    if inner == 1:  # the elements of a mean are neighbours
+        wide = tl.zeros([OUTPUTS, DEPTH], tl.float32)
+        for k in range(first, last, DEPTH):
+            there = (mean < count)[:, None] & (k + depth < last)
+            wide += _square(g, (mean * length)[:, None] + k + depth, there, scale, BOUND, SANITIZE)
+        tl.store(out, tl.sum(wide, axis=1), mean < count)
+    else:  # neighbours belong to different means
+        start = mean // inner * (length * inner) + mean % inner
+        tall = tl.zeros([DEPTH, OUTPUTS], tl.float32)
+        for k in range(first, last, DEPTH):
+            mask = (k + depth < last)[:, None] & (mean < count)
+            tall += _square(g, ((k + depth) * inner)[:, None] + start, mask, scale, BOUND, SANITIZE)
+        tl.store(out, tl.sum(tall, axis=0), mean < count)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
-    def _scales_kernel(
-        table,
-        starts,
-        num_segments,
-        COLUMNS: tl.constexpr,
-        WIDTH: tl.constexpr,
-        LENGTH: tl.constexpr,
-    ):
-        _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        average_ptr, scale_ptr = load_pointer(row, 0, tl.float32, 1), load_pointer(row, 1, tl.float32, 1)
-        count, length, inner = load_size(row, 2, 1), load_size(row, 8, 1), load_size(row, 9, 1)
-        column = local * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
-        place = tl.arange(0, LENGTH).to(tl.int64)
-        start = (column // inner * (length * inner) + column % inner)[None, :]
-        inside = (column * length < count)[None, :]
-        for i in tl.static_range(LINES_):
-            total = tl.zeros([LENGTH, WIDTH], tl.float32)
-            for k in range(0, length, LENGTH):
-                mask = (k + place < length)[:, None] & inside
-                total += tl.load(average_ptr + i * count + ((k + place) * inner)[:, None] + start, mask, 0.0)
-            mean = tl.sum(total, axis=0) / length.to(tl.float32) + MEAN_EPS_
-            for k in range(0, length, LENGTH):
-                mask = (k + place < length)[:, None] & inside
-                at = i * count + ((k + place) * inner)[:, None] + start
-                relative = tl.load(average_ptr + at, mask, 1.0) / mean[None, :]
-                tl.store(scale_ptr + at, _invert_root(relative), mask)
+
+@table_kernel
+def _averages_kernel(
+    table,
+    starts,
+    num_segments,
+    live_ptr,  # [items]
+    decays_ptr,  # [K, FIRST_DECAY + 3]
+    partial_ptr,
+    FIRST_DECAY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+    average_ptr, scale_ptr = load_pointer(row, 0, tl.float32, 1), load_pointer(row, 1, tl.float32, 1)
+    count, length, chunks = load_size(row, 2, 1), load_size(row, 3, 1), load_size(row, 5, 1)
+    decays = decays_ptr + load_slot(row, COLUMNS) * (FIRST_DECAY + LINES_) + FIRST_DECAY
+    mean = local * BLOCK + tl.arange(0, BLOCK)
+    mask = mean < tl.where(tl.load(live_ptr + load_index(row, COLUMNS)), count, 0)
+    partial = partial_ptr + load_size(row, 6, 1) + mean
+    total = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(partial + chunk * count, mask, 0.0)
+    total = total / tl.maximum(length, 1).to(tl.float32)
+    scaled_here = mean < tl.where(load_size(row, 7, 1) == 1, 0, count)  # not rows
+    for i in tl.static_range(LINES_):
+        new = average(tl.load(average_ptr + i * count + mean, mask, 0.0), total, tl.load(decays + i))
+        tl.store(average_ptr + i * count + mean, new, mask)
+        tl.store(scale_ptr + i * count + mean, _invert_root(new), mask & scaled_here)
+
+
+@jit
+def _invert_root(x):
+    return tl.rsqrt(tl.where(x < SMALLEST_, SMALLEST_, x))  # NaN stays NaN
+
+
+@table_kernel
+def _scales_kernel(
+    table,
+    starts,
+    num_segments,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    _, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+    average_ptr, scale_ptr = load_pointer(row, 0, tl.float32, 1), load_pointer(row, 1, tl.float32, 1)
+    count, length, inner = load_size(row, 2, 1), load_size(row, 8, 1), load_size(row, 9, 1)
+    column = local * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+    place = tl.arange(0, LENGTH).to(tl.int64)
+    start = (column // inner * (length * inner) + column % inner)[None, :]
+    inside = (column * length < count)[None, :]
+    for i in tl.static_range(LINES_):
+        total = tl.zeros([LENGTH, WIDTH], tl.float32)
+        for k in range(0, length, LENGTH):
+            mask = (k + place < length)[:, None] & inside
+            total += tl.load(average_ptr + i * count + ((k + place) * inner)[:, None] + start, mask, 0.0)
+        mean = tl.sum(total, axis=0) / length.to(tl.float32) + MEAN_EPS_
+        for k in range(0, length, LENGTH):
+            mask = (k + place < length)[:, None] & inside
+            at = i * count + ((k + place) * inner)[:, None] + start
+            relative = tl.load(average_ptr + at, mask, 1.0) / mean[None, :]
+            tl.store(scale_ptr + at, _invert_root(relative), mask)
 
 
 def launch_segments(lines: Lines, decays: Tensor, items: Items, family: Family, sanitize: bool = False) -> None:
@@ -240,7 +246,7 @@ def launch_segments(lines: Lines, decays: Tensor, items: Items, family: Family, 
     with torch.cuda.device_of(decays):
         if sums.num_blocks:
             _sums_kernel[(sums.num_blocks,)](
-                *(sums.table, sums.starts, sums.num_segments, items.grads, items.terms.grad_scale, partial),
+                *(sums.table, sums.starts, sums.num_segments, items.grads, items.rates.grad_scale, partial),
                 **_constexprs(family, items.dtype, items.align, sanitize),
                 **OPTIONS,
             )
@@ -264,13 +270,13 @@ def _constexprs(family: Family, g_dtype: torch.dtype, align: int, sanitize: bool
 
 
 def launch(
-    group: Sequence[Tensors], decays: Tensor, terms: Terms, family: Family, sanitize: bool = False
+    group: Sequence[Tensors], decays: Tensor, rates: Rates, family: Family, sanitize: bool = False
 ) -> list[LineAverages]:
     """`reference` of every parameter of a group, which stays as it is.
 
     Args:
         decays: `[momenta + 4]`, of all.
-        terms: `[1]` each, of all.
+        rates: `[1]` each, of all.
     """
     new = []
     for t in group:
@@ -280,7 +286,7 @@ def launch(
             LineAverages(t.first.clone(), t.second.clone(), torch.empty_like(t.first), torch.empty_like(t.second))
         )
     copies = [t._replace(**own._asdict(), slot=0) for t, own in zip(group, new, strict=True)]
-    every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
+    every = Rates(*(x.expand(len(group)).contiguous() for x in rates))
     items = parameters.make_items([t.g for t in group], every)
     launch_segments(make_lines(list(enumerate(copies))), decays[None], items, family, sanitize)
     return new
@@ -299,7 +305,7 @@ def sample(
     family = Family()
     group = features.draw_group(shapes, family, generator, dtype, device)
     decays = features.draw_decays(family, device)
-    return {"group": group, "decays": decays, "terms": parameters.sample_terms(device), "family": family}
+    return {"group": group, "decays": decays, "rates": parameters.sample_rates(device), "family": family}
 
 
 def bytes_moved(num_coordinates: int, grad_bytes: int = 4) -> int:
@@ -313,14 +319,4 @@ def compile_source(dtype: torch.dtype) -> CompileSource:
     return specialize(_sums_kernel, constexprs, OPTIONS, **parameters.TYPES)
 
 
-OP = Op(
-    name="lines",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32,),
-    block=BLOCK,
-)
+OP = make_op(__name__)

@@ -19,57 +19,61 @@ import torch
 from torch import Tensor
 
 from lopt_kernels.feature_mlp import features
-from lopt_kernels.feature_mlp.features import LINE_FEATURES, Family, Tensors, find_aligns
+from lopt_kernels.feature_mlp.features import (
+    FIRST,
+    FIRST_SCALE,
+    LINE_FEATURES,
+    SECOND,
+    SECOND_SCALE,
+    STRIDED,
+    VECTOR,
+    WIDE,
+    Family,
+    M,
+    P,
+    Tensors,
+    V,
+    clip,
+    find_aligns,
+    find_elements,
+    find_lengths,
+    find_tile,
+    load_several,
+    make_factors,
+    make_features,
+    make_line_features,
+)
+from lopt_kernels.feature_mlp.layers import (
+    dot,
+    finish_dot,
+    finish_plain,
+    load_column,
+    load_numbers,
+    load_rest,
+    load_tile,
+    multiply,
+    stack,
+)
 from lopt_kernels.launching import parameters, tuning
-from lopt_kernels.launching.op import CompileSource, Op, specialize
-from lopt_kernels.launching.parameters import Items, Terms
-from lopt_kernels.launching.segments import ALIGNMENT, Segments
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl, triton
+from lopt_kernels.launching.op import CompileSource, make_op, specialize
+from lopt_kernels.launching.parameters import Items, Rates, load_gradient, load_rates, store_parameter
+from lopt_kernels.launching.segments import (
+    ALIGNMENT,
+    Segments,
+    find_row,
+    load_index,
+    load_pointer,
+    load_size,
+    load_slot,
+)
 from lopt_kernels.launching.tuning import Tile
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.feature_mlp.features import (
-        FIRST,
-        FIRST_SCALE,
-        SECOND,
-        SECOND_SCALE,
-        STRIDED,
-        VECTOR,
-        WIDE,
-        M,
-        P,
-        V,
-        clip,
-        find_elements,
-        find_lengths,
-        find_tile,
-        load_several,
-        make_factors,
-        make_features,
-        make_line_features,
-    )
-    from lopt_kernels.feature_mlp.layers import (
-        dot,
-        finish_dot,
-        finish_plain,
-        load_column,
-        load_numbers,
-        load_rest,
-        load_tile,
-        multiply,
-        stack,
-    )
-    from lopt_kernels.launching.parameters import load_gradient, load_terms, store_parameter
-    from lopt_kernels.launching.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size, load_slot
-except ImportError:  # the reference needs torch only
-    triton = None
 
 BLOCK, STEPS = 128, 64  # elements that a program takes at once, and how often: one per thread, more of them spill
 DOT_BLOCK, DOT_STEPS = 128, 64  # the same where tensor cores multiply
 TILE_BLOCK = 64  # the same for tiles in "ieee", which other units multiply: with more, registers spill
 WARPS = 4
+STATE_DTYPES = (torch.float32,)
 OPTIONS = {"enable_fp_fusion": True}
 DOT_HIDDEN = 16  # from this width on tensor cores are used
 MAX_HIDDEN = 128  # wider tiles do not fit the registers
@@ -118,7 +122,7 @@ class Shape(NamedTuple):
 def reference(
     t: Tensors,
     weights: MLPWeights,
-    terms: Terms,
+    rates: Rates,
     family: Family,
     shape: Shape,
     sanitize: bool = False,
@@ -129,13 +133,13 @@ def reference(
     Args:
         t: with the new accumulators.
         weights: of its segments, n = `t.groups`; `rest` `[1, R]`.
-        terms: `[1]` each.
+        rates: `[1]` each.
         sanitize: entries of g that are not finite count as 0.
         delta: return the step in float32 `[*shape]` instead.
     Returns:
         The new parameter `[*shape]`.
     """
-    x = features.all_features(t, terms, family, sanitize).movedim(1, 0)  # [n, F or I, N]
+    x = features.all_features(t, rates, family, sanitize).movedim(1, 0)  # [n, F or I, N]
     h = weights.first[..., : x.shape[1]] @ x + weights.bias[..., None]
     start = 0
     for width in [shape.hidden] * (shape.layers - 1) + [shape.outputs]:
@@ -147,151 +151,150 @@ def reference(
     if shape.exp_mult:
         step = step * torch.exp(shape.exp_mult * h[:, 1])
     step = features.join_groups(step * -weights.gain[:, None], t)
-    return step if delta else parameters.move_parameter(t.p, step, terms)
+    return step if delta else parameters.move_parameter(t.p, step, rates)
 
 
-if triton is not None:
-    WIDE_, STRIDED_, VECTOR_ = (tl.constexpr(x) for x in (WIDE, STRIDED, VECTOR))
-    NUM_KINDS_ = tl.constexpr(features.NUM_KINDS)
-    LINE_FEATURES_ = tl.constexpr(LINE_FEATURES)
+WIDE_, STRIDED_, VECTOR_ = (constant(x) for x in (WIDE, STRIDED, VECTOR))
+NUM_KINDS_ = constant(features.NUM_KINDS)
+LINE_FEATURES_ = constant(LINE_FEATURES)
 
-    # -- one program --
+# -- one program --
 
-    @triton.jit
-    def _move(
-        row, local, item, g_ptr, terms, live, seeds, first_weights, bias, rest, gain, out_ptr,
-        P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
-        MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-        H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-        STEPS: tl.constexpr,
-    ):  # fmt: skip
-        lr, decay, scale = terms
-        p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
-        m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
-        first_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
-        second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
-        first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
-        second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
-        numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
-        start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
 
-        # inputs that are an element's own here: all but those of a matrix's lines
-        COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
-        PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
+@jit
+def _move(
+    row, local, index, g_ptr, rates, live, seeds, first_weights, bias, rest, gain, out_ptr,
+    P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
+    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
+    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
+    H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    lr, decay, scale = rates
+    p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
+    m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
+    first_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
+    second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
+    first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
+    second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
+    numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
+    start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
+
+    # inputs that are an element's own here: all but those of a matrix's lines
+    COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
+    PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
+    if DOT:
+        w_first = load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
+        tiles = load_rest(rest, H, LAYERS, OUTPUTS, HP)
+        base = tl.zeros([BLOCK, HP], tl.float32) + load_column(bias, H, 1, HP)[None, :]
+    else:
+        base = load_numbers(bias, H)
+    columns = ()
+    if KIND == WIDE_:
+        inside = lane < second_length
+        columns = load_several(second_scale_ptr, lane, inside, second_length, 3)
+        of_columns = make_line_features(load_several(second_ptr, lane, inside, second_length, 3))
         if DOT:
-            w_first = load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
-            tiles = load_rest(rest, H, LAYERS, OUTPUTS, HP)
-            base = tl.zeros([BLOCK, HP], tl.float32) + load_column(bias, H, 1, HP)[None, :]
+            for k in tl.static_range(LINE_FEATURES_):
+                w = load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
+                base += of_columns[k][:, None] * w[None, :]
         else:
-            base = load_numbers(bias, H)
-        columns = ()
-        if KIND == WIDE_:
-            inside = lane < second_length
-            columns = load_several(second_scale_ptr, lane, inside, second_length, 3)
-            of_columns = make_line_features(load_several(second_ptr, lane, inside, second_length, 3))
-            if DOT:
-                for k in tl.static_range(LINE_FEATURES_):
-                    w = load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
-                    base += of_columns[k][:, None] * w[None, :]
-            else:
-                base = multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
+            base = multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
 
-        for step in range(start, stop):
-            at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
-            g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
-            p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
-            m = load_several(m_ptr, at, mask, numel, MOMENTA)
-            v, factor, factor_m, first = g, m, m, m
-            if FACTORED:
-                v = tl.load(v_ptr + at, mask, 0.0)
-                second = columns
-                if KIND == VECTOR_:
-                    first = load_several(first_ptr, at, mask, numel, 3)
-                    second = first
-                elif KIND == STRIDED_:
-                    first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
-                    second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
-                else:
-                    first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
-                factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
-            x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
+    for step in range(start, stop):
+        at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
+        g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
+        p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
+        m = load_several(m_ptr, at, mask, numel, MOMENTA)
+        v, factor, factor_m, first = g, m, m, m
+        if FACTORED:
+            v = tl.load(v_ptr + at, mask, 0.0)
+            second = columns
             if KIND == VECTOR_:
-                own = make_line_features(first)
-                x = x + own + own
+                first = load_several(first_ptr, at, mask, numel, 3)
+                second = first
             elif KIND == STRIDED_:
-                x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
-                x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
-            shared = base
-            if KIND == WIDE_:
-                line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
-                of_row = make_line_features(line)
-                if DOT:
-                    total = tl.zeros([HP], tl.float32)
-                    for k in tl.static_range(LINE_FEATURES_):
-                        total += of_row[k] * load_column(first_weights + F + k, H, INPUTS, HP)
-                    shared = base + total[None, :]
-                else:
-                    shared = multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
+                first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
+                second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
+            else:
+                first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
+            factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
+        x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
+        if KIND == VECTOR_:
+            own = make_line_features(first)
+            x = x + own + own
+        elif KIND == STRIDED_:
+            x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
+            x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
+        shared = base
+        if KIND == WIDE_:
+            line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
+            of_row = make_line_features(line)
             if DOT:
-                h = dot(stack(x, COUNT, PADDED), w_first, shared, PRECISION)
-                out = finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
+                total = tl.zeros([HP], tl.float32)
+                for k in tl.static_range(LINE_FEATURES_):
+                    total += of_row[k] * load_column(first_weights + F + k, H, INPUTS, HP)
+                shared = base + total[None, :]
             else:
-                h = multiply(x, shared, first_weights, COUNT, INPUTS, H)
-                out = finish_plain(h, rest, H, LAYERS, OUTPUTS)
-            delta = -gain * out[0]
-            if EXP_MULT != 0:
-                delta = delta * tl.exp(EXP_MULT * out[1])
-            if DELTA:
-                tl.store(out_ptr + load_size(row, SIZES + 10, 1) + at, delta, mask)
-            else:
-                store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, item)
+                shared = multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
+        if DOT:
+            h = dot(stack(x, COUNT, PADDED), w_first, shared, PRECISION)
+            out = finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
+        else:
+            h = multiply(x, shared, first_weights, COUNT, INPUTS, H)
+            out = finish_plain(h, rest, H, LAYERS, OUTPUTS)
+        delta = -gain * out[0]
+        if EXP_MULT != 0:
+            delta = delta * tl.exp(EXP_MULT * out[1])
+        if DELTA:
+            tl.store(out_ptr + load_size(row, SIZES + 10, 1) + at, delta, mask)
+        else:
+            store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, index)
 
-    @triton.jit(
-        do_not_specialize=["num_segments", "rest_stride"], do_not_specialize_on_alignment=["table", "starts", "grads"]
-    )
-    def _mlp_kernel(
-        table,  # int64 [n, COLUMNS]: see features.make_segments
-        starts,  # int64 [n + 1]
-        num_segments,  # n
-        first_ptr,  # [n, H, INPUTS]
-        bias_ptr,  # [n, H]
-        rest_ptr,  # [K, R], rows rest_stride apart
-        gain_ptr,  # [n]
-        grads,  # [items], as all that follow
-        lr_ptr,
-        decay_ptr,
-        grad_scale_ptr,
-        live_ptr,
-        steps_ptr,
-        seeds,  # or None
-        rest_stride,
-        out_ptr,  # steps of all parameters, or None
-        KINDS: tl.constexpr,  # a bit for each kind of segment that there is
-        COLUMNS: tl.constexpr,
-        P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
-        MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-        VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-        H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-        DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-        STEPS: tl.constexpr,
-    ):  # fmt: skip
-        segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        kind, item = tl.load(row + SIZES + 1), load_item(row, COLUMNS)
-        g_ptr, live = load_pointer(grads + item, 0, G_TYPE, G_ALIGN), tl.load(live_ptr + item)
-        terms = load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr)
-        first, bias = first_ptr + segment * (H * INPUTS), bias_ptr + segment * H
-        rest = rest_ptr + load_slot(row, COLUMNS) * rest_stride.to(tl.int64)
-        gain = tl.load(gain_ptr + segment)
-        for k in tl.static_range(NUM_KINDS_):
-            if KINDS & (1 << k):
-                if kind == k:
-                    _move(
-                        row, local, item, g_ptr, terms, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN,
-                        SIZES, k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
-                        OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, WIDTH, BLOCK, STEPS,
-                    )  # fmt: skip
+
+@table_kernel
+def _mlp_kernel(
+    table,  # int64 [n, COLUMNS]: see features.make_segments
+    starts,  # int64 [n + 1]
+    num_segments,  # n
+    first_ptr,  # [n, H, INPUTS]
+    bias_ptr,  # [n, H]
+    rest_ptr,  # [K, R], rows rest_stride apart
+    gain_ptr,  # [n]
+    grads,  # [items], as all that follow
+    lr_ptr,
+    decay_ptr,
+    grad_scale_ptr,
+    live_ptr,
+    steps_ptr,
+    seeds,  # or None
+    rest_stride,
+    out_ptr,  # steps of all parameters, or None
+    KINDS: tl.constexpr,  # a bit for each kind of segment that there is
+    COLUMNS: tl.constexpr,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
+    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
+    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
+    H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+    kind, index = tl.load(row + SIZES + 1), load_index(row, COLUMNS)
+    g_ptr, live = load_pointer(grads + index, 0, G_TYPE, G_ALIGN), tl.load(live_ptr + index)
+    rates = load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr)
+    first, bias = first_ptr + segment * (H * INPUTS), bias_ptr + segment * H
+    rest = rest_ptr + load_slot(row, COLUMNS) * rest_stride.to(tl.int64)
+    gain = tl.load(gain_ptr + segment)
+    for k in tl.static_range(NUM_KINDS_):
+        if KINDS & (1 << k):
+            if kind == k:
+                _move(
+                    row, local, index, g_ptr, rates, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN,
+                    SIZES, k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
+                    OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, WIDTH, BLOCK, STEPS,
+                )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -361,7 +364,7 @@ def launch_segments(
     """`reference` for all segments in one launch; parameters in place.
 
     Args:
-        segments: of `features.make_segments(tensors, item, plan.block, place)`, cut by
+        segments: of `features.make_segments(tensors, index, plan.block, place)`, cut by
             `features.by_tiles(plan.block, plan.steps)`.
         weights: float32, contiguous but for the rows of `rest`.
         plan: of `choose_plan`.
@@ -424,7 +427,7 @@ def _constexprs(
 def launch(
     group: Sequence[Tensors],
     weights: MLPWeights,
-    terms: Terms,
+    rates: Rates,
     family: Family,
     shape: Shape,
     plan: Plan | None = None,
@@ -435,7 +438,7 @@ def launch(
 
     Args:
         weights: of all segments, those of one parameter after those of another; `rest` `[1, R]`.
-        terms: `[1]` each, of all.
+        rates: `[1]` each, of all.
     """
     plan = plan or choose_plan(shape)
     places = list(accumulate_sizes((t.p.numel() for t in group), initial=0))
@@ -444,7 +447,7 @@ def launch(
     copies = [t._replace(p=p, slot=0) for t, p in zip(group, new, strict=True)]
     parts = [s for i, t in enumerate(copies) for s in features.make_segments(t, i, plan.block, places[i])]
     segments = Segments(parts, features.by_tiles(plan.block, plan.steps))
-    every = Terms(*(x.expand(len(group)).contiguous() for x in terms))
+    every = Rates(*(x.expand(len(group)).contiguous() for x in rates))
     items = parameters.make_items([t.g for t in group], every)
     launch_segments(segments, weights, items, family, shape, plan, sanitize, steps)
     if steps is None:
@@ -453,16 +456,16 @@ def launch(
 
 
 def draw_weights(
-    group: Sequence[Tensors], terms: Terms, family: Family, shape: Shape, generator: torch.Generator
+    group: Sequence[Tensors], rates: Rates, family: Family, shape: Shape, generator: torch.Generator
 ) -> MLPWeights:
     """Random weights of the group's segments, the features' normalisation folded in."""
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=generator.device).to(terms.lr.device)
+        return torch.randn(size, generator=generator, device=generator.device).to(rates.lr.device)
 
     first = []
     for t in group:
-        square = features.all_features(t, terms, family).square().sum(-1).T / max(1, t.group_size)
+        square = features.all_features(t, rates, family).square().sum(-1).T / max(1, t.group_size)
         scale = torch.nn.functional.pad((square + 1e-5).rsqrt(), (0, family.num_inputs - square.shape[1]))
         first.append(draw(t.groups, shape.hidden, family.num_inputs) * family.num_inputs**-0.5 * scale[:, None])
     count = sum(t.groups for t in group)
@@ -486,9 +489,9 @@ def sample(
     """
     family, shape = family or Family(), shape or Shape(hidden=32)
     group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
-    terms = parameters.sample_terms(device)
-    weights = draw_weights(group, terms, family, shape, generator)
-    return {"group": group, "weights": weights, "terms": terms, "family": family, "shape": shape}
+    rates = parameters.sample_rates(device)
+    weights = draw_weights(group, rates, family, shape, generator)
+    return {"group": group, "weights": weights, "rates": rates, "family": family, "shape": shape}
 
 
 def bytes_moved(num_coordinates: int, family: Family | None = None, param_bytes: int = 4, grad_bytes: int = 4) -> int:
@@ -514,14 +517,4 @@ def compile_source(
     return specialize(_mlp_kernel, constexprs, options, **parameters.TYPES | {"rest_stride": "i32"})
 
 
-OP = Op(
-    name="mlp",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32,),
-    block=BLOCK,
-)
+OP = make_op(__name__)

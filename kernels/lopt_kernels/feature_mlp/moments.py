@@ -17,23 +17,17 @@ from torch import Tensor
 from lopt_kernels.feature_mlp import features
 from lopt_kernels.feature_mlp.features import Family, Tensors
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.op import CompileSource, Op, check_triton, specialize
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.segments import TRITON_TYPES, find_row, load_pointer, load_size
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.language import TRITON_TYPES, constant, table_kernel, tl, triton
+from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
+from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements, find_row, load_pointer, load_size
 
 BLOCK, STEPS = 512, 16  # elements that a program takes at once, and how often
 MOMENTA = 3
 NAMES = ("p2", "m 1", "m 2", "m 3", "m2 1", "m2 2", "m2 3", "v", "v2")
 ROWS = 128  # of the buffer that the second launch takes at once
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-COLUMNS = 6  # p, m, v | elements | item, slot
+COLUMNS = 6  # p, m, v | elements | index, slot
 
 
 def reference(t: Tensors) -> Tensor:
@@ -44,67 +38,68 @@ def reference(t: Tensors) -> Tensor:
     return rows.sum(1) / max(1, p.numel())
 
 
-def make_segment(t: Tensors, item: int) -> Segment:
+def make_segment(t: Tensors, index: int) -> Segment:
     """A parameter's segment."""
     assert t.v is not None, "there are second moments"
-    return Segment((t.p, t.m, t.v), (t.p.numel(),), item)
+    return Segment((t.p, t.m, t.v), (t.p.numel(),), index)
 
 
-if triton is not None:
-    MOMENTA_, MOMENTS_ = tl.constexpr(MOMENTA), tl.constexpr(len(NAMES))
+MOMENTA_, MOMENTS_ = constant(MOMENTA), constant(len(NAMES))
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
-    def _moments_kernel(
-        table,  # int64 [n, COLUMNS]
-        starts,  # int64 [n + 1]
-        num_segments,  # n
-        partial_ptr,  # float64 [blocks, 9]
-        P_TYPE: tl.constexpr,
-        ALIGN: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-        STEPS: tl.constexpr,
-    ):
-        block = tl.program_id(0)
-        _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
-        p, m = load_pointer(row, 0, P_TYPE, ALIGN), load_pointer(row, 1, tl.float32, ALIGN)
-        v, count = load_pointer(row, 2, tl.float32, ALIGN), load_size(row, 3, 1)
-        sums = ()
-        for _ in tl.static_range(MOMENTS_):
-            sums = sums + (tl.zeros([BLOCK], tl.float64),)
-        for step in range(STEPS):
-            at = (local * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-            mask = at < count
-            x = tl.load(p + at, mask, 0.0).to(tl.float64)
-            rows = (x * x,)
-            squares = ()
-            for i in tl.static_range(MOMENTA_):
-                x = tl.load(m + i * count + at, mask, 0.0).to(tl.float64)
-                rows = rows + (x,)
-                squares = squares + (x * x,)
-            x = tl.load(v + at, mask, 0.0).to(tl.float64)
-            rows = rows + squares + (x, x * x)
-            new = ()
-            for i in tl.static_range(MOMENTS_):
-                new = new + (sums[i] + rows[i],)
-            sums = new
+
+@table_kernel
+def _moments_kernel(
+    table,  # int64 [n, COLUMNS]
+    starts,  # int64 [n + 1]
+    num_segments,  # n
+    partial_ptr,  # float64 [blocks, 9]
+    P_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
+    p, m = load_pointer(row, 0, P_TYPE, ALIGN), load_pointer(row, 1, tl.float32, ALIGN)
+    v, count = load_pointer(row, 2, tl.float32, ALIGN), load_size(row, 3, 1)
+    sums = ()
+    for _ in tl.static_range(MOMENTS_):
+        sums = sums + (tl.zeros([BLOCK], tl.float64),)
+    for step in range(STEPS):
+        at = (local * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < count
+        x = tl.load(p + at, mask, 0.0).to(tl.float64)
+        rows = (x * x,)
+        squares = ()
+        for i in tl.static_range(MOMENTA_):
+            x = tl.load(m + i * count + at, mask, 0.0).to(tl.float64)
+            rows = rows + (x,)
+            squares = squares + (x * x,)
+        x = tl.load(v + at, mask, 0.0).to(tl.float64)
+        rows = rows + squares + (x, x * x)
+        new = ()
         for i in tl.static_range(MOMENTS_):
-            tl.store(partial_ptr + block.to(tl.int64) * MOMENTS_ + i, tl.sum(sums[i]))
+            new = new + (sums[i] + rows[i],)
+        sums = new
+    for i in tl.static_range(MOMENTS_):
+        tl.store(partial_ptr + block.to(tl.int64) * MOMENTS_ + i, tl.sum(sums[i]))
 
-    @triton.jit(do_not_specialize_on_alignment=["table", "starts"])
-    def _means_kernel(
-        table, starts, partial_ptr, means_ptr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
-    ):  # means [n, 9]
-        segment = tl.program_id(0).to(tl.int64)
-        begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-        column = tl.arange(0, PADDED)
-        total = tl.zeros([ROWS, PADDED], tl.float64)
-        for start in range(begin, end, ROWS):
-            block = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (block < end)[:, None] & (column < MOMENTS_)
-            total += tl.load(partial_ptr + (block * MOMENTS_)[:, None] + column, mask, 0.0)
-        count = tl.maximum(tl.load(table + segment * COLUMNS + 3), 1).to(tl.float64)
-        tl.store(means_ptr + segment * MOMENTS_ + column, tl.sum(total, axis=0) / count, column < MOMENTS_)
+
+@table_kernel
+def _means_kernel(
+    table, starts, partial_ptr, means_ptr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+):  # means [n, 9]
+    segment = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    column = tl.arange(0, PADDED)
+    total = tl.zeros([ROWS, PADDED], tl.float64)
+    for start in range(begin, end, ROWS):
+        block = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (block < end)[:, None] & (column < MOMENTS_)
+        total += tl.load(partial_ptr + (block * MOMENTS_)[:, None] + column, mask, 0.0)
+    count = tl.maximum(tl.load(table + segment * COLUMNS + 3), 1).to(tl.float64)
+    tl.store(means_ptr + segment * MOMENTS_ + column, tl.sum(total, axis=0) / count, column < MOMENTS_)
 
 
 def launch_segments(segments: Segments) -> Tensor:
@@ -162,14 +157,4 @@ def compile_source(dtype: torch.dtype) -> CompileSource:
     return specialize(_moments_kernel, _constexprs(dtype, ALIGNMENT), OPTIONS, **parameters.TYPES, partial_ptr="*fp64")
 
 
-OP = Op(
-    name="moments",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    block=BLOCK,
-)
+OP = make_op(__name__)

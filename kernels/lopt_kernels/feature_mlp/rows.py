@@ -14,18 +14,12 @@ import torch
 from torch import Tensor
 
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.op import CompileSource, Op, check_triton, specialize
-from lopt_kernels.launching.segments import Segment, Segments
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.segments import load_item, load_pointer, load_size
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.language import table_kernel, tl
+from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
+from lopt_kernels.launching.segments import Segment, Segments, load_index, load_pointer, load_size
 
 BLOCK = 256  # numbers at once
+STATE_DTYPES = (torch.float32,)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 Rows = tuple[Tensor, ...]
@@ -38,36 +32,34 @@ def reference(rows: Sequence[Rows]) -> Rows:
 
 def make_table(rows: Sequence[tuple[int, Rows]]) -> Segments:
     """The table of parameters' rows, float32 and contiguous, each with its number among the items."""
-    made = [Segment(own, tuple(x.numel() for x in own), item) for item, own in rows]
+    made = [Segment(own, tuple(x.numel() for x in own), index) for index, own in rows]
     return Segments(made, lambda sizes: 1)
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["num_items"], do_not_specialize_on_alignment=["table"])
-    def _rows_kernel(
-        table,  # int64 [n, COLUMNS]: rows, widths, item, slot
-        live_ptr,  # [items], or None: rows are read; else those that are live are written
-        all_ptr,  # each kind's [items, width], one behind the other
-        num_items,
-        KINDS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        row = table + tl.program_id(0).to(tl.int64) * COLUMNS
-        item = load_item(row, COLUMNS)
-        lane = tl.arange(0, BLOCK)
-        for kind in tl.static_range(KINDS):
-            own, width = load_pointer(row, kind, tl.float32, 1), load_size(row, KINDS + kind, 1)
-            there = all_ptr + item * width
-            all_ptr += num_items * width
-            for start in range(0, width, BLOCK):
-                at = start + lane
-                if live_ptr is None:
-                    tl.store(there + at, tl.load(own + at, at < width), at < width)
-                else:
-                    mask = at < tl.where(tl.load(live_ptr + item), width, 0)
-                    tl.store(own + at, tl.load(there + at, mask), mask)
+@table_kernel
+def _rows_kernel(
+    table,  # int64 [n, COLUMNS]: rows, widths, index, slot
+    live_ptr,  # [items], or None: rows are read; else those that are live are written
+    all_ptr,  # each kind's [items, width], one behind the other
+    num_items,
+    KINDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = table + tl.program_id(0).to(tl.int64) * COLUMNS
+    index = load_index(row, COLUMNS)
+    lane = tl.arange(0, BLOCK)
+    for kind in tl.static_range(KINDS):
+        own, width = load_pointer(row, kind, tl.float32, 1), load_size(row, KINDS + kind, 1)
+        there = all_ptr + index * width
+        all_ptr += num_items * width
+        for start in range(0, width, BLOCK):
+            at = start + lane
+            if live_ptr is None:
+                tl.store(there + at, tl.load(own + at, at < width), at < width)
+            else:
+                mask = at < tl.where(tl.load(live_ptr + index), width, 0)
+                tl.store(own + at, tl.load(there + at, mask), mask)
 
 
 def gather(table: Segments, widths: Sequence[int], num_items: int) -> Rows:
@@ -140,14 +132,4 @@ def compile_source(dtype: torch.dtype) -> CompileSource:
     return specialize(_rows_kernel, constexprs, OPTIONS, **parameters.TYPES, num_items="i32")
 
 
-OP = Op(
-    name="rows",
-    reference=reference,
-    launch=launch,
-    launch_segments=gather,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32,),
-    block=BLOCK,
-)
+OP = make_op(__name__, launch_segments=gather)

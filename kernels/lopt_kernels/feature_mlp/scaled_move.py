@@ -16,35 +16,37 @@ from torch import Tensor
 from lopt_kernels.feature_mlp import features
 from lopt_kernels.feature_mlp.features import Tensors
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.op import CompileSource, Op, check_triton, specialize
-from lopt_kernels.launching.parameters import Items, Terms
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.parameters import store_parameter
-    from lopt_kernels.launching.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
+from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
+from lopt_kernels.launching.parameters import Items, Rates, store_parameter
+from lopt_kernels.launching.segments import (
+    ALIGNMENT,
+    Segment,
+    Segments,
+    by_elements,
+    find_row,
+    load_index,
+    load_pointer,
+    load_size,
+)
 
 BLOCK = 2048  # elements per program
-COLUMNS = 8  # parameter | elements, groups, group, inner, place of the step | item, slot
+COLUMNS = 8  # parameter | elements, groups, group, inner, place of the step | index, slot
 ROWS = 1024  # blocks' sums at once
+STATE_DTYPES = (torch.float32,)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 EPS = 1e-9  # added to the mean square of a step
 
 
 def reference(
-    p: Tensor, delta: Tensor, terms: Terms, scale: float, groups: int = 1, inner: int = 1, seeds: Tensor | None = None
+    p: Tensor, delta: Tensor, rates: Rates, scale: float, groups: int = 1, inner: int = 1, seeds: Tensor | None = None
 ) -> Tensor:
     """The new parameter `[*shape]`; pure.
 
     Args:
         p: float32, bfloat16 or float16.
         delta: the step, float32 `[*shape]`.
-        terms: `[1]` each.
+        rates: `[1]` each.
         scale: root mean square of the step that is made.
         groups, inner: see `features.Tensors`.
         seeds: int64 `[1]`: a bfloat16 p is rounded at random.
@@ -53,80 +55,83 @@ def reference(
     x = features.divide_groups(delta[None], t)[0]
     size = x.square().sum(1, keepdim=True) / max(1, x.shape[1])
     step = features.join_groups(x * (scale * (size + EPS).rsqrt()), t)
-    return parameters.move_parameter(p.flatten(), step.flatten(), terms, seeds).view(p.shape)
+    return parameters.move_parameter(p.flatten(), step.flatten(), rates, seeds).view(p.shape)
 
 
-def make_segments(p: Tensor, item: int, place: int, groups: int = 1, inner: int = 1) -> list[Segment]:
+def make_segments(p: Tensor, index: int, place: int, groups: int = 1, inner: int = 1) -> list[Segment]:
     """A parameter's segments, one per group; its step is at `place` of the buffer."""
-    return [Segment((p,), (p.numel() // groups, groups, group, inner, place), item) for group in range(groups)]
+    return [Segment((p,), (p.numel() // groups, groups, group, inner, place), index) for group in range(groups)]
 
 
-if triton is not None:
-    EPS_ = tl.constexpr(EPS)
+EPS_ = constant(EPS)
 
-    @triton.jit
-    def _find_elements(row, local, BLOCK: tl.constexpr):
-        element = local * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-        at, groups = element, load_size(row, 2, 1)
-        if groups > 1:
-            group, inner = load_size(row, 3, 1), load_size(row, 4, 1)
-            at = element // inner * (groups * inner) + group * inner + element % inner
-        return at, element < load_size(row, 1, 1)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
-    def _squares_kernel(
-        table,  # int64 [n, COLUMNS]
-        starts,  # int64 [n + 1]
-        num_segments,  # n
-        steps_ptr,  # of all parameters
-        partial_ptr,  # [blocks]
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        block = tl.program_id(0)
-        _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
+@jit
+def _find_elements(row, local, BLOCK: tl.constexpr):
+    element = local * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    at, groups = element, load_size(row, 2, 1)
+    if groups > 1:
+        group, inner = load_size(row, 3, 1), load_size(row, 4, 1)
+        at = element // inner * (groups * inner) + group * inner + element % inner
+    return at, element < load_size(row, 1, 1)
+
+
+@table_kernel
+def _squares_kernel(
+    table,  # int64 [n, COLUMNS]
+    starts,  # int64 [n + 1]
+    num_segments,  # n
+    steps_ptr,  # of all parameters
+    partial_ptr,  # [blocks]
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
+    at, mask = _find_elements(row, local, BLOCK)
+    x = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0)
+    tl.store(partial_ptr + block, tl.sum(x * x))
+
+
+@table_kernel
+def _factors_kernel(
+    table, starts, partial_ptr, factors_ptr, scale, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # factors [n]
+    segment = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(begin, end, ROWS):
+        at = start + tl.arange(0, ROWS)
+        total += tl.load(partial_ptr + at, at < end, 0.0)
+    count = tl.maximum(tl.load(table + segment * COLUMNS + 1), 1).to(tl.float32)
+    tl.store(factors_ptr + segment, scale * tl.rsqrt(tl.sum(total) / count + EPS_))
+
+
+@table_kernel
+def _scaled_move_kernel(
+    table,
+    starts,
+    num_segments,
+    steps_ptr,
+    factors_ptr,  # [n]
+    lr_ptr,  # [items], as all that follow
+    decay_ptr,
+    live_ptr,
+    seeds,  # or None
+    P_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
+    index = load_index(row, COLUMNS)
+    if tl.load(live_ptr + index):
         at, mask = _find_elements(row, local, BLOCK)
-        x = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0)
-        tl.store(partial_ptr + block, tl.sum(x * x))
-
-    @triton.jit(do_not_specialize_on_alignment=["table", "starts"])
-    def _factors_kernel(
-        table, starts, partial_ptr, factors_ptr, scale, COLUMNS: tl.constexpr, ROWS: tl.constexpr
-    ):  # factors [n]
-        segment = tl.program_id(0).to(tl.int64)
-        begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(begin, end, ROWS):
-            at = start + tl.arange(0, ROWS)
-            total += tl.load(partial_ptr + at, at < end, 0.0)
-        count = tl.maximum(tl.load(table + segment * COLUMNS + 1), 1).to(tl.float32)
-        tl.store(factors_ptr + segment, scale * tl.rsqrt(tl.sum(total) / count + EPS_))
-
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts"])
-    def _scaled_move_kernel(
-        table,
-        starts,
-        num_segments,
-        steps_ptr,
-        factors_ptr,  # [n]
-        lr_ptr,  # [items], as all that follow
-        decay_ptr,
-        live_ptr,
-        seeds,  # or None
-        P_TYPE: tl.constexpr,
-        ALIGN: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-        item = load_item(row, COLUMNS)
-        if tl.load(live_ptr + item):
-            at, mask = _find_elements(row, local, BLOCK)
-            p = load_pointer(row, 0, P_TYPE, ALIGN)
-            delta = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0) * tl.load(factors_ptr + segment)
-            base = tl.load(p + at, mask, 0.0).to(tl.float32)
-            lr, decay = tl.load(lr_ptr + item), tl.load(decay_ptr + item)
-            store_parameter(p, at, mask, base, delta, lr, decay, seeds, item)
+        p = load_pointer(row, 0, P_TYPE, ALIGN)
+        delta = tl.load(steps_ptr + load_size(row, 5, 1) + at, mask, 0.0) * tl.load(factors_ptr + segment)
+        base = tl.load(p + at, mask, 0.0).to(tl.float32)
+        lr, decay = tl.load(lr_ptr + index), tl.load(decay_ptr + index)
+        store_parameter(p, at, mask, base, delta, lr, decay, seeds, index)
 
 
 def launch_segments(segments: Segments, steps: Tensor, items: Items, scale: float) -> None:
@@ -152,18 +157,18 @@ def launch_segments(segments: Segments, steps: Tensor, items: Items, scale: floa
     with torch.cuda.device_of(table[0]):
         _squares_kernel[(blocks,)](*table, n, steps, partial, **sizes, **OPTIONS)
         _factors_kernel[(n,)](*table, partial, factors, scale, COLUMNS, ROWS, **OPTIONS)
-        terms = (items.terms.lr, items.terms.decay, items.live, seeds)
+        rates = (items.rates.lr, items.rates.decay, items.live, seeds)
         types = {"P_TYPE": TRITON_TYPES[p_dtype], "ALIGN": segments.align}
-        _scaled_move_kernel[(blocks,)](*table, n, steps, factors, *terms, **types, **sizes, **OPTIONS)
+        _scaled_move_kernel[(blocks,)](*table, n, steps, factors, *rates, **types, **sizes, **OPTIONS)
 
 
 def launch(
-    p: Tensor, delta: Tensor, terms: Terms, scale: float, groups: int = 1, inner: int = 1, out: Tensor | None = None
+    p: Tensor, delta: Tensor, rates: Rates, scale: float, groups: int = 1, inner: int = 1, out: Tensor | None = None
 ) -> Tensor:
     """`reference`; contiguous tensors, and p stays as it is unless it is `out`."""
     out = p.clone() if out is None else out.copy_(p)
     segments = Segments(make_segments(out, 0, 0, groups, inner), by_elements(BLOCK))
-    launch_segments(segments, delta, parameters.make_items([out], terms), scale)
+    launch_segments(segments, delta, parameters.make_items([out], rates), scale)
     return out
 
 
@@ -177,7 +182,7 @@ def sample(
         dtype: of the step, which is float32.
     """
     p, delta = torch.randn(2, num_coordinates, generator=generator, device=generator.device).to(device)
-    return {"p": p, "delta": delta, "terms": parameters.sample_terms(device), "scale": 1e-2}
+    return {"p": p, "delta": delta, "rates": parameters.sample_rates(device), "scale": 1e-2}
 
 
 def bytes_moved(num_coordinates: int, param_bytes: int = 4) -> int:
@@ -191,14 +196,4 @@ def compile_source(dtype: torch.dtype, p_dtype: torch.dtype = torch.float32) -> 
     return specialize(_scaled_move_kernel, constants | {"BLOCK": BLOCK, "seeds": None}, OPTIONS, **parameters.TYPES)
 
 
-OP = Op(
-    name="scaled_move",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32,),
-    block=BLOCK,
-)
+OP = make_op(__name__)

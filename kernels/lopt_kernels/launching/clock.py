@@ -14,22 +14,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.launching.op import CompileSource, Op, check_triton, specialize
-from lopt_kernels.launching.parameters import GOLDEN, TYPES, fold_in
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements, find_alignment, upload
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.parameters import mix
-    from lopt_kernels.launching.segments import TRITON_TYPES, find_row, load_item, load_pointer, load_size
-except ImportError:  # the reference needs torch only
-    triton = None
+from lopt_kernels.launching.language import TRITON_TYPES, constant, table_kernel, tl
+from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
+from lopt_kernels.launching.parameters import GOLDEN, TYPES, fold_in, mix
+from lopt_kernels.launching.segments import (
+    ALIGNMENT,
+    Segment,
+    Segments,
+    by_elements,
+    find_alignment,
+    find_row,
+    load_index,
+    load_pointer,
+    load_size,
+    upload,
+)
 
 BLOCK = 4096  # elements per program
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-COLUMNS = 5  # counter, seed | elements | item, slot
+COLUMNS = 5  # counter, seed | elements | index, slot
 FLAGS = 1024  # blocks' flags at once
 
 
@@ -67,65 +71,66 @@ def reference(grads: Sequence[Tensor], counters: Tensor, seeds: Tensor, found_in
     return Clock(live, counters.clone(), fold_in(seeds, counters), counters + live, (~live).sum().reshape(1))
 
 
-if triton is not None:
-    GOLDEN_ = tl.constexpr(GOLDEN)
+GOLDEN_ = constant(GOLDEN)
 
-    @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["table", "starts", "grads"])
-    def _finite_kernel(
-        table,  # int64 [n, COLUMNS]
-        starts,  # int64 [n + 1]
-        num_segments,  # n
-        grads,  # [items]
-        flags_ptr,  # int8 [blocks]
-        G_TYPE: tl.constexpr,
-        G_ALIGN: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        block = tl.program_id(0)
-        _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
-        g = load_pointer(grads + load_item(row, COLUMNS), 0, G_TYPE, G_ALIGN)
-        at = local * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(g + at, at < load_size(row, 2, 1), 0.0).to(tl.float32)
-        bad = tl.where(tl.abs(x) < float("inf"), 0, 1)  # NaN compares false
-        tl.store(flags_ptr + block, tl.max(bad, axis=0).to(tl.int8))
 
-    @triton.jit(do_not_specialize_on_alignment=["table", "starts"])
-    def _clock_kernel(
-        table,
-        starts,
-        flags_ptr,  # int8 [blocks], or None: all are finite
-        found_inf_ptr,  # [1] or None
-        live_ptr,  # [items], as the next two
-        steps_ptr,
-        seeds,  # or None
-        skipped_ptr,  # int64 [1] or more
-        COLUMNS: tl.constexpr,
-        FLAGS: tl.constexpr,
-    ):
-        segment = tl.program_id(0).to(tl.int64)
-        row = table + segment * COLUMNS
-        item = load_item(row, COLUMNS)
-        live = item >= 0
-        if found_inf_ptr is not None:
-            live = tl.load(found_inf_ptr) == 0
-        elif flags_ptr is not None:
-            start, stop = tl.load(starts + segment), tl.load(starts + segment + 1)
-            bad = tl.zeros([FLAGS], tl.int32)
-            for first in range(start, stop, FLAGS):
-                at = first + tl.arange(0, FLAGS)
-                bad = tl.maximum(bad, tl.load(flags_ptr + at, at < stop, 0).to(tl.int32))
-            live = tl.max(bad, axis=0) == 0
-        counter = load_pointer(row, 0, tl.int64, 1)
-        step = tl.load(counter)
-        tl.store(live_ptr + item, live)
-        tl.store(steps_ptr + item, step)
-        if seeds is not None:
-            seed = tl.load(load_pointer(row, 1, tl.int64, 1))
-            tl.store(seeds + item, mix(seed + GOLDEN_ * (step + 1)))
-        tl.store(counter, step + live.to(tl.int64))
-        if live == 0:
-            tl.atomic_add(skipped_ptr, 1)
+@table_kernel
+def _finite_kernel(
+    table,  # int64 [n, COLUMNS]
+    starts,  # int64 [n + 1]
+    num_segments,  # n
+    grads,  # [items]
+    flags_ptr,  # int8 [blocks]
+    G_TYPE: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
+    g = load_pointer(grads + load_index(row, COLUMNS), 0, G_TYPE, G_ALIGN)
+    at = local * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(g + at, at < load_size(row, 2, 1), 0.0).to(tl.float32)
+    bad = tl.where(tl.abs(x) < float("inf"), 0, 1)  # NaN compares false
+    tl.store(flags_ptr + block, tl.max(bad, axis=0).to(tl.int8))
+
+
+@table_kernel
+def _clock_kernel(
+    table,
+    starts,
+    flags_ptr,  # int8 [blocks], or None: all are finite
+    found_inf_ptr,  # [1] or None
+    live_ptr,  # [items], as the next two
+    steps_ptr,
+    seeds,  # or None
+    skipped_ptr,  # int64 [1] or more
+    COLUMNS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    row = table + segment * COLUMNS
+    index = load_index(row, COLUMNS)
+    live = index >= 0
+    if found_inf_ptr is not None:
+        live = tl.load(found_inf_ptr) == 0
+    elif flags_ptr is not None:
+        start, stop = tl.load(starts + segment), tl.load(starts + segment + 1)
+        bad = tl.zeros([FLAGS], tl.int32)
+        for first in range(start, stop, FLAGS):
+            at = first + tl.arange(0, FLAGS)
+            bad = tl.maximum(bad, tl.load(flags_ptr + at, at < stop, 0).to(tl.int32))
+        live = tl.max(bad, axis=0) == 0
+    counter = load_pointer(row, 0, tl.int64, 1)
+    step = tl.load(counter)
+    tl.store(live_ptr + index, live)
+    tl.store(steps_ptr + index, step)
+    if seeds is not None:
+        seed = tl.load(load_pointer(row, 1, tl.int64, 1))
+        tl.store(seeds + index, mix(seed + GOLDEN_ * (step + 1)))
+    tl.store(counter, step + live.to(tl.int64))
+    if live == 0:
+        tl.atomic_add(skipped_ptr, 1)
 
 
 def launch_segments(
@@ -143,7 +148,7 @@ def launch_segments(
     """`reference` for all segments in two launches, one where gradients need not be looked at.
 
     Args:
-        segments: of (counter, seed), int64 `[]` each, and sizes (elements,), cut by `by_elements(BLOCK)`; one per item.
+        segments: of (counter, seed), int64 `[]` each, and sizes (elements,), cut by `by_elements(BLOCK)`; one each.
         grads: addresses of gradients of `g_dtype`, int64 `[items]`; multiples of `align`.
         live: bool `[items]`, written.
         steps: int64 `[items]`, written.
@@ -213,14 +218,4 @@ def compile_source(dtype: torch.dtype) -> CompileSource:
     return specialize(_finite_kernel, _constexprs(dtype, ALIGNMENT), OPTIONS, **TYPES, flags_ptr="*i8")
 
 
-OP = Op(
-    name="clock",
-    reference=reference,
-    launch=launch,
-    launch_segments=launch_segments,
-    sample=sample,
-    bytes_moved=bytes_moved,
-    compile_source=compile_source,
-    state_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    block=BLOCK,
-)
+OP = make_op(__name__)

@@ -1,9 +1,10 @@
 """What a fused formula is: its definition, its kernel, and what tests and benchmarks need to know."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-except ImportError:  # references need torch only
-    triton = None
+from lopt_kernels.launching.language import INTERPRETED, probe, triton
 
 
 @dataclass(frozen=True)
@@ -24,25 +22,18 @@ class CompileSource:
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: argument name -> Triton type ("*fp32", "i32", "constexpr", ...).
+        signature: argument name -> Triton type ("*fp32", "i32", "constexpr", ...), or a tuple of them for a tuple.
         constexprs: the values of the constexpr arguments.
         options: of the compiler and of every launch (`num_warps`, ...).
     """
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     options: dict[str, Any]
 
 
-if triton is not None:
-
-    @triton.jit
-    def _probe():
-        """Compiled for a GPU or, in the interpreter, not: see `check_triton`."""
-
-
-def specialize(kernel: Any, constexprs: dict[str, Any], options: dict[str, Any], **types: str) -> CompileSource:
+def specialize(kernel: Any, constexprs: dict[str, Any], options: dict[str, Any], **types: Any) -> CompileSource:
     """A kernel with these compile-time constants; arguments without a type are pointers to fp32."""
     types |= dict.fromkeys(constexprs, "constexpr")
     return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constexprs, options)
@@ -59,7 +50,7 @@ def check_triton(op: str, device: torch.device) -> None:
     """
     if triton is None:
         raise RuntimeError(f"{op} kernel: Triton is not installed. Install it, or use the reference.")
-    if device.type != "cuda" and isinstance(_probe, triton.JITFunction):
+    if device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"{op} kernel: tensors are on {device} and Triton needs a GPU. Use the reference, or set "
             "TRITON_INTERPRET=1 before triton is imported."
@@ -75,7 +66,7 @@ def try_triton(device: torch.device) -> str | None:
     try:
         check_triton("optimizer", device)
         with torch.cuda.device_of(torch.empty(0, device=device)):
-            _probe[(1,)]()
+            probe[(1,)]()
     except Exception as error:  # whatever it is, ordinary operations go on
         return f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
     return None
@@ -104,7 +95,8 @@ class Op:
         compile_source: dtype of the state -> the kernel specialised to what `sample` draws.
         state_dtypes: what the state may be.
         block: coordinates per program.
-        launch_segments: the same in place for all segments of a table in one launch, if the op updates parameters.
+        launch_segments: the same in place for all segments of a table in one launch, if the op takes one.
+        formula: what an elementwise op is made of, see `lopt_kernels.elementwise.formula`.
     """
 
     name: str
@@ -116,6 +108,21 @@ class Op:
     state_dtypes: tuple[torch.dtype, ...]
     block: int
     launch_segments: Callable[..., Any] | None = None
+    formula: Any = None
+
+
+def make_op(module: str, **others: Any) -> Op:
+    """The op of a file of kernels, under the file's name: its functions are named as the fields of `Op`.
+
+    Args:
+        module: `__name__` of the file, which has `STATE_DTYPES` and `BLOCK`, too.
+        others: fields that the file names otherwise.
+    """
+    names, functions = vars(sys.modules[module]), ("reference", "launch", "sample", "bytes_moved", "compile_source")
+    places = {name: name for name in (*functions, "launch_segments")}
+    places |= {"state_dtypes": "STATE_DTYPES", "block": "BLOCK"}
+    fields = {field: names[name] for field, name in places.items() if name in names}
+    return Op(**{"name": module.rpartition(".")[2], **fields, **others})
 
 
 class LaunchCounter:
@@ -131,7 +138,7 @@ def count_launches() -> Iterator[LaunchCounter]:
     if triton is None:
         yield counter
         return
-    kind = type(_probe)
+    kind = type(probe)
     original = kind.run
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,16 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.launching.op import CompileSource, check_triton, specialize
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, tl
+from lopt_kernels.launching.op import check_triton
 from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements, find_alignment, upload
-
-try:
-    import triton
-    import triton.language as tl
-
-    from lopt_kernels.launching.segments import TRITON_TYPES
-except ImportError:  # references need torch only
-    triton = None
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -42,7 +35,7 @@ MIX_1 = -0x40A7B892E31B1A47
 MIX_2 = -0x6B2FB644ECCEEE15
 
 
-class Terms(NamedTuple):
+class Rates(NamedTuple):
     """The numbers of `lopt.optim.update.Apply`, float32 `[n]` each, one per parameter.
 
     Attributes:
@@ -61,7 +54,7 @@ class Items(NamedTuple):
 
     Attributes:
         grads: addresses of the gradients, int64 `[n]`; these are dense, in the order of their parameters' memory.
-        terms: see `Terms`.
+        rates: see `Rates`.
         live: bool `[n]`; what is not live is not written.
         steps: updates made so far, int64 `[n]`.
         seeds: int64 `[n]`: bfloat16 parameters are rounded at random; None: to nearest.
@@ -70,7 +63,7 @@ class Items(NamedTuple):
     """
 
     grads: Tensor
-    terms: Terms
+    rates: Rates
     live: Tensor
     steps: Tensor
     seeds: Tensor | None
@@ -80,7 +73,7 @@ class Items(NamedTuple):
     def arguments(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What every kernel that updates parameters of `dtype` takes, in this order."""
         seeds = self.seeds if dtype == torch.bfloat16 else None
-        return (self.grads, *self.terms, self.live, self.steps, seeds)
+        return (self.grads, *self.rates, self.live, self.steps, seeds)
 
     def constexprs(self) -> dict[str, Any]:
         """Compile-time constants G_TYPE and G_ALIGN."""
@@ -89,35 +82,35 @@ class Items(NamedTuple):
 
 def make_items(
     grads: Sequence[Tensor],
-    terms: Terms,
+    rates: Rates,
     live: Tensor | None = None,
     steps: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> Items:
     """Items of these gradients, whose memory must outlive them; by default all are live and at step 0."""
-    device, addresses = terms.lr.device, [g.data_ptr() for g in grads]
+    device, addresses = rates.lr.device, [g.data_ptr() for g in grads]
     live = torch.ones(len(grads), dtype=torch.bool, device=device) if live is None else live
     steps = torch.zeros(len(grads), dtype=torch.int64, device=device) if steps is None else steps
     on_device = upload(addresses, torch.int64, device)
-    return Items(on_device, terms, live, steps, seeds, grads[0].dtype, find_alignment(addresses))
+    return Items(on_device, rates, live, steps, seeds, grads[0].dtype, find_alignment(addresses))
 
 
-def read_gradient(g: Tensor, terms: Terms, sanitize: bool = False) -> Tensor:
+def read_gradient(g: Tensor, rates: Rates, sanitize: bool = False) -> Tensor:
     """The gradient `[N]` as rules see it, in fp32; `sanitize`: what is not finite counts as 0."""
-    g = g.float() * terms.grad_scale
+    g = g.float() * rates.grad_scale
     return torch.where(g.isfinite(), g, 0.0) if sanitize else g
 
 
-def move_parameter(p: Tensor, delta: Tensor, terms: Terms, seeds: Tensor | None = None) -> Tensor:
+def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None = None) -> Tensor:
     """The parameter `[N]` after the step: in fp32, rounded once: at random if bf16 with `seeds`, int64 `[1]`."""
     base = p.float()
-    rate = terms.lr * terms.decay
-    new = torch.where(rate == 0, base, base - rate * base) + terms.lr * delta
+    rate = rates.lr * rates.decay
+    new = torch.where(rate == 0, base, base - rate * base) + rates.lr * delta
     if seeds is not None and p.dtype == torch.bfloat16:
         noise = draw_bits(seeds, p.numel()).to(torch.int32)
         bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
         new = torch.where(new.isfinite(), bits.view(torch.float32), new)
-    return torch.where(terms.lr == 0, p, new.to(p.dtype))
+    return torch.where(rates.lr == 0, p, new.to(p.dtype))
 
 
 def draw_bits(seeds: Tensor, count: int) -> Tensor:
@@ -138,9 +131,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def sample_terms(device: torch.device) -> Terms:
-    """Terms of one segment, none of them neutral."""
-    return Terms(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
+def sample_rates(device: torch.device) -> Rates:
+    """Rates of one segment, none of them neutral."""
+    return Rates(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
 
 
 def launch_flat(
@@ -150,14 +143,14 @@ def launch_flat(
     g: Tensor,
     state: tuple[Tensor, ...],
     weights: Any,
-    terms: Terms,
+    rates: Rates,
     step: Tensor,
     out: tuple[Tensor, tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """An op's `launch`, for one flat parameter: its `launch_segments` on copies of `p` and `state`.
 
     Args:
-        p, g, state, weights, terms, step: as the op's `reference` takes them.
+        p, g, state, weights, rates, step: as the op's `reference` takes them.
         out: contiguous tensors to write to, new ones by default; they may be p and the state themselves.
     Returns:
         The new p and state.
@@ -169,33 +162,8 @@ def launch_flat(
         new.copy_(old)
     segments = Segments([Segment((new_p, *new_state), (p.numel(),))], by_elements(block))
     stacks = type(weights)(*(w[None] for w in weights))
-    launch_segments(segments, stacks, make_items([g], terms, steps=step.long()))
+    launch_segments(segments, stacks, make_items([g], rates, steps=step.long()))
     return out
-
-
-def run(
-    kernel: Any,
-    segments: Segments,
-    weights: Sequence[Tensor],
-    items: Items,
-    numbers: Sequence[float],
-    constants: dict[str, Any],
-) -> None:
-    """One launch of a kernel over all segments.
-
-    Args:
-        weights: what it takes after the table, before the items.
-        numbers: what it takes behind these.
-        constants: its compile-time constants and options beyond those of table and dtypes.
-    """
-    if segments.num_blocks == 0:
-        return
-    table = (segments.table, segments.starts, segments.num_segments)
-    with torch.cuda.device_of(segments.table):
-        kernel[(segments.num_blocks,)](
-            *(*table, *weights, *items.arguments(segments.dtypes[0]), *numbers),
-            **{**segments.constexprs(), **type_constexprs(segments.dtypes), **items.constexprs(), **constants},
-        )
 
 
 def check_launch(
@@ -242,7 +210,7 @@ def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = T
         ValueError: there is not.
     """
     device, size = segments.table.device, len(items.grads)
-    numbers = [(name, x, torch.float32) for name, x in items.terms._asdict().items()]
+    numbers = [(name, x, torch.float32) for name, x in items.rates._asdict().items()]
     numbers += [("grads", items.grads, torch.int64), ("live", items.live, torch.bool)]
     numbers += [(name, x, torch.int64) for name, x in (("steps", items.steps), ("seeds", items.seeds)) if x is not None]
     for name, x, dtype in numbers:
@@ -280,81 +248,77 @@ def type_constexprs(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
     return dict(zip(("P_TYPE", "S_TYPE"), (TRITON_TYPES[dtype] for dtype in dtypes[:2]), strict=True))
 
 
-def compile_source(
-    kernel: Any,
-    dtypes: tuple[torch.dtype, ...],
-    columns: int,
-    seeded: bool,
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> CompileSource:
-    """A kernel specialised to parameter, gradient and state of these dtypes, aligned, as in a large model.
+def compile_constants(dtypes: tuple[torch.dtype, ...], columns: int, seeded: bool) -> dict[str, Any]:
+    """Compile-time constants for parameter, gradient and state of these dtypes, aligned, as in a large model.
 
     Args:
-        columns: of its table.
+        columns: of the table.
         seeded: with stochastic rounding.
-        constants: its compile-time constants beyond those of dtypes and table.
-        options: of the compiler.
     """
     p_dtype, g_dtype, s_dtype = dtypes
     table = {"COLUMNS": columns, "ALIGN": ALIGNMENT, "MULTIPLE": ALIGNMENT, "SANITIZE": False}
     table |= {"G_TYPE": TRITON_TYPES[g_dtype], "G_ALIGN": ALIGNMENT}
-    constants = table | type_constexprs((p_dtype, s_dtype)) | constants | ({} if seeded else {"seeds": None})
-    return specialize(kernel, constants, options, **TYPES)
+    return table | type_constexprs((p_dtype, s_dtype)) | ({} if seeded else {"seeds": None})
 
 
-if triton is not None:
-    _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
-    _TOP_BITS = tl.constexpr(64 - HALF_BITS)
-    _KEPT = tl.constexpr(-(1 << HALF_BITS))
+_GOLDEN, _MIX_1, _MIX_2 = constant(GOLDEN), constant(MIX_1), constant(MIX_2)
+_TOP_BITS = constant(64 - HALF_BITS)
+_KEPT = constant(-(1 << HALF_BITS))
 
-    @triton.jit
-    def load_terms(item, lr_ptr, decay_ptr, grad_scale_ptr):
-        """See `Terms`."""
-        return tl.load(lr_ptr + item), tl.load(decay_ptr + item), tl.load(grad_scale_ptr + item)
 
-    @triton.jit
-    def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
-        """`read_gradient` of the elements `at`."""
-        x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
-        if SANITIZE:
-            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        return x
+@jit
+def load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr):
+    """See `Rates`."""
+    return tl.load(lr_ptr + index), tl.load(decay_ptr + index), tl.load(grad_scale_ptr + index)
 
-    @triton.jit
-    def store_parameter(p, at, mask, base, delta, lr, decay, seeds, item):
-        """`move_parameter` of the elements `at`, whose values were `base`; `seeds` int64 `[n]` or None."""
-        rate = lr * decay
-        new = tl.where(rate == 0, base, base - rate * base) + lr * delta
-        if seeds is not None:
-            noise = _draw_bits(tl.load(seeds + item), at).to(tl.int32)
-            bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
-            new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
-        if lr != 0:
-            tl.store(p + at, new.to(p.dtype.element_ty), mask)
 
-    @triton.jit
-    def _draw_bits(seed, at):  # at: int64
-        return _shift_right_logical(mix(seed + _GOLDEN * (at + 1)), _TOP_BITS)
+@jit
+def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
+    """`read_gradient` of the elements `at`."""
+    x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
+    if SANITIZE:
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    return x
 
-    @triton.jit
-    def mix(x):
-        """splitmix64's finaliser on int64."""
-        x = (x ^ _shift_right_logical(x, 30)) * _MIX_1
-        x = (x ^ _shift_right_logical(x, 27)) * _MIX_2
-        return x ^ _shift_right_logical(x, 31)
 
-    @triton.jit
-    def _shift_right_logical(x, BITS: tl.constexpr):
-        return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)
+@jit
+def store_parameter(p, at, mask, base, delta, lr, decay, seeds, index):
+    """`move_parameter` of the elements `at`, whose values were `base`; `seeds` int64 `[n]` or None."""
+    rate = lr * decay
+    new = tl.where(rate == 0, base, base - rate * base) + lr * delta
+    if seeds is not None:
+        noise = _draw_bits(tl.load(seeds + index), at).to(tl.int32)
+        bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
+        new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
+    if lr != 0:
+        tl.store(p + at, new.to(p.dtype.element_ty), mask)
 
-    @triton.jit
-    def power(base, exponent):
-        """base^exponent for fp32 and non-negative int64, exact to fp32's last bit: bias corrections are 1 minus it."""
-        square = tl.cast(base, tl.float32).to(tl.float64)
-        result = tl.full((), 1.0, tl.float64)
-        while exponent > 0:
-            result = tl.where((exponent & 1) == 1, result * square, result)
-            square = square * square
-            exponent = exponent >> 1
-        return result.to(tl.float32)
+
+@jit
+def _draw_bits(seed, at):  # at: int64
+    return _shift_right_logical(mix(seed + _GOLDEN * (at + 1)), _TOP_BITS)
+
+
+@jit
+def mix(x):
+    """splitmix64's finaliser on int64."""
+    x = (x ^ _shift_right_logical(x, 30)) * _MIX_1
+    x = (x ^ _shift_right_logical(x, 27)) * _MIX_2
+    return x ^ _shift_right_logical(x, 31)
+
+
+@jit
+def _shift_right_logical(x, BITS: tl.constexpr):
+    return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)
+
+
+@jit
+def power(base, exponent):
+    """base^exponent for fp32 and non-negative int64, exact to fp32's last bit: bias corrections are 1 minus it."""
+    square = tl.cast(base, tl.float32).to(tl.float64)
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        result = tl.where((exponent & 1) == 1, result * square, result)
+        square = square * square
+        exponent = exponent >> 1
+    return result.to(tl.float32)

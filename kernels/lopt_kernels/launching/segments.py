@@ -4,7 +4,7 @@ A segment is what one parameter brings: pointers to its tensors (parameter, stat
 parameters, and the row of a stack of meta-weights that it uses (deployment: 0; a population: one row per particle).
 Programs are numbered through; each finds its segment by binary search over the segments' first block numbers.
 
-    row of the table, int64:  pointers ... | sizes ... | item | slot of the meta-weights
+    row of the table, int64:  pointers ... | sizes ... | index | slot of the meta-weights
 
 What may change from step to step (gradients' addresses, rates, counters) is not in the table: see `apply.Items`.
 """
@@ -14,35 +14,33 @@ What may change from step to step (gradients' addresses, rates, counters) is not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # references need torch only
-    triton = None
+from lopt_kernels.launching.language import jit, tl
 
 ALIGNMENT = 16  # bytes of the widest load; Triton's own notion of an aligned pointer
 MAX_BLOCKS = 2**31 - 1  # of a launch's first dimension
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """What one parameter brings.
 
     Attributes:
         tensors: contiguous, or dense with the same strides: column `i` has one dtype and one device in all segments.
         sizes: what the kernel has to know of their shapes; the first is usually the number of coordinates.
-        item: the number of its parameter, for `apply.Items`; a parameter may have several segments.
+        index: the number of its parameter, for `apply.Items`; a parameter may have several segments.
         slot: its row of the stacks of meta-weights.
     """
 
     tensors: tuple[Tensor, ...]
     sizes: tuple[int, ...]
-    item: int = 0
+    index: int = 0
     slot: int = 0
 
 
@@ -78,7 +76,7 @@ class Segments:
             _check_alike(i, segment, self.dtypes, device, len(first.sizes))
         self.num_segments, self.num_pointers = len(segments), len(first.tensors)
         self.columns = self.num_pointers + len(first.sizes) + 2
-        self.num_items = 1 + max(segment.item for segment in segments)
+        self.num_items = 1 + max(segment.index for segment in segments)
         self.num_slots = 1 + max(segment.slot for segment in segments)
         starts = [0]
         for segment in segments:
@@ -86,7 +84,7 @@ class Segments:
         self.num_blocks = starts[-1]
         if self.num_blocks > MAX_BLOCKS:
             raise ValueError(f"{self.num_blocks} blocks are more than a launch takes ({MAX_BLOCKS}). Divide the group.")
-        rows = [(*(t.data_ptr() for t in tensors), *sizes, item, slot) for tensors, sizes, item, slot in segments]
+        rows = [(*(t.data_ptr() for t in s.tensors), *s.sizes, s.index, s.slot) for s in segments]
         self.align = find_alignment([pointer for row in rows for pointer in row[: self.num_pointers]])
         self.multiples = tuple(find_alignment(column) for column in zip(*(s.sizes for s in segments), strict=True))
         flat = upload([number for row in rows for number in row] + starts, torch.int64, device)
@@ -129,43 +127,45 @@ def _check_alike(i: int, segment: Segment, dtypes: tuple[Any, ...], device: torc
             )
 
 
-if triton is not None:
-    TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+@jit
+def find_segment(starts, num_segments, block):
+    """The segment of a block: the last that starts at or before it (empty ones start where the next does)."""
+    low = tl.cast(num_segments, tl.int32) * 0  # not a constant: the loop carries it
+    high = tl.cast(num_segments, tl.int32)
+    while high - low > 1:
+        middle = low + ((high - low) >> 1)
+        before = tl.load(starts + middle) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low.to(tl.int64)
 
-    @triton.jit
-    def find_segment(starts, num_segments, block):
-        """The segment of a block: the last that starts at or before it (empty ones start where the next does)."""
-        low = tl.cast(num_segments, tl.int32) * 0  # not a constant: the loop carries it
-        high = tl.cast(num_segments, tl.int32)
-        while high - low > 1:
-            middle = low + ((high - low) >> 1)
-            before = tl.load(starts + middle) <= block
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        return low.to(tl.int64)
 
-    @triton.jit
-    def find_row(table, starts, num_segments, block, COLUMNS: tl.constexpr):
-        """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64."""
-        segment = find_segment(starts, num_segments, block)
-        return segment, table + segment * COLUMNS, block.to(tl.int64) - tl.load(starts + segment)
+@jit
+def find_row(table, starts, num_segments, block, COLUMNS: tl.constexpr):
+    """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64."""
+    segment = find_segment(starts, num_segments, block)
+    return segment, table + segment * COLUMNS, block.to(tl.int64) - tl.load(starts + segment)
 
-    @triton.jit
-    def load_item(row, COLUMNS: tl.constexpr):
-        """The number of a row's parameter."""
-        return tl.load(row + COLUMNS - 2)
 
-    @triton.jit
-    def load_slot(row, COLUMNS: tl.constexpr):
-        """The row of the stacks of meta-weights."""
-        return tl.load(row + COLUMNS - 1)
+@jit
+def load_index(row, COLUMNS: tl.constexpr):
+    """The number of a row's parameter."""
+    return tl.load(row + COLUMNS - 2)
 
-    @triton.jit
-    def load_pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-        """The address in a column of the row, as a pointer to DTYPE; ALIGN is `Segments.align`."""
-        return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
 
-    @triton.jit
-    def load_size(row, COLUMN: tl.constexpr, MULTIPLE: tl.constexpr):
-        """The number in a column of the row, int64; MULTIPLE is its entry of `Segments.multiples`."""
-        return tl.multiple_of(tl.load(row + COLUMN), MULTIPLE)
+@jit
+def load_slot(row, COLUMNS: tl.constexpr):
+    """The row of the stacks of meta-weights."""
+    return tl.load(row + COLUMNS - 1)
+
+
+@jit
+def load_pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The address in a column of the row, as a pointer to DTYPE; ALIGN is `Segments.align`."""
+    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@jit
+def load_size(row, COLUMN: tl.constexpr, MULTIPLE: tl.constexpr):
+    """The number in a column of the row, int64; MULTIPLE is its entry of `Segments.multiples`."""
+    return tl.multiple_of(tl.load(row + COLUMN), MULTIPLE)

@@ -21,10 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-try:
-    import triton
-except ImportError:  # there is nothing to tune then
-    triton = None
+from lopt_kernels.launching.language import triton
 
 NAME = "tiles.json"
 FORMAT = "lopt tiles 1"

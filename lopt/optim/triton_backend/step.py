@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from lopt_kernels.launching import clock as clock_op
-from lopt_kernels.launching.parameters import PARAMETER_DTYPES, Items, Terms
+from lopt_kernels.launching.parameters import PARAMETER_DTYPES, Items, Rates
 from lopt_kernels.launching.segments import Segment, Segments, by_elements, find_alignment, upload
 from torch import Tensor
 
@@ -87,11 +87,11 @@ class FusedStep:
             skipped: int64; its first number grows by the parameters whose gradients are not finite.
         """
         self.captured = self.captured or _is_capturing(self.live.device)
-        terms = self._read_terms(units, decay_scale, amp)
+        rates = self._read_rates(units, decay_scale, amp)
         for part in self.parts:
             if part.source is not None:
                 part.p.copy_(part.source)
-        items = self._read_items([member for unit in units for member in unit.members], terms)
+        items = self._read_items([member for unit in units for member in unit.members], rates)
         for table, own in zip(self.clocks, items, strict=True):
             clock_op.launch_segments(
                 *(table, own.grads, own.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
@@ -109,7 +109,7 @@ class FusedStep:
             if part.source is not None:
                 part.source.copy_(part.p.view(part.source.shape))
 
-    def _read_terms(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Terms:
+    def _read_rates(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Rates:
         """Rates as they are now; those in tensors on a device stay there."""
         device = self.live.device
         rates = [read_lr(unit.group["lr"], device) for unit in units]
@@ -128,9 +128,9 @@ class FusedStep:
                 for rate, k in zip(rates, counts, strict=True)
             ])  # fmt: skip
         unscale = None if amp is None else amp.unscale
-        return Terms(lr, decay, sign if unscale is None else sign * unscale)
+        return Rates(lr, decay, sign if unscale is None else sign * unscale)
 
-    def _read_items(self, members: Sequence[Member], terms: Terms) -> list[Items]:
+    def _read_items(self, members: Sequence[Member], rates: Rates) -> list[Items]:
         """For each batch; gradients that do not lie as their parameters are copied."""
         addresses = []
         for part, member in zip(self.parts, members, strict=True):
@@ -143,7 +143,7 @@ class FusedStep:
         made = []
         for kind in self._order:
             own = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
-            made.append(Items(grads, terms, self.live, self.steps, seeds, kind[1], find_alignment(own)))
+            made.append(Items(grads, rates, self.live, self.steps, seeds, kind[1], find_alignment(own)))
         return made
 
     def _arrange_grad(self, part: Part, g: Tensor) -> Tensor:

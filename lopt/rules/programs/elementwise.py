@@ -1,107 +1,64 @@
-"""Programs of the rules whose step of an element depends on that element alone: one launch."""
+"""The program of the rules whose step of an element depends on that element alone: one launch of one kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 from lopt_kernels import OPS
-from lopt_kernels.elementwise import lstm
-from lopt_kernels.elementwise.adamw import AdamWWeights
-from lopt_kernels.elementwise.lstm import LSTMWeights
-from lopt_kernels.elementwise.rnnprop import RNNpropWeights
+from lopt_kernels.launching.op import Op
 from lopt_kernels.launching.parameters import Items
 from lopt_kernels.launching.segments import Segment, Segments, by_elements
 from torch import Tensor
 
 from lopt.rules import Clock, Rule
-from lopt.rules.lstm import STATE
 from lopt.rules.programs.base import Program
 from lopt.rules.programs.parts import Part
 
+# rule -> its op, whose formula names the rules that it steps
+ELEMENTWISE_OPS: dict[str, Op] = {name: op for op in OPS.values() if op.formula for name in op.formula.rules}
+
 
 class ElementwiseProgram(Program):
-    """An op with `launch_segments`.
+    """Steps a rule by the op whose formula names it: nothing is to be written here for another such rule.
 
-    Attributes:
-        op: its name in `OPS`.
-        keys: the accumulators, in the op's order.
-        weights: of the op; its fields are meta-weights of the rule.
-        numbers: attributes of the rule that the launch takes.
+    The op's formula says which attributes of the rule are its meta-weights and numbers, and which accumulators its
+    state. Products of matrices are as precise as `torch.set_float32_matmul_precision` says when the program is made.
     """
-
-    op: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]]
-    weights: ClassVar[Any]
-    numbers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
         super().__init__(rule, batches, count, slots)
-        block = by_elements(OPS[self.op].block)
+        self.op = ELEMENTWISE_OPS[rule.name]
+        block = by_elements(self.op.block)
+        self.tables = [Segments([self._make_segment(part) for part in parts], block) for parts in batches]
+        self.stacks = self.op.formula.weights(*self._read_stacks())
+        self.numbers = {name: getattr(rule, name) for name in self.op.formula.numbers}
+        self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-        def make_segment(t: Part) -> Segment:
-            return Segment((t.p, *(t.state[k] for k in self.keys)), (t.p.numel(),), t.item, t.slot)
+    @classmethod
+    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
+        formula = ELEMENTWISE_OPS[rule.name].formula
+        hidden = getattr(rule, "hidden", 0)
+        if rule.needs_num_steps:
+            return f"the fused {rule.name} has no schedule"
+        if formula.layers is not None and hidden > formula.layers.max_hidden:
+            return f"the fused {rule.name} is at most {formula.layers.max_hidden} wide, not {hidden}"
+        return None
 
-        self.tables = [Segments([make_segment(t) for t in parts], block) for parts in batches]
-        self.stacks = self.weights(*self._read_stacks())
-        self.options = {name: getattr(rule, name) for name in self.numbers}
+    def _make_segment(self, part: Part) -> Segment:
+        state = (part.state[key] for key in self.op.formula.keys)
+        return Segment((part.p, *state), (part.p.numel(),), part.item, part.slot)
 
     def _read_stacks(self) -> list[Tensor]:
-        own = [getattr(self.rule, name).detach() for name in self.weights._fields]
-        return [(x[None] if self.slots is None else x).contiguous() for x in own]
+        weights = [getattr(self.rule, name).detach() for name in self.op.formula.weights._fields]
+        return [(x[None] if self.slots is None else x).contiguous() for x in weights]
 
     def load(self) -> None:
-        """See `Program.load`."""
         for old, new in zip(self.stacks, self._read_stacks(), strict=True):
             old.copy_(new)
 
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
-        """See `Program.run`."""
-        launch = OPS[self.op].launch_segments
+        launch = self.op.launch_segments
         assert launch is not None, "the op steps parameters"
         for table, own in zip(self.tables, items, strict=True):
-            launch(table, self.stacks, own, sanitize=sanitize, **self.options)
-
-
-class AdamWProgram(ElementwiseProgram):
-    """AdamW, without a schedule of its own."""
-
-    op = "adamw"
-    keys = ("m", "v")
-    weights = AdamWWeights
-
-    @classmethod
-    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
-        """See `Program.find_obstacle`."""
-        return None if not rule.needs_num_steps else "the fused AdamW has no schedule"
-
-
-class LSTMProgram(ElementwiseProgram):
-    """The coordinatewise LSTM. Its matrix products are as precise as `torch.set_float32_matmul_precision` says."""
-
-    op = "coordinatewise_lstm"
-    keys: ClassVar[tuple[str, ...]] = STATE
-    weights: ClassVar[Any] = LSTMWeights
-    numbers: ClassVar[tuple[str, ...]] = ("output_scale", "log_bound")
-
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
-        super().__init__(rule, batches, count, slots)
-        exact = torch.get_float32_matmul_precision() == "highest"
-        self.options |= {"precision": "ieee" if exact else "tf32"}
-
-    @classmethod
-    def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
-        """See `Program.find_obstacle`."""
-        hidden = rule.hidden
-        assert isinstance(hidden, int)
-        return None if hidden <= lstm.MAX_WIDTH else f"the fused LSTM is at most {lstm.MAX_WIDTH} wide, not {hidden}"
-
-
-class RNNpropProgram(LSTMProgram):
-    """The coordinatewise LSTM on Adam's directions."""
-
-    op = "rnnprop"
-    keys = (*STATE, "m", "v")
-    weights = RNNpropWeights
-    numbers = ("beta1", "beta2", "output_scale")
+            launch(table, self.stacks, own, sanitize=sanitize, precision=self.precision, **self.numbers)

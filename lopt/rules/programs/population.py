@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from lopt_kernels.launching.parameters import Items, Terms
+from lopt_kernels.launching.parameters import Items, Rates
 from lopt_kernels.launching.segments import find_alignment, upload
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -97,7 +97,7 @@ class _Group:
         ones, zeros = torch.ones(count, device=device), torch.zeros(count, device=device)
         self.items = Items(
             grads=upload(addresses, torch.int64, device),
-            terms=Terms(ones, zeros, ones),
+            rates=Rates(ones, zeros, ones),
             live=ones.bool(),
             steps=torch.zeros(count, dtype=torch.int64, device=device),
             seeds=None,

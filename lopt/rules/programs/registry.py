@@ -9,18 +9,15 @@ from lopt_kernels.launching.op import try_triton
 
 from lopt.rules import Rule
 from lopt.rules.programs.base import Program
-from lopt.rules.programs.elementwise import AdamWProgram, LSTMProgram, RNNpropProgram
+from lopt.rules.programs.elementwise import ELEMENTWISE_OPS, ElementwiseProgram
 from lopt.rules.programs.features import FeatureProgram, ScheduledProgram, UnitProgram, VeLOProgram
 
 FUSED: dict[str, type[Program]] = {
-    "adam": AdamWProgram,
-    "adamw": AdamWProgram,
+    **dict.fromkeys(ELEMENTWISE_OPS, ElementwiseProgram),
     "celo": ScheduledProgram,
     "celo2": UnitProgram,
     "celo2_base": UnitProgram,
-    "lstm": LSTMProgram,
     "mlp": FeatureProgram,
-    "rnnprop": RNNpropProgram,
     "small_fc": FeatureProgram,
     "velo": VeLOProgram,
 }
