@@ -16,9 +16,7 @@ from lopt.core.names import choose
 from lopt.core.tensors import Params
 from lopt.tasks.base import Task
 from lopt.tasks.data.images import ImageTask, count_classes, flatten_images
-from lopt.tasks.data.splits import load_digits, load_images
-
-__all__ = ["ACTIVATIONS", "MLP", "build_mlp", "check_network", "load_digits"]
+from lopt.tasks.data.splits import load_images
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,

@@ -15,7 +15,7 @@ import lopt
 from lopt.core.random import derive_seeds, draw_indices, draw_uniform
 from lopt.optim.guard.decisions import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
 from lopt.rules import Rule
-from lopt.tasks.mlp import load_digits
+from lopt.tasks.data.splits import load_digits
 
 BETAS, EPS, LR = (0.9, 0.999), 1e-8, 1e-3
 World = Callable[[int, float], float]

@@ -80,7 +80,7 @@ def _fit(build: Callable[..., Optimizer]) -> tuple[float, float]:
     from torch.nn import functional as F
 
     from lopt.core.random import make_generator
-    from lopt.tasks.mlp import load_digits
+    from lopt.tasks.data.splits import load_digits
 
     # The same weights for every optimizer, without touching the random state of the process.
     with torch.random.fork_rng(devices=[]):
