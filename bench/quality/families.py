@@ -25,7 +25,7 @@ from lopt.evaluation.baselines import Tuning, tune_baseline
 from lopt.evaluation.comparison import DEFAULT_LABEL, compare
 from lopt.evaluation.settings import Setting, read_card
 from lopt.evaluation.statistics import keep_finite
-from lopt.meta.config.run import build
+from lopt.meta.config.build import build
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.trainer import RULE
 from lopt.rules import RULES, Rule

@@ -19,7 +19,8 @@ from rich.table import Table
 from bench import setting
 from bench.meter import PARTS, MeteredLoop
 from bench.timing import synchronize
-from lopt.meta.config.run import build, merge, parse_override
+from lopt.meta.config.build import build
+from lopt.meta.config.load import merge, parse_override
 from lopt.meta.estimators import ESTIMATORS, Estimator
 from lopt.meta.estimators.evolution import Evolution
 from lopt.meta.unroll.inner_loop import InnerLoop

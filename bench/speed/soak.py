@@ -14,7 +14,8 @@ import torch
 
 from bench import setting
 from bench.speed.meta import list_sections
-from lopt.meta.config.run import TrainerConfig, build
+from lopt.meta.config.build import build
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.trainer import Progress, Trainer
 from lopt.rules import RULES

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lopt.cli.run_folder import resume_run
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
 from lopt.meta.estimators.truncated import Truncated
 from lopt.meta.trainer.log import METRICS, read_metrics

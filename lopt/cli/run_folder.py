@@ -26,7 +26,8 @@ from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.core.version import VERSION
 from lopt.evaluation.settings import check_label, list_settings
-from lopt.meta.config.run import RunConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart

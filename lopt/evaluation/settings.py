@@ -11,7 +11,9 @@ from lopt.evaluation.baselines import BASELINES
 from lopt.evaluation.comparison import DEFAULT_LABEL
 from lopt.evaluation.results import Comparison
 from lopt.evaluation.statistics import Summary
-from lopt.meta.config.run import RunConfig, build, merge, parse_override
+from lopt.meta.config.build import build
+from lopt.meta.config.load import merge, parse_override
+from lopt.meta.config.run import RunConfig
 from lopt.tasks import TASKS, TaskFamily
 
 

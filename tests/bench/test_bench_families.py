@@ -12,7 +12,7 @@ from bench.quality.families import CONSTANT, DEFAULT_LABEL, SCHEDULED, families,
 from bench.quality.field import read_curve
 from lopt.cli.run_folder import start_run
 from lopt.evaluation.baselines import Grid, Tuning
-from lopt.meta.config.run import parse_config
+from lopt.meta.config.load import parse_config
 
 TINY = {
     "name": "tiny",

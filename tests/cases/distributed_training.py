@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lopt.cli.run_folder import build_trainer, open_run, resume_run, start_run
 from lopt.core.files import load_state, save_state
-from lopt.meta.config.run import RunConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import FailedLead, Ranks

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from lopt.core.files import load_state
-from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.run import RunConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
@@ -43,7 +45,7 @@ threads = 1
 
 
 def make_config(**trainer: object) -> RunConfig:
-    from lopt.meta.config.run import merge, tomllib
+    from lopt.meta.config.load import merge, tomllib
 
     raw = tomllib.loads(TINY) | {"name": "tiny"}
     merge(raw, {"trainer": trainer})

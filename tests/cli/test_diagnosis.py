@@ -9,7 +9,7 @@ import torch
 from estimator_cases import Balance, FirstState, constant
 
 from lopt.cli.diagnosis import Finding, diagnose, measure_truncation
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.trainer import Trainer
 from lopt.meta.unroll.inner_loop import InnerLoop

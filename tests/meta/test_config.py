@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lopt.evaluation.settings import list_settings, read_card
-from lopt.meta.config.run import RunConfig, list_presets, load_config, merge, parse_config, parse_override
+from lopt.meta.config.load import list_presets, load_config, merge, parse_config, parse_override
+from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.meta_weights import freeze_weights
 
 RAW: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from estimator_cases import constant, flatten
 
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.memory_plan import PeakMemory, plan_memory
 from lopt.meta.trainer.trainer import Trainer

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.evaluation.settings import list_settings
-from lopt.meta.config.run import RunConfig, TrainerConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.run import RunConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics

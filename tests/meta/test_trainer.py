@@ -18,7 +18,8 @@ from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.files import load_state
-from lopt.meta.config.run import TrainerConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics

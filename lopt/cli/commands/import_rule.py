@@ -43,7 +43,7 @@ def import_weights(
     """Make a rule file of FILE, the released weights of a learned optimizer."""
     from lopt.core.foreign_files import read_weights
     from lopt.evaluation.settings import check_label
-    from lopt.meta.config.run import merge, parse_override
+    from lopt.meta.config.load import merge, parse_override
     from lopt.rules.released import build_rule, count_learned
 
     if out.suffix != ".safetensors":

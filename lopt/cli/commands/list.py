@@ -37,7 +37,7 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
     Returns:
         For each kind its entries by name: a line of text, or a dict of columns.
     """
-    from lopt.meta.config.run import list_presets
+    from lopt.meta.config.load import list_presets
     from lopt.meta.estimators import ESTIMATORS
     from lopt.rules import RULES
 

@@ -25,7 +25,8 @@ from lopt.cli.run_folder import CONFIG, read_command, read_json, resume_run, sta
 from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
-from lopt.meta.config.run import RunConfig, parse_config
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.stop import Stop
 from lopt.meta.trainer.trainer import Interrupted

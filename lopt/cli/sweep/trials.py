@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.meta.config.run import RunConfig, merge, parse_config, parse_override
+from lopt.meta.config.load import merge, parse_config, parse_override
+from lopt.meta.config.run import RunConfig
 from lopt.meta.config.samplers import draw_options
 
 FIXED = ("name", "description", "task", "source", "evaluation", "trainer.threads", "trainer.validation_")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.trainer.meta_weights import copy_weights, update_average
 from lopt.rules import Rule
 

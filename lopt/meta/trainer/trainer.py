@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lopt.core.devices import find_device
 from lopt.core.files import save_state
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE, read_snapshot, select
 from lopt.meta.trainer.log import RunLog

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.meta.config.run import TrainerConfig
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.ranks import Ranks
 from lopt.meta.trainer.source import join_rows
