@@ -1,4 +1,8 @@
-"""What several commands do: train, judge, compare and tell of it on a console; open rules; make folders."""
+"""What several commands do: train, judge, compare and tell of it on a console; open rules; make folders.
+
+Functions here print, and end the process with status 130 on a signal, after saying how to go on; what computes is below
+this folder.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,15 @@ ARCHIVE = RUNS / "baselines"
 
 
 def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = None) -> None:
-    """Train with a progress bar, for `time_limit` seconds at most; on a signal say how to resume and exit with 130."""
+    """Train with a progress bar, from what the rule and its tasks are to where the best rule was written.
+
+    On a signal the state is saved, the console says how to resume, and the process exits with status 130.
+
+    Args:
+        trainer: new or resumed; its folder holds the rule.
+        console: quiet on all ranks but the first.
+        time_limit: seconds after which training ends with the best rule so far; None: only with its last step.
+    """
     from lopt.cli.progress import TrainingProgress
     from lopt.cli.run_folder import resume_command
     from lopt.meta.trainer.trainer import Interrupted
@@ -59,12 +71,20 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: unbroken, so that it can be copied, and without markup."""
+    """Print a line as it is, without colours or markup: unbroken, so that a path or a command can be copied from it,
+    and safe for names that look like markup.
+    """
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dict[str, Any]]:
-    """Compare the run's rule with tuned baselines, write the report, and put the results into the rule's card."""
+    """Compare a run's rule with tuned baselines on the settings of its configuration, write the report into the run's
+    folder, and put the results into the rule's card. On Ctrl-C the process exits with status 130; the rule is
+    trained all the same.
+
+    Returns:
+        The results as the card holds them.
+    """
     from lopt.cli.run_folder import resume_command
     from lopt.evaluation.settings import list_settings, summarize_results
 
@@ -84,7 +104,14 @@ def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dic
 def compare_all(
     rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
 ) -> list[Comparison]:
-    """`lopt.evaluation.comparison.compare` on every setting, telling what goes on."""
+    """Compare rules with tuned baselines on every setting, with a line on the terminal that says what goes on, as a
+    search may take minutes.
+
+    Args:
+        rules: by label, the first is the one that is judged.
+        settings: in the order of the report.
+        options: further arguments of `lopt.evaluation.comparison.compare`.
+    """
     from lopt.evaluation.comparison import compare
 
     comparisons = []
@@ -101,7 +128,12 @@ def compare_all(
 
 
 def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:
-    """Print the tables, write report, pictures and JSON, and say where they are."""
+    """Print the tables of an evaluation, write its page, pictures and JSON, and say where they are.
+
+    Args:
+        folder: exists; an earlier report in it is replaced.
+        command: that repeats the evaluation, for the page.
+    """
     from lopt.evaluation.report.page import print_table, write_report
 
     for comparison in comparisons:
@@ -133,7 +165,11 @@ def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, so that one that cannot be written is known before work is done for it."""
+    """Make a folder and its parents, so that one that cannot be written is known before hours of work are done for it.
+
+    Raises:
+        OSError: it cannot be made, or not be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written")

@@ -1,4 +1,8 @@
-"""What ails a meta-training run: findings from its log, and the bias of its windows, measured on its own tasks."""
+"""What ails a meta-training run: findings from its log, and the bias of its windows, measured on its own tasks.
+
+Each finding says its figures, and what to try if something is wrong; the bounds between healthy and sick are the
+constants of this file.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,12 @@ LONGEST_MEASURED = 200
 
 
 class Finding(NamedTuple):
-    """Something to know about a run.
+    """Something to know about a run, with its figures, and what can be done about it.
 
     Attributes:
         sick: it needs mending; otherwise it is as it should be.
         what: the finding with its figures.
-        advice: what to try.
+        advice: what to try; "" where there is nothing to do.
     """
 
     sick: bool
@@ -64,12 +68,14 @@ def examine_run(folder: Path) -> list[Finding]:
 
 
 def diagnose(lines: Sequence[Mapping[str, Any]], config: TrainerConfig, slots: int) -> list[Finding]:
-    """What the lines of a `metrics.jsonl` say.
+    """What the lines of a `metrics.jsonl` say of a run's health.
 
     Args:
         lines: from `read_metrics`.
         config: of the run's outer loop.
         slots: tasks of all sources together.
+    Returns:
+        Findings, the most urgent kind first; a single one if fewer than four outer steps are logged.
     """
     train = [line for line in lines if line.get("kind") == "train"]
     validation = [line for line in lines if line.get("kind") == "validation"]
@@ -85,7 +91,13 @@ def diagnose(lines: Sequence[Mapping[str, Any]], config: TrainerConfig, slots: i
 
 
 def find_dead_slots(train: Sequence[Mapping[str, Any]], slots: int) -> Finding:
-    """How many tasks were dropped because they were not finite, in the last quarter."""
+    """How many tasks were dropped because they were not finite, in the last quarter of the run: each of them is a task
+    that taught the rule nothing.
+
+    Args:
+        train: lines of outer steps, at least one.
+        slots: tasks of all sources together.
+    """
     tail = train[-max(1, len(train) // 4) :]
     share = sum(line["skipped_slots"] for line in tail) / (len(tail) * slots)
     what = f"dead slots: {share:.1%} of the tasks in the last {len(tail)} outer steps were not finite and dropped"
@@ -97,7 +109,13 @@ def find_dead_slots(train: Sequence[Mapping[str, Any]], slots: int) -> Finding:
 
 
 def find_gradient_troubles(train: Sequence[Mapping[str, Any]], config: TrainerConfig) -> list[Finding]:
-    """Meta-gradients that grow, spike, vanish or are always clipped."""
+    """Meta-gradients that grow, spike, vanish or are always clipped: signs of chaotic inner runs, or of a loss that
+    does not depend on the meta-weights.
+
+    Args:
+        train: lines of outer steps.
+        config: whose `clip` is compared with.
+    """
     norms = [line["gradient_norm"] for line in train if line.get("gradient_norm") is not None]
     lost = len(train) - len(norms)
     if not norms:
@@ -126,7 +144,12 @@ def find_gradient_troubles(train: Sequence[Mapping[str, Any]], config: TrainerCo
 
 
 def find_noise(train: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Estimates that are mostly noise."""
+    """Whether meta-gradients are mostly noise, by the standard error that the estimators log; nothing for estimators
+    that do not log one.
+
+    Args:
+        train: lines of outer steps.
+    """
     noises = [line["gradient_noise"] for line in train if line.get("gradient_noise") is not None]
     if not noises:
         return []
@@ -137,7 +160,12 @@ def find_noise(train: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def find_stall(validation: Sequence[Mapping[str, Any]], config: TrainerConfig) -> list[Finding]:
-    """Whether held-out tasks got better at all, and since when not any more."""
+    """Whether held-out tasks got better at all, and since when not any more.
+
+    Args:
+        validation: lines of validations; fewer than two say nothing.
+        config: names the metric by which rules are chosen.
+    """
     key = config.validation_metric
     values = [(line["step"], math.inf if line.get(key) is None else line[key]) for line in validation]
     if len(values) < 2:
@@ -159,7 +187,12 @@ def find_stall(validation: Sequence[Mapping[str, Any]], config: TrainerConfig) -
 
 
 def find_slowdown(train: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Whether the run became slower."""
+    """Whether the run became slower, from its first tenth to its last: a leak, or a machine that is shared. Needs 20
+    outer steps.
+
+    Args:
+        train: lines of outer steps.
+    """
     speeds = [line["inner_steps_per_second"] for line in train if line.get("inner_steps_per_second")]
     if len(speeds) < 20:
         return []

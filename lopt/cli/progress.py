@@ -13,7 +13,12 @@ from lopt.meta.trainer.trainer import Progress, Trainer
 
 
 class TrainingProgress:
-    """A context manager whose `update` is a trainer's `on_step`."""
+    """Progress of a meta-training run for people: a context manager whose `update` is a trainer's `on_step`.
+
+    Args:
+        console: a terminal gets a bar at its foot; a file or pipe gets the lines of validations alone.
+        trainer: whose steps are shown, from where it stands.
+    """
 
     def __init__(self, console: Console, trainer: Trainer) -> None:
         self.console = console
@@ -46,7 +51,11 @@ class TrainingProgress:
             self.bars.stop()
 
     def update(self, progress: Progress) -> None:
-        """Show one outer step."""
+        """Show one outer step: the bar moves, and a validation prints a line that stays.
+
+        Args:
+            progress: what the trainer tells after every step; its speed is averaged over about ten steps.
+        """
         if progress.metrics:
             now = progress.metrics["inner_steps_per_second"]
             self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now

@@ -1,6 +1,9 @@
 """Run folders: everything about one meta-training run, enough to repeat it and to go on with it.
 
-config.json  environment.json  checkpoint.safetensors  rule.safetensors  metrics.jsonl  tensorboard/  report.html
+    config.json  environment.json  checkpoint.safetensors  rule.safetensors  metrics.jsonl  tensorboard/  report.html
+
+`config.json` is what was asked for, `environment.json` where and by which command. A run goes on from its checkpoint;
+the rule file is the best rule so far.
 """
 
 from __future__ import annotations
@@ -43,10 +46,15 @@ MAX_BYTES = 200
 def build_trainer(
     config: RunConfig, folder: Path | None = None, command: str = "", ranks: Ranks | None = None, *, warm: bool = True
 ) -> Trainer:
-    """The trainer that a configuration describes; `command` goes into the training card.
+    """The trainer that a configuration describes, with all its families, estimators and the rule built.
 
     Args:
+        folder: of the run; None writes nothing.
+        command: that began the run, for the training card.
+        ranks: the processes of the run; by default this one alone.
         warm: load the weights of `trainer.warm_start`, which a checkpoint makes needless.
+    Raises:
+        ValueError: something in the configuration cannot be built.
     """
     families = [(source.task, source.build_task()) for source in config.list_families()]
     sources = []
@@ -76,7 +84,13 @@ def build_trainer(
 
 
 def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> dict[str, Any]:
-    """The training card before training: what, on what, how."""
+    """The training card before training: what is trained, on what, how long and how; the trainer adds how far it got,
+    and the evaluation its results.
+
+    Args:
+        sources: built, in the order of the configuration's.
+        command: that began the run.
+    """
     resolved = config.list_sources()
     longest = max(resolved, key=lambda source: source.build_horizon().longest)
     return {
@@ -128,7 +142,13 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Tr
 def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
     """The trainer of a new run, or, where torchrun has started its processes again, of that run where it was left.
 
-    Raises as `start_run` and `resume_run` do.
+    A restart begins with the same command, which would otherwise be refused as the folder is taken.
+
+    Raises:
+        FileExistsError: the folder holds another run.
+        ValueError: the configuration cannot be built, or the run that was begun is damaged.
+        OSError: the folder cannot be written.
+        FailedLead: one of these on rank 0.
     """
 
     def is_begun() -> bool:
@@ -181,7 +201,12 @@ def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = No
 
 
 def move_run(config: RunConfig, device: str | None) -> RunConfig:
-    """The configuration with another device, if there is one."""
+    """The configuration of a run with another device, for runs that go on elsewhere than where they began; everything
+    else stays as it was.
+
+    Args:
+        device: None leaves the configuration as it is.
+    """
     return config if device is None else replace(config, trainer=replace(config.trainer, device=device))
 
 
@@ -201,12 +226,14 @@ def slugify(label: str) -> str:
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with a run."""
+    """What to type to go on with a run, quoted for a shell, as messages say it to people whose run was stopped."""
     return shlex.join(["lopt", "train", "--resume", str(folder)])
 
 
 def read_command() -> str:
-    """What was typed to start this process."""
+    """What was typed to start this process, quoted for a shell: cards, reports and environments name it, so that a
+    result can be repeated.
+    """
     return shlex.join(["lopt", *sys.argv[1:]])
 
 
@@ -217,7 +244,12 @@ def _has_trained(folder: Path) -> bool:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine, git revision and command, for the record."""
+    """What a run depends on beside its configuration, for the record in its folder.
+
+    Returns:
+        Versions of lopt, torch, numpy and Python, machine, processors, git revision (None outside a repository) and
+        command.
+    """
     root = Path(lopt.__file__).parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -237,7 +269,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """The JSON object in a file of a run or a sweep.
+
+    Raises:
+        ValueError: it is no JSON, or no object; the message says that the file is damaged.
+        OSError: it cannot be read.
+    """
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
@@ -248,4 +285,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_json(tree: Any) -> bytes:
+    """The bytes of a JSON file that people may read, too: indented, with a newline at its end; the inverse of
+    `read_json`.
+    """
     return (json.dumps(tree, indent=2) + "\n").encode()

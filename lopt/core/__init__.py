@@ -1,1 +1,4 @@
-"""What everything stands on: tensors, named randomness, files, and checks of data that others made."""
+"""What everything stands on: tensors by name, randomness by name, files, names and types that users write, devices.
+
+Knows nothing of rules, tasks or training.
+"""

@@ -38,7 +38,16 @@ _BLANK = "0" * 64
 
 
 def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write named tensors, of any shape and dtype, and JSON metadata. Returns the path; raises as `save` does."""
+    """Write a training checkpoint: named tensors of any shape and dtype, and JSON metadata.
+
+    The old file at the path stays whole until the new one is; equal content gives equal bytes.
+
+    Returns:
+        The path.
+    Raises:
+        ValueError: names and metadata exceed `MAX_HEADER` bytes.
+        OSError: the file cannot be written.
+    """
     return write_atomic(path, encode_file("state", tensors, {"metadata": dict(metadata)}))
 
 
@@ -57,11 +66,22 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
 
 
 def copy_to_host(value: Tensor) -> Tensor:
+    """A tensor as files and checksums need it: outside of any graph, on the CPU, its numbers in order; a copy only
+    where it is not so already.
+    """
     return value.detach().cpu().contiguous()
 
 
 def encode_file(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    """The bytes of a file; a function of the content alone."""
+    """The bytes of a file of lopt, a function of the content alone.
+
+    Args:
+        kind: "rule" or "state".
+        tensors: of any shape and dtype, on any device; memory that they share is written for each of them.
+        about: what the JSON object holds beside checksum, format, version and kind.
+    Raises:
+        ValueError: names and metadata exceed `MAX_HEADER` bytes.
+    """
     head = {"sha256": _BLANK, "format": FORMAT, "version": VERSION, "kind": kind, **about}
     plain = {name: copy_to_host(value).clone() for name, value in tensors.items()}  # safetensors refuses shared memory
     data = encode_tensors(plain, {"lopt": json.dumps(head)})
@@ -71,7 +91,14 @@ def encode_file(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, An
 
 
 def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON object and the tensors of a file that is whole and of the expected kind."""
+    """The JSON object and the tensors of a file that is whole and of the expected kind; nothing in it is executed.
+
+    Args:
+        kind: "rule" or "state".
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another program, kind or newer format, truncated, or its checksum does not match.
+    """
     data, head = _read_bytes(path)
     found = head.get("format")
     if not isinstance(found, int) or found < 1:

@@ -1,7 +1,8 @@
 """Files of foreign weights: flax's msgpack, numpy archives, and what `torch.save` wrote of tensors.
 
 A file is read once and not beyond `MAX_BYTES`, unpacked or not; nothing larger is allocated, whatever shapes it claims.
-Nothing is ever unpickled but tensors, by torch's restricted reader.
+Nothing is ever unpickled but tensors, by torch's restricted reader. Headers and archives are parsed by numpy, zipfile
+and msgpack; what is here bounds them, as their own readers allocate what a header claims before they look for the data.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EXPECTED = "expected flax msgpack, a numpy .npz archive or what torch.save wrote
 
 
 class Weights:
-    """The tensors of a file, taken one by one.
+    """The tensors of a foreign file, taken one by one by whoever knows what they mean, so that none is overlooked.
 
     Args:
         tensors: by name.
@@ -47,8 +48,11 @@ class Weights:
         return name in self.tensors
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor `name`; None in `shape` stands for any size.
+        """One tensor, checked to have the shape that a rule needs, and noted as taken.
 
+        Args:
+            name: its path in the file, "a/b/c".
+            shape: None stands for any size.
         Raises:
             ValueError: there is none, or it has another shape.
         """
@@ -64,7 +68,13 @@ class Weights:
         return value
 
     def check_all_taken(self, rule: str) -> None:
-        """Raise ValueError if the file holds tensors that nobody asked for."""
+        """Make sure that nothing in the file was ignored, once a rule has taken what it knows.
+
+        Args:
+            rule: its name, for the message.
+        Raises:
+            ValueError: the file holds tensors that nobody asked for.
+        """
         left = sorted(self.tensors.keys() - self.taken)
         if left:
             more = f" and {len(left) - 4} more" if len(left) > 4 else ""
@@ -74,7 +84,9 @@ class Weights:
             )
 
     def count_taken(self) -> int:
-        """How many numbers the taken tensors have."""
+        """How many numbers the taken tensors have together, which may be more than the rule keeps: released files hold
+        weights without effect.
+        """
         return sum(self.tensors[name].numel() for name in self.taken)
 
 

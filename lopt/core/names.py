@@ -1,4 +1,7 @@
-"""Names that users write: a value that must be one of a few, and what an unknown one may have meant."""
+"""Names that users write: a value that must be one of a few, and what an unknown one may have meant.
+
+Every error about an unknown name lists the known ones and suggests those that are spelt nearly like it.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,14 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
 
 
 def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
-    """Independent seeds for every counter: int64, broadcast."""
+    """Independent seeds for every counter, from seeds that are already independent.
+
+    Args:
+        seeds: int64, such as `derive_seeds` gives.
+        counters: integers or int64 tensors that broadcast with `seeds`.
+    Returns:
+        int64 of the common shape.
+    """
     tensors = [seeds, *(torch.as_tensor(counter, dtype=torch.int64) for counter in counters)]
     on_host = all(x.device.type == "cpu" for x in tensors) and not is_traced()
     key, *words = map(_to_words, tensors) if on_host else tensors
@@ -69,14 +76,28 @@ def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
 
 
 def draw_uniform(seeds: Tensor, count: int) -> Tensor:
-    """`count` float64 numbers in [0, 1) for each seed: int64 `[...]` -> `[..., count]`."""
+    """Uniform numbers as a function of seeds, for tasks and perturbations that must not depend on batch or order.
+
+    Args:
+        seeds: int64 `[...]`.
+        count: of numbers for each seed; fewer are the first of more.
+    Returns:
+        float64 in [0, 1) with 53 random bits, `[..., count]`.
+    """
     words, lanes = _to_words(seeds[..., None]), _to_words(torch.arange(1, count + 1, device=seeds.device))
     bits: Tensor = torch.as_tensor(_shift_right(_mix(words + _GOLDEN * lanes), 11))
     return bits.double() * 2.0**-53
 
 
 def draw_normal(seeds: Tensor, count: int) -> Tensor:
-    """`count` standard normal float64 numbers for each seed: int64 `[...]` -> `[..., count]` (Box & Muller 1958)."""
+    """Standard normal numbers as a function of seeds (Box & Muller 1958).
+
+    Args:
+        seeds: int64 `[...]`.
+        count: of numbers for each seed; they depend on it, so that fewer are not the first of more.
+    Returns:
+        float64 `[..., count]`.
+    """
     half = (count + 1) // 2
     u = draw_uniform(seeds, 2 * half)
     radius, angle = (-2 * (1 - u[..., :half]).log()).sqrt(), 2 * math.pi * u[..., half:]
@@ -84,17 +105,36 @@ def draw_normal(seeds: Tensor, count: int) -> Tensor:
 
 
 def draw_bits(seeds: Tensor, first: int, count: int, bits: int) -> Tensor:
-    """`bits` random bits as int64 in [0, 2^bits) for lanes `first` onwards of each seed: `[...]` -> `[..., count]`."""
+    """Random bits as a function of seeds and lanes, for stochastic rounding.
+
+    Args:
+        seeds: int64 `[...]`.
+        first, count: lanes `first` to `first + count - 1` of each seed, so that chunks of one draw agree with the
+            whole.
+        bits: of each number.
+    Returns:
+        int64 in [0, 2^bits), `[..., count]`.
+    """
     lanes = torch.arange(first + 1, first + count + 1, device=seeds.device)
     drawn: Tensor = _shift_right(_mix(seeds[..., None] + _GOLDEN * lanes), 64 - bits)
     return drawn
 
 
 def draw_indices(seeds: Tensor, count: int, high: int) -> Tensor:
-    """`count` int64 indices in [0, high), with replacement, for each seed: `[...]` -> `[..., count]`."""
+    """Indices with replacement as a function of seeds, such as those of a mini-batch.
+
+    Args:
+        seeds: int64 `[...]`.
+        count: of indices for each seed.
+        high: of the data set: indices are in [0, high).
+    Returns:
+        int64 `[..., count]`.
+    """
     return (draw_uniform(seeds, count) * high).long().clamp_(max=high - 1)
 
 
 def make_generator(seed: int | Tensor) -> torch.Generator:
-    """A CPU generator with the given 64-bit seed."""
+    """A CPU generator of torch's that starts at a 64-bit seed, for draws that torch makes itself, such as permutations
+    and initial weights.
+    """
     return torch.Generator().manual_seed(int(seed))

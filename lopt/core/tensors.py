@@ -1,4 +1,7 @@
-"""Named parameters as one flat tensor or as a tree: how tasks and rules hand them to each other."""
+"""Named parameters as one flat tensor or as a tree: how tasks and rules hand them to each other.
+
+Tasks see one flat vector per task, which batches well; rules see tensors by name, whose shapes they may look at.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,39 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Names and shapes of a base learner's parameters inside a flat vector of `size` numbers."""
+    """Names and shapes of a base learner's parameters inside a flat vector of `size` numbers, in the order of the
+    names.
+
+    Attributes:
+        names: of the tensors.
+        shapes: unbatched, () for a scalar.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, params: Mapping[str, Tensor]) -> ParamSpec:
-        """The spec of unbatched `params`, in their order."""
+        """The spec of some parameters, in their order.
+
+        Args:
+            params: unbatched tensors by name, such as a module's; only their shapes are looked at.
+        """
         return cls(tuple(params), tuple(tuple(p.shape) for p in params.values()))
 
     @property
     def size(self) -> int:
-        """P, the number of parameters."""
+        """P, the number of parameters of one task: the length of its flat vector."""
         return sum(prod(shape) for shape in self.shapes)
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """One `[..., P]` tensor from tensors `[..., *shape]`; copies."""
+        """One flat tensor of named ones, such as gradients.
+
+        Args:
+            params: tensors `[..., *shape]`, with the same leading dimensions for all.
+        Returns:
+            `[..., P]`, a copy.
+        """
         parts = []
         for name, shape in zip(self.names, self.shapes, strict=True):
             lead = params[name].shape[: params[name].ndim - len(shape)]
@@ -39,7 +58,13 @@ class ParamSpec:
         return torch.cat(parts, dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
-        """Views `[..., *shape]` of a flat `[..., P]` tensor."""
+        """Named tensors of a flat one, without copying: writing to them writes to it.
+
+        Args:
+            flat: `[..., P]`.
+        Returns:
+            Views `[..., *shape]` by name.
+        """
         pieces = torch.split(flat, [prod(shape) for shape in self.shapes], dim=-1)
         return {
             name: piece.view((*piece.shape[:-1], *shape))
@@ -48,11 +73,19 @@ class ParamSpec:
 
 
 def stack_trees(tensors: Iterable[Mapping[str, Tensor]]) -> Params:
-    """A dict of `[T, ...]` tensors from T dicts of equal keys and shapes."""
+    """A dict of stacked tensors from several of equal keys and shapes, such as batches of many tasks or steps.
+
+    Args:
+        tensors: T dicts, at least one.
+    Returns:
+        Tensors `[T, ...]` by name.
+    """
     items = list(tensors)
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def is_traced() -> bool:
-    """Whether operations are recorded for a compiler, which fuses them: then few temporaries matter, not few calls."""
+    """Whether operations are recorded for a compiler, which fuses them: then few temporaries matter, not few calls, and
+    numpy's arithmetic would be lost to the graph.
+    """
     return torch.compiler.is_compiling() or get_proxy_mode() is not None

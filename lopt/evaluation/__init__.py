@@ -1,1 +1,5 @@
-"""Judging rules: the same held-out tasks for a learned rule and for baselines with tuned learning rates."""
+"""Judging a rule: tuned baselines, comparisons on the same held-out tasks, the report of them, what a rule does.
+
+Nothing here trains a rule. What a comparison shows was never seen in meta-training or in the tuning of a baseline, and
+where the rule loses is listed beside where it wins.
+"""

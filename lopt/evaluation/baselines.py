@@ -46,11 +46,13 @@ OnSearch = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Grid:
-    """Learning rates `ratio^k` for k = low, ..., high; at least five decades.
+    """Learning rates to search: `ratio^k` for k = low, ..., high; the defaults span five decades.
+
+    A search that finds its best at an end of the grid goes on beyond it, so the bounds say only where it begins.
 
     Attributes:
         ratio: of neighbours; sqrt(2) for small tasks, 10^0.5 is usual for large ones.
-        low, high: first and last exponent, before any extension.
+        low, high: first and last exponent, before any extension; within +-80.
     """
 
     ratio: float = 2**0.5
@@ -67,17 +69,21 @@ class Grid:
 
     @property
     def decades(self) -> float:
-        """Orders of magnitude from the first to the last learning rate."""
+        """Orders of magnitude from the first to the last learning rate, to compare a grid with those of papers, which
+        usually say how many decades they have searched.
+        """
         return (self.high - self.low) * log10(self.ratio)
 
     def value(self, exponent: int) -> float:
-        """The learning rate of an exponent."""
+        """The learning rate of an exponent, which may be beyond `low` and `high`, rounded to 9 digits: equal on every
+        machine, so that archived searches and their repetitions name the same learning rates.
+        """
         return float(f"{self.ratio**exponent:.9g}")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How baselines are tuned.
+    """How baselines are tuned: with which learning rates and schedules, and on how many tasks.
 
     Attributes:
         grid: the learning rates.
@@ -103,13 +109,25 @@ class Tuning:
             raise ValueError(f"schedules must be some of {SCHEDULES}, got {self.schedules}")
 
     def count_seeds(self, family: TaskFamily) -> int:
-        """`num_seeds`, or 32 to 512 of them, fewer the more parameters a task has."""
+        """How many tasks decide between the finalists on a family.
+
+        Returns:
+            `num_seeds`, if it is given; otherwise 32 to 512, fewer the more parameters a task has, which bounds the
+            cost of a search.
+        """
         return self.num_seeds or min(512, max(32, 2**16 // max(family.spec.size, 1)))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One learning rate of a search: losses averaged over `num_seeds` tasks, None where one is not finite."""
+    """One learning rate of a search, with what it came to on the first `num_seeds` tuning tasks.
+
+    Attributes:
+        exponent: of the grid's ratio.
+        lr: the learning rate itself.
+        final, mean: loss at the end of the run and over the run, averaged over tasks; None where one is not finite.
+        diverged: number of tasks on which the run diverged.
+    """
 
     exponent: int
     lr: float
@@ -138,7 +156,13 @@ class Tuned:
     lopt_version: str
 
     def lowest(self, criterion: str) -> float:
-        """The loss of the best learning rate, infinite if none stayed finite."""
+        """The loss of the best learning rate by a criterion, to choose between the schedules of an optimizer.
+
+        Args:
+            criterion: one of `CRITERIA`.
+        Returns:
+            Its loss averaged over the tuning tasks, infinite if no learning rate stayed finite.
+        """
         best = _pick_best(self.trials, criterion)
         return float("inf") if best is None else float(getattr(best, criterion))
 
@@ -158,6 +182,9 @@ def tune_baseline(
     task whose loss is not finite is out; ties go to the smaller one.
 
     Args:
+        name: one of `BASELINES`.
+        schedule: of the learning rate over the run, one of `SCHEDULES`.
+        family, num_steps: the setting: what is trained, and for how long.
         archive: folder of earlier searches, made if missing; None neither reads nor writes.
         on_search: called before a search that is not in the archive.
     Raises:
@@ -200,7 +227,17 @@ def tune_baseline(
 
 
 def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
-    """An archived search, or None (with a logged warning) if it is damaged or belongs to other settings."""
+    """An archived search, if it may stand for a new one.
+
+    A file that cannot be trusted is left where it is and named in a logged warning; the caller tunes again and replaces
+    it.
+
+    Args:
+        path: of the JSON file.
+        fingerprint: of the settings and tasks that are asked for.
+    Returns:
+        None if there is no file, if it is damaged, or if it belongs to other settings or another choice of the best.
+    """
     if not path.exists():
         return None
     try:

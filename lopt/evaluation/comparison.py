@@ -1,4 +1,8 @@
-"""Rules, tuned baselines and default Adam on the same held-out tasks."""
+"""Comparisons: rules, tuned baselines and default Adam on the same held-out tasks, from the same initial parameters.
+
+Every optimizer sees the same mini-batches of the same tasks, so that results are paired by task; a baseline is run with
+the learning rate and the schedule that were best for each criterion on other tasks.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,16 @@ def compare(
 
     Args:
         rules: by label; the report is about the first, others (an untrained one, ...) stand beside it.
+        family, num_steps: what is trained, and for how long.
         num_seeds, seed: tasks 0 to `num_seeds` - 1 of the evaluation seed; none is used in tuning or meta-training.
         baselines: some of `BASELINES`; each is tuned for the final loss and, separately, for the mean loss.
+        tuning: how they are tuned.
         archive: folder of tuned results; nothing that is there is tuned again.
         criterion: "final" or "mean": which of the two runs of a baseline the pictures show.
+        title, note: for readers; by default the title describes the family.
         on_search: called before a search that is not archived.
+    Returns:
+        Everything that tables and pictures are made of, as plain data.
     Raises:
         ValueError: no rules, an unknown baseline or criterion, a label used twice, or a baseline that diverges
             with every learning rate.
@@ -80,7 +89,13 @@ def compare(
 
 
 def read_environment() -> dict[str, str]:
-    """Versions and threads that the figures were made with."""
+    """What the figures of a comparison depend on beside its settings, for the record in its JSON and at the foot of its
+    page.
+
+    Returns:
+        Texts by name: versions of lopt, torch and Python, the kind of machine, and torch's number of threads, on which
+        the time per step depends.
+    """
     return {
         "lopt": VERSION,
         "torch": torch.__version__,

@@ -1,4 +1,8 @@
-"""What an evaluation found: plain data that a report, a table or another program reads."""
+"""What an evaluation found, as plain data that reports, tables and other programs read, and its JSON.
+
+Nothing here computes with tensors or knows how it will be shown. A number that is not finite is None everywhere, as
+JSON has no other way to say it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ Numbers = list[float | None]
 
 @dataclass(frozen=True)
 class Run:
-    """One optimizer as configured, on all seeds.
+    """One optimizer as configured, on all seeds: its losses, its curves over the seeds, and its speed.
 
     Attributes:
         config: the rule and its configuration.
@@ -62,15 +66,22 @@ class Run:
     speedup: float | None
 
     def summarize(self, figure: str) -> Summary:
-        """Over the seeds, one of `FIGURES` (or "first")."""
+        """One figure of this run over its seeds, as tables show it.
+
+        Args:
+            figure: one of `FIGURES`, or "first" for the loss before any step.
+        Returns:
+            Mean, standard error and median; the first two None where a seed is not finite.
+        """
         return summarize(getattr(self, figure))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimizer of a comparison.
+    """One optimizer of a comparison, under the label that tables show.
 
     Attributes:
+        label: unique in its comparison.
         kind: "learned", "tuned" or "default".
         runs: by criterion ("final", "mean") the run that was tuned for it; the same twice where nothing is tuned.
     """
@@ -80,21 +91,33 @@ class Entry:
     runs: dict[str, Run]
 
     def pick(self, figure: str) -> Run:
-        """The run that a figure is read from; the test error is that of the run tuned for the final loss."""
+        """The run that a figure is read from: a baseline is judged by the run that was tuned for that figure.
+
+        Args:
+            figure: one of `FIGURES`; the test error is that of the run tuned for the final loss, as nothing is tuned
+                for it.
+        """
         return self.runs["mean" if figure == "mean" else "final"]
 
     def summarize(self, figure: str) -> Summary | None:
-        """One of `FIGURES` over the seeds; None where the task has no such figure."""
+        """One of `FIGURES` over the seeds, from the run that was tuned for it.
+
+        Returns:
+            Mean, standard error and median, or None where the task has no such figure (no accuracy, hence no test
+            error).
+        """
         run = self.pick(figure)
         return run.summarize(figure) if getattr(run, figure) else None
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A rule against one other optimizer, on one of `FIGURES`, paired by seed.
+    """A rule against one other optimizer, on one of `FIGURES`, paired by seed: the row of a report's table of ratios.
 
     Attributes:
+        label, against: of the two entries.
         ours, theirs: means over seeds, None where a run is not finite.
+        ratio: of `ours` to `theirs`, with its interval.
     """
 
     label: str
@@ -106,12 +129,16 @@ class Contest:
 
     @property
     def lost(self) -> bool:
-        """Whether the other one is better: lower on average, or the only one whose runs are all finite."""
+        """Whether the other one is better: lower on average, or the only one whose runs are all finite. Where both
+        diverge nobody has lost.
+        """
         return self.theirs is not None and (self.ours is None or self.ours > self.theirs)
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of the ratio leaves out 1 (a rule that diverged is clearly worse)."""
+        """Whether the outcome is more than noise: the interval of the ratio leaves out 1. Without an interval (a single
+        seed, or runs that are not finite) only divergence is a clear outcome.
+        """
         low, high = self.ratio.low, self.ratio.high
         if low is None or high is None:
             return self.ours is None or self.theirs is None
@@ -154,27 +181,51 @@ class Comparison:
 
     @property
     def subject(self) -> Entry:
-        """The rule that the report is about."""
+        """The rule that the report is about: the first entry. Sentences, verdicts and the list of losses speak of it;
+        other learned rules only stand beside it.
+        """
         return self.entries[0]
 
     def find_bar(self, figure: str) -> Entry | None:
-        """The best of the tuned baselines on the reported seeds; None if there are none or all diverged."""
+        """What the subject has to beat: of the tuned baselines the one that is best on the reported seeds.
+
+        Args:
+            figure: one of `FIGURES`.
+        Returns:
+            The entry with the lowest mean, the earlier one of equals; None if there are no tuned baselines or all
+            diverged.
+        """
         tuned = [(e, e.summarize(figure)) for e in self.entries if e.kind == "tuned"]
         finite = [(s.mean, i, e) for i, (e, s) in enumerate(tuned) if s is not None and s.mean is not None]
         return min(finite)[2] if finite else None
 
     def find_contest(self, figure: str, against: str, label: str | None = None) -> Contest | None:
-        """The subject (or the rule `label`) against another entry, if that took place."""
+        """The contest of a learned rule with another entry.
+
+        Args:
+            figure: one of `FIGURES`.
+            against: label of the other entry.
+            label: of the rule; by default the subject.
+        Returns:
+            None if there was no such contest, as where the task has no accuracy.
+        """
         key = (label or self.subject.label, against, figure)
         return next((c for c in self.contests if (c.label, c.against, c.figure) == key), None)
 
     def contest_bar(self, figure: str) -> Contest | None:
-        """The subject against the best tuned baseline."""
+        """The contest that a verdict is about: the subject against the tuned baseline that is best in this figure. None
+        where there is no baseline to compare with.
+        """
         bar = self.find_bar(figure)
         return None if bar is None else self.find_contest(figure, bar.label)
 
     def list_losses(self) -> list[Contest]:
-        """Where the subject is worse than a tuned or default baseline, by figure and worst first."""
+        """Where the subject is worse than a tuned or default baseline: a report says so before anything else is
+        claimed.
+
+        Returns:
+            Contests by figure in the order of `FIGURES`, within a figure the worst ratio first, clear or not.
+        """
         baselines = {e.label for e in self.entries if e.kind != "learned"}
         mine = [c for c in self.contests if c.label == self.subject.label and c.against in baselines]
         order = list(FIGURES)
@@ -184,13 +235,17 @@ class Comparison:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data without NaN or infinity; `from_json` is its inverse."""
+        """Everything as dicts, lists, texts and numbers without NaN or infinity, as the JSON of an evaluation holds it;
+        `from_json` is its inverse.
+        """
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Comparison:
-        """A comparison from what `to_json` made.
+        """A comparison from what `to_json` made, checked entry by entry, as files may come from anywhere.
 
+        Args:
+            data: what was read from JSON.
         Raises:
             ValueError: it is something else, or of another version.
         """
@@ -202,13 +257,25 @@ class Comparison:
 
 
 def save_comparisons(comparisons: Sequence[Comparison], command: str = "") -> bytes:
-    """The content of an evaluation's JSON file; `command` repeats the evaluation."""
+    """The content of an evaluation's JSON file, from which `lopt report` makes the page again.
+
+    Args:
+        comparisons: in the order of the page.
+        command: that repeats the evaluation.
+    Returns:
+        UTF-8 text, one line.
+    """
     data = {"command": command, "comparisons": [c.to_json() for c in comparisons]}
     return (json.dumps(data, allow_nan=False) + "\n").encode()
 
 
 def load_comparisons(path: Path) -> list[Comparison]:
-    """The comparisons in an evaluation's JSON file; raises as `load_evaluation` does."""
+    """The comparisons in an evaluation's JSON file, for programs that go on with its figures.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not such a file.
+    """
     return load_evaluation(path)[0]
 
 
@@ -230,6 +297,8 @@ def load_evaluation(path: Path) -> tuple[list[Comparison], str]:
 
 
 def display_name(label: str) -> str:
-    """What readers see: "Nesterov" for the baseline "nesterov", other labels as they are."""
+    """What readers see instead of a label: "Nesterov" for the baseline "nesterov", "Adam, lr 0.001" for the default;
+    labels of rules as they are.
+    """
     first, comma, rest = label.partition(",")
     return NAMES.get(first, first) + comma + rest

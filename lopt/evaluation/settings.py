@@ -1,4 +1,9 @@
-"""The evaluation that belongs to a run: its rule against tuned baselines on the settings of its configuration."""
+"""What a rule is judged on: the settings of its run's configuration or of a user's wishes, and what a training card
+says.
+
+A setting is a task family and a length of the runs. Cards come with rule files from anywhere, so they are checked
+before anything is read from them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,13 @@ from lopt.tasks import TASKS, TaskFamily
 
 
 class Setting(NamedTuple):
-    """What a rule is judged on: a title (None for a description of the task), a family and the length of the runs."""
+    """What a rule is judged on, once.
+
+    Attributes:
+        title: for readers; None for a description of the task.
+        family: whose held-out tasks are trained.
+        num_steps: length of the runs.
+    """
 
     title: str | None
     family: TaskFamily
@@ -27,7 +38,12 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Losses:
-    """One figure of a rule, and of the best tuned baseline; None for what is missing or diverged."""
+    """One figure of a rule beside that of the best tuned baseline, as a training card holds them.
+
+    Attributes:
+        rule, best_tuned: means over held-out tasks; None for what is missing or diverged.
+        best_tuned_name: label of the baseline; None if there was none.
+    """
 
     rule: float | None
     best_tuned: float | None
@@ -36,7 +52,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Result:
-    """What a training card says of one setting."""
+    """What a training card says of one setting: how the rule and the best tuned baseline did there, for people who look
+    at a rule file without its report.
+
+    Attributes:
+        setting: its title.
+        task: description of the family.
+        steps, seeds: length and number of the runs.
+        final, mean: the two losses.
+    """
 
     setting: str
     task: str
@@ -48,7 +72,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Card:
-    """What lopt reads from a training card, which may come from anywhere; cards hold more, for people."""
+    """What lopt reads from a training card, checked; cards hold more, for people.
+
+    Attributes:
+        name: what tables call the rule; "" if the card has none.
+        config: of the run that trained the rule; None for rules from elsewhere.
+        results: of the evaluation that belongs to the run.
+    """
 
     name: str = ""
     config: RunConfig | None = None
@@ -56,8 +86,11 @@ class Card:
 
 
 def read_card(card: Any) -> Card:
-    """The checked part of a training card.
+    """The checked part of a training card. Entries that lopt does not read pass unseen, so that cards may hold what
+    their authors like.
 
+    Args:
+        card: what `lopt.load_card` gives.
     Raises:
         ValueError: an entry is not what lopt writes.
     """
@@ -106,10 +139,12 @@ def choose_settings(
 
 
 def check_label(label: str) -> str:
-    """`label` itself, if it can name a rule beside the baselines.
+    """Make sure that a name can stand for a rule in the same table as the baselines.
 
+    Returns:
+        `label` itself.
     Raises:
-        ValueError: a baseline is called so.
+        ValueError: a baseline, or Adam with its default learning rate, is called so.
     """
     if label in (*BASELINES, DEFAULT_LABEL):
         raise ValueError(f"a rule cannot be called {label!r}: a baseline is called so; give it another name")
@@ -142,7 +177,12 @@ def list_settings(config: RunConfig) -> list[Setting]:
 
 
 def summarize_results(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """What a training card says of an evaluation: per setting the rule's losses and the best tuned baseline's."""
+    """What a training card says of an evaluation: per setting the rule's losses and the best tuned baseline's, to four
+    digits.
+
+    Returns:
+        Plain data, which `read_card` reads as `Result`s.
+    """
     results = []
     for comparison in comparisons:
         final, mean = (_summarize_losses(comparison, figure) for figure in ("final", "mean"))

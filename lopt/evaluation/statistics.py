@@ -1,4 +1,6 @@
-"""What is computed from the runs of one setting: averages, paired ratios, speed-up."""
+"""What is computed from the runs of one setting: averages over tasks, ratios paired by task with bootstrap intervals,
+and how many steps faster one optimizer is.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ SMOOTHING = 20
 
 @dataclass(frozen=True)
 class Summary:
-    """One figure over seeds; None where a run is not finite (`median` survives those).
+    """One figure over seeds. Where a run is not finite a mean would hide it, so there is none; the median survives
+    those runs.
 
     Attributes:
+        mean: None where a run is not finite.
         stderr: standard error of the mean; None also for a single run.
+        median: None where half of the runs are not finite.
     """
 
     mean: float | None
@@ -45,7 +50,13 @@ class Ratio:
 
 
 def summarize(values: Sequence[float | None]) -> Summary:
-    """Mean, standard error and median; None stands for a run that is not finite."""
+    """One figure over the seeds of a run.
+
+    Args:
+        values: per seed; None stands for a run that is not finite, which ranks last in the median.
+    Returns:
+        Mean, standard error (of the sample, n - 1) and median.
+    """
     x = _as_tensor(values)
     median = keep_finite(x.sort().values[[(len(x) - 1) // 2, len(x) // 2]].mean())
     if not bool(x.isfinite().all()):
@@ -55,7 +66,13 @@ def summarize(values: Sequence[float | None]) -> Summary:
 
 
 def compare_paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Ratio:
-    """The ratio of two means over the same seeds."""
+    """The ratio of two means over the same seeds, with an interval that knows that hard tasks are hard for both.
+
+    The bootstrap draws seeds, not losses, `RESAMPLES` times from a fixed generator: equal data give equal intervals.
+
+    Args:
+        ours, theirs: per seed, in the same order; None stands for a run that is not finite.
+    """
     a, b = _as_tensor(ours), _as_tensor(theirs)
     wins = float(((a < b).double() + 0.5 * (a == b).double()).mean())
     value = keep_finite(a.mean() / b.mean())
@@ -88,7 +105,9 @@ def compute_speedup(curve: Tensor, reference: Tensor) -> float | None:
 
 
 def keep_finite(value: float | Tensor) -> float | None:
-    """The number, or None if it is not finite."""
+    """The number, or None if it is infinite or NaN: what goes into results, whose JSON has no other way to say that a
+    run diverged.
+    """
     return float(value) if isfinite(value) else None
 
 

@@ -126,6 +126,6 @@ def test_features_are_named_one_by_one(name: str, count: int) -> None:
 def test_a_rule_that_stands_still_climbs_or_explodes_is_drawn_without_a_warning(lr: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = pictures.draw_portrait(pictures.probe_rule(build("sgd", lr=lr), "wild"), dpi=40)
+        drawn = pictures.draw_portrait(probes.probe_rule(build("sgd", lr=lr), "wild"), dpi=40)
     assert set(drawn) == {f"{name}.png" for name in ("gradient", "map", "jump", "noise", "schedule")}
     assert all(data.startswith(b"\x89PNG") for data in drawn.values())

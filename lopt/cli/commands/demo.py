@@ -1,4 +1,8 @@
-"""`lopt demo`: train a rule, judge it, and use it in an ordinary PyTorch loop in which one line changes."""
+"""`lopt demo`: train a rule, judge it, and use it in an ordinary PyTorch loop in which one line changes.
+
+The same three steps that a user takes with `lopt train`, `lopt eval` and `lopt.LearnedOptimizer`, small enough for some
+minutes on two cores. A demo that is stopped goes on where it was.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`lopt eval`: compare a rule with tuned baselines on held-out tasks, in tables, pictures and one HTML page."""
+"""`lopt eval`: compare a rule with tuned baselines on held-out tasks, in tables, pictures and one HTML page.
+
+What it is judged on is chosen in `lopt.evaluation.settings`; tuned baselines are kept in an archive that all runs of a
+folder share.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`lopt import`: make a rule file of the weights that the authors of a learned optimizer have released."""
+"""`lopt import`: make a rule file of the weights that the authors of a learned optimizer have released.
+
+The foreign file is read without executing anything in it; what the rule then is can be seen by `lopt inspect`, and what
+it is worth by `lopt eval`.
+"""
 
 from __future__ import annotations
 

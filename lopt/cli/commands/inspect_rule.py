@@ -1,4 +1,7 @@
-"""`lopt inspect`: show what a rule is (configuration, size, state, training card), and draw what it does."""
+"""`lopt inspect`: show what a rule is (configuration, size, state, training card), and draw what it does.
+
+Works on shipped rules, rule files and the folders of runs, also where nothing is known of how the rule was trained.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool)
     """Show what RULE is (configuration, size, state, training card) and draw what it does."""
     from lopt.cli.run_folder import slugify
     from lopt.evaluation.behaviour.facts import find_horizon, inspect_rule, print_facts
-    from lopt.evaluation.behaviour.pictures import probe_rule, write_portrait
+    from lopt.evaluation.behaviour.pictures import write_portrait
+    from lopt.evaluation.behaviour.probes import probe_rule
 
     path, learned, card = open_rule(rule)
     label = card.get("name") or path.stem

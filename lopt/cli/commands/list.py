@@ -1,4 +1,7 @@
-"""`lopt list`: what rules, presets, tasks and estimators there are, with a line or a table row for each."""
+"""`lopt list`: what rules, presets, tasks and estimators there are, with a line or a table row for each.
+
+What it says comes from docstrings, presets, training cards and built tasks: nothing is listed by hand.
+"""
 
 from __future__ import annotations
 

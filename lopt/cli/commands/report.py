@@ -1,4 +1,8 @@
-"""`lopt report`: say how healthy a meta-training run is, and write the page of its evaluation again from its data."""
+"""`lopt report`: say how healthy a meta-training run is, and write the page of its evaluation again from its data.
+
+Nothing is trained or evaluated again, but for the bias of the windows, which is measured; the page is the one that
+`lopt train` or `lopt eval` wrote.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`lopt sweep`: meta-train with several settings, each a run of its own, and keep the rule that validates best."""
+"""`lopt sweep`: meta-train with several settings, each a run of its own, and keep the rule that validates best.
+
+The trials, their processes and the folder are the affair of `lopt.cli.sweep`; here are the options and what is printed.
+"""
 
 from __future__ import annotations
 

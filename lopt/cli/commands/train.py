@@ -1,4 +1,8 @@
-"""`lopt train`: meta-train a rule from a preset or a TOML file, alone or in several processes, and judge it."""
+"""`lopt train`: meta-train a rule from a preset or a TOML file, alone or in several processes, and judge it.
+
+With several processes, which torchrun starts, rank 0 alone makes the folder, prints and judges; all of them make the
+same calls in the same order.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""Meta-training with several settings."""
+"""Sweeps: what their trials are, how they run in worker processes, stop and go on, and which one is kept. Used by `lopt
+sweep`.
+"""

@@ -41,12 +41,13 @@ OUTPUT = "output.txt"
 
 @dataclass
 class SweepState:
-    """What `sweep.json` holds.
+    """What `sweep.json` holds: enough to go on with a sweep after any end.
 
     Attributes:
         command: that made it.
         config: of the preset; a trial's settings are changes to it.
-        halve_every: see `start_sweep`.
+        halve_every: outer steps between halvings, 0 for none; of trials that are left when it comes, the worse half
+            ends.
         trials: in the order in which they begin.
         halvings: that were made.
         best: name of the trial whose rule is kept.
@@ -62,7 +63,13 @@ class SweepState:
 
 @dataclass
 class Sweep:
-    """A sweep in a folder, which `start_sweep` or `resume_sweep` makes."""
+    """A sweep in a folder, which `start_sweep` or `resume_sweep` makes.
+
+    Attributes:
+        folder: one folder for each trial in it, and `sweep.json`, which is written after every change.
+        state: how far it got.
+        rule_path: where the best rule is copied to.
+    """
 
     folder: Path
     state: SweepState
@@ -194,7 +201,8 @@ def start_sweep(
 
 
 def resume_sweep(folder: Path) -> Sweep:
-    """A sweep where it was left.
+    """A sweep where it was left, whether it was stopped, killed or finished; trials begin again at their last
+    checkpoints.
 
     Raises:
         FileNotFoundError: there is none in the folder.
@@ -207,14 +215,25 @@ def resume_sweep(folder: Path) -> Sweep:
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: at the step that it was to come to, or with an error; stopped where neither."""
+    """How a trial's stretch of running ended: neither arrived nor with an error if it was stopped by a signal.
+
+    Attributes:
+        arrived: at the step that it was to come to, or at its end.
+        error: in one line; "" for none.
+    """
 
     arrived: bool
     error: str
 
 
 class Worker:
-    """A process that runs trials one after the other, and ends with this one."""
+    """A process that runs trials one after the other, so that torch is imported once for all of them, and that ends
+    with the process that made it. It talks through a pipe, in dicts and texts.
+
+    Attributes:
+        trial: the one that it runs now, or ran last.
+        process, connection: its process, and this end of the pipe.
+    """
 
     trial: Trial
 
@@ -226,12 +245,21 @@ class Worker:
         theirs.close()
 
     def begin(self, trial: Trial, config: RunConfig, folder: Path, until: int) -> None:
-        """See `run_trial`."""
+        """Have the worker begin a trial, or go on with it; returns at once.
+
+        Args:
+            trial: whose configuration is `config` and whose run is in `folder`.
+            until: outer step at which it pauses; 0: runs to its end.
+        """
         self.trial = trial
         self.connection.send((config.to_dict(), str(folder), until))
 
     def finish(self) -> tuple[Trial, Outcome]:
-        """The trial and how it ended, once there is something to read from the connection."""
+        """Take the result of a trial, once there is something to read from the connection.
+
+        Returns:
+            The trial, and how it ended; a process that died counts as an error that names the signal or status.
+        """
         try:
             return self.trial, Outcome(*self.connection.recv())
         except (EOFError, OSError):
@@ -243,7 +271,14 @@ class Worker:
 
 @contextmanager
 def start_workers(count: int) -> Iterator[list[Worker]]:
-    """Workers that are idle; they end with the context, those that run a trial with this process."""
+    """Workers that are idle, for as long as the context lasts.
+
+    Their pipes are closed at its end; a worker that still runs a trial has it save its state and ends with this
+    process.
+
+    Args:
+        count: of processes.
+    """
     workers = [Worker() for _ in range(count)]
     try:
         yield workers
@@ -253,7 +288,13 @@ def start_workers(count: int) -> Iterator[list[Worker]]:
 
 
 def serve_trials(connection: Connection) -> None:
-    """Run trials that are asked for, to the end of the connection. What they print is left in `OUTPUT`."""
+    """What a worker process does: run the trials that are asked for, until the pipe is closed.
+
+    What they print is left in `OUTPUT` in the trial's folder. An exception ends the trial, not the worker.
+
+    Args:
+        connection: receives configuration, folder and last step, answers with an `Outcome`.
+    """
     os.setpgid(0, 0)  # Ctrl-C in a terminal is for the parent, which passes it on
     while True:
         try:
@@ -311,7 +352,9 @@ def lock_folder(folder: Path, *, patient: bool) -> Iterator[None]:
 
 
 def print_trials(state: SweepState, console: Console) -> None:
-    """A table of all trials, the best first."""
+    """Print a table of all trials, the best first, with the settings in which they differ, the best validation and its
+    step, how far they got, and how they ended; the one whose rule is kept is bold.
+    """
     from rich.markup import escape
     from rich.table import Table
 

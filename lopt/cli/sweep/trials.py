@@ -1,4 +1,7 @@
-"""What the trials of a sweep are: settings that vary, from texts and draws, and the configurations that they make."""
+"""What the trials of a sweep are: settings that vary, from texts and draws, and the configurations that they make.
+
+Settings are named by dotted keys such as `trainer.learning_rate`, as on the command line.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,12 @@ class Trial:
 
 
 def parse_range(text: str) -> tuple[str, dict[str, Any]]:
-    """A dotted key and its sampler, from `KEY=A,B,C`, `KEY=LOW:HIGH` or `KEY=LOW:HIGH:log`.
+    """What a `--vary` of the command line says: a setting and the values to try.
 
+    Args:
+        text: `KEY=A,B,C`, `KEY=LOW:HIGH` or `KEY=LOW:HIGH:log`.
+    Returns:
+        The dotted key and a sampler, as `lopt.meta.config.samplers` reads it.
     Raises:
         ValueError: not of these forms, or of a setting that trials must share.
     """
@@ -91,8 +98,11 @@ def draw_settings(
 
 
 def make_config(config: Mapping[str, Any], trial: Trial) -> RunConfig:
-    """The configuration of a trial's run.
+    """The configuration of a trial's run: that of the sweep with the trial's settings, and one thread, as trials share
+    the processors.
 
+    Args:
+        config: of the sweep, as plain data, which is left as it is.
     Raises:
         ValueError: a setting is unknown or out of range.
     """
@@ -105,7 +115,8 @@ def make_config(config: Mapping[str, Any], trial: Trial) -> RunConfig:
 
 
 def check_config(config: RunConfig) -> None:
-    """Build what a run is made of, as far as this costs no time.
+    """Build what a run is made of, as far as this costs no time, so that a sweep is refused before its first trial
+    begins and not by its tenth.
 
     Raises:
         ValueError: something cannot be built.

@@ -1,4 +1,7 @@
-"""What a rule is, in figures and as text; the pictures of what it does are in `lopt.evaluation.behaviour.pictures`."""
+"""What a rule is, in figures and as text: configuration, size, state, what it reads, its training card.
+
+`lopt inspect` prints it; the pictures of what a rule does are in `lopt.evaluation.behaviour.pictures`.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,15 @@ def _measure_state(rule: Rule, shape: tuple[int, ...]) -> float:
 
 
 def find_horizon(card: Mapping[str, Any]) -> int | None:
-    """Length of the runs that the rule was trained on, if its card tells and it was one length."""
+    """Length of the runs that a rule was trained on, which a picture marks where the rule does not know it itself.
+
+    Args:
+        card: of the rule, checked here.
+    Returns:
+        Inner steps; None if the card does not tell, or if the runs had several lengths.
+    Raises:
+        ValueError: the card is not understood.
+    """
     config = read_card(card).config
     schedules = [] if config is None else [source.build_horizon() for source in config.list_sources()]
     lengths = {schedule.steps if isinstance(schedule, Constant) else None for schedule in schedules}
@@ -65,7 +76,12 @@ def find_horizon(card: Mapping[str, Any]) -> int | None:
 
 
 def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Console) -> None:
-    """The facts of `inspect_rule`, the training card but for its configuration, and its results."""
+    """Print what `inspect_rule` found, the training card but for its configuration, and the card's results as a table.
+
+    Args:
+        facts: of `inspect_rule`; of long lists of meta-weights `MAX_LISTED` names are shown.
+        card: of the rule, or an empty one.
+    """
     known = read_card(card)
     shapes = facts["meta_weights_by_name"]
     listed = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:MAX_LISTED])

@@ -1,6 +1,7 @@
 """The frame of a picture with panels side by side: title, caption, axes in the house style, labels, limits.
 
-All lengths are in inches; colours come from a `lopt.evaluation.report.curves.Theme`.
+Every picture of a rule is made of these, so that they look alike and can be read beside each other. All lengths are in
+inches; colours come from a `lopt.evaluation.report.curves.Theme`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,17 @@ def start_figure(
     height: float = INCHES[1],
     top: float = TOP,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with its words and empty axes side by side; margins, left and right, gap and top in inches."""
+    """A figure with its words and empty axes side by side, ready to be drawn into.
+
+    Args:
+        label: of the rule, shortened to 30 characters behind the title.
+        subtitle: what to look for.
+        caption: how the rule was probed; wrapped below the axes.
+        columns: how many axes.
+        margins: left and right of them; with `gap`, `height` and `top` in inches.
+    Returns:
+        The figure, whose canvas the caller chooses, and the axes from left to right.
+    """
     from matplotlib.figure import Figure
 
     width, total = INCHES[0], top + height + BOTTOM
@@ -75,7 +86,9 @@ def start_figure(
 
 
 def draw_colorbar(figure: Figure, image: Any, theme: Theme) -> None:
-    """At the right of the last panel."""
+    """The scale of a map's colours, at the right of the last panel: from a full step that raises the parameter (-1)
+    over none to a full step that lowers it (1).
+    """
     box = figure.axes[-1].get_position()
     axes = figure.add_axes((box.x1 + 0.02, box.y0, 0.016, box.height))
     bar = figure.colorbar(image, cax=axes, ticks=[-1, 0, 1])
@@ -85,7 +98,13 @@ def draw_colorbar(figure: Figure, image: Any, theme: Theme) -> None:
 
 
 def label_ends(axes: Axes, anchors: list[tuple[float, str, str]]) -> None:
-    """Names right of the axes, at heights in shares of the axes', moved apart where they would overlap."""
+    """Names of curves right of the axes, joined to their ends by lines and moved apart where they would overlap: no
+    legend, which readers would have to match by colour.
+
+    Args:
+        anchors: for each curve where it ends, as a share of the axes' height (anything that is not finite is at the
+            top), its name and its colour.
+    """
     within = [(min(max(share, 0.0), 1.0) if isfinite(share) else 1.0, text, color) for share, text, color in anchors]
     anchors = sorted(within, key=lambda anchor: anchor[0])
     places = spread_labels([share for share, _, _ in anchors], 0.062, 1.0)
@@ -95,7 +114,11 @@ def label_ends(axes: Axes, anchors: list[tuple[float, str, str]]) -> None:
 
 
 def name_curves(figure: Figure, names: list[tuple[str, str]]) -> None:
-    """A legend of names and colours beside the subtitle, where no curve is."""
+    """A legend beside the subtitle, where no curve is, for pictures in which the same curves are in every panel.
+
+    Args:
+        names: and colours; names are shortened to 18 characters.
+    """
     from matplotlib.lines import Line2D
 
     shortened = [(textwrap.shorten(name, 18, placeholder="..."), color) for name, color in names]
@@ -114,12 +137,22 @@ def name_curves(figure: Figure, names: list[tuple[str, str]]) -> None:
 
 
 def shade_scale(theme: Theme, i: int) -> tuple[str, float]:
-    """Colour and width of the curve of the i-th scale: thinner ones lie on top, so that none hides another."""
+    """Colour and width of the curve of a scale: from dark to light with the scale, for those who see no colours, and
+    thinner the later it is drawn, so that none hides another.
+
+    Args:
+        i: index of the scale, the smallest first.
+    """
     return SHADES[theme][i % 3], WIDTHS[i % 3]
 
 
 def find_limits(curves: list[Tensor]) -> tuple[float, float]:
-    """Of a logarithmic axis."""
+    """Limits of a logarithmic axis that shows all curves, with some space around them and at least a ratio of
+    `LEAST_SPAN`.
+
+    Args:
+        curves: of either sign; zeros and what is not finite are ignored.
+    """
     sizes = torch.cat(curves).abs()
     sizes = sizes[sizes.isfinite() & (sizes > 0)]
     if not len(sizes):
@@ -130,20 +163,27 @@ def find_limits(curves: list[Tensor]) -> tuple[float, float]:
 
 
 def locate(value: Tensor, limits: tuple[float, float]) -> float:
-    """Where a value is on a logarithmic axis, in [0, 1]."""
+    """Where a value is on a logarithmic axis, as a share of its length in [0, 1], for labels at the ends of curves;
+    values beyond the limits are at the end.
+    """
     low, high = torch.tensor(limits).log()
     return torch.nan_to_num((value.log() - low) / (high - low)).clamp(0, 1).item()
 
 
 def find_largest(steps: Tensor) -> float:
-    """The largest finite size, or 0."""
+    """The largest size of some steps of either sign, those that are not finite left out, or 0: curves are drawn as
+    shares of it.
+    """
     return torch.nan_to_num(steps.abs(), nan=0.0, posinf=0.0).max().item()
 
 
 def measure_size(steps: Tensor) -> float:
-    """Root mean square."""
+    """Root mean square of some steps, of any shape: the size at which Adam's learning rate is chosen, so that two
+    optimizers are compared by the shape of their response.
+    """
     return steps.square().mean().sqrt().item()
 
 
 def format_short(value: float) -> str:
+    """Two significant digits: figures in titles are there for their order of magnitude."""
     return f"{value:.2g}"

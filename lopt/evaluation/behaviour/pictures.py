@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from lopt.evaluation.behaviour.panels import (
     shade_scale,
     start_figure,
 )
+from lopt.evaluation.behaviour.probes import DRAWS, SIZES, Portrait
 from lopt.evaluation.report.curves import DARK, LIGHT, Theme
-from lopt.rules import RULES, Rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,64 +38,33 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 GREY = "#8c959f"
-RATIOS = torch.logspace(-1.5, 1.5, 13)
-SIZES = torch.logspace(-4, 2, 37)
-DRAWS = 64
 FULL = 0.98
 """Share of a map's steps that its colours tell apart; a rule may take one huge step where all gradients are 0."""
 
 
-class Portrait(NamedTuple):
-    """What the pictures are drawn from.
-
-    Attributes:
-        label: names the rule.
-        elementwise: how the rule was probed, see `lopt.evaluation.behaviour.probes`.
-        clocked: the rule reads how much of the planned run is done.
-        horizon: length of the runs that it was trained on, or None.
-        adam, adam_noise: the reference, with a learning rate of 1.
-    """
-
-    label: str
-    elementwise: bool
-    clocked: bool
-    horizon: int | None
-    gradient: dict[str, Tensor]
-    map: probes.Map
-    jump: probes.Jump
-    adam: probes.Jump
-    noise: probes.Noise
-    adam_noise: probes.Noise
-    schedule: probes.Schedule
-
-
-def probe_rule(rule: Rule, label: str, horizon: int | None = None) -> Portrait:
-    """All probes of a rule; a second or a few."""
-    adam = RULES["adam"](lr=1.0)
-    return Portrait(
-        label,
-        rule.elementwise,
-        rule.needs_num_steps,
-        horizon,
-        probes.probe_gradient(rule, SIZES),
-        probes.probe_map(rule, resolution=61),
-        probes.probe_jump(rule, draws=DRAWS),
-        probes.probe_jump(adam, draws=DRAWS),
-        probes.probe_noise(rule, RATIOS, draws=DRAWS),
-        probes.probe_noise(adam, RATIOS, draws=DRAWS),
-        probes.probe_schedule(rule),
-    )
-
-
 def write_portrait(folder: str | os.PathLike[str], portrait: Portrait) -> dict[str, Path]:
-    """Write the pictures into `folder`, which exists. Returns the paths, by file name."""
+    """Draw all pictures of a rule and write them as PNG files into a folder.
+
+    Args:
+        folder: exists; pictures of the same names are replaced.
+    Returns:
+        The paths by file name, such as "gradient.png".
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: a file cannot be written.
+    """
     target = Path(folder)
     return {name: write_atomic(target / name, data) for name, data in draw_portrait(portrait).items()}
 
 
 def draw_portrait(portrait: Portrait, *, dark: bool = False, dpi: int = 160) -> dict[str, bytes]:
-    """The pictures as PNG, by file name.
+    """The pictures of a rule, for a folder or a page.
 
+    Args:
+        dark: for dark pages.
+        dpi: of the pictures, which are 7.4 inches wide.
+    Returns:
+        PNG data by file name.
     Raises:
         ImportError: matplotlib is missing.
     """
@@ -117,7 +86,9 @@ def draw_portrait(portrait: Portrait, *, dark: bool = False, dpi: int = 160) -> 
 
 
 def draw_gradient(portrait: Portrait, theme: Theme) -> Figure:
-    """Size of the step against size of the gradient, by what came before."""
+    """Size of the step against size of the gradient, by what came before: shows whether a rule follows the size of
+    gradients (a diagonal, as SGD), ignores it (flat, as Adam), or how much momentum outweighs the present.
+    """
     steady = portrait.gradient[probes.PASTS[0]]
     figure, (axes,) = start_figure(
         portrait.label,
@@ -154,7 +125,9 @@ def draw_gradient(portrait: Portrait, theme: Theme) -> Figure:
 
 
 def draw_map(portrait: Portrait, theme: Theme) -> Figure:
-    """The step over present and past gradient."""
+    """The step over present and past gradient, a panel for each scale: the direction of the boundary where the step is
+    zero shows how much of the past a rule carries on.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     found = portrait.map
@@ -204,7 +177,9 @@ def draw_map(portrait: Portrait, theme: Theme) -> Figure:
 
 
 def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
-    """Steps over time while the gradient jumps."""
+    """Steps over time while the gradient is noise, then constant, then its opposite: shows how fast a rule answers to a
+    change, beside Adam with a learning rate that makes its steps as large.
+    """
     found = portrait.jump
     figure, panels = start_figure(
         portrait.label,
@@ -249,7 +224,9 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
 
 
 def draw_noise(portrait: Portrait, theme: Theme) -> Figure:
-    """Mean, spread and signal-to-noise ratio of the step against those of the gradient."""
+    """Mean and spread of the step at growing signal in the gradient, and their ratio against that of the gradient:
+    shows whether a rule averages noise away, beside Adam.
+    """
     ours, adam = portrait.noise, portrait.adam_noise
     figure, (left, right) = start_figure(
         portrait.label,
@@ -297,7 +274,9 @@ def draw_noise(portrait: Portrait, theme: Theme) -> Figure:
 
 
 def draw_schedule(portrait: Portrait, theme: Theme) -> Figure:
-    """The step under a constant gradient as the run goes on."""
+    """The step under a constant gradient as the run goes on: shows the schedule that a rule has learned, by the clock
+    or, for rules that read the training loss, by how it goes.
+    """
     found = portrait.schedule
     num_steps = found.steps.shape[-1]
     reads = "It reads the training loss." if len(found.losses) > 1 else ""

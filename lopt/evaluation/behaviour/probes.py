@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lopt.core.random import make_generator
-from lopt.rules import Rule
+from lopt.rules import RULES, Rule
 
 SCALES = (1e-3, 1e-1, 1e1)
 """Gradients that the probes are repeated at."""
@@ -30,12 +30,22 @@ REACH = 3.0
 """Largest gradient of a map, in units of its scale."""
 PHASES = (40, 60, 60)
 """Steps of a jump: noise, a constant gradient, its opposite."""
+RATIOS = torch.logspace(-1.5, 1.5, 13)
+"""Signal to noise of the gradients in a portrait."""
+SIZES = torch.logspace(-4, 2, 37)
+DRAWS = 64
 LOSSES = ("falling", "flat", "rising")
 PASTS = ("the same gradient before", "alternating signs before", "the opposite gradient before", "first step of all")
 
 
 class Map(NamedTuple):
-    """Steps `[scales, past, present]` for past and present gradients `axis` times the scale."""
+    """What `probe_map` measures: the step for every pair of a past and a present gradient.
+
+    Attributes:
+        axis: the gradients `[resolution]`, in units of the scale.
+        scales: that the probe was repeated at.
+        steps: `[scales, past, present]`, positive where a positive gradient is followed.
+    """
 
     axis: Tensor
     scales: tuple[float, ...]
@@ -43,7 +53,13 @@ class Map(NamedTuple):
 
 
 class Jump(NamedTuple):
-    """Gradients and steps `[scales, draws, time]`; the gradients are in units of the scale."""
+    """What `probe_jump` measures: steps while the gradient jumps, for several draws of the noise before.
+
+    Attributes:
+        scales: that the probe was repeated at.
+        gradients: `[scales, draws, time]`, in units of the scale.
+        steps: likewise, in units of the parameter.
+    """
 
     scales: tuple[float, ...]
     gradients: Tensor
@@ -51,7 +67,13 @@ class Jump(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Mean and standard deviation of the steps `[scales, ratios]`, for signal-to-noise ratios of the gradient."""
+    """What `probe_noise` measures: statistics of the steps at several signal-to-noise ratios of the gradient.
+
+    Attributes:
+        scales: root mean square of the gradients that the probe was repeated at.
+        ratios: of the constant to the noise's standard deviation, `[ratios]`.
+        mean, std: of the steps, `[scales, ratios]`.
+    """
 
     scales: tuple[float, ...]
     ratios: Tensor
@@ -60,18 +82,77 @@ class Noise(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Steps `[losses, scales, time]` under constant gradients; `losses` names how the training loss goes."""
+    """What `probe_schedule` measures: steps of a whole run under constant gradients.
+
+    Attributes:
+        scales: the gradients.
+        losses: how the training loss goes, some of `LOSSES`.
+        steps: `[losses, scales, time]`.
+    """
 
     scales: tuple[float, ...]
     losses: tuple[str, ...]
     steps: Tensor
 
 
+class Portrait(NamedTuple):
+    """What the pictures of a rule are drawn from: its probes, with Adam's beside them for comparison.
+
+    Attributes:
+        label: names the rule.
+        elementwise: each element was probed alone; otherwise a whole tensor, as the head of this file says.
+        clocked: the rule reads how much of the planned run is done.
+        horizon: length of the runs that it was trained on, or None.
+        adam, adam_noise: the reference, with a learning rate of 1.
+    """
+
+    label: str
+    elementwise: bool
+    clocked: bool
+    horizon: int | None
+    gradient: dict[str, Tensor]
+    map: Map
+    jump: Jump
+    adam: Jump
+    noise: Noise
+    adam_noise: Noise
+    schedule: Schedule
+
+
+def probe_rule(rule: Rule, label: str, horizon: int | None = None) -> Portrait:
+    """Run all probes of a rule, and Adam's; a second or a few on a CPU.
+
+    Args:
+        label: what the pictures call the rule.
+        horizon: length of the runs that it was trained on, from its card; None if that is not known.
+    """
+    adam = RULES["adam"](lr=1.0)
+    return Portrait(
+        label,
+        rule.elementwise,
+        rule.needs_num_steps,
+        horizon,
+        probe_gradient(rule, SIZES),
+        probe_map(rule, resolution=61),
+        probe_jump(rule, draws=DRAWS),
+        probe_jump(adam, draws=DRAWS),
+        probe_noise(rule, RATIOS, draws=DRAWS),
+        probe_noise(adam, RATIOS, draws=DRAWS),
+        probe_schedule(rule),
+    )
+
+
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
 def probe_gradient(rule: Rule, sizes: Tensor) -> dict[str, Tensor]:
-    """The step at gradients `sizes [n]`, positive, after each of the `PASTS`: n steps each."""
+    """The step at gradients of many sizes, after each of the `PASTS`, to see how steps grow with gradients.
+
+    Args:
+        sizes: the gradients `[n]`, positive.
+    Returns:
+        Steps `[n]` for each past, by its name.
+    """
     signs = torch.ones(3, HISTORY + 1)
     signs[1, :HISTORY] = 1 - 2.0 * (torch.arange(HISTORY) % 2)
     signs[2, :HISTORY] = -1
@@ -85,6 +166,10 @@ def probe_map(rule: Rule, scales: tuple[float, ...] = SCALES, resolution: int = 
 
     Of a rule that is not elementwise, all pairs are the entries of one matrix `[resolution, resolution]` in an
     arbitrary order; the steps are means over `arrangements` of them.
+
+    Args:
+        scales: of the gradients, each a map of its own.
+        resolution: gradients from -REACH to REACH times the scale.
     """
     axis = torch.linspace(-REACH, REACH, resolution)
     past, present = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
@@ -103,7 +188,13 @@ def probe_map(rule: Rule, scales: tuple[float, ...] = SCALES, resolution: int = 
 
 
 def probe_jump(rule: Rule, scales: tuple[float, ...] = SCALES, draws: int = 2 * SIDE) -> Jump:
-    """Steps while the gradient is noise of standard deviation 1, then 1, then -1, each times the scale."""
+    """Steps while the gradient is noise of standard deviation 1, then 1, then -1, each times the scale, for the times
+    in `PHASES`: how a rule answers to a change.
+
+    Args:
+        scales: each a probe of its own.
+        draws: of the noise, the same for all scales; a multiple of SIDE.
+    """
     noise = torch.randn(PHASES[0], draws, generator=make_generator(1))
     levels = torch.tensor([1.0] * PHASES[1] + [-1.0] * PHASES[2])
     gradients = torch.cat([noise, levels[:, None].expand(-1, draws)])  # [time, draws]
@@ -130,7 +221,12 @@ def probe_noise(
 
 
 def probe_schedule(rule: Rule, num_steps: int = PLANNED, scales: tuple[float, ...] = SCALES) -> Schedule:
-    """Steps of a run whose gradient is always the scale; for rules that read the loss, under several losses."""
+    """Steps of a run whose gradient is always the scale: what schedule of the step size a rule follows by itself.
+
+    Args:
+        num_steps: of the run, which rules that ask for it are told.
+        scales: each a run of its own; for rules that read the training loss, under each of `LOSSES`.
+    """
     losses = LOSSES if rule.needs_loss else LOSSES[:1]
     sizes = torch.tensor(scales * len(losses))
     told = torch.stack([make_loss(kind, num_steps) for kind in losses], -1).repeat_interleave(len(scales), -1)
@@ -139,7 +235,13 @@ def probe_schedule(rule: Rule, num_steps: int = PLANNED, scales: tuple[float, ..
 
 
 def make_loss(kind: str, num_steps: int) -> Tensor:
-    """A training loss `[num_steps]`: falling from 2.3 to about 0.2 as losses do, flat at 2.3, or the fall reversed."""
+    """A training loss to tell a rule that reads it.
+
+    Args:
+        kind: one of `LOSSES`: falling from 2.3 to about 0.2 as losses do, flat at 2.3, or the fall reversed.
+    Returns:
+        `[num_steps]`.
+    """
     falling = 0.15 + 2.15 * torch.exp(-4 * torch.linspace(0, 1, num_steps))
     return {"falling": falling, "flat": torch.full((num_steps,), 2.3), "rising": falling.flip(0)}[kind]
 
@@ -150,12 +252,13 @@ def make_loss(kind: str, num_steps: int) -> Tensor:
 def measure(
     rule: Rule, signals: Tensor, sizes: Tensor, losses: Tensor | None = None, num_steps: int = PLANNED
 ) -> Tensor:
-    """The steps of probed entries.
+    """The steps of probed entries: alone for elementwise rules, among neighbours for those that look at whole tensors.
 
     Args:
         signals: their gradients `[time, curves, draws]`; draws are a multiple of SIDE.
         sizes: standard deviation `[curves]` of the neighbours' gradients, where there are neighbours.
-        losses: see `respond`; `[time, curves]`.
+        losses: training losses `[time, curves]`; by default falling.
+        num_steps: planned length of the run.
     Returns:
         Steps `[time, curves, draws]`.
     """

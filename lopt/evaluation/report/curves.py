@@ -30,7 +30,14 @@ VALUE_AT = 1 + (MARGINS[1] - 0.2) / AXES_INCHES
 
 
 class Theme(NamedTuple):
-    """Colours of everything that is not a curve, and of the first rule."""
+    """Colours of everything that is not a curve, and of the first rule, for a light or a dark page.
+
+    Attributes:
+        background: the page's own, so that a picture has no frame.
+        text, faint: of what is read first, and second.
+        grid: lines behind the curves.
+        subject: the curve that the picture is about.
+    """
 
     background: str
     text: str
@@ -194,7 +201,8 @@ def _draw_labels(axes: Axes, comparison: Comparison, theme: Theme) -> None:
 def spread_labels(wanted: Sequence[float], gap: float, height: float) -> list[float]:
     """Positions at least `gap` apart, as near to the sorted `wanted` ones as can be (least squares), within `height`.
 
-    Where there are too many for the height they are spaced evenly.
+    Where there are too many for the height they are spaced evenly. Neighbours that would collide are pooled and placed
+    around their common mean (isotonic regression by pooling adjacent violators).
     """
     count = len(wanted)
     gap = min(gap, height / max(count - 1, 1))

@@ -26,14 +26,26 @@ NONE = "\u2013"
 
 
 class Cell(NamedTuple):
-    """One figure of a table, as text, and whether it is the best of its column."""
+    """One figure of a table as readers see it.
+
+    Attributes:
+        text: with its unit and standard error; a dash for what there is not.
+        best: it is the lowest loss or the highest accuracy of its column.
+    """
 
     text: str
     best: bool = False
 
 
 class Row(NamedTuple):
-    """One optimizer of a table: its name, the figures that `list_headings` names, and what it was tuned to."""
+    """One optimizer of a table, in the page and in the terminal.
+
+    Attributes:
+        entry: what the row is about.
+        name: for readers.
+        cells: the figures that `list_headings` names.
+        tuned_to: learning rate and schedule; "" if nothing was tuned.
+    """
 
     entry: Entry
     name: str
@@ -68,7 +80,17 @@ def write_report(
 
 
 def render_report(comparisons: Sequence[Comparison], *, command: str = "", title: str = "") -> str:
-    """The page: no scripts, no network, everything inline."""
+    """The page of an evaluation as HTML: no scripts, no network, pictures inline, labels escaped, so that one file can
+    be sent around and opened anywhere.
+
+    Args:
+        comparisons: each a section.
+        command: that repeats the evaluation, shown to the reader.
+        title: of the page; by default the first rule against tuned baselines.
+    Raises:
+        ValueError: there are no comparisons.
+        ImportError: jinja2 or matplotlib is missing.
+    """
     if not comparisons:
         raise ValueError("there is no comparison to report")
     import jinja2
@@ -106,7 +128,10 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "", title
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """The table of one comparison, with as many columns as fit, and below it the verdict and the losses."""
+    """Print the table of one comparison, and below it the verdict and where the rule is worse.
+
+    Columns that do not fit the console's width are left out from the right, so that no line is broken.
+    """
     from rich.text import Text
 
     console.print(Text(comparison.title, style="bold"))
@@ -145,7 +170,9 @@ def _build_table(comparison: Comparison, columns: int) -> Table:
 
 
 def state_summary(comparisons: Sequence[Comparison]) -> str:
-    """One sentence over all settings."""
+    """One sentence over all settings of an evaluation, for the head of its page: in how many the final loss of the
+    first rule is clearly lower, clearly higher, or neither, than that of the best tuned baseline.
+    """
     if len(comparisons) == 1:
         return state_verdict(comparisons[0])
     held = [contest for c in comparisons if (contest := c.contest_bar("final")) is not None]
@@ -161,7 +188,9 @@ def state_summary(comparisons: Sequence[Comparison]) -> str:
 
 
 def state_verdict(comparison: Comparison) -> str:
-    """The subject against the best tuned baseline, in final loss and in mean loss."""
+    """The sentence that sums up one setting: the subject against the best tuned baseline, in final loss and in mean
+    loss, with the interval of the ratio; divergence and missing baselines are said instead.
+    """
     subject, tasks = comparison.subject, _count(comparison.num_seeds, "held-out task")
     contest = comparison.contest_bar("final")
     if contest is None:
@@ -193,13 +222,20 @@ def state_verdict(comparison: Comparison) -> str:
 
 
 def list_headings(comparison: Comparison) -> list[str]:
-    """What the columns of figures are; tasks without an accuracy have no column for it."""
+    """What the columns of figures are, in the page and in the terminal; tasks without an accuracy have no column for
+    it.
+
+    Returns:
+        As many headings as a `Row` has cells, the most important first.
+    """
     accuracy = ["test accuracy"] if comparison.subject.summarize("test_error") else []
     return ["final loss", "/ best tuned", "mean loss", *accuracy, "speed-up", "diverged", "\u00b5s/step"]
 
 
 def build_rows(comparison: Comparison) -> list[Row]:
-    """The subject, tuned baselines by final loss, other rules, default Adam."""
+    """The table of one comparison: the subject first, then tuned baselines by final loss, other rules, and Adam with
+    its default learning rate last. The best figure of each column is marked, whoever has it.
+    """
     kinds = {"tuned": 1, "learned": 2, "default": 3}
 
     def key(entry: Entry) -> tuple[int, float]:
@@ -244,7 +280,9 @@ def _build_cells(
 
 
 def describe_tuning(entry: Entry) -> str:
-    """Learning rate and schedule of the run that was tuned for the final loss."""
+    """What a baseline was tuned to, as its row says it: learning rate and schedule of the run that was tuned for the
+    final loss; "" for optimizers that nothing was tuned for.
+    """
     run = entry.runs["final"]
     return "" if entry.kind != "tuned" else f"lr {format_number(run.lr)}, {run.schedule}"
 
@@ -258,7 +296,13 @@ def _find_lowest(comparison: Comparison, figure: str) -> float | None:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant ones, without an exponent where that is readable."""
+    """A number for tables: significant digits, without an exponent from 0.0001 to 100,000, where readers compare by
+    eye.
+
+    Args:
+        value: None gives a dash.
+        digits: that are significant.
+    """
     if value is None:
         return NONE
     if value == 0 or not 1e-4 <= abs(value) < 1e5:
@@ -267,12 +311,16 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    """A share as a percentage."""
+    """A share as a percentage with one decimal, for accuracies and test errors; a dash for None."""
     return NONE if value is None else f"{100 * value:.1f} %"
 
 
 def format_summary(value: Summary | None) -> str:
-    """Mean and standard error to equally many decimals; without a finite mean the median, if that is finite."""
+    """Mean and standard error of a figure, to equally many decimals, as many as the error asks for.
+
+    Without a finite mean it says "diverged", with the median if that is finite; a dash stands for a figure that there
+    is not.
+    """
     if value is None:
         return NONE
     if value.mean is None:
@@ -285,14 +333,18 @@ def format_summary(value: Summary | None) -> str:
 
 
 def format_figure(contest: Contest, value: float | None) -> str:
-    """One side of a contest."""
+    """One side of a contest in the unit of its figure: a percentage for test errors, a number for losses, "diverged"
+    for None.
+    """
     if value is None:
         return "diverged"
     return format_percent(value) if contest.figure == "test_error" else format_number(value)
 
 
 def format_ratio(contest: Contest) -> str:
-    """Like "0.73 (0.61 to 0.85)"."""
+    """A ratio of means with its 95 % interval, such as "0.73 (0.61 to 0.85)"; without an interval for a single seed,
+    and a dash where a run diverged.
+    """
     ratio = contest.ratio
     text = format_number(ratio.value)
     if ratio.low is None or ratio.high is None:
@@ -309,7 +361,13 @@ def _as_data_uri(png: bytes) -> str:
 
 
 def describe_searches(comparison: Comparison) -> list[dict[str, Any]]:
-    """Every search behind the tuned entries, for the page's appendix."""
+    """Every search behind the tuned entries, for the page's appendix: readers shall see that baselines were tuned, how
+    widely and on how many tasks.
+
+    Returns:
+        A dict for each search: optimizer, schedule, lowest losses and best learning rates by criterion, first and last
+        learning rate that were tried, their number, and the tuning tasks.
+    """
     return [
         {
             "name": display_name(tuned.settings["rule"].partition("(")[0]),
