@@ -74,8 +74,7 @@ def start_rule(
         step = partial(step_with_precision, step, PRECISIONS[precision])
 
     def list_held() -> tuple[list[Tensor], list[Tensor]]:
-        rules = [optimizer.rule, *optimizer._replicas.values()]
-        weights = [x for rule in rules for x in (*rule.parameters(), *rule.buffers())]
+        weights = [x for rule in optimizer.replicas.list_rules() for x in (*rule.parameters(), *rule.buffers())]
         return [x for state in optimizer.state.values() for x in state.values()], weights
 
     return Started(step, list_held, (optimizer.backend.name, optimizer.backend.reason))

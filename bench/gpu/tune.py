@@ -28,8 +28,9 @@ from bench.models import MODELS, Shapes
 from bench.setting import DTYPES, INTERPRETED, write_figure
 from bench.speed.step import Drawn, describe_model
 from bench.timing import measure_bandwidth, summarize, time_first, time_queued
-from lopt.optim.torch_backend.step import init_state, make_member
+from lopt.optim.state_dict import init_state
 from lopt.optim.triton_backend.parts import make_part
+from lopt.optim.units import make_member
 from lopt.rules import RULES
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.programs.features import FeatureProgram, UnitProgram, describe_part, find_kinds, make_table

@@ -1,76 +1,36 @@
-"""The options of `LearnedOptimizer`, checked at the boundary."""
+"""The options of `LearnedOptimizer` that a user writes, checked where they come in: nothing later has to doubt them.
+
+Options of groups may change at every step (schedulers), so that only what a constructor or `add_param_group` receives
+is checked, as in torch's own optimizers.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lopt.optim.guard.decisions import GuardOptions
+from lopt.core.names import choose
 from lopt.rules import Rule
-from lopt.rules.programs.registry import find_missing
 
-ADAMW = "adamw"
+ADAMW = "adamw"  # the option `rule` of groups that AdamW steps, and the name of the rule that does it
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = ("auto", "torch", "triton")
-
-
-class Backend(NamedTuple):
-    """What computes the steps, and why it was chosen."""
-
-    name: str
-    reason: str
-
-
-def choose(name: str, value: str, known: Iterable[str]) -> str:
-    """The value, if it is one of those known.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return value
-
-
-def choose_backend(
-    wanted: str, find_obstacle: Callable[[torch.device], str | None], devices: Iterable[torch.device], guarded: bool
-) -> Backend:
-    """The backend that runs; a warning where it is not the one asked for.
-
-    Args:
-        find_obstacle: why the rule has no fused step on a device where Triton runs, or None if it has one.
-        devices: of the parameters.
-        guarded: with the guard, which works on whole steps.
-    """
-    if wanted == "torch":
-        return Backend("torch", "asked for")
-    obstacle: str | None = "the guard works on steps that are not fused"
-    if not guarded:
-        interpreted, devices = wanted == "triton", set(devices)
-        able = [device for device in devices if find_missing([device], interpreted) is None]
-        found = [find_obstacle(device) for device in able] or [find_missing(devices, interpreted)]
-        obstacle = next(filter(None, found), None)
-    if obstacle is None:
-        return Backend("triton", "the rule has a fused step" if wanted == "auto" else "asked for")
-    if wanted == "triton":
-        warnings.warn(f"backend='triton' falls back to torch: {obstacle}", stacklevel=4)
-    return Backend("torch", obstacle)
 
 
 def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:
-    """The dtype, if the rule's state can be kept in it.
+    """Check the dtype in which a user wants the rule's state to be kept.
 
+    Returns:
+        `dtype` itself.
     Raises:
-        ValueError: it cannot.
+        ValueError: it is none of `STATE_DTYPES`, or the rule has no state that can be kept in it: a running average
+            with a decay near 1 would never change in bfloat16.
     """
-    if dtype not in STATE_DTYPES:
-        raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {dtype}")
+    choose("state_dtype", dtype, STATE_DTYPES)
     if dtype != torch.float32 and not rule.compact_keys:
         raise ValueError(
             f"the averages of rule {rule.name!r} change by less than {dtype} can hold: its state is kept in "
@@ -79,24 +39,12 @@ def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:
     return dtype
 
 
-def read_guard(given: bool | GuardOptions | Mapping[str, Any]) -> GuardOptions | None:
-    """The guard's options, or None for no guard.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check a group's options, its own over the defaults, before torch takes the group.
 
     Raises:
-        ValueError: something else, an unknown option or one out of range.
+        ValueError: one is of another kind or out of range; the message names it, what was expected and what was given.
     """
-    if isinstance(given, GuardOptions):
-        return given
-    if isinstance(given, bool):
-        return GuardOptions() if given else None
-    try:
-        return GuardOptions(**given)
-    except TypeError as error:
-        raise ValueError(f"guard must be True, False, GuardOptions or a dictionary of them, got {given!r}") from error
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for a group's options out of range."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
@@ -114,12 +62,34 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
 
 
+def check_num_steps(options: Mapping[str, Any], rule: Rule) -> None:
+    """Refuse a group of a rule that follows a schedule over the whole training, if it does not say how long that is.
+
+    Args:
+        options: the group's, over the defaults.
+        rule: the optimizer's; groups that AdamW steps need nothing.
+    Raises:
+        ValueError: `num_steps` is missing.
+    """
+    if rule.needs_num_steps and options["rule"] != ADAMW and options["num_steps"] is None:
+        raise ValueError(
+            f"rule {rule.name!r} follows a schedule over the whole training: pass num_steps, "
+            "the number of steps that you are going to make"
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real | Tensor)
 
 
 def check_gradients(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError for parameters with a gradient that cannot be stepped."""
+    """Refuse, before a step changes anything, gradients that no rule can step.
+
+    Args:
+        groups: an optimizer's `param_groups`; parameters without a gradient are passed over.
+    Raises:
+        RuntimeError: a sparse gradient or a complex parameter; the message says what to do instead.
+    """
     for group in groups:
         for p in group["params"]:
             if p.grad is None:

@@ -1,4 +1,7 @@
-"""How a step reaches memory: everything between a rule, which computes in fp32, and a user's tensors."""
+"""How a step reaches memory: everything between a rule, which computes in fp32, and a user's tensors.
+
+The kernels do the same in `lopt_kernels.launching.parameters`; `tests/optim/test_fused.py` ties the two.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ Transform = Callable[[Tensor, Tensor, dict[str, Tensor], bool], tuple[Tensor, di
 """(step, gradient, accumulators, may they be overwritten?) of a whole tensor -> its final step, new accumulators."""
 
 
-class Apply(NamedTuple):
-    """What a user's options make of one step of a parameter, or of `k` equal ones.
+class ParameterUpdate(NamedTuple):
+    """Turns a rule's fp32 step into a new parameter: learning rate, weight decay, masks of skipped gradients, rounding.
+
+    One is made for every unit of every step, of a parameter or of `k` equal ones; both kinds of `Steppable` use it.
 
     Attributes:
         lr: the parameter becomes `p + lr * delta - lr * decay * p`; a number or a tensor of one element.
@@ -40,7 +45,13 @@ class Apply(NamedTuple):
     transform: Transform | None = None
 
     def read(self, g: Tensor) -> Tensor:
-        """The gradient in fp32, as rules shall see it; finite numbers where it is not live."""
+        """The gradient as a rule shall see it: unscaled, sanitized, signed.
+
+        Args:
+            g: `[*shape]` or `[k, *shape]` of any floating dtype, or a part of it.
+        Returns:
+            fp32 of the same shape; 0 where it is not live, so that no NaN spreads through sums over all tensors.
+        """
         g = g.float()
         if self.unscale is not None:
             g = g * self.unscale
@@ -51,7 +62,11 @@ class Apply(NamedTuple):
         return -g if self.maximize else g
 
     def merge(self, new: Tensor, old: Tensor) -> Tensor:
-        """The new state where live."""
+        """The new state of live parameters, and the old one, bit for bit, of those whose gradient was not finite.
+
+        Args:
+            new, old: `[...]` or `[k, ...]`, of one shape.
+        """
         return new if self.live is None else torch.where(_spread(self.live, new), new, old)
 
     def move(self, p: Tensor, delta: Tensor, first: int = 0) -> Tensor:
@@ -59,6 +74,8 @@ class Apply(NamedTuple):
 
         Args:
             p, delta: `[*shape]` or `[k, *shape]`, or a part of the first, from element `first` on.
+        Returns:
+            A tensor of the shape and dtype of `p`; `p` itself where nothing moves.
         """
         if isinstance(self.lr, float) and self.lr == 0:
             return p
@@ -67,13 +84,14 @@ class Apply(NamedTuple):
             if self.decay:
                 base = base - self.lr * self.decay * base
             new = torch.add(base, delta, alpha=self.lr)
-        else:
+        else:  # it may be on a device, which is not waited for; 0 changes nothing even where delta is not finite
             new = torch.where(self.lr == 0, base, base - self.lr * self.decay * base + self.lr * delta)
         return self.merge(self._round(new, p.dtype, first), p)
 
     def _round(self, x: Tensor, dtype: torch.dtype, first: int) -> Tensor:
         if self.seeds is None or dtype != torch.bfloat16:
             return x.to(dtype)
+        # The bits that bf16 lacks are a fraction; a uniform number of as many bits carries with that probability.
         count = x.numel() // max(1, self.seeds.numel())
         noise = draw_bits(self.seeds, first, count, HALF_BITS).reshape(x.shape)
         bits = (x.view(torch.int32) + noise.to(torch.int32)) & -(1 << HALF_BITS)

@@ -18,7 +18,8 @@ from lopt_kernels.launching.figures import compile_figures
 from lopt_kernels.launching.op import CompileSource
 from torch import nn
 
-import lopt.optim.options
+import lopt.optim.backend
+import lopt.optim.learned_optimizer
 import lopt.optim.triton_backend.dispatch
 from lopt import LearnedOptimizer
 from lopt.rules import RULES
@@ -70,7 +71,6 @@ def step(name: str, dtype: torch.dtype, scaled: bool, **options: Any) -> None:
     for p in params:
         p.grad = torch.randn_like(p)
     if scaled:
-        optimizer._is_skipped_on_host = lambda: False  # type: ignore[method-assign]
         optimizer.found_inf, optimizer.grad_scale = torch.zeros(1), torch.ones(1)  # type: ignore[attr-defined]
     optimizer.step(loss=0.5)
 
@@ -84,8 +84,9 @@ def main() -> None:
     triton.JITFunction.run = run
     for module in (op, parameters, clock, moments, rows, scaled_move):
         module.check_triton = lambda *_: None  # type: ignore[attr-defined]
-    for module in (lopt.optim.triton_backend.dispatch, lopt.optim.options):
+    for module in (lopt.optim.triton_backend.dispatch, lopt.optim.backend):
         module.find_missing = lambda *_, **__: None  # type: ignore[attr-defined]
+    lopt.optim.learned_optimizer.is_skipped_on_host = lambda _: False
     for name in sys.argv[2:]:
         step(name, torch.float32, scaled=False)
         step(name, torch.bfloat16, scaled=False, stochastic_rounding=True, nonfinite="sanitize")

@@ -23,7 +23,7 @@ from torch import Tensor
 from lopt.core.random import draw_bits as draw_bits_of_lopt
 from lopt.core.random import fold_in
 from lopt.optim.torch_backend.chunked import ChunkedTensor
-from lopt.optim.update import Apply
+from lopt.optim.update import ParameterUpdate
 from lopt.rules import RULES as LOPT_RULES
 from lopt.rules import Clock, Rule, step_tensors
 
@@ -285,7 +285,7 @@ def check_reference(op: Op, rule: Rule, maximize: bool, tensor_rate: bool) -> No
     for step in range(3):
         g = torch.randn(6, 5, generator=generator) * 10 ** torch.arange(-4.0, 2)[:, None]
         before = moved.clone()
-        apply = Apply(torch.tensor(lr) if tensor_rate else lr, decay, maximize, unscale=torch.tensor(0.5))
+        apply = ParameterUpdate(torch.tensor(lr) if tensor_rate else lr, decay, maximize, unscale=torch.tensor(0.5))
         tensor = ChunkedTensor(rule, moved, g, stepped, apply)
         with torch.no_grad():
             step_tensors(rule, [tensor], None, Clock(torch.tensor([step]), None))

@@ -21,6 +21,7 @@ from fused_cases import (
     clone,
     draw_grad,
     draw_start,
+    list_steps,
     make_rule,
     run,
     some_rules,
@@ -61,7 +62,7 @@ def test_any_layout_is_stepped_where_it_lies(name: str, layout: str) -> None:
 
     start = [change(p) for p in draw_start(shapes)]
     optimizer = assert_same(start, name, change=lay_out)
-    ((fused,),) = optimizer._dispatch.steps.values()
+    (fused,) = list_steps(optimizer)
     assert (
         fused.copies == {"transposed": 2, "channels last": 1, "gaps": 4}[layout]
     )  # of gradients; gaps: and parameters
@@ -129,7 +130,7 @@ def test_celo2_keeps_the_steps_of_a_bounded_number_of_tensors(monkeypatch: pytes
     want, _ = run(start, "celo2", "triton", steps=1)
     monkeypatch.setattr(lopt.rules.programs.features, "STEP_BYTES", 4 * 120)
     got, optimizer = run(start, "celo2", "triton", steps=1)
-    ((fused,),) = optimizer._dispatch.steps.values()
+    (fused,) = list_steps(optimizer)
     sizes = [[part.p.numel() for part in batch.parts] for batch in fused.program.made]  # type: ignore[attr-defined]
     assert sorted(map(sorted, sizes)) == [[16, 48], [60, 60], [140]]
     assert_close(got, want, start, CLOSE["celo2"])

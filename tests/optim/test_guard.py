@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 import lopt
 from lopt.core.random import derive_seeds, draw_indices, draw_uniform
-from lopt.optim.guard.decisions import Guard, GuardOptions, guard_step, init_guard, restore_snapshot, save_snapshot
+from lopt.optim.guard.decisions import Guard, GuardOptions
+from lopt.optim.guard.state import GuardState
+from lopt.optim.guard.steps import guard_step, init_guard, restore_snapshot, save_snapshot
 from lopt.rules import Rule
 from lopt.tasks.data.splits import load_digits
 
@@ -62,7 +64,7 @@ def test_without_a_loss_the_rule_steps_alone() -> None:
 def test_a_falling_loss_is_left_to_the_rule() -> None:
     guard = Guard()
     assert set(run_world(guard, lambda *_: 0.02, 230)) == {1.0}
-    assert guard.fallbacks == 0
+    assert guard.now.fallbacks == 0
 
 
 def test_the_first_loss_takes_a_snapshot() -> None:
@@ -78,7 +80,7 @@ def test_a_loss_beyond_repair_is_undone_at_once(bad: float) -> None:
     guard = Guard()
     guard.observe(2.0)
     guard.observe(bad)
-    assert (guard.share, guard.restore, guard.save, guard.failures) == (0.0, True, False, 1)
+    assert (guard.share, guard.restore, guard.save, guard.now.failures) == (0.0, True, False, 1)
     guard.observe(2.0)
     assert (guard.share, guard.restore) == (0.0, False)
 
@@ -107,15 +109,15 @@ def test_adamw_takes_over_a_plateau_on_which_it_is_better() -> None:
 def test_the_rule_is_back_after_one_window_where_adamw_is_worse() -> None:
     guard = Guard()
     shares = run_world(guard, lambda step, share: 0.01 * share * (step < 100 or step > 250), 1500)
-    assert guard.fallbacks >= 1
-    assert guard.failures == 0
+    assert guard.now.fallbacks >= 1
+    assert guard.now.failures == 0
     assert shares[-100:] == [1.0] * 100
 
 
 def test_the_rule_returns_when_it_has_become_better() -> None:
     guard = Guard()
     shares = run_world(guard, lambda step, share: (0.01 if step > 150 else 0.0) if share else 0.003, 600)
-    assert guard.returns >= 1
+    assert guard.now.returns >= 1
     assert shares[-100:] == [1.0] * 100
 
 
@@ -136,7 +138,7 @@ def test_a_long_run_of_a_slow_rule_goes_to_adamw() -> None:
     assert sum(shares[-1000:]) < 200
 
 
-def test_no_trial_begins_near_the_planned_end() -> None:
+def test_no_probation_begins_near_the_planned_end() -> None:
     for num_steps in range(250, 1200, 50):
         guard = Guard(num_steps=num_steps)
         shares = run_world(guard, lambda _, share: -0.3 if share else 0.001, num_steps)
@@ -153,12 +155,12 @@ def test_state_and_load_go_on_bitwise() -> None:
         for step in range(1000):
             if step == cut:
                 twin = Guard()
-                twin.load(guard.state())
+                twin.now = GuardState.from_numbers(guard.now.to_numbers())
             value = loss * (1 + 0.02 * jitter[step])
             guard.observe(value)
             if twin is not None:
                 twin.observe(value)
-                assert twin.state() == guard.state() or cut == 0
+                assert twin.now.to_numbers() == guard.now.to_numbers() or cut == 0
                 assert (twin.share, twin.save, twin.restore) == (guard.share, guard.save, guard.restore)
             loss *= 1 - rate(step, guard.share)
 
@@ -166,9 +168,9 @@ def test_state_and_load_go_on_bitwise() -> None:
 def test_state_is_plain_numbers_and_another_length_is_refused() -> None:
     guard = Guard()
     guard.observe(1.0)
-    assert all(type(value) is float for value in guard.state())
+    assert all(type(value) is float for value in guard.now.to_numbers())
     with pytest.raises(ValueError, match="numbers"):
-        guard.load(guard.state()[:-1])
+        GuardState.from_numbers(guard.now.to_numbers()[:-1])
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------

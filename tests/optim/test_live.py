@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lopt.optim.learned_optimizer
 import lopt.optim.torch_backend.step
 from lopt import LearnedOptimizer
 from lopt.core.random import make_generator
@@ -23,7 +24,7 @@ IN_BUCKET, ALONE = 1, 5
 def test_masked_tensors_keep_every_bit_and_the_others_move(
     name: str, guard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lopt.optim.torch_backend.step, "_is_known", lambda x: False)
+    monkeypatch.setattr(lopt.optim.torch_backend.step, "is_readable", lambda x: False)
     params = [nn.Parameter(torch.randn(s, generator=make_generator(i))) for i, s in enumerate(SHAPES)]
     rule = RULES[name](**CONFIG.get(name, {}))
     optimizer = LearnedOptimizer(params, rule, lr=10.0, num_steps=20, weight_decay=0.1, guard=guard)
@@ -53,8 +54,8 @@ def test_gradient_scaler_is_obeyed_by_masks(
     name: str, guard: bool, capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the same steps without a scaler; the second of them overflows."""
-    monkeypatch.setattr(lopt.optim.torch_backend.step, "_is_known", lambda x: False)
-    monkeypatch.setattr(LearnedOptimizer, "_is_skipped_on_host", lambda self: False)
+    monkeypatch.setattr(lopt.optim.torch_backend.step, "is_readable", lambda x: False)
+    monkeypatch.setattr(lopt.optim.learned_optimizer, "is_skipped_on_host", lambda found_inf: False)
 
     def run(scaled: bool) -> list[Tensor]:
         params = [nn.Parameter(torch.randn(s, generator=make_generator(i))) for i, s in enumerate(SHAPES)]

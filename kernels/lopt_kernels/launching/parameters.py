@@ -1,8 +1,8 @@
 """How a step reaches memory: gradients are read in fp32, parameters are written once, skipped segments not at all.
 
-The formulas are those of `lopt.optim.update.Apply`, with one number per parameter. A kernel that updates parameters
-calls `load_gradient`, then `store_parameter`, where the parameter is live; its reference calls `read_gradient` and
-`move_parameter`.
+The formulas are those of `lopt.optim.update.ParameterUpdate`, with one number per parameter. A kernel that updates
+parameters calls `load_gradient`, then `store_parameter`, where the parameter is live; its reference calls
+`read_gradient` and `move_parameter`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -36,7 +36,7 @@ MIX_2 = -0x6B2FB644ECCEEE15
 
 
 class Rates(NamedTuple):
-    """The numbers of `lopt.optim.update.Apply`, float32 `[n]` each, one per parameter.
+    """The numbers of `lopt.optim.update.ParameterUpdate`, float32 `[n]` each, one per parameter.
 
     Attributes:
         lr: the parameter becomes `p + lr * delta - lr * decay * p`; with 0 not a bit of it changes.

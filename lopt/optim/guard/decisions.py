@@ -1,9 +1,6 @@
-"""A safety net under a learned rule: clipped steps, and AdamW wherever the rule does worse.
+"""The decisions of the guard, a safety net under a learned rule: clipped steps, and AdamW wherever the rule does worse.
 
-The tensor part (`init_guard`, `guard_step`, `save_snapshot`, `restore_snapshot`) works on one parameter, or on k equal
-ones at once; the decisions (`Guard`) need the training loss only and are made on the host. Costs 12 bytes per
-parameter: AdamW's two moments, which are kept warm, and a snapshot, because a parameter that a broken rule has thrown
-far away is not a place from which AdamW recovers in time.
+They need the training loss only and are made on the host; `lopt.optim.guard.steps` carries them out on the tensors.
 
 Source: Premont-Schwarz et al. 2022, arXiv 2201.12426 ("LGL2O": a learned optimizer guarded by a plain one; the expected
 losses of both decide which of them steps).
@@ -13,22 +10,16 @@ failed turn is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import isfinite, sqrt
+from math import inf, isfinite, isnan, sqrt
+from typing import Any
 
-import torch
-from torch import Tensor
+from lopt.optim.guard.state import GuardState, Mode
 
-Accumulators = dict[str, Tensor]
-Reduce = Callable[[Tensor], Tensor]
-
-LEARNED, ADAMW = 0.0, 1.0
-LEVEL_DECAY = 0.9
-NORM_DECAY = 0.95
-NORM_GROWTH = 2.0
+RUNNING_DECAY = 0.9
 FIRST_DEVIATION = 0.03
-FIRST_SHARE = 1 / 256
+FIRST_SHARE, DOUBLINGS = 1 / 256, 8
 LONG_RISE = 3
 EARLY = 0.25
 RECKLESS_RISE, RECKLESS_DEVIATIONS, RECKLESS_GAIN = 0.2, 2.5, 0.5
@@ -36,21 +27,22 @@ RECKLESS_RISE, RECKLESS_DEVIATIONS, RECKLESS_GAIN = 0.2, 2.5, 0.5
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """When the guard steps in. Steps are optimizer steps; losses are compared relative to their own noise.
+    """When the guard of an optimizer steps in. Steps are optimizer steps; losses are compared relative to their noise.
 
     Args:
         clip: an update of a tensor longer than `clip` times its running norm is shortened to that.
         seed_norm: what the running norm starts from, in lengths of AdamW's first step `lr sqrt(n)`.
-        rise_steps: so many losses in a row above the running level are a failure (one is, while the rule is on trial),
-            and three times as many with the running level above the snapshot's; a non-finite loss is one at once.
-        rise: how far above the level a loss must be, as a share of the level ...
+        rise_steps: so many losses in a row above the running loss are a failure (one is, while the rule is on
+            probation), and three times as many with the running loss above the snapshot's; a non-finite loss is one at
+            once.
+        rise: how far above the running loss a loss must be, as a share of it ...
         rise_deviations: ... and in mean absolute deviations of the loss; the larger counts.
         window: steps of the first window; every window that passes doubles the next.
         max_window: steps of the longest window.
         progress: a window passes if its second half's mean loss is below the first half's by this many standard errors.
         patience: so many steps without a comparison bring one about; doubles whenever the rule wins.
         cooldown: AdamW's turn after it has won or the rule has failed, in windows; doubles every time. After it the
-            rule is on trial for one window, in which its share doubles from 1/256 every step.
+            rule is on probation for one window, in which its share doubles from 1/256 every step.
         max_cooldown: the longest turn, in steps.
     Raises:
         ValueError: an option out of range, by its name.
@@ -78,6 +70,24 @@ class GuardOptions:
                 raise ValueError(f"guard option {field.name} must be a whole number, got {value}")
 
 
+def read_guard(given: bool | GuardOptions | Mapping[str, Any]) -> GuardOptions | None:
+    """The guard's options, from what a user may write for the optimizer's option `guard`.
+
+    Returns:
+        None for no guard; the defaults for True and for what a dictionary leaves out.
+    Raises:
+        ValueError: something else, an unknown option or one out of range.
+    """
+    if isinstance(given, GuardOptions):
+        return given
+    if isinstance(given, bool):
+        return GuardOptions() if given else None
+    try:
+        return GuardOptions(**given)
+    except TypeError as error:
+        raise ValueError(f"guard must be True, False, GuardOptions or a dictionary of them, got {given!r}") from error
+
+
 class Guard:
     """Decides, from the losses alone, who makes the next step; see `GuardOptions`.
 
@@ -85,311 +95,232 @@ class Guard:
     snapshot back and make no step, because the gradient belongs to other parameters; if `save`, take a snapshot; step
     with `share`.
 
+    Losses are looked at in windows. From a mode, what happens leads to the next one:
+
+        RULE        the loss fails                                      ADAMW       `_fail`: undone
+                    a window without progress, or patience is over      COMPARISON  `_compare`
+                    a window that passes                                RULE        `_go_on`: snapshot, longer window
+        PROBATION   the loss fails                                      ADAMW       `_fail`: undone
+                    a window that passes and beats AdamW's last         RULE        `_trust`: shorter cooldown
+                    any other window                                    ADAMW       `_dismiss`
+        COMPARISON  a window no better than the rule's last             RULE        `_return`: longer patience
+                    a better one                                        ADAMW       `_begin_turn`: longer cooldown
+        ADAMW       a window, and the turn is over                      PROBATION   `_begin_probation`
+                    any other window                                    ADAMW       `_stay`: snapshot, longer window
+
+    Where AdamW steps, only a loss that is not finite fails; it is undone, and the mode stays.
+
     Args:
-        num_steps: planned losses, if known: then no trial of the rule begins that could not be undone before the end.
+        num_steps: planned losses, if known: then no probation begins that could not be undone before the end.
     Attributes:
-        share: of the learned rule in the next step; 1 is the rule alone, 0 is AdamW alone.
+        now: all that it remembers, with the counts that users see.
         save, restore: see above.
-        failures: losses that were not finite or stayed above their level; undone.
-        fallbacks: times that AdamW took over, for any reason.
-        returns: times that the learned rule took over again.
-        adamw_steps: steps that AdamW made.
     """
 
     def __init__(self, options: GuardOptions | None = None, num_steps: int | None = None) -> None:
         self.options, self.num_steps = options or GuardOptions(), num_steps
-        self._seen = 0
         self.save = self.restore = False
-        self.share = 1.0
-        self.failures = self.fallbacks = self.returns = self.adamw_steps = 0
-        self._mode, self._trial, self._probe = LEARNED, False, False
-        self._first = self._level = self._last = self._deviation = float("nan")
-        self._bad = self._above = 0
-        self._window, self._at = self.options.window, 0
-        self._sums, self._peak = [0.0, 0.0], float("-inf")
-        self._early = True  # the rule has not shown anything yet: the snapshot is the run's start
-        self._rates = [0.0, 0.0]  # relative progress per step of the last window under the rule, under AdamW
-        self._since, self._patience = 0, self.options.patience
-        self._cooldown, self._left = self.options.cooldown * self.options.window, 0
-        self._turn, self._snapshot_level = 0, float("-inf")
+        self.now = GuardState(
+            window=self.options.window,
+            patience=self.options.patience,
+            cooldown=self.options.cooldown * self.options.window,
+        )
+
+    @property
+    def share(self) -> float:
+        """The learned rule's share in the next step, from 0 (AdamW alone) to 1; between them while on probation."""
+        return self.now.share
 
     def observe(self, loss: float | None) -> None:
         """Take note of the loss at the current parameters and decide on the next step. None: nothing is decided."""
+        now = self.now
         self.save = self.restore = False
         if loss is not None:
             self._decide(float(loss))
-        self.share = (
-            0.0 if self._mode == ADAMW else min(1.0, FIRST_SHARE * 2 ** min(self._at, 8)) if self._trial else 1.0
-        )
-        self.adamw_steps += self._mode == ADAMW and not self.restore
-
-    def state(self) -> list[float]:
-        """All that it remembers, as plain numbers."""
-        return [float(value) for value in (*self._scalars(), *self._sums, *self._rates)]
-
-    def load(self, state: Sequence[float]) -> None:
-        """Go on from what `state` returned, bitwise.
-
-        Raises:
-            ValueError: the list has another length.
-        """
-        if len(state) != len(self.state()):
-            raise ValueError(f"a guard's state has {len(self.state())} numbers, got {len(state)}")
-        names, values = list(_SCALARS), list(state)
-        for name, value in zip(names, values, strict=False):
-            setattr(self, name, type(getattr(self, name))(value))
-        self._sums, self._rates = values[len(names) : -2], values[-2:]
-
-    def _scalars(self) -> list[float]:
-        return [getattr(self, name) for name in _SCALARS]
+        if now.mode is Mode.PROBATION:
+            now.share = min(1.0, FIRST_SHARE * 2 ** min(now.position, DOUBLINGS))
+        else:
+            now.share = 0.0 if now.mode.is_adamw else 1.0
+        now.adamw_steps += now.mode.is_adamw and not self.restore
 
     def _decide(self, loss: float) -> None:
-        self._seen += 1
-        if self._level != self._level and isfinite(loss):  # the first
-            self._first = self._level = loss
-            self._last, self._deviation = loss, FIRST_DEVIATION * abs(loss)
+        now = self.now
+        now.seen += 1
+        if isnan(now.running_loss) and isfinite(loss):  # the first
+            now.first_loss = now.running_loss = now.last_loss = loss
+            now.deviation = FIRST_DEVIATION * abs(loss)
             self._mark(loss)
         if self._is_failure(loss):
             self._fail()
             return
-        self._peak = max(self._peak, loss)
-        self._sums[int(self._at >= self._window // 2)] += min(loss, self._limit())
-        self._at, self._since = self._at + 1, self._since + 1
-        if self._at == self._window:
+        now.peak = max(now.peak, loss)
+        now.sums[int(now.position >= now.window // 2)] += min(loss, self._limit())
+        now.position, now.unchallenged = now.position + 1, now.unchallenged + 1
+        if now.position == now.window:
             self._close_window()
 
+    # -- single losses -------------------------------------------------------------------------------------------------
+
     def _limit(self) -> float:
-        o = self.options
-        return self._level + max(o.rise * abs(self._level), o.rise_deviations * self._deviation)
+        """What a loss must not exceed for long."""
+        o, now = self.options, self.now
+        return now.running_loss + max(o.rise * abs(now.running_loss), o.rise_deviations * now.deviation)
 
     def _is_failure(self, loss: float) -> bool:
-        """Whether the loss is beyond repair; updates level and deviation, in which no single loss counts for much."""
+        """Whether the loss is beyond repair; updates running loss and deviation."""
         if not isfinite(loss):
             return True
-        limit = self._limit()
-        self._bad = self._bad + 1 if loss > limit else 0
-        far = loss > max(self._first, self._level + 10 * (limit - self._level))
-        patience = 1 if self._trial else self.options.rise_steps
-        if self._mode == LEARNED and (far or self._bad >= patience):
+        now, limit = self.now, self._limit()
+        rule_steps = not now.mode.is_adamw
+        # A jump far beyond the limit fails at once, a loss above it only after some more: noise is forgiven.
+        now.raised = now.raised + 1 if loss > limit else 0
+        far = loss > max(now.first_loss, now.running_loss + 10 * (limit - now.running_loss))
+        allowed = 1 if now.mode is Mode.PROBATION else self.options.rise_steps
+        if rule_steps and (far or now.raised >= allowed):
             return True
+        # Averages take no more than the limit, so that no single loss counts for much.
         bounded = min(loss, limit)
-        self._deviation += (1 - LEVEL_DECAY) * (abs(bounded - self._last) / sqrt(2) - self._deviation)
-        self._level += (1 - LEVEL_DECAY) * (bounded - self._level)
-        self._last = bounded
-        margin = max(self._deviation / 2, self.options.rise * abs(self._first))
-        self._above = self._above + 1 if self._level > self._snapshot_level + margin else 0
-        return self._mode == LEARNED and self._above >= LONG_RISE * self.options.rise_steps
+        now.deviation += (1 - RUNNING_DECAY) * (abs(bounded - now.last_loss) / sqrt(2) - now.deviation)
+        now.running_loss += (1 - RUNNING_DECAY) * (bounded - now.running_loss)
+        now.last_loss = bounded
+        # A rise so slow that the limit rises along is seen against the loss of the snapshot.
+        margin = max(now.deviation / 2, self.options.rise * abs(now.first_loss))
+        now.risen = now.risen + 1 if now.running_loss > now.snapshot_loss + margin else 0
+        return rule_steps and now.risen >= LONG_RISE * self.options.rise_steps
 
     def _fail(self) -> None:
-        """Undo the rule's turn and give AdamW a long one."""
-        self.failures += 1
-        self.restore = self._first == self._first  # else there is no snapshot
-        self._bad = self._above = 0
-        if self._mode == LEARNED:
-            self._fall_back(compare=False)
-        self._level = self._last = self._snapshot_level
+        """Undo the rule's turn and give AdamW a long one; where AdamW steps, only undo."""
+        now = self.now
+        now.failures += 1
+        self.restore = not isnan(now.first_loss)  # else there is no snapshot
+        now.raised = now.risen = 0
+        if not now.mode.is_adamw:
+            self._dismiss()
+        now.running_loss = now.last_loss = now.snapshot_loss
         self._start_window()
+
+    # -- windows -------------------------------------------------------------------------------------------------------
 
     def _close_window(self) -> None:
-        half = self._window // 2
-        before, after = self._sums[0] / half, self._sums[1] / (self._window - half)
-        error = self._deviation * sqrt(4 / self._window)
-        rate = (before - after) / max(abs(before), 1e-30) / half
-        self._rates[int(self._mode)] = rate
-        if self._mode == ADAMW:
-            self._close_adamw(after)
+        now = self.now
+        half = now.window // 2
+        before, after = now.sums[0] / half, now.sums[1] / (now.window - half)
+        error = now.deviation * sqrt(4 / now.window)
+        if now.mode.is_adamw:
+            now.remaining -= now.window
+        now.rates[int(now.mode.is_adamw)] = (before - after) / max(abs(before), 1e-30) / half
+        if now.mode is Mode.COMPARISON:
+            self._close_comparison(after)
+        elif now.mode is Mode.ADAMW:
+            self._close_turn(after)
         else:
-            self._close_learned(before - after, after, error)
+            self._close_rule(before - after, after, error)
         self._start_window()
 
-    def _close_learned(self, gain: float, after: float, error: float) -> None:
-        if self._early and self._is_reckless(after):
+    def _close_rule(self, gain: float, after: float, error: float) -> None:
+        now = self.now
+        if now.early and self._is_reckless(after):
             self._fail()
             return
         passed = gain > self.options.progress * error
-        worse = after > self._snapshot_level + 2 * error
-        if self._trial and passed and not worse and self._rates[0] > self._rates[1]:
-            self._trial, self._since = False, 0
-            self._cooldown = max(self._cooldown // 2, self.options.cooldown * self.options.window)
-        elif self._trial or not passed or self._since >= self._patience:
+        worse = after > now.snapshot_loss + 2 * error
+        if now.mode is Mode.PROBATION:
+            if passed and not worse and now.rates[0] > now.rates[1]:
+                self._trust(after)
+            else:
+                self.restore = worse
+                self._dismiss()
+        elif passed and now.unchallenged < now.patience:
+            self._go_on(after)
+        else:
             self.restore = worse
-            self._fall_back(compare=not self._trial)
-            return
-        self._window = min(2 * self._window, self.options.max_window)
-        self._early = self._early and after > EARLY * self._first and self._window < self.options.max_window
-        if not self._early:
-            self._mark(after)
+            self._compare()
 
     def _is_reckless(self, after: float) -> bool:
         """Whether the rule has shaken the loss, above where it began, and has not brought it down by much."""
-        shaken = self._peak - self._first > max(RECKLESS_RISE * abs(self._first), RECKLESS_DEVIATIONS * self._deviation)
-        return shaken and after > RECKLESS_GAIN * self._first
+        now = self.now
+        large = max(RECKLESS_RISE * abs(now.first_loss), RECKLESS_DEVIATIONS * now.deviation)
+        return now.peak - now.first_loss > large and after > RECKLESS_GAIN * now.first_loss
 
-    def _close_adamw(self, after: float) -> None:
-        self._left -= self._window
-        if self._probe:  # the rule's last window against this one
-            self._probe = False
-            self._since = 0
-            if self._rates[1] <= self._rates[0]:
-                self._patience = min(2 * self._patience, self.options.max_cooldown)
-                self._return(after)
-            else:
-                self._begin_turn()
-        elif self._left <= 0 and (self.num_steps is None or self._seen + 2 * self.options.max_window <= self.num_steps):
-            self._trial = True
-            self._window = max(self.options.window, min(self._turn // self.options.cooldown, self.options.max_window))
+    def _close_comparison(self, after: float) -> None:
+        now = self.now
+        now.unchallenged = 0
+        if now.rates[1] <= now.rates[0]:
             self._return(after)
         else:
-            self._window = min(2 * self._window, self.options.max_window, max(self._left, self.options.window))
-            self._mark(after)
-
-    def _fall_back(self, compare: bool) -> None:
-        """AdamW's turn: of one window, to be compared with the rule's last, or a long one."""
-        self.fallbacks += 1
-        self._mode, self._trial, self._probe, self._early = ADAMW, False, compare, False
-        if not compare:
             self._begin_turn()
 
+    def _close_turn(self, after: float) -> None:
+        now = self.now
+        # Probation may fail at its end, and the snapshot that is then put back costs as many steps again.
+        enough = self.num_steps is None or now.seen + 2 * self.options.max_window <= self.num_steps
+        if now.remaining <= 0 and enough:
+            self._begin_probation(after)
+        else:
+            self._stay(after)
+
+    # -- transitions ---------------------------------------------------------------------------------------------------
+
+    def _go_on(self, after: float) -> None:
+        """RULE -> RULE."""
+        now, longest = self.now, self.options.max_window
+        now.window = min(2 * now.window, longest)
+        now.early = now.early and after > EARLY * now.first_loss and now.window < longest
+        if not now.early:  # until then the snapshot stays that of the run's start
+            self._mark(after)
+
+    def _compare(self) -> None:
+        """RULE -> COMPARISON."""
+        self.now.fallbacks += 1
+        self.now.mode, self.now.early = Mode.COMPARISON, False
+
+    def _dismiss(self) -> None:
+        """RULE or PROBATION -> ADAMW."""
+        self.now.fallbacks += 1
+        self.now.early = False
+        self._begin_turn()
+
     def _begin_turn(self) -> None:
-        self._turn = self._left = self._cooldown
-        self._cooldown = min(2 * self._cooldown, self.options.max_cooldown)
+        """COMPARISON, or any mode of the rule -> ADAMW."""
+        now = self.now
+        now.mode = Mode.ADAMW
+        now.turn = now.remaining = now.cooldown
+        now.cooldown = min(2 * now.cooldown, self.options.max_cooldown)
 
-    def _return(self, level: float) -> None:
-        self.returns += 1
-        self._mode = LEARNED
-        self._mark(level)
+    def _stay(self, after: float) -> None:
+        """ADAMW -> ADAMW."""
+        now, o = self.now, self.options
+        now.window = min(2 * now.window, o.max_window, max(now.remaining, o.window))
+        self._mark(after)
 
-    def _mark(self, level: float) -> None:
+    def _begin_probation(self, after: float) -> None:
+        """ADAMW -> PROBATION, for a window that is the longer the longer the turn was."""
+        now, o = self.now, self.options
+        now.window = max(o.window, min(now.turn // o.cooldown, o.max_window))
+        now.returns += 1
+        now.mode = Mode.PROBATION
+        self._mark(after)
+
+    def _trust(self, after: float) -> None:
+        """PROBATION -> RULE."""
+        now, o = self.now, self.options
+        now.mode, now.unchallenged = Mode.RULE, 0
+        now.cooldown = max(now.cooldown // 2, o.cooldown * o.window)
+        self._go_on(after)
+
+    def _return(self, after: float) -> None:
+        """COMPARISON -> RULE."""
+        now = self.now
+        now.patience = min(2 * now.patience, self.options.max_cooldown)
+        now.returns += 1
+        now.mode = Mode.RULE
+        self._mark(after)
+
+    def _mark(self, loss: float) -> None:
+        """Take a snapshot here, where this is the mean loss; the running one lags behind a falling loss."""
         self.save = True
-        self._level = self._snapshot_level = level  # the average over steps lags behind a falling loss
+        self.now.running_loss = self.now.snapshot_loss = loss
 
     def _start_window(self) -> None:
-        self._at, self._sums, self._peak = 0, [0.0, 0.0], float("-inf")
-
-
-_SCALARS = (
-    "_seen",
-    "share",
-    "failures",
-    "fallbacks",
-    "returns",
-    "adamw_steps",
-    "_mode",
-    "_trial",
-    "_probe",
-    "_first",
-    "_level",
-    "_last",
-    "_deviation",
-    "_peak",
-    "_early",
-    "_bad",
-    "_above",
-    "_window",
-    "_at",
-    "_since",
-    "_patience",
-    "_cooldown",
-    "_left",
-    "_turn",
-    "_snapshot_level",
-)
-
-
-def init_guard(p: Tensor, batch_ndim: int = 0) -> Accumulators:
-    """The guard's state before the first step of a parameter `[*shape]`, or of k equal ones, `[k, *shape]`.
-
-    Args:
-        batch_ndim: 1 if the first dimension counts parameters.
-    Returns:
-        "guard_m", "guard_v" (AdamW's moments) fp32 and "guard_p" (the snapshot) in at least fp32, like `p`;
-        "guard_norm" (the running norm of the steps; 0: not yet) fp32 and "guard_start" (the step from which the moments
-        count) int64, `[]` or `[k]`.
-    """
-    batch = p.shape[:batch_ndim]
-    m = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
-    return {
-        "guard_m": m,
-        "guard_v": torch.zeros_like(m),
-        "guard_p": p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous(),
-        "guard_norm": torch.zeros(batch, dtype=torch.float32, device=p.device),
-        "guard_start": torch.zeros(batch, dtype=torch.int64, device=p.device),
-    }
-
-
-def guard_step(
-    delta: Tensor,
-    g: Tensor,
-    state: Accumulators,
-    step: Tensor,
-    share: float | Tensor,
-    lr_adamw: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    options: GuardOptions,
-    reduce: Reduce | None = None,
-    in_place: bool = False,
-) -> tuple[Tensor, Accumulators, Tensor]:
-    """The step that is taken in place of `delta`; without host synchronisation.
-
-    Args:
-        delta: the learned rule's step, without weight decay, fp32 `[*shape]` or `[k, *shape]`.
-        g: gradient, like `delta`.
-        state: from `init_guard` or the previous call.
-        step: updates made so far, int64 `[]` or `[k]`.
-        share: of the learned rule, see `Guard.share`; a number, or a tensor `[]` or `[k]`.
-        lr_adamw: AdamW's learning rate, also the unit of `GuardOptions.seed_norm`.
-        betas, eps: AdamW's.
-        reduce: sums a tensor over the shards of the parameter, where it is sharded.
-        in_place: AdamW's moments and `delta` may be overwritten, which saves a third of the time; else it is pure.
-    Returns:
-        The step, the new state, and how many of the tensors were clipped or not finite, int64 `[]`.
-    """
-    axes = tuple(range(step.ndim, delta.ndim))
-    wide = (*step.shape, *[1] * len(axes))
-    beta1, beta2 = betas
-    m, v = state["guard_m"], state["guard_v"]
-    m = m.lerp_(g, 1 - beta1) if in_place else torch.lerp(m, g, 1 - beta1)
-    v = (v.mul_(beta2) if in_place else v * beta2).addcmul_(g, g, value=1 - beta2)
-
-    count = delta.numel() // max(1, step.numel())
-    squares = torch.linalg.vector_norm(delta, dim=axes).square() if axes else delta * delta
-    sums = torch.stack([squares, torch.full_like(squares, count)])
-    squares, count_all = reduce(sums) if reduce is not None else sums
-    norm, unit = squares.sqrt(), lr_adamw * count_all.sqrt()
-    old = state["guard_norm"]
-    old = torch.where(old > 0, torch.maximum(old, unit), options.seed_norm * unit)
-    limit = options.clip * old
-    clipped = ~(norm <= limit)
-    finite = torch.isfinite(norm)
-    new_norm = NORM_DECAY * old + (1 - NORM_DECAY) * torch.where(finite, torch.minimum(norm, NORM_GROWTH * old), old)
-    scale = torch.where(clipped, limit / norm.clamp(min=1e-38), 1.0)
-    scaled = delta.mul_(scale.view(wide)) if in_place else delta * scale.view(wide)
-    delta = torch.where(finite.view(wide), scaled, 0.0)
-
-    if not (isinstance(share, float) and share == 1.0):
-        age = step - state["guard_start"] + 1
-        correction1, correction2 = (1 - beta1**age).view(wide), (1 - beta2**age).sqrt().view(wide)
-        own = m / (v.sqrt() / correction2 + eps) * (-lr_adamw / correction1)
-        part = share.view(wide) if isinstance(share, Tensor) and share.ndim else share
-        delta = torch.lerp(own, delta, part) if isinstance(part, Tensor) else own + part * (delta - own)
-    new = state | {"guard_m": m, "guard_v": v, "guard_norm": new_norm}
-    return delta, new, clipped.sum()
-
-
-@torch.no_grad()
-def save_snapshot(p: Tensor, state: Accumulators) -> None:
-    """Keep the parameter as it is as the snapshot, in place."""
-    state["guard_p"].copy_(p)
-
-
-@torch.no_grad()
-def restore_snapshot(p: Tensor, state: Accumulators, step: Tensor) -> None:
-    """Put the snapshot back into the parameter and begin AdamW's moments anew, in place.
-
-    Moments of gradients from where a broken rule has led would hold AdamW up for hundreds of steps.
-    """
-    p.copy_(state["guard_p"])
-    state["guard_m"].zero_()
-    state["guard_v"].zero_()
-    state["guard_start"].copy_(step)
+        now = self.now
+        now.position, now.sums, now.peak = 0, [0.0, 0.0], -inf

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lopt.optim.update import Apply
+from lopt.optim.update import ParameterUpdate, Transform
 from lopt.rules.base import Rule
 from lopt.rules.layout import find_layout
 from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
@@ -34,13 +34,13 @@ Cut = tuple[slice, ...]
 
 
 class ChunkedTensor:
-    """One parameter, or this process's part of it. See `lopt.rules.base.Steppable`; `acc` is updated in place.
+    """One parameter as a `lopt.rules.stages.Steppable`, or this process's part of it; all is updated in place.
 
     Args:
         p, g: parameter and gradient, of any floating dtype and strides.
         acc: accumulators in fp32, as `rule.init_accumulators` makes them; its `compact_keys` may be in bf16.
-        extra: what belongs to `apply.transform`.
-        apply: how the step is added.
+        update: how the step is added.
+        extra: what belongs to `update.transform`.
         shard: where `p` lies in the whole parameter, if it is a part.
     """
 
@@ -54,12 +54,12 @@ class ChunkedTensor:
         p: Tensor,
         g: Tensor,
         acc: Accumulators,
-        apply: Apply,
+        update: ParameterUpdate,
         extra: Accumulators | None = None,
         shard: Shard | None = None,
     ) -> None:
         self.layout = find_layout(tuple(p.shape)) if shard is None else shard.layout
-        self.shard, self.apply, self.extra = shard, apply, extra or {}
+        self.shard, self.update, self.extra = shard, update, extra or {}
         flat = rule.elementwise and all(x.is_contiguous() for x in (p, *acc.values(), *self.extra.values()))
         if flat:  # boundaries do not matter: cut where it suits the cache
             ndim, self.layout, self.shard = self.layout.ndim, find_layout((p.numel(),)), None
@@ -74,16 +74,18 @@ class ChunkedTensor:
 
     @cached_property
     def cuts(self) -> list[Cut]:
-        """Slices of the first dimensions that together cover the parameter."""
+        """Slices of the first dimensions that together cover the parameter, in the order of its memory if contiguous.
+
+        All but the last of a cut are of one element, so that every chunk is one block.
+        """
         if self.p.numel() == 0:
             return [(slice(0, self.shape[0]),)]
         axis = next(i for i in range(len(self.shape)) if prod(self.shape[i + 1 :]) <= self.length)
-        parts = list(_parts(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
-        before = product(*(_parts(size, 1) for size in self.shape[:axis]))
-        return [(*index, part) for index in before for part in parts]
+        slices = list(_slice(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
+        before = product(*(_slice(size, 1) for size in self.shape[:axis]))
+        return [(*index, one) for index in before for one in slices]
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
-        """See `Steppable.visit`."""
         sums: dict[str, Sum] = {}
         for cut, visit in self._walk(stage):
             for key, (value, axes) in visit.sums.items():
@@ -95,60 +97,66 @@ class ChunkedTensor:
         return sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
-        """See `Steppable.keep`."""
         for key, value in acc.items():
-            self.acc[key].copy_(self.apply.merge(value, self.acc[key]))
+            self.acc[key].copy_(self.update.merge(value, self.acc[key]))
         self.fields |= fields
         self.whole |= fields.keys()
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
-        """See `Steppable.move`."""
-        if finish is None and self.apply.transform is None:
+        if finish is None and self.update.transform is None:
             for cut, visit in self._walk(stage):
-                assert visit.delta is not None, "`move` makes the step"
                 self._write(cut, visit.delta)
             return
-        delta = torch.empty(self.shape, dtype=torch.float32, device=self.p.device)
+        # Both of these look at a whole step, which therefore needs memory.
+        delta, factor = torch.empty(self.shape, dtype=torch.float32, device=self.p.device), None
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`move` makes the step"
             self._cut(delta, cut).copy_(visit.delta)
-        factor: Tensor | None = None
         if finish is not None:
-            delta, factor = finish(delta if self.shard is None else self.shard.gather(delta))
-            if self.shard is not None:
-                delta, factor = self.shard.take(delta), self.shard.take(factor)
-        if self.apply.transform is not None:
-            delta = delta if factor is None else delta * factor
-            in_place = self.apply.live is None
-            delta, extra = self.apply.transform(delta, self.apply.read(self.g), self.extra, in_place)
-            factor = None
-            for key, value in extra.items():
-                if value is not self.extra[key]:
-                    self.extra[key].copy_(self.apply.merge(value, self.extra[key]))
+            delta, factor = self._finish(delta, finish)
+        if self.update.transform is not None:
+            delta, factor = self._transform(delta if factor is None else delta * factor, self.update.transform), None
         for cut in self.cuts:
-            part = self._cut(delta, cut)
-            self._write(cut, part if factor is None else part * self._cut(factor, cut))
+            chunk = self._cut(delta, cut)
+            self._write(cut, chunk if factor is None else chunk * self._cut(factor, cut))
 
-    def _write(self, cut: Cut, delta: Tensor) -> None:
+    def _finish(self, delta: Tensor, finish: Finish) -> tuple[Tensor, Tensor]:
+        """The finished step and the factor on it; shards are gathered for it."""
+        if self.shard is None:
+            return finish(delta)
+        delta, factor = finish(self.shard.gather(delta))
+        return self.shard.take(delta), self.shard.take(factor)
+
+    def _transform(self, delta: Tensor, transform: Transform) -> Tensor:
+        """The transformed step; what belongs to the transform is updated, where it has not been in place."""
+        in_place = self.update.live is None
+        delta, extra = transform(delta, self.update.read(self.g), self.extra, in_place)
+        for key, value in extra.items():
+            if value is not self.extra[key]:
+                self.extra[key].copy_(self.update.merge(value, self.extra[key]))
+        return delta
+
+    def _write(self, cut: Cut, delta: Tensor | None) -> None:
+        assert delta is not None, "`move` makes the step"
         p = self._cut(self.p, cut)
-        p.copy_(self.apply.move(p, delta, self._count_before(cut)))
+        p.copy_(self.update.move(p, delta, self._count_before(cut)))
 
     def _count_before(self, cut: Cut) -> int:
         """How many elements come before a chunk."""
-        return sum(part.start * prod(self.shape[axis + 1 :]) for axis, part in enumerate(cut))
+        return sum(one.start * prod(self.shape[axis + 1 :]) for axis, one in enumerate(cut))
 
     def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
         """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
         shared: Accumulators = {}
         for cut in self.cuts:
             acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
-            g, p = self.apply.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
+            g, p = self.update.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
             visit = stage(Elements(g, p, {key: a.float() for key, a in acc.items()}, self.layout))
             if not (visit.acc or visit.sums or visit.delta is not None):
                 return
             for key, new in visit.acc.items():
                 if self.acc[key].shape[-self.layout.ndim :] == self.shape:
-                    acc[key].copy_(self.apply.merge(new, acc[key]))
+                    acc[key].copy_(self.update.merge(new, acc[key]))
                 else:  # one number for all chunks: they all start from the old one
                     shared[key] = new
             yield cut, visit
@@ -163,10 +171,10 @@ class ChunkedTensor:
         offset = self.shard.offset if whole and self.shard is not None else None
         if offset is not None:
             cut = (*cut, *(slice(0, size) for size in self.shape[len(cut) :]))
-        for axis, part in enumerate(cut):
+        for axis, one in enumerate(cut):
             dim = x.ndim - self.layout.ndim + axis
             if x.shape[dim] != 1:
-                x = x.narrow(dim, part.start + (offset[axis] if offset else 0), part.stop - part.start)
+                x = x.narrow(dim, one.start + (offset[axis] if offset else 0), one.stop - one.start)
         return x
 
 
@@ -182,7 +190,14 @@ def keep_heap() -> None:
 
 
 def chunk_length(p: Tensor, acc: Accumulators, temporaries: int = 0) -> int:
-    """How many coordinates of `p`, with all that is held for each, make a chunk: a multiple of 1024."""
+    """How many elements of a parameter make a chunk: as many as fit in the cache with all that is held for each.
+
+    Args:
+        p, acc: the parameter and its accumulators, of any shapes.
+        temporaries: numbers per element that a rule holds beside these while it steps.
+    Returns:
+        A multiple of 1024, for vectors that begin at whole cache lines.
+    """
     size = CPU_CHUNK_WITH_TEMPORARIES if temporaries else CPU_CHUNK
     size = size if p.device.type == "cpu" else GPU_CHUNK
     numbers = 2 + temporaries + sum(a.numel() for a in acc.values()) / max(p.numel(), 1)
@@ -194,5 +209,5 @@ def _flatten(a: Tensor, ndim: int) -> Tensor:
     return a.view(*a.shape[: a.ndim - ndim], -1) if a.ndim >= ndim else a
 
 
-def _parts(size: int, length: int) -> Iterator[slice]:
+def _slice(size: int, length: int) -> Iterator[slice]:
     return (slice(start, min(start + length, size)) for start in range(0, size, length))

@@ -11,82 +11,86 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lopt.optim.update import Apply
+from lopt.optim.update import ParameterUpdate
 from lopt.rules.layout import find_layout
 from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
 
 
-class Bucket:
-    """See `lopt.rules.base.Steppable`.
+class StackedTensors:
+    """k equal parameters as one `lopt.rules.stages.Steppable` with a dimension for them; all are updated in place.
 
     Args:
         params, grads: k parameters of one shape, dtype and device, and their gradients, of one dtype.
         states: their accumulators in fp32 or bf16.
-        apply: how the step is added.
-        rows: names of accumulators that the stages on elements do not see.
-        extras: for each what belongs to `apply.transform`.
+        update: how the step is added.
+        tensor_keys: names of accumulators that the stages on elements do not see.
+        extras: for each what belongs to `update.transform`.
     """
+
+    stacked = True
 
     def __init__(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[Accumulators],
-        apply: Apply,
-        rows: Sequence[str] = (),
+        update: ParameterUpdate,
+        tensor_keys: Sequence[str] = (),
         extras: Sequence[Accumulators] = (),
     ) -> None:
         self.layout = find_layout(tuple(params[0].shape))
-        self.count, self.stacked = len(params), True
+        self.count = len(params)
         self.batch: tuple[int, ...] = (len(params),)
-        self.params, self.grads, self.apply = list(params), list(grads), apply
-        self.acc, self.extra = Stacked(states), Stacked(extras)
-        self.seen = [key for key in self.acc if key not in rows]
+        self.params, self.grads, self.update = list(params), list(grads), update
+        self.acc, self.extra = StackedState(states), StackedState(extras)
+        self.seen = [key for key in self.acc if key not in tensor_keys]
         self.fields: Accumulators = {}
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
-        """See `Steppable.visit`."""
         visit, _ = self._call(stage)
         return visit.sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
-        """See `Steppable.keep`."""
         for key, value in acc.items():
-            self.acc.write(key, value if self.apply.live is None else self.apply.merge(value, self.acc[key]))
+            self.acc.write(key, value if self.update.live is None else self.update.merge(value, self.acc[key]))
         self.fields |= fields
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
-        """See `Steppable.move`."""
         visit, e = self._call(stage)
         delta = visit.delta
         assert delta is not None, "`move` makes the step"
         if finish is not None:
             delta, factor = finish(delta)
             delta = delta * factor
-        if self.apply.transform is not None:
+        if self.update.transform is not None:
+            # What the transform makes anew is written back, the rest stays; the copies here are never its memory.
             old = dict(self.extra)
-            delta, new = self.apply.transform(delta, e.g, old, False)
+            delta, new = self.update.transform(delta, e.g, old, False)
             for key, value in new.items():
                 if value is not old[key]:
-                    self.extra.write(key, self.apply.merge(value, old[key]))
+                    self.extra.write(key, self.update.merge(value, old[key]))
         raw = torch.stack(self.params)
-        moved = self.apply.move(raw.view(delta.shape), delta)
+        moved = self.update.move(raw.view(delta.shape), delta)
         torch._foreach_copy_(self.params, list(moved.view(raw.shape).unbind(0)))
 
     def _call(self, stage: Callable[[Elements], Visit]) -> tuple[Visit, Elements]:
         """Call the stage and keep the new accumulators."""
         shape = (*self.batch, *self.layout.shape)
-        g = self.apply.read(torch.stack(self.grads)).view(shape)
+        g = self.update.read(torch.stack(self.grads)).view(shape)
         old = {key: self.acc[key] for key in self.seen}
         e = Elements(g, torch.stack(self.params).float().view(shape), old | self.fields, self.layout)
         visit = stage(e)
         for key, value in visit.acc.items():
-            self.acc.write(key, self.apply.merge(value, old[key]))
+            self.acc.write(key, self.update.merge(value, old[key]))
         return visit, e
 
 
-class Stacked(Mapping[str, Tensor]):
-    """The state of k parameters as fp32 tensors `[k, ...]`, made when they are asked for."""
+class StackedState(Mapping[str, Tensor]):
+    """The states of k parameters as fp32 tensors `[k, ...]`, made when they are asked for, so that none is kept.
+
+    Args:
+        states: with equal keys, dtypes and shapes; written to in place.
+    """
 
     def __init__(self, states: Sequence[Accumulators]) -> None:
         self.states = states
@@ -101,5 +105,5 @@ class Stacked(Mapping[str, Tensor]):
         return len(self.states[0]) if self.states else 0
 
     def write(self, key: str, value: Tensor) -> None:
-        """Put `[k, ...]` back into the tensors that it comes from."""
+        """Put a new value `[k, ...]` back into the k tensors under `key`, rounded to their dtype."""
         torch._foreach_copy_([state[key] for state in self.states], list(value.unbind(0)))

@@ -1,65 +1,62 @@
 """The fused step as one operator of torch, so that `torch.compile(optimizer.step)` keeps it whole in its graph.
 
-The operator sees tensors and numbers only. What else a step needs, its rule, is registered under a number when a
-parameter is first stepped; the tables are made when the operator first runs, and kept.
+A graph is a list of operators on tensors and numbers: it can hold neither a rule nor a dictionary of state. The rule
+and the names of its state stand in `dispatch.REGISTERED` under a number, before the graph is traced; the options of
+groups travel in one list of floats and one of integers, whose places have names here. Tables are made when the
+operator first runs, and kept with the rule.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lopt.optim.torch_backend.step import Member, Scaled, Unit
-from lopt.optim.triton_backend.step import FusedStep, find_step
-from lopt.rules import Rule
+from lopt.optim.triton_backend.dispatch import REGISTERED, RuleKernels
+from lopt.optim.units import Member, Scaled, Unit
 
-BETWEEN_KEYS, BETWEEN_MEMBERS = ",", ";"
-_numbers = itertools.count(1)
-_rules: WeakValueDictionary[int, Rule] = WeakValueDictionary()
-_steps: dict[int, list[FusedStep]] = {}
-
-
-def register(rule: Rule) -> int:
-    """A number for a rule that has a program; not 0."""
-    number = next(_numbers)
-    _rules[number] = rule
-    for gone in [key for key in _steps if key not in _rules]:
-        del _steps[gone]
-    return number
+# Of the integers: first these, then for each unit as many as `UNIT`, then for each parameter an index of `state_names`.
+NUMBER, SANITIZE, UNITS, HEAD = 0, 1, 2, 3
+COUNT, MAXIMIZE, UNIT = 0, 1, 2
+# Of the floats, for each unit: its learning rate (0 where rates are in tensors) and its weight decay.
+RATE, DECAY, RATES = 0, 1, 2
 
 
 def step_in_graph(
-    number: int, units: Sequence[Unit], decays: Sequence[float], sanitize: bool, tally: Tensor, amp: Scaled | None
+    kernels: RuleKernels,
+    units: Sequence[Unit],
+    decays: Sequence[float],
+    sanitize: bool,
+    tally: Tensor,
+    amp: Scaled | None,
 ) -> None:
-    """`FusedStep.step` of some units, as a node of the graph that is being traced.
+    """`RuleKernels.step` of some units, as a node of the graph that is being traced.
 
     Args:
-        number: of `register`; of a rule without `tensor_keys`.
+        kernels: of a rule without `tensor_keys`, so without a loss; it has learnt the names of all members' states.
         decays: weight decay of each unit.
-        sanitize, tally, amp: see `FusedStep.step`.
+        sanitize, tally, amp: as for `FusedStep.step`.
     """
     members = [member for unit in units for member in unit.members]
     rates = [unit.group["lr"] for unit in units]
     in_tensors = any(isinstance(rate, Tensor) for rate in rates)
+    integers = [kernels.number, int(sanitize), len(units)]
+    floats: list[float] = []
+    for unit, rate, decay in zip(units, rates, decays, strict=True):
+        integers += [len(unit.members), int(unit.group["maximize"])]
+        floats += [0.0 if in_tensors else float(rate), decay]
+    integers += [kernels.state_names.index(tuple(member.state)) for member in members]
     torch.ops.lopt.fused_step(
         [member.p for member in members],
         [member.g for member in members],
         [x for member in members for x in member.state.values()],
         tally,
         [torch.as_tensor(rate).reshape(()) for rate in rates] if in_tensors else [],
-        [] if in_tensors else [float(rate) for rate in rates],
-        decays,
-        [int(unit.group["maximize"]) for unit in units],
-        [len(unit.members) for unit in units],
-        BETWEEN_MEMBERS.join([BETWEEN_KEYS.join(member.state) for member in members]),
         None if amp is None else amp.unscale,
         None if amp is None else amp.found_inf,
-        number,
-        sanitize,
+        floats,
+        integers,
     )
 
 
@@ -69,32 +66,37 @@ def fused_step(
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
     tally: Tensor,
-    rate_tensors: Sequence[Tensor],
-    rates: Sequence[float],
-    decays: Sequence[float],
-    maximize: Sequence[int],
-    counts: Sequence[int],
-    keys: str,
+    rates: Sequence[Tensor],
     unscale: Tensor | None,
     found_inf: Tensor | None,
-    number: int,
-    sanitize: bool,
+    floats: Sequence[float],
+    integers: Sequence[int],
 ) -> None:
-    """See `step_in_graph`; `keys` are the names of `states`, parameter by parameter."""
+    """The operator that `step_in_graph` calls: puts units together again out of plain lists, and steps them.
+
+    Args:
+        params, grads: one of each per parameter, unit by unit.
+        states: all entries of all parameters' states, which are changed in place like `params` and `tally`.
+        rates: learning rates `[]` of the units, where one of them is a tensor; else none.
+        unscale, found_inf: of `Scaled`, if there is a gradient scaler.
+        floats, integers: see the constants of this module.
+    """
+    kernels, count = REGISTERED[integers[NUMBER]], integers[UNITS]
+    names = [kernels.state_names[index] for index in integers[HEAD + UNIT * count :]]
     values = iter(states)
     members = [
-        Member("", p, g, {key: next(values) for key in names.split(BETWEEN_KEYS)}, None)
-        for p, g, names in zip(params, grads, keys.split(BETWEEN_MEMBERS), strict=True)
+        Member("", p, g, {key: next(values) for key in keys}, None)
+        for p, g, keys in zip(params, grads, names, strict=True)
     ]
     units, start = [], 0
-    for i, count in enumerate(counts):
-        rate = rate_tensors[i] if rate_tensors else rates[i]
-        group = {"lr": rate, "weight_decay": decays[i], "maximize": bool(maximize[i])}
-        units.append(Unit(members[start : start + count], group))
-        start += count
-    step = find_step(_steps.setdefault(number, []), _rules[number], units)
+    for i in range(count):
+        options, numbers = integers[HEAD + UNIT * i :], floats[RATES * i :]
+        lr = rates[i] if rates else numbers[RATE]
+        group = {"lr": lr, "weight_decay": numbers[DECAY], "maximize": bool(options[MAXIMIZE])}
+        units.append(Unit(members[start : start + options[COUNT]], group))
+        start += options[COUNT]
     amp = None if found_inf is None else Scaled(unscale, found_inf)
-    step.step(units, None, sanitize, lambda unit: 1.0, tally, amp)
+    kernels.step(units, None, bool(integers[SANITIZE]), lambda unit: 1.0, tally, amp)
 
 
 @fused_step.register_fake

@@ -1,62 +1,66 @@
-"""Which parameters of an optimizer kernels step, and with which tables."""
+"""Which parameters of a rule kernels step, and with which tables."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lopt.optim.torch_backend.step import Member, Scaled, Unit
-from lopt.optim.triton_backend.compiled import register, step_in_graph
-from lopt.optim.triton_backend.step import FusedStep, find_step
+from lopt.optim.triton_backend.step import FusedStep
+from lopt.optim.units import Member, Scaled, Unit
 from lopt.rules import Rule
 from lopt.rules.programs.registry import find_missing, find_obstacle
 
+MAX_STEPS = 8  # sets of parameters with gradients, as of the two networks of a GAN, whose tables are kept
 
-class Dispatch:
-    """The kernels' side of an optimizer, whose rules it knows by their indices.
+
+class RuleKernels:
+    """The kernels' side of one rule on one device: which parameters they take, and the tables of past steps.
 
     Args:
-        enabled: the optimizer's backend is "triton".
+        rule: one that has a program there; `find_kernels` looks.
+    Attributes:
+        number: stands for this object in graphs of torch.compile, which hold numbers and tensors only (`REGISTERED`).
+        state_names: the orders of entries in parameters' states that have occurred; a graph has their indices.
+        steps: those of the last few sets of parameters, and those that CUDA graphs address.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.numbers: list[
-            int
-        ] = []  # of the rules, see `lopt.optim.triton_backend.compiled`; 0 where kernels do not step them
-        self.steps: dict[int, list[FusedStep]] = {}
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.number = rule, next(_NUMBERS)
+        self.state_names: list[tuple[str, ...]] = []
+        self.steps: list[FusedStep] = []
+        REGISTERED[self.number] = self
 
-    def add(self, rule: Rule, device: torch.device) -> None:
-        """The next rule, whose parameters are on this device."""
-        able = self.enabled and find_missing([device], interpreted=True) is None
-        self.numbers.append(register(rule) if able and find_obstacle(rule, device) is None else 0)
+    def learn_names(self, names: tuple[str, ...]) -> None:
+        """Note the entries of a parameter's state, before a graph that steps it is traced."""
+        if names not in self.state_names:
+            self.state_names.append(names)
 
-    def clear(self) -> None:
-        """Forget all rules."""
-        self.numbers.clear()
-        self.steps.clear()
+    def divide(self, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """The units, without some of their members, that kernels step, and what is left for torch.
 
-    def choose(self, index: int, rule: Rule, units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
-        """The units, without some of their members, that kernels step under a rule, and what is left."""
-        rows = bool(rule.tensor_keys)
-        if not self.numbers[index] or (rows and torch.compiler.is_compiling()):
+        Rules with `tensor_keys` look at all tensors together: kernels step all or none of them, and none while
+        torch.compile traces.
+        """
+        rows = bool(self.rule.tensor_keys)
+        if rows and torch.compiler.is_compiling():
             return [], units
-        fused, rest = [], []
+        fused, others = [], []
         for unit in units:
             taken: list[Member] = []
-            left: list[Member] = []
+            refused: list[Member] = []
             for member in unit.members:
-                (taken if unit.group["foreach"] is not False and FusedStep.takes(member) else left).append(member)
+                fits = unit.group["foreach"] is not False and FusedStep.takes(member)
+                (taken if fits else refused).append(member)
             fused += [unit._replace(members=taken)] if taken else []
-            rest += [unit._replace(members=left)] if left else []
-        return ([], units) if rest and rows else (fused, rest)  # with rows, all tensors step together
+            others += [unit._replace(members=refused)] if refused else []
+        return ([], units) if others and rows else (fused, others)
 
-    def name_first(self, index: int, units: Sequence[Unit]) -> str | None:
-        """What kernels do not take of units that they do not step, if the rule is one that they do."""
-        if not self.numbers[index]:
-            return None
+    def describe_first(self, units: Sequence[Unit]) -> str | None:
+        """The first parameter that kernels cannot step, in words for a warning; None if the user asked for torch."""
         for unit in units:
             for member in unit.members:
                 if member.shard is not None:
@@ -67,8 +71,6 @@ class Dispatch:
 
     def step(
         self,
-        index: int,
-        rule: Rule,
         units: Sequence[Unit],
         loss: Tensor | None,
         sanitize: bool,
@@ -76,10 +78,28 @@ class Dispatch:
         tally: Tensor,
         amp: Scaled | None,
     ) -> None:
-        """`FusedStep.step`; while torch.compile traces, a node of its graph."""
-        if torch.compiler.is_compiling():
-            decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
-            step_in_graph(self.numbers[index], units, decays, sanitize, tally, amp)
-        else:
-            known = self.steps.setdefault(index, [])
-            find_step(known, rule, units).step(units, loss, sanitize, decay_scale, tally, amp)
+        """One step of the members of some units, in place, by tables that are made anew only when these change.
+
+        Args:
+            units, loss, sanitize, decay_scale, tally, amp: as for `FusedStep.step`.
+        """
+        step = next((step for step in self.steps if step.matches(units)), None)
+        if step is None:
+            step = FusedStep(self.rule, units)
+            spare = [old for old in self.steps if not old.captured][MAX_STEPS - 1 :]
+            self.steps = [step, *(old for old in self.steps if old not in spare)]
+        step.step(units, loss, sanitize, decay_scale, tally, amp)
+
+
+_NUMBERS = itertools.count(1)
+REGISTERED: WeakValueDictionary[int, RuleKernels] = WeakValueDictionary()
+
+
+def find_kernels(rule: Rule, device: torch.device) -> RuleKernels | None:
+    """The kernels of a rule whose parameters are on a device, or None where Triton cannot run or they do not take it.
+
+    Triton's interpreter counts: whether it is wanted was decided for all of the optimizer (`choose_backend`).
+    """
+    if find_missing([device], interpreted=True) is not None or find_obstacle(rule, device) is not None:
+        return None
+    return RuleKernels(rule)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lopt.optim.torch_backend.step import Member
+from lopt.optim.units import Member
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.programs.parts import Order, Part, arrange, find_order
 
@@ -27,6 +27,6 @@ def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[L
         if not p.is_contiguous():
             p, source = torch.empty(layout.shape, dtype=p.dtype, device=p.device), member.p.detach()
     state = {}
-    for key, x in member.pick(extra=False).items():
+    for key, x in member.pick_accumulators().items():
         state[key] = x if key in rows else arrange(x, order)
     return Part(item, p.permute(order), state, layout, order, source)

@@ -14,8 +14,8 @@ from lopt_kernels.launching.parameters import PARAMETER_DTYPES, Items, Rates
 from lopt_kernels.launching.segments import Segment, Segments, by_elements, find_alignment, upload
 from torch import Tensor
 
-from lopt.optim.torch_backend.step import SEED, STEP, Member, Scaled, Unit, find_run_steps, read_lr
 from lopt.optim.triton_backend.parts import make_part
+from lopt.optim.units import SEED, STEP, Member, Scaled, Unit, find_run_steps, list_num_steps, read_lr
 from lopt.rules import Clock, Rule
 from lopt.rules.programs.parts import Part
 from lopt.rules.programs.registry import FUSED
@@ -49,7 +49,7 @@ class FusedStep:
         self.clocks = [_make_clock(parts, members) for parts in batches]
         self.live = torch.empty(n, dtype=torch.bool, device=device)
         self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-        self._grads, self._plans = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
+        self._grads, self._num_steps = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
         self._terms = _Uploaded(torch.float32, device)
         self._grad_copies: dict[int, Tensor] = {}
         self._key = _read_key(members)  # state may have been laid out anew
@@ -101,9 +101,9 @@ class FusedStep:
             )
         clock = Clock(self.steps, None)
         if self.rule.needs_num_steps:
-            plans = [unit.group["num_steps"] for unit in units for _ in unit.members]
-            totals = self._plans.send(plans)
-            clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(plans)) == 1))
+            num_steps = list_num_steps(units)
+            totals = self._num_steps.send(num_steps)
+            clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(num_steps)) == 1))
         self.program.run(items, sanitize, loss, clock)
         for part in self.parts:
             if part.source is not None:
@@ -153,19 +153,6 @@ class FusedStep:
         if part.item not in self._grad_copies:
             self._grad_copies[part.item] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
         return self._grad_copies[part.item].copy_(g)
-
-
-MAX_STEPS = 8  # sets of parameters with gradients, as of the two networks of a GAN, whose tables are kept
-
-
-def find_step(known: list[FusedStep], rule: Rule, units: Sequence[Unit]) -> FusedStep:
-    """The step of these units, if it is known, or a new one; the last few are kept, and those that graphs address."""
-    found = next((step for step in known if step.matches(units)), None)
-    if found is None:
-        found = FusedStep(rule, units)
-        spare = [step for step in known if not step.captured][MAX_STEPS - 1 :]
-        known[:] = [found, *(step for step in known if step not in spare)]
-    return found
 
 
 class _Uploaded:

@@ -1,0 +1,203 @@
+"""The guard on tensors: what becomes of a rule's step, and the snapshot that a failed turn is undone with.
+
+Works on one parameter, or on k equal ones at once, and waits for no device. Costs 12 bytes per parameter: AdamW's two
+moments, which are kept warm, and a snapshot, because a parameter that a broken rule has thrown far away is not a place
+from which AdamW recovers in time. Who steps is decided in `lopt.optim.guard.decisions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lopt.optim.guard.decisions import Guard, GuardOptions
+from lopt.optim.options import ADAMW
+from lopt.optim.units import STEP, Unit, add_up, make_member
+from lopt.optim.update import Transform
+from lopt.rules import Rule
+
+Accumulators = dict[str, Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+NORM_DECAY = 0.95
+NORM_GROWTH = 2.0
+
+
+def init_guard(p: Tensor, batch_ndim: int = 0) -> Accumulators:
+    """The guard's state before the first step of a parameter `[*shape]`, or of k equal ones, `[k, *shape]`.
+
+    Args:
+        batch_ndim: 1 if the first dimension counts parameters.
+    Returns:
+        "guard_m", "guard_v" (AdamW's moments) fp32 and "guard_p" (the snapshot) in at least fp32, like `p`;
+        "guard_norm" (the running norm of the steps; 0: not yet) fp32 and "guard_start" (the step from which the moments
+        count) int64, `[]` or `[k]`.
+    """
+    batch = p.shape[:batch_ndim]
+    m = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return {
+        "guard_m": m,
+        "guard_v": torch.zeros_like(m),
+        "guard_p": p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous(),
+        "guard_norm": torch.zeros(batch, dtype=torch.float32, device=p.device),
+        "guard_start": torch.zeros(batch, dtype=torch.int64, device=p.device),
+    }
+
+
+def make_transform(
+    guard: Guard | None, unit: Unit, steps: Tensor, lr_adamw: float, clipped: Tensor
+) -> Transform | None:
+    """What the guard makes of a unit's steps, for `ParameterUpdate`; None without a guard and in AdamW's own groups.
+
+    Args:
+        steps: updates made so far, int64 `[]` or `[k]`.
+        lr_adamw: see `guard_step`.
+        clipped: int64 `[]`; grows by the parameters whose steps are shortened.
+    """
+    if guard is None or unit.group["rule"] == ADAMW:
+        return None
+    return partial(_guard_unit, guard=guard, unit=unit, steps=steps, lr_adamw=lr_adamw, clipped=clipped)
+
+
+def _guard_unit(
+    delta: Tensor,
+    g: Tensor,
+    state: Accumulators,
+    in_place: bool,
+    *,
+    guard: Guard,
+    unit: Unit,
+    steps: Tensor,
+    lr_adamw: float,
+    clipped: Tensor,
+) -> tuple[Tensor, Accumulators]:
+    betas, eps = unit.group["betas"], unit.group["eps"]
+    reduce = partial(add_up, shard=unit.members[0].shard)
+    delta, state, count = guard_step(
+        delta, g, state, steps, guard.share, lr_adamw, betas, eps, guard.options, reduce, in_place
+    )
+    clipped.add_(count)
+    return delta, state
+
+
+def scale_decay(guard: Guard | None, unit: Unit, rule: Rule, lr_adamw: float) -> float:
+    """Factor on a unit's weight decay, which is meant per step of size one: the rule's, and under the guard AdamW's.
+
+    Returns:
+        `rule.decay_scale`, or that and AdamW's learning rate in the guard's shares.
+    """
+    if guard is None or unit.group["rule"] == ADAMW:
+        return rule.decay_scale
+    return guard.share * rule.decay_scale + (1 - guard.share) * lr_adamw
+
+
+def guard_step(
+    delta: Tensor,
+    g: Tensor,
+    state: Accumulators,
+    step: Tensor,
+    share: float | Tensor,
+    lr_adamw: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    options: GuardOptions,
+    reduce: Reduce | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Accumulators, Tensor]:
+    """The step that is taken in place of `delta`: clipped, then mixed with AdamW's; without host synchronisation.
+
+    Args:
+        delta: the learned rule's step, without weight decay, fp32 `[*shape]` or `[k, *shape]`.
+        g: gradient, like `delta`.
+        state: from `init_guard` or the previous call.
+        step: updates made so far, int64 `[]` or `[k]`.
+        share: of the learned rule, see `Guard.share`; a number, or a tensor `[]` or `[k]`.
+        lr_adamw: AdamW's learning rate, also the unit of `GuardOptions.seed_norm`.
+        betas, eps: AdamW's.
+        reduce: sums a tensor over the shards of the parameter, where it is sharded.
+        in_place: AdamW's moments and `delta` may be overwritten, which saves a third of the time; else it is pure.
+    Returns:
+        The step, the new state, and how many of the tensors were clipped or not finite, int64 `[]`.
+    """
+    axes = tuple(range(step.ndim, delta.ndim))
+    wide = (*step.shape, *[1] * len(axes))
+    beta1, beta2 = betas
+    # The moments follow the gradients even where the rule steps alone, so that AdamW can take over at any step.
+    m, v = state["guard_m"], state["guard_v"]
+    m = m.lerp_(g, 1 - beta1) if in_place else torch.lerp(m, g, 1 - beta1)
+    v = (v.mul_(beta2) if in_place else v * beta2).addcmul_(g, g, value=1 - beta2)
+
+    # The running norm grows by NORM_GROWTH at most and never falls below AdamW's step: a single huge step cannot open
+    # the way for the next one, and a rule that has rested can move again.
+    count = delta.numel() // max(1, step.numel())
+    squares = torch.linalg.vector_norm(delta, dim=axes).square() if axes else delta * delta
+    sums = torch.stack([squares, torch.full_like(squares, count)])
+    squares, count_all = reduce(sums) if reduce is not None else sums
+    norm, unit = squares.sqrt(), lr_adamw * count_all.sqrt()
+    old = state["guard_norm"]
+    old = torch.where(old > 0, torch.maximum(old, unit), options.seed_norm * unit)
+    limit = options.clip * old
+    clipped = ~(norm <= limit)
+    finite = torch.isfinite(norm)
+    new_norm = NORM_DECAY * old + (1 - NORM_DECAY) * torch.where(finite, torch.minimum(norm, NORM_GROWTH * old), old)
+    scale = torch.where(clipped, limit / norm.clamp(min=1e-38), 1.0)
+    scaled = delta.mul_(scale.view(wide)) if in_place else delta * scale.view(wide)
+    delta = torch.where(finite.view(wide), scaled, 0.0)
+
+    # With the rule alone, which is the usual case, AdamW's step is not even computed.
+    if not (isinstance(share, float) and share == 1.0):
+        age = step - state["guard_start"] + 1
+        correction1, correction2 = (1 - beta1**age).view(wide), (1 - beta2**age).sqrt().view(wide)
+        adamw_step = m / (v.sqrt() / correction2 + eps) * (-lr_adamw / correction1)
+        weight = share.view(wide) if isinstance(share, Tensor) and share.ndim else share
+        if isinstance(weight, Tensor):
+            delta = torch.lerp(adamw_step, delta, weight)
+        else:
+            delta = adamw_step + weight * (delta - adamw_step)
+    new = state | {"guard_m": m, "guard_v": v, "guard_norm": new_norm}
+    return delta, new, clipped.sum()
+
+
+def move_snapshots(guard: Guard, parameters: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
+    """Do with every parameter's snapshot what the guard has decided after the last loss: save it, or put it back.
+
+    Args:
+        parameters: with their state; of DTensors, every process moves its own part.
+    """
+    for p, state in parameters:
+        member = make_member("", p, p, dict(state))
+        local = member.p.view(member.state["guard_p"].shape)
+        if guard.restore:
+            restore_snapshot(local, member.state, member.state[STEP])
+        else:
+            save_snapshot(local, member.state)
+
+
+@torch.no_grad()
+def save_snapshot(p: Tensor, state: Accumulators) -> None:
+    """Keep the parameter as it is as the snapshot, in place.
+
+    Args:
+        p: `[*shape]`, or `[k, *shape]`.
+        state: as `init_guard` makes it.
+    """
+    state["guard_p"].copy_(p)
+
+
+@torch.no_grad()
+def restore_snapshot(p: Tensor, state: Accumulators, step: Tensor) -> None:
+    """Put the snapshot back into the parameter and begin AdamW's moments anew, in place.
+
+    Moments of gradients from where a broken rule has led would hold AdamW up for hundreds of steps.
+
+    Args:
+        p, state: as for `save_snapshot`.
+        step: updates made so far, int64 `[]` or `[k]`, from which the moments' corrections count.
+    """
+    p.copy_(state["guard_p"])
+    state["guard_m"].zero_()
+    state["guard_v"].zero_()
+    state["guard_start"].copy_(step)

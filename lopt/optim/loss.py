@@ -1,0 +1,74 @@
+"""What `step` is told beside gradients: the training loss, and what a gradient scaler has left in the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.optim.units import Scaled
+
+
+def check_loss(loss: Any) -> Tensor | float:
+    """Check what a user passed as the training loss, or what a closure returned.
+
+    Returns:
+        A tensor of one element as it is, still on its device; anything else as a float.
+    Raises:
+        ValueError: it is not one number.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
+        return loss
+    try:
+        return float(loss)
+    except TypeError:
+        raise ValueError(f"the loss must be one number, got a {type(loss).__name__}; pass step(loss=...)") from None
+
+
+def average_loss(loss: Tensor | float, device: torch.device) -> Tensor | float:
+    """The mean of the loss over the processes of torch.distributed, which all have to call this; else `loss` itself.
+
+    Args:
+        device: where the collective takes place; one that the process group can reach, such as a parameter's.
+    Returns:
+        fp32 `[]` on `device` where there are several processes.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (distributed and torch.distributed.get_world_size() > 1):
+        return loss
+    mean = to_scalar(loss, device).clone()
+    torch.distributed.all_reduce(mean)
+    return mean / torch.distributed.get_world_size()
+
+
+def to_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
+    """A loss as rules receive it.
+
+    Returns:
+        fp32 `[]` on `device`, without a graph; a tensor that is there already is not waited for.
+    """
+    if isinstance(loss, Tensor):
+        return loss.detach().to(device, torch.float32).reshape(())
+    return torch.full((), float(loss), dtype=torch.float32, device=device)
+
+
+def is_skipped_on_host(found_inf: Tensor | None) -> bool:
+    """Whether a gradient scaler wants this step left out, and says so where asking costs no waiting.
+
+    On a device the step is made instead, under a mask (`ParameterUpdate.live`).
+    """
+    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0)
+
+
+def read_scaler(found_inf: Tensor | None, grad_scale: Tensor | None, device: torch.device) -> Scaled | None:
+    """What a gradient scaler has left for this step, on the gradients' device; None without a scaler.
+
+    Args:
+        found_inf, grad_scale: the optimizer's attributes of these names, which `GradScaler.step` sets and deletes.
+    """
+    if found_inf is None:
+        return None
+    return Scaled(None if grad_scale is None else grad_scale.to(device).float().reciprocal(), found_inf.to(device))

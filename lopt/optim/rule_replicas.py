@@ -1,0 +1,96 @@
+"""The rules that step an optimizer's parameters: the user's and AdamW, with their weights where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.optim.options import ADAMW
+from lopt.optim.triton_backend.dispatch import RuleKernels, find_kernels
+from lopt.rules import RULES, Rule, find_layout
+
+MAX_RULES = 64
+
+
+class Replica(NamedTuple):
+    """A rule that steps parameters of one device.
+
+    Attributes:
+        rule: frozen, with its weights on the device.
+        device: of the parameters.
+        kernels: what steps them by kernels, or None where torch does.
+    """
+
+    rule: Rule
+    device: torch.device
+    kernels: RuleKernels | None
+
+
+class RuleReplicas:
+    """Keeps a copy of the rule for each device, and an AdamW for each device, betas and eps; made when first needed.
+
+    While `torch.compile` traces a step, rules are known by their indices here. Copies are not pickled.
+    Those that have stepped a parameter are counted, including rules to which the user's delegates some.
+
+    Args:
+        rule: the optimizer's, on the CPU; used as it is for parameters there.
+        fused: kernels step what they can.
+    """
+
+    def __init__(self, rule: Rule, fused: bool) -> None:
+        self.rule, self.fused = rule, fused
+        self._replicas: list[Replica] = []
+        self._rules: dict[tuple[object, ...], Rule] = {}
+        self._indices: dict[Rule, int] = {}
+
+    def __getitem__(self, index: int) -> Replica:
+        return self._replicas[index]
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas)
+
+    def find_rule(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Rule:
+        """The rule that steps a parameter: its group's, or another one to which that delegates it by name or shape.
+
+        Args:
+            group: of the optimizer's `param_groups`, with AdamW's options.
+        """
+        rule = self._find_groups_rule(p.device, group)
+        return rule.delegate(name, find_layout(tuple(p.shape))) or rule
+
+    def _find_groups_rule(self, device: torch.device, group: Mapping[str, Any]) -> Rule:
+        key: tuple[object, ...] = (device,)
+        if group["rule"] == ADAMW:
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            key = (device, beta1, beta2, eps)
+            if key not in self._rules:
+                adamw = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
+                self._rules[key] = adamw.to(device).requires_grad_(False)
+        elif key not in self._rules:
+            self._rules[key] = self.rule if device.type == "cpu" else deepcopy(self.rule).to(device)
+        return self._rules[key]
+
+    def find_index(self, rule: Rule, device: torch.device) -> int:
+        """Where a rule that `find_rule` returned is among the replicas, to which it is added the first time."""
+        if rule not in self._indices:
+            self._indices[rule] = len(self._replicas)
+            self._replicas.append(Replica(rule, device, find_kernels(rule, device) if self.fused else None))
+        return self._indices[rule]
+
+    def forget_many(self) -> None:
+        """Forget all copies if there are more than `MAX_RULES`, as with a schedule on betas; not while tracing."""
+        if len(self._rules) > MAX_RULES:
+            self._replicas.clear()
+            self._rules.clear()
+            self._indices.clear()
+
+    def list_rules(self) -> list[Rule]:
+        """The user's rule and all copies that hold memory of their own, for those who count it."""
+        return list(dict.fromkeys([self.rule, *self._rules.values()]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_replicas": [], "_rules": {}, "_indices": {}}
