@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lopt.core.recorded import Recorded
 from lopt.core.tensors import Params
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.stages import (
@@ -50,7 +51,7 @@ from lopt.rules.stages import (
 )
 
 
-class Rule(nn.Module, ABC):
+class Rule(Recorded, nn.Module, ABC):
     """A meta-optimizer. Its parameters are the meta-weights; `config` rebuilds it: `RULES[name](**config)`.
 
     Attributes:
@@ -78,9 +79,9 @@ class Rule(nn.Module, ABC):
     adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
     feature_names: tuple[str, ...] = ()
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, **options: Any) -> None:
+        """Options are those of each rule's own constructor; here none is left."""
+        super().__init__(**options)
 
     # -- stages --------------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class Blend(Rule):
     momentum_decays: Tensor
 
     def __init__(self, hidden: int = 4, lr: float = 0.1, seed: int = 0) -> None:
-        super().__init__(hidden=hidden, lr=lr, seed=seed)
+        super().__init__()
         if not 1 <= hidden <= MAX_HIDDEN:
             raise ValueError(f"hidden must be from 1 to {MAX_HIDDEN}, got {hidden}")
         if not lr > 0:

@@ -65,7 +65,7 @@ class Celo(Scheduled, FactoredMLP):
     feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES)
 
     def __init__(self, hidden: int = 4, width: int = 64, seed: int = 0) -> None:
-        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, config={"hidden": hidden, "width": width})
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed)
         self.scheduler = CeloScheduler(width, seed)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
@@ -90,7 +90,7 @@ class CeloAdam(Scheduled):
     feature_names = ("m_hat / sqrt(v_hat)", *SCHEDULER_FEATURES)
 
     def __init__(self, width: int = 64, beta1: float = 0.9, beta2: float = 0.999, seed: int = 0) -> None:
-        super().__init__(width=width, beta1=beta1, beta2=beta2, seed=seed)
+        super().__init__()
         self.scheduler = CeloScheduler(width, seed)
         self.beta1, self.beta2 = beta1, beta2
 

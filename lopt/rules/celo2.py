@@ -57,8 +57,7 @@ class Celo2(FactoredMLP):
         route: bool = True,
         seed: int = 0,
     ) -> None:
-        config = {"hidden": hidden, "step_mult": step_mult, "adamw_mult": adamw_mult, "route": route}
-        super().__init__([len(FEATURE_NAMES), hidden, hidden, 1], seed, config=config)
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 1], seed)
         self.step_mult = step_mult
         self.adamw_options = {"lr": step_mult * adamw_mult, "betas": BETAS, "eps": EPS}
         self.decay_scale = step_mult
@@ -111,4 +110,3 @@ class Celo2Base(Celo2):
 
     def __init__(self, hidden: int = 8, step_mult: float = 1e-3, seed: int = 0) -> None:
         super().__init__(hidden, step_mult, route=False, seed=seed)
-        self.config = {"hidden": hidden, "step_mult": step_mult, "seed": seed}

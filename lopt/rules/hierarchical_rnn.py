@@ -72,7 +72,7 @@ class HierarchicalRNN(Rule):
         seed: int = 0,
     ) -> None:
         sizes = {"hidden": hidden, "tensor_hidden": tensor_hidden, "global_hidden": global_hidden}
-        super().__init__(**sizes, num_scales=num_scales, lr=lr, seed=seed)
+        super().__init__()
         for key, size in sizes.items():
             if not 1 <= size <= MAX_HIDDEN:
                 raise ValueError(f"{key} must be from 1 to {MAX_HIDDEN}, got {size}")

@@ -31,7 +31,7 @@ class Linear(ElementwiseRule):
         second_decay: float = 0.99,
         lr: float = 0.01,
     ) -> None:
-        super().__init__(decays=list(decays), second_decay=second_decay, lr=lr)
+        super().__init__()
         k = len(decays)
         raw = ("g", *(f"m_{i}" for i in range(1, k + 1)))
         self.feature_names = (*raw, *(f"{name} / rms" for name in raw))

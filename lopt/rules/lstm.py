@@ -34,8 +34,9 @@ class CoordinatewiseLSTM(ElementwiseRule):
 
     compact_keys: tuple[str, ...] = STATE
 
-    def __init__(self, num_features: int, hidden: int, seed: int, **config: object) -> None:
-        super().__init__(hidden=hidden, seed=seed, **config)
+    def __init__(self, num_features: int, hidden: int, seed: int) -> None:
+        super().__init__()
+        self.config = {"hidden": hidden, "seed": seed} | self.config  # rule files have this order
         if not 1 <= hidden <= MAX_HIDDEN:
             raise ValueError(f"hidden must be from 1 to {MAX_HIDDEN}, got {hidden}")
         self.hidden = hidden
@@ -85,7 +86,7 @@ class LSTM(CoordinatewiseLSTM):
     feature_names = ("log|g| / k", "g e^k, clipped")
 
     def __init__(self, hidden: int = 20, output_scale: float = 0.01, log_bound: float = 5.0, seed: int = 0) -> None:
-        super().__init__(2, hidden, seed, output_scale=output_scale, log_bound=log_bound)
+        super().__init__(2, hidden, seed)
         self.output_scale = output_scale
         self.log_bound = log_bound
 

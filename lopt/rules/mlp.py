@@ -38,8 +38,7 @@ class MLPLOpt(FeatureMLP):
         step_mult: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
-        super().__init__([len(self.feature_names), *[hidden] * hidden_layers, 2], seed, config=config)
+        super().__init__([len(self.feature_names), *[hidden] * hidden_layers, 2], seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.register_buffer("decays", torch.tensor(DECAYS), persistent=False)
         self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)

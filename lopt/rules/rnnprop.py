@@ -41,8 +41,7 @@ class RNNprop(CoordinatewiseLSTM):
         output_scale: float = 0.1,
         seed: int = 0,
     ) -> None:
-        config = {"beta1": beta1, "beta2": beta2, "output_scale": output_scale}
-        super().__init__(hidden, hidden, seed, **config)
+        super().__init__(hidden, hidden, seed)
         self.beta1, self.beta2, self.output_scale = beta1, beta2, output_scale
         generator = make_generator(derive_seeds(seed, "rnnprop input layer"))
         bound = 1 / sqrt(2)

@@ -41,9 +41,8 @@ class SmallFC(FactoredMLP):
         step_mult: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        config = {"hidden": hidden, "hidden_layers": hidden_layers, "exp_mult": exp_mult, "step_mult": step_mult}
         widths = [len(FEATURE_NAMES), *[hidden] * hidden_layers, 2]
-        super().__init__(widths, seed, config=config)
+        super().__init__(widths, seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.momentum_offsets = nn.Parameter(torch.zeros(K))
         self.second_offsets = nn.Parameter(torch.zeros(1))

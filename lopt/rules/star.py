@@ -65,9 +65,9 @@ class Star(Rule):
         made = _build(inner, inner_config or {})
         factors = {"residual_scale": residual_scale, "lr": lr, "weight_decay": weight_decay}
         decays = {"momentum_decays": list(momentum_decays), "second_decay": second_decay}
-        super().__init__(
-            inner=inner, inner_config=made.config, residual_unit=residual_unit, eps=eps, **factors, **decays
-        )
+        super().__init__()
+        first = {"inner": inner, "inner_config": made.config, "residual_unit": residual_unit, "eps": eps}
+        self.config = {**first, **factors, **decays}  # rule files have this order
         for key, factor in {**factors, "eps": eps}.items():
             if not factor >= 0:
                 raise ValueError(f"{key} must be at least 0, got {factor}")

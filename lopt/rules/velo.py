@@ -60,9 +60,7 @@ class VeLO(FactoredMLP):
     ) -> None:
         if not 1 <= bank <= MAX_BANK:
             raise ValueError(f"bank must be from 1 to {MAX_BANK}, got {bank}")
-        flags = {"bugged_loss_features": bugged_loss_features, "carry_state": carry_state}
-        config = {"hidden": hidden, "width": width, "bank": bank, **flags}
-        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, bank=(bank,), config=config)
+        super().__init__([len(FEATURE_NAMES), hidden, hidden, 2], seed, (bank,))
         self.bugged_loss_features, self.carry_state = bugged_loss_features, carry_state
         heads = {"control": bank, "step": 1}
         self.scheduler = Scheduler(len(TENSOR_FEATURES), width, heads, int(derive_seeds(seed, "velo scheduler")))

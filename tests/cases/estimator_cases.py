@@ -72,7 +72,7 @@ class Balance(Rule):
     name = "balance"
 
     def __init__(self, theta: float = 0.5) -> None:
-        super().__init__(theta=theta)
+        super().__init__()
         self.theta = torch.nn.Parameter(torch.tensor([theta]))
         self.register_buffer("signs", torch.tensor([1.0] * 10 + [-1.0] * 13))
 

@@ -118,7 +118,7 @@ class Drift(Rule):
     name = "drift"
 
     def __init__(self, size: int) -> None:
-        super().__init__(size=size)
+        super().__init__()
         self.theta = torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:

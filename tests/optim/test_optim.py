@@ -34,7 +34,7 @@ class UnitNorm(Rule):
     name = "unit_norm"
 
     def __init__(self, size: float = 0.1, planned: bool = False, reads_loss: bool = False) -> None:
-        super().__init__(size=size, planned=planned, reads_loss=reads_loss)
+        super().__init__()
         self.needs_loss = reads_loss
         self.size = nn.Parameter(torch.tensor(size))
         self.needs_num_steps = planned

@@ -55,10 +55,8 @@ class FactoredMLP(FeatureMLP):
     vector_eps: float = 0.0
     second_decay: float = 0.999
 
-    def __init__(
-        self, widths: list[int], seed: int, *, config: Mapping[str, object], bank: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(widths, seed, config=config, bank=bank)
+    def __init__(self, widths: list[int], seed: int, bank: tuple[int, ...] = ()) -> None:
+        super().__init__(widths, seed, bank)
         self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS), persistent=False)
         self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS), persistent=False)
         self.register_buffer("second_decays", torch.tensor([self.second_decay]), persistent=False)

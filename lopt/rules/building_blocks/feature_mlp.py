@@ -54,17 +54,14 @@ class FeatureMLP(Rule):
     Args:
         widths: inputs, hidden layers, outputs.
         seed: of the initial meta-weights: normal, std 1/sqrt(fan_in), cut at two of them; biases 0.
-        config: what else rebuilds the rule.
         bank: leading dimensions of all weights, for rules that mix several MLPs.
     """
 
     norm_eps: float = 1e-5
     exp_mult: float = 1e-3
 
-    def __init__(
-        self, widths: list[int], seed: int, *, config: Mapping[str, object], bank: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(**config, seed=seed)
+    def __init__(self, widths: list[int], seed: int, bank: tuple[int, ...] = ()) -> None:
+        super().__init__()
         if not all(1 <= width <= MAX_HIDDEN for width in widths) or len(widths) > MAX_LAYERS + 2:
             raise ValueError(f"hidden widths must be from 1 to {MAX_HIDDEN}, in 1 to {MAX_LAYERS} layers, got {widths}")
         self.widths = widths

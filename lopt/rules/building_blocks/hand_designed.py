@@ -30,7 +30,12 @@ class HandDesigned(ElementwiseRule):
     """
 
     def __init__(self, *, lr: float, schedule: str = "constant", weight_decay: float = 0.0, **hyper: float) -> None:
-        super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, **hyper)
+        super().__init__()
+        self.config = {
+            "lr": lr,
+            "schedule": schedule,
+            "weight_decay": weight_decay,
+        } | self.config  # rule files have this order
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
         self.schedule = schedule
