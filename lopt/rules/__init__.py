@@ -7,6 +7,7 @@ from lopt.rules.base import Rule, step_tensors
 from lopt.rules.blend import Blend
 from lopt.rules.building_blocks.elementwise import ElementwiseRule
 from lopt.rules.building_blocks.hand_designed import HandDesigned
+from lopt.rules.building_blocks.tensor_rule import TensorRule
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
@@ -58,6 +59,7 @@ __all__ = [
     "Means",
     "Rule",
     "State",
+    "TensorRule",
     "Visit",
     "find_layout",
     "step_tensors",

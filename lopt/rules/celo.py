@@ -8,6 +8,7 @@ Celo-Adam), and in Celo also the head over a bank of one MLP and the MLP's third
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Celo(Scheduled, FactoredMLP):
     """
 
     name = "celo"
+    quick_config: ClassVar = {"width": 8}
     feature_names = (*FEATURE_NAMES, *SCHEDULER_FEATURES)
 
     def __init__(self, hidden: int = 4, width: int = 64, seed: int = 0) -> None:
@@ -87,6 +89,7 @@ class CeloAdam(Scheduled):
     """
 
     name = "celo_adam"
+    quick_config: ClassVar = {"width": 8}
     feature_names = ("m_hat / sqrt(v_hat)", *SCHEDULER_FEATURES)
 
     def __init__(self, width: int = 64, beta1: float = 0.9, beta2: float = 0.999, seed: int = 0) -> None:

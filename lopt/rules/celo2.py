@@ -6,6 +6,8 @@ Differs from the source: the MLP's outputs beyond the first have no effect there
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from lopt_kernels.feature_mlp.newton_schulz import orthogonalize
 from lopt_kernels.feature_mlp.scaled_move import EPS as STEP_EPS
@@ -42,6 +44,7 @@ class Celo2(FactoredMLP):
     """
 
     name = "celo2"
+    quick_config: ClassVar = {"step_mult": 0.2, "adamw_mult": 1.0}
     orthogonalizes = True
     rs_eps = 1e-8
     second_decay = 0.95
@@ -106,6 +109,7 @@ class Celo2Base(Celo2):
     """
 
     name = "celo2_base"
+    quick_config: ClassVar = {"step_mult": 0.2}
     orthogonalizes = False
 
     def __init__(self, hidden: int = 8, step_mult: float = 1e-3, seed: int = 0) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log, prod, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class HierarchicalRNN(Rule):
     """
 
     name = "hierarchical_rnn"
+    quick_config: ClassVar = {"hidden": 6, "tensor_hidden": 6, "global_hidden": 6}
     tensor_keys = ("pooled", "tensor", "global")
     shares: Tensor
     w_2to1: Tensor

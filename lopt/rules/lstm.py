@@ -7,6 +7,7 @@ Differs from the source: the forget bias of 1 is part of the bias's initial valu
 from __future__ import annotations
 
 from math import exp, sqrt
+from typing import ClassVar
 
 import torch
 from lopt_kernels.differentiable import lstm as lstm_autograd
@@ -83,6 +84,7 @@ class LSTM(CoordinatewiseLSTM):
     """
 
     name = "lstm"
+    quick_config: ClassVar = {"hidden": 8, "output_scale": 0.1}
     feature_names = ("log|g| / k", "g e^k, clipped")
 
     def __init__(self, hidden: int = 20, output_scale: float = 0.01, log_bound: float = 5.0, seed: int = 0) -> None:

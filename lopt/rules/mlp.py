@@ -5,6 +5,8 @@ Source: "MLPLOpt" (LOLv2) in learned_optimization, Metz et al. 2022, arXiv 2203.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class MLPLOpt(FeatureMLP):
     """
 
     name = "mlp"
+    quick_config: ClassVar = {"hidden": 8, "step_mult": 0.1}
     feature_names = ("g", "p", *(f"m {decay}" for decay in DECAYS), *features.TIME_NAMES)
 
     def __init__(

@@ -6,6 +6,7 @@ Source: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4.
 from __future__ import annotations
 
 from math import sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class RNNprop(CoordinatewiseLSTM):
     """
 
     name = "rnnprop"
+    quick_config: ClassVar = {"hidden": 8}
     feature_names = ("m / sqrt(v)", "g / sqrt(v)")
     compact_keys: tuple[str, ...] = (*STATE, "m", "v")
 

@@ -5,6 +5,8 @@ Source: Metz et al. 2022, arXiv 2203.11860, "AdafacMLPLOpt" in learned_optimizat
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ class SmallFC(FactoredMLP):
     """
 
     name = "small_fc"
+    quick_config: ClassVar = {"hidden": 8, "step_mult": 0.1}
     feature_names = FEATURE_NAMES
     clips = False
     vector_eps = 1e-6

@@ -11,7 +11,7 @@ the eps in it, and an inner rule that is scaled already would be scaled twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Star(Rule):
     """
 
     name = "star"
+    quick_config: ClassVar = {"inner_config": {"hidden": 8}, "lr": 0.03, "residual_scale": 0.03}
 
     def __init__(
         self,

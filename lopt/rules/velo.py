@@ -6,6 +6,8 @@ Differs from the source: what has no effect there is left out (a mixing layer an
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class VeLO(FactoredMLP):
     """
 
     name = "velo"
+    quick_config: ClassVar = {"width": 8, "bank": 4}
     needs_loss = True
     needs_num_steps = True
     tensor_keys = ROW_KEYS

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from rule_cases import make_quick
 from torch import Tensor, nn
 
 import lopt.optim.learned_optimizer
@@ -14,7 +13,6 @@ from lopt import LearnedOptimizer
 from lopt.core.random import make_generator
 from lopt.rules import RULES
 
-CONFIG: dict[str, dict[str, Any]] = {"lstm": {"hidden": 4}, "velo": {"width": 16, "bank": 4}}
 SHAPES = [(4, 3), (4, 3), (4, 3), (5,), (5,), (7, 2), (6,)]
 IN_BUCKET, ALONE = 1, 5
 
@@ -26,7 +24,7 @@ def test_masked_tensors_keep_every_bit_and_the_others_move(
 ) -> None:
     monkeypatch.setattr(lopt.optim.torch_backend.step, "is_readable", lambda x: False)
     params = [nn.Parameter(torch.randn(s, generator=make_generator(i))) for i, s in enumerate(SHAPES)]
-    rule = RULES[name](**CONFIG.get(name, {}))
+    rule = make_quick(name)
     optimizer = LearnedOptimizer(params, rule, lr=10.0, num_steps=20, weight_decay=0.1, guard=guard)
     for step in range(3):
         for i, p in enumerate(params):
@@ -59,7 +57,7 @@ def test_gradient_scaler_is_obeyed_by_masks(
 
     def run(scaled: bool) -> list[Tensor]:
         params = [nn.Parameter(torch.randn(s, generator=make_generator(i))) for i, s in enumerate(SHAPES)]
-        rule = RULES[name](**CONFIG.get(name, {}))
+        rule = make_quick(name)
         optimizer = LearnedOptimizer(params, rule, lr=10.0, num_steps=20, guard=guard, capturable=capturable)
         scaler = torch.amp.GradScaler("cpu", 1024.0, enabled=scaled)
         for step in range(3):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rule_cases import SizedMomenta, make_quick
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,8 +66,11 @@ class UnitNorm(Rule):
         return delta, decided["size"].reshape(*decided["size"].shape, *[1] * layout.ndim) / (norm + 1e-8)
 
 
+OTHERS: dict[str, type[Rule]] = {"unit_norm": UnitNorm, "sized_momenta": SizedMomenta}
+
+
 def make_rule(name: str) -> Rule:
-    return UnitNorm() if name == "unit_norm" else RULES[name]()
+    return OTHERS[name]() if name in OTHERS else make_quick(name)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -103,9 +107,9 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = ROUNDING) -> No
         torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
 
 
-@pytest.fixture(params=["adam", "lstm", "unit_norm"])
+@pytest.fixture(params=["adam", "lstm", *OTHERS])
 def rule(request: pytest.FixtureRequest) -> Rule:
-    """One hand-designed, one learned, one that is not elementwise."""
+    """One hand-designed, one learned, two that are not elementwise."""
     return make_rule(request.param)
 
 
@@ -113,7 +117,7 @@ def rule(request: pytest.FixtureRequest) -> Rule:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-@pytest.mark.parametrize("name", [*sorted(RULES), "unit_norm"])
+@pytest.mark.parametrize("name", [*sorted(RULES), *OTHERS])
 def test_steps_are_the_rules_own_at_chunk_boundaries(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CPU_CHUNK", 1)
     monkeypatch.setattr(chunked, "CPU_CHUNK_WITH_TEMPORARIES", 1)

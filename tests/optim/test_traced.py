@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from rule_cases import make_quick
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,6 @@ from lopt import LearnedOptimizer
 from lopt.core.random import make_generator
 from lopt.rules import RULES
 
-CONFIG: dict[str, dict[str, Any]] = {"lstm": {"hidden": 4}, "velo": {"width": 16, "bank": 4}}
 SHAPES = [(4, 3), (4, 3), (5,), (5,), (2, 3, 3, 3), ()]
 QUICK = ["lstm", "small_fc", "celo2", "velo"]
 every_rule = pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def make(
     params = [nn.Parameter(torch.randn(shape, generator=make_generator(i))) for i, shape in enumerate(shapes)]
     params = [nn.Parameter(p.detach().to(device)) for p in params]
     named = [(f"p{i}", p) for i, p in enumerate(params)]
-    optimizer = LearnedOptimizer(named, RULES[name](**CONFIG.get(name, {})), num_steps=20, weight_decay=0.01, **options)
+    optimizer = LearnedOptimizer(named, make_quick(name), num_steps=20, weight_decay=0.01, **options)
     set_grads(optimizer, 0)
     return optimizer
 

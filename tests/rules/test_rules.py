@@ -10,10 +10,10 @@ import copy
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from rule_cases import SizedMomenta, make_quick
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,11 +37,11 @@ SHAPES: dict[str, tuple[int, ...]] = (
 FEW_SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "conv": (2, 3, 2), "one": (1, 1), "b": (4,), "s": ()}
 HORIZON = 50  # planned steps
 SAME = 1e-10  # float64: the same formula in another order of operations, over a few steps; steps are 1e-5 and more
-HUGE_BY_DEFAULT: dict[str, dict[str, Any]] = {"velo": {"width": 16, "bank": 4}}
 
 
-@pytest.fixture(params=sorted(RULES))
-def rule(request: pytest.FixtureRequest) -> Rule:
+@pytest.fixture(params=sorted({*RULES, SizedMomenta.name}))
+def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rule:
+    monkeypatch.setitem(RULES, SizedMomenta.name, SizedMomenta)
     return make_rule(request.param)
 
 
@@ -50,7 +50,7 @@ def make_rule(name: str) -> Rule:
 
     Biases that start at 0 do not stay there: a tensor for which a layer is silent would be on the kink of relu.
     """
-    rule = RULES[name](**HUGE_BY_DEFAULT.get(name, {}))
+    rule = make_quick(name)
     generator = make_generator(7)
     with torch.no_grad():
         for weight in rule.parameters():
@@ -493,22 +493,6 @@ def test_second_order_of_the_inner_loop_equals_finite_differences(rule: Rule) ->
     torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=0)  # as above
 
 
-QUICK: dict[str, dict[str, Any]] = {
-    "lstm": {"hidden": 8, "output_scale": 0.1},
-    "rnnprop": {"hidden": 8},
-    "linear": {},
-    "blend": {},
-    "small_fc": {"hidden": 8, "step_mult": 0.1},
-    "mlp": {"hidden": 8, "step_mult": 0.1},
-    "velo": {"width": 8, "bank": 4},
-    "celo": {"width": 8},
-    "celo_adam": {"width": 8},
-    "celo2": {"step_mult": 0.2, "adamw_mult": 1.0},
-    "celo2_base": {"step_mult": 0.2},
-    "hierarchical_rnn": {"hidden": 6, "tensor_hidden": 6, "global_hidden": 6},
-    "star": {"inner_config": {"hidden": 8}, "lr": 0.03, "residual_scale": 0.03},
-}
-"""Small rules whose steps are of the size that 15 steps need."""
 LONG = {"celo_adam", "celo2_base", "hierarchical_rnn"}  # a relative of each is in the quick suite
 LEARNED = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
@@ -519,7 +503,7 @@ LEARNED = [
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_short_meta_training_makes_a_rule_converge_on_new_quadratics(name: str) -> None:
-    rule = RULES[name](**QUICK[name])
+    rule = make_quick(name)
     loop = InnerLoop(rule, Bowl(), 0)
 
     def judge() -> tuple[float, float]:

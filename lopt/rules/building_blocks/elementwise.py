@@ -39,15 +39,15 @@ class ElementwiseRule(Rule):
         """
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        flat = self.init_flat(_flatten(p, layout))
-        return {key: _unflatten(a, layout) for key, a in flat.items()}
+        flat = self.init_flat(flatten(p, layout))
+        return {key: unflatten(a, layout) for key, a in flat.items()}
 
     def move(self, e: Elements, decided: Clock) -> Visit:
-        acc = {key: _flatten(a, e.layout) for key, a in e.acc.items()}
+        acc = {key: flatten(a, e.layout) for key, a in e.acc.items()}
         progress = decided.progress(e.p.dtype)
         progress = None if progress is None else progress[..., None]
         step = decided.step[..., None].to(e.p.dtype)
-        delta, acc = self.policy(_flatten(e.g, e.layout), _flatten(e.p, e.layout), acc, step, progress)
+        delta, acc = self.policy(flatten(e.g, e.layout), flatten(e.p, e.layout), acc, step, progress)
         return Visit({key: a.reshape(e.acc[key].shape) for key, a in acc.items()}, delta=delta.reshape(e.p.shape))
 
 
@@ -56,12 +56,12 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return (x + 1e-30).sqrt()
 
 
-def _flatten(x: Tensor, layout: Layout) -> Tensor:
+def flatten(x: Tensor, layout: Layout) -> Tensor:
     """Merge the parameter's dimensions into one."""
     return x.flatten(x.ndim - layout.ndim)
 
 
-def _unflatten(x: Tensor, layout: Layout) -> Tensor:
-    """Undo `_flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
+def unflatten(x: Tensor, layout: Layout) -> Tensor:
+    """Undo `flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
     shape = layout.shape if x.shape[-1] == prod(layout.shape) else (1,) * layout.ndim
     return x.reshape(*x.shape[:-1], *shape)
