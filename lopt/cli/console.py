@@ -45,6 +45,7 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     from lopt.cli.run_folder import resume_command
     from lopt.meta.trainer.trainer import Interrupted
 
+    # What will run: the rule, its families with their shares, and how the steps fit into memory.
     several = len(trainer.sources) > 1
     console.print(escape(trainer.rule.describe()), soft_wrap=True)
     for source in trainer.sources:
@@ -61,6 +62,7 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
         hint = resume_command(trainer.rule_path.parent)
         say(console, f"stopped at step {trainer.step} and saved; go on with: {hint}")
         sys.exit(130)
+    # There are three ends: the last step, the end of the time, or no better validation for long.
     steps = trainer.config.steps
     if not trainer.finished:
         hint = resume_command(trainer.rule_path.parent)

@@ -56,15 +56,15 @@ def examine_run(folder: Path) -> list[Finding]:
     """
     config, trainer = resume_run(folder, device="cpu")
     path = folder / METRICS
-    found = diagnose(read_metrics(path) if path.exists() else [], config.trainer, trainer.slots)
+    findings = diagnose(read_metrics(path) if path.exists() else [], config.trainer, trainer.slots)
     rule = trainer.build_best()
     for source in trainer.sources:
         loop = replace(source.loop, rule=rule)
         longest = source.horizon.longest if source.horizon else source.family.horizon
         for finding in measure_truncation(loop, source.estimator, TASKS_MEASURED, min(longest, LONGEST_MEASURED)):
             name = f"{source.name}: " if len(trainer.sources) > 1 else ""
-            found.append(finding._replace(what=name + finding.what))
-    return found
+            findings.append(finding._replace(what=name + finding.what))
+    return findings
 
 
 def diagnose(lines: Sequence[Mapping[str, Any]], config: TrainerConfig, slots: int) -> list[Finding]:
@@ -120,6 +120,7 @@ def find_gradient_troubles(train: Sequence[Mapping[str, Any]], config: TrainerCo
     lost = len(train) - len(norms)
     if not norms:
         return [Finding(True, "meta-gradient: not finite in any outer step", "see dead slots; lower the rule's steps")]
+    # Tenths and medians, not first and last: single estimates are noisy.
     part = max(1, len(norms) // 10)
     early, late, middle = median(norms[:part]), median(norms[-part:]), median(norms)
     clipped = sum(norm > config.clip for norm in norms) / len(norms)
@@ -134,6 +135,7 @@ def find_gradient_troubles(train: Sequence[Mapping[str, Any]], config: TrainerCo
                 True, what, "nothing reaches the meta-weights: all tasks dropped, or the loss does not depend on them"
             )
         ]
+    # Growth, spikes and infinities have one cause and one cure, so they are one finding.
     if late > GROWTH * early or spikes > 0.01 or lost:
         advice = (
             "it explodes: shorten estimator.num_steps (backpropagation through chaotic runs), lower trainer.clip and "
@@ -175,6 +177,7 @@ def find_stall(validation: Sequence[Mapping[str, Any]], config: TrainerConfig) -
         f"validation ({key}): {first:.4g} untrained, best {best:.4g} at step {best_step}, "
         f"{last:.4g} at step {last_step}"
     )
+    # An untrained rule that stays the best is the graver case: training did harm.
     if best_step == values[0][0]:
         advice = "training never beat the untrained rule: check the truncation below, lower trainer.learning_rate"
         return [Finding(True, what, advice)]

@@ -56,6 +56,7 @@ def build_trainer(
     Raises:
         ValueError: something in the configuration cannot be built.
     """
+    # Sources that draw from the same task share the family, whose data are read once.
     families = [(source.task, source.build_task()) for source in config.list_families()]
     sources = []
     for source in config.list_sources():
@@ -135,6 +136,7 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Tr
         write_atomic(folder / CONFIG, to_json(config.to_dict()))
         return command
 
+    # Rank 0 has built its trainer while it checked; the others build theirs once the folder is there.
     command = ranks.lead(prepare)
     return built[0] if built else build_trainer(config, folder, command, ranks)
 
@@ -178,6 +180,7 @@ def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = No
         path = folder / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
+        # Everything is checked before the trainer is built: a damaged folder is left as it is.
         raw, environment = read_json(path), read_json(folder / ENVIRONMENT)
         command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
         saved = (folder / CHECKPOINT).exists()
@@ -191,11 +194,11 @@ def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = No
             raise ValueError(f"{path}: {error}") from error
         return {"config": raw, "command": command, "saved": saved}
 
-    found = ranks.lead(read)
-    config = move_run(parse_config(found["config"]), device)
-    warm = not found["saved"]
-    trainer = built[0] if built else build_trainer(config, folder, found["command"], ranks, warm=warm)
-    if found["saved"]:
+    folder_content = ranks.lead(read)
+    config = move_run(parse_config(folder_content["config"]), device)
+    warm = not folder_content["saved"]
+    trainer = built[0] if built else build_trainer(config, folder, folder_content["command"], ranks, warm=warm)
+    if folder_content["saved"]:
         trainer.restore(folder / CHECKPOINT)
     return config, trainer
 
@@ -276,12 +279,12 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, found {found!r}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {content!r}")
+    return content
 
 
 def to_json(tree: Any) -> bytes:

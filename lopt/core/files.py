@@ -100,14 +100,16 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]
         ValueError: it is of another program, kind or newer format, truncated, or its checksum does not match.
     """
     data, head = _read_bytes(path)
-    found = head.get("format")
-    if not isinstance(found, int) or found < 1:
-        raise ValueError(f"{path} is damaged: its format is {found!r}, expected {FORMAT}")
-    if found > FORMAT:
+    # The format comes first: a newer file may compute its checksum in another way.
+    written = head.get("format")
+    if not isinstance(written, int) or written < 1:
+        raise ValueError(f"{path} is damaged: its format is {written!r}, expected {FORMAT}")
+    if written > FORMAT:
         raise ValueError(
-            f"{path} has format {found}, written by lopt {head.get('version')}; this is lopt {VERSION}, which reads "
+            f"{path} has format {written}, written by lopt {head.get('version')}; this is lopt {VERSION}, which reads "
             f"formats up to {FORMAT}. Upgrade lopt."
         )
+    # The checksum covers the whole file, itself blanked; a changed letter case of its digits does not pass either.
     checksum = str(head.get("sha256"))
     if sha256(data.replace(checksum.encode(), _BLANK.encode(), 1)).hexdigest() != checksum:
         raise ValueError(f"{path} is damaged: its content does not match its checksum. Restore it from a copy.")

@@ -57,13 +57,12 @@ class Weights:
             ValueError: there is none, or it has another shape.
         """
         if name not in self.tensors:
-            have = ", ".join(sorted(self.tensors)[:4])
-            raise ValueError(f"{self.where}: expected a tensor {name!r}, found {have}, ... Is this the right rule?")
+            names = ", ".join(sorted(self.tensors)[:4])
+            raise ValueError(f"{self.where}: expected a tensor {name!r}, found {names}, ... Is this the right rule?")
         value = self.tensors[name]
-        want = ["any" if size is None else size for size in shape]
-        found = list(value.shape)
-        if len(found) != len(want) or any(size not in ("any", have) for size, have in zip(want, found, strict=True)):
-            raise ValueError(f"{self.where}: {name} has shape {found}, expected [{', '.join(map(str, want))}]")
+        sizes, wanted = list(value.shape), ["any" if size is None else size for size in shape]
+        if len(sizes) != len(wanted) or any(w not in ("any", size) for w, size in zip(wanted, sizes, strict=True)):
+            raise ValueError(f"{self.where}: {name} has shape {sizes}, expected [{', '.join(map(str, wanted))}]")
         self.taken.add(name)
         return value
 
@@ -75,11 +74,11 @@ class Weights:
         Raises:
             ValueError: the file holds tensors that nobody asked for.
         """
-        left = sorted(self.tensors.keys() - self.taken)
-        if left:
-            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        untaken = sorted(self.tensors.keys() - self.taken)
+        if untaken:
+            more = f" and {len(untaken) - 4} more" if len(untaken) > 4 else ""
             raise ValueError(
-                f"{self.where} holds {', '.join(left[:4])}{more}, which rule {rule!r} does not have. "
+                f"{self.where} holds {', '.join(untaken[:4])}{more}, which rule {rule!r} does not have. "
                 "Is this the right rule?"
             )
 
@@ -100,6 +99,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         ImportError: it is flax's, and msgpack is not installed.
     """
     path = Path(path)
+    # A pipe or a device would be read without end, so only plain files are opened, and no more than is announced.
     if path.is_dir():
         raise ValueError(f"{path} is a folder, expected a file of weights")
     if not path.exists():
@@ -113,6 +113,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         data = file.read(size)
     if not data:
         raise ValueError(f"{path} is empty; {EXPECTED}")
+    # By the first bytes, not by the name: released files are called as their authors like.
     if data[:1] == b"\x80" and len(data) > 1:  # in msgpack an empty map, after which nothing may come
         raise ValueError(f"{path} is a bare pickle, of which nothing was executed; {EXPECTED}")
     kind, read = ("a zip archive", _read_zip) if data.startswith(b"PK") else ("flax msgpack", _read_msgpack)
@@ -123,6 +124,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     except Exception as error:  # the readers have many ways to refuse, without a common base
         raise ValueError(f"{path} cannot be read as {kind}: {_shorten(error)}; {EXPECTED}") from error
     try:
+        # What the readers gave is still foreign: names, types, sizes and numbers are checked before a rule sees them.
         tensors = _flatten(tree)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {_shorten(error)}") from error
@@ -250,10 +252,10 @@ def _read_msgpack(data: bytes) -> Any:
         return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
 
     def build_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
             raise ValueError("a name occurs twice")
-        return found
+        return entries
 
     return msgpack.unpackb(
         data, ext_hook=decode_array, object_pairs_hook=build_dict, max_array_len=0, max_map_len=MAX_TENSORS

@@ -51,11 +51,11 @@ class ParamSpec:
         Returns:
             `[..., P]`, a copy.
         """
-        parts = []
+        pieces = []
         for name, shape in zip(self.names, self.shapes, strict=True):
             lead = params[name].shape[: params[name].ndim - len(shape)]
-            parts.append(params[name].reshape(*lead, prod(shape)))
-        return torch.cat(parts, dim=-1)
+            pieces.append(params[name].reshape(*lead, prod(shape)))
+        return torch.cat(pieces, dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
         """Named tensors of a flat one, without copying: writing to them writes to it.

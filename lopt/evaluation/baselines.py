@@ -191,6 +191,7 @@ def tune_baseline(
         ValueError: `name` is not a hand-designed optimizer.
     """
     choose("baseline", name, BASELINES)
+    # Everything that the outcome depends on: an archived search with any of it changed is another search.
     num_seeds = tuning.count_seeds(family)
     settings = {
         "format": FORMAT,
@@ -203,6 +204,7 @@ def tune_baseline(
         "finalists": tuning.finalists,
         "seed": tuning.seed,
     }
+    # The name is for people, its last part decides; what is in the file is compared in full.
     fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
     path = None if archive is None else archive / f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
     archived = None if path is None else load_tuned(path, fingerprint)
@@ -211,6 +213,7 @@ def tune_baseline(
     if on_search is not None:
         count = tuning.grid.high - tuning.grid.low + 1
         on_search(f"{name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
+    # Both criteria come out of the same runs, so one search serves both.
     candidates = _search(name, schedule, family, num_steps, tuning)
     best = {criterion: _pick_best(candidates, criterion) for criterion in CRITERIA}
     tuned = Tuned(
@@ -247,8 +250,9 @@ def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning("archived tuning %s is damaged (%s); tuning again", path, error)
         return None
-    chosen = {c: t.lr if (t := _pick_best(candidates, c)) else None for c in CRITERIA}
-    if tuned.fingerprint != fingerprint or tuned.best != chosen:
+    # The best is computed again: a file in which it was changed by hand does not name another learning rate.
+    best = {c: t.lr if (t := _pick_best(candidates, c)) else None for c in CRITERIA}
+    if tuned.fingerprint != fingerprint or tuned.best != best:
         logger.warning("archived tuning %s belongs to other settings; tuning again", path)
         return None
     return tuned
@@ -265,6 +269,7 @@ def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning
         new = _try_rates(name, schedule, family, num_steps, tuning, todo, num_seeds)
         candidates.update(zip(todo, new, strict=True))
 
+    # Few tasks leave out what is hopeless; only what may win is tried on all, as the few best may have been lucky.
     todo = set(range(tuning.grid.low, tuning.grid.high + 1))
     while todo:
         try_rates(todo, few)
@@ -276,12 +281,12 @@ def _search(name: str, schedule: str, family: TaskFamily, num_steps: int, tuning
 
 def _pick_finalists(candidates: Iterable[Candidate], count: int, full: int) -> set[int]:
     """Of the best `count` for either criterion those that were not tried on all tasks."""
-    found = set()
+    exponents = set()
     for criterion in CRITERIA:
         for candidate in _rank(candidates, criterion)[:count]:
             if candidate.num_seeds < full:
-                found.add(candidate.exponent)
-    return found
+                exponents.add(candidate.exponent)
+    return exponents
 
 
 def _extend(candidates: Mapping[int, Candidate]) -> set[int]:
@@ -298,6 +303,7 @@ def _try_rates(
     name: str, schedule: str, family: TaskFamily, num_steps: int, tuning: Tuning, exponents: list[int], num_seeds: int
 ) -> list[Candidate]:
     """All given learning rates on the first `num_seeds` tuning tasks, as one population."""
+    # Every run has a learning rate of its own, as meta-weights have a dimension of runs: one batch, not a loop.
     rule = RULES[name](schedule=schedule)
     lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
     runs = len(lrs) * num_seeds

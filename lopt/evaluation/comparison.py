@@ -67,9 +67,10 @@ def compare(
         [tune_baseline(name, s, family, num_steps, tuning, archive, on_search) for s in tuning.schedules]
         for name in baselines
     ]
+    # Learned rules are not tuned: the same run counts for both criteria. So does Adam with its default learning rate.
     field = [(label, "learned", dict.fromkeys(CRITERIA, rule)) for label, rule in rules.items()]
-    for name, found in zip(baselines, searches, strict=True):
-        field.append((name, "tuned", {c: _build_best(name, found, c) for c in CRITERIA}))
+    for name, of_schedules in zip(baselines, searches, strict=True):
+        field.append((name, "tuned", {c: _build_best(name, of_schedules, c) for c in CRITERIA}))
     field.append((DEFAULT_LABEL, "default", dict.fromkeys(CRITERIA, RULES["adam"](lr=1e-3))))
     entries = _run_field(field, family, num_steps, torch.arange(num_seeds), seed)
     return Comparison(
@@ -83,7 +84,7 @@ def compare(
         criterion=criterion,
         entries=entries,
         contests=[c for e in entries if e.kind == "learned" for c in _contest_all(e, entries)],
-        tuned=[tuned for found in searches for tuned in found],
+        tuned=[tuned for of_schedules in searches for tuned in of_schedules],
         environment=read_environment(),
     )
 
@@ -137,18 +138,19 @@ def _run_field(
     seed: int,
 ) -> list[Entry]:
     """Every optimizer on every seed; one run serves both criteria where they chose the same configuration."""
+    # A rule, or a baseline for which both criteria chose the same learning rate, runs once.
     curves: list[dict[str, Curves]] = []
-    for _, _, chosen in field:
-        run = {c: run_curves(chosen[c], family, seeds, num_steps, seed=seed) for c in CRITERIA[:1]}
+    for _, _, configured in field:
+        run = {c: run_curves(configured[c], family, seeds, num_steps, seed=seed) for c in CRITERIA[:1]}
         for c in CRITERIA[1:]:
-            same = chosen[c].describe() == chosen[CRITERIA[0]].describe()
-            run[c] = run[CRITERIA[0]] if same else run_curves(chosen[c], family, seeds, num_steps, seed=seed)
+            same = configured[c].describe() == configured[CRITERIA[0]].describe()
+            run[c] = run[CRITERIA[0]] if same else run_curves(configured[c], family, seeds, num_steps, seed=seed)
         curves.append(run)
     adam = next((i for i, (label, kind, _) in enumerate(field) if (label, kind) == ("adam", "tuned")), None)
     reference = None if adam is None else curves[adam]["final"].losses.double().mean(1)
     return [
-        Entry(label, kind, {c: _describe_run(chosen[c], run[c], reference) for c in CRITERIA})
-        for (label, kind, chosen), run in zip(field, curves, strict=True)
+        Entry(label, kind, {c: _describe_run(configured[c], run[c], reference) for c in CRITERIA})
+        for (label, kind, configured), run in zip(field, curves, strict=True)
     ]
 
 
@@ -156,10 +158,12 @@ def _describe_run(rule: Rule, curves: Curves, reference: Tensor | None) -> Run:
     losses = curves.losses.double()
     num_steps, count = losses.shape[0] - 1, losses.shape[1]
     average = losses.mean(1)
+    # Long curves are thinned, evenly and with both ends.
     steps = torch.linspace(0, num_steps, min(num_steps, MAX_POINTS) + 1).round().long()
     # A run that is not finite ranks last: quartiles below it stay what they are.
     ranked = losses[steps].nan_to_num(nan=float("inf"), posinf=float("inf"))
     low, median, high = (torch.quantile(ranked, q, dim=1) for q in (0.25, 0.5, 0.75))
+    # Tasks without an accuracy have no test error, which is no error of 0.
     accuracy = curves.metrics.get("accuracy")
     hand_designed = isinstance(rule, HandDesigned)
     return Run(

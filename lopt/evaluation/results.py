@@ -249,9 +249,9 @@ class Comparison:
         Raises:
             ValueError: it is something else, or of another version.
         """
-        found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-        if found != FORMAT:
-            raise ValueError(f"expected a comparison of format {FORMAT}, found {found!r}; run the evaluation again")
+        version = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+        if version != FORMAT:
+            raise ValueError(f"expected a comparison of format {FORMAT}, found {version!r}; run the evaluation again")
         comparison: Comparison = conform(data, cls, "comparison")
         return comparison
 
@@ -290,8 +290,8 @@ def load_evaluation(path: Path) -> tuple[list[Comparison], str]:
         data = json.loads(path.read_bytes())
         if not isinstance(data, dict):
             raise ValueError(f"expected an object, found {type(data).__name__}")
-        parts = conform(data.get("comparisons"), list[Any], "comparisons")
-        return [Comparison.from_json(part) for part in parts], conform(data.get("command", ""), str, "command")
+        entries = conform(data.get("comparisons"), list[Any], "comparisons")
+        return [Comparison.from_json(entry) for entry in entries], conform(data.get("command", ""), str, "command")
     except ValueError as error:
         raise ValueError(f"{path} is not the JSON of an evaluation: {error}") from error
 
@@ -300,5 +300,5 @@ def display_name(label: str) -> str:
     """What readers see instead of a label: "Nesterov" for the baseline "nesterov", "Adam, lr 0.001" for the default;
     labels of rules as they are.
     """
-    first, comma, rest = label.partition(",")
-    return NAMES.get(first, first) + comma + rest
+    optimizer, comma, options = label.partition(",")
+    return NAMES.get(optimizer, optimizer) + comma + options

@@ -127,6 +127,7 @@ def choose_settings(
     trained = card.config.list_families() if card.config else []
     if card.config and not (task or overrides or steps):
         return list_settings(card.config)
+    # A change of options belongs to one task; a change of the length fits all of them.
     if len(trained) > 1 and not task:
         if overrides:
             raise UnclearTask(f"was trained on {len(trained)} tasks: say with --task which one --set changes")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lopt.evaluation.behaviour import pictures, probes
-from lopt.evaluation.behaviour.facts import inspect_rule
+from lopt.evaluation.behaviour.facts import gather_facts
 from lopt.rules import RULES
 
 SCALES = (1e-3, 1e1)
@@ -97,7 +97,7 @@ def test_losses_that_are_told_fall_stay_and_rise() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_can_be_inspected_and_probed(name: str) -> None:
     rule = build(name)
-    facts = inspect_rule(rule)
+    facts = gather_facts(rule)
     assert facts["meta_weights"] == sum(p.numel() for p in rule.meta_weights().values())
     steps = [
         *probes.probe_gradient(rule, SIZES[:2]).values(),
@@ -110,15 +110,15 @@ def test_every_rule_can_be_inspected_and_probed(name: str) -> None:
 
 
 def test_state_is_measured_in_bytes_for_each_shape_and_adam_has_two_numbers() -> None:
-    assert inspect_rule(build("adam"))["state_bytes"] == {"4096": 8, "64x64": 8, "1024x1024": 8}
-    factored = inspect_rule(build("small_fc"))["state_bytes"]
+    assert gather_facts(build("adam"))["state_bytes"] == {"4096": 8, "64x64": 8, "1024x1024": 8}
+    factored = gather_facts(build("small_fc"))["state_bytes"]
     assert factored["4096"] == 28  # three momenta, a second moment and three averages of four bytes
     assert 16 < factored["1024x1024"] < factored["64x64"] < 17  # the averages are of rows and columns only
 
 
 @pytest.mark.parametrize(("name", "count"), [("lstm", 2), ("rnnprop", 2), ("linear", 8), ("small_fc", 39)])
 def test_features_are_named_one_by_one(name: str, count: int) -> None:
-    names = inspect_rule(build(name))["features"]
+    names = gather_facts(build(name))["features"]
     assert len(set(names)) == len(names) == count
 
 

@@ -22,7 +22,7 @@ from lopt.cli.console import RUNS, make_folder, open_rule, say
 def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -> None:
     """Show what RULE is (configuration, size, state, training card) and draw what it does."""
     from lopt.cli.run_folder import slugify
-    from lopt.evaluation.behaviour.facts import find_horizon, inspect_rule, print_facts
+    from lopt.evaluation.behaviour.facts import find_horizon, gather_facts, print_facts
     from lopt.evaluation.behaviour.pictures import write_portrait
     from lopt.evaluation.behaviour.probes import probe_rule
 
@@ -32,7 +32,7 @@ def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool)
     draws = pictures or (pictures is None and (out is not None or not as_json))
     if draws:
         make_folder(folder)
-    facts, console = inspect_rule(learned), Console(stderr=as_json)
+    facts, console = gather_facts(learned), Console(stderr=as_json)
     if as_json:
         click.echo(json.dumps({**facts, "card": card}))
     else:

@@ -90,17 +90,19 @@ class Sweep:
             ValueError: another process runs the sweep, or no trial came to its end.
         """
         stop = Stop()
+        # What failed may have failed for want of memory or disk: it is tried again.
         for trial in self.state.trials:
             if trial.status == "failed":
                 trial.status, trial.error = "waiting", ""
         with lock_folder(self.folder, patient=False), stop.on_signals(), start_workers(workers) as idle:
-            while left := [trial for trial in self.state.trials if trial.status == "waiting"]:
-                until = self.state.halve_every * (self.state.halvings + 1) if len(left) > 1 else 0
-                queue = [trial for trial in left if not until or trial.step < until]
+            while waiting := [trial for trial in self.state.trials if trial.status == "waiting"]:
+                # All trials come to the next halving before any goes beyond it; the last one left runs to its end.
+                until = self.state.halve_every * (self.state.halvings + 1) if len(waiting) > 1 else 0
+                queue = [trial for trial in waiting if not until or trial.step < until]
                 if queue:
                     self._run_round(queue, until, idle, stop, on_end)
                 else:
-                    self._halve(left)
+                    self._halve(waiting)
                 if stop.asked:
                     raise Interrupted
             return self._keep_best()
@@ -110,7 +112,7 @@ class Sweep:
     ) -> None:
         """Run trials to step `until`, or (0) to their end, by the workers that are idle."""
         busy: dict[Connection, Worker] = {}
-        told = False
+        terminated = False
         while busy or (queue and not stop.asked):
             while queue and idle and not stop.asked:
                 worker, trial = idle.pop(), queue.pop(0)
@@ -126,8 +128,8 @@ class Sweep:
                     on_end(trial)
                 if not stop.asked:
                     idle.append(worker if worker.process.is_alive() else Worker())
-            if stop.asked and not told:
-                told = True  # once: a second signal would end them without saving
+            if stop.asked and not terminated:
+                terminated = True  # once: a second signal would end them without saving
                 for worker in busy.values():
                     worker.process.terminate()
 
@@ -144,9 +146,9 @@ class Sweep:
             trial.status, trial.error = "failed", outcome.error
         self._write()
 
-    def _halve(self, left: Sequence[Trial]) -> None:
+    def _halve(self, trials: Sequence[Trial]) -> None:
         """End the worse half of the trials that all have come to a halving."""
-        for trial in sorted(left, key=_rank)[math.ceil(len(left) / 2) :]:
+        for trial in sorted(trials, key=_rank)[math.ceil(len(trials) / 2) :]:
             trial.status = "halved"
         self.state.halvings += 1
         self._write()
@@ -189,6 +191,7 @@ def start_sweep(
             f"halving every {halve_every} steps needs validations at these steps: give a multiple of "
             f"trainer.validate_every = {config.trainer.validate_every}"
         )
+    # All trials are drawn and built before the folder is made: a sweep begins as a whole or not at all.
     drawn = draw_settings([parse_range(text) for text in varied], samples, config.trainer.seed)
     digits = len(str(len(drawn) - 1))
     trials = [Trial(f"trial-{i:0{digits}}", settings) for i, settings in enumerate(drawn)]

@@ -60,10 +60,10 @@ def parse_range(text: str) -> tuple[str, dict[str, Any]]:
     if match := re.fullmatch(rf"({number}):({number})(:log)?", values):
         low, high = (int(bound) if re.fullmatch(r"[-+]?\d+", bound) else float(bound) for bound in match.groups()[:2])
         return key, {"low": low, "high": high, "log": match[3] is not None}
-    chosen = parse_override(f"x=[{values}]")["x"]
-    if isinstance(chosen, str):  # bare words are not TOML, one by one they are strings
-        chosen = [parse_override(f"x={value}")["x"] for value in values.split(",")]
-    return key, {"choose": chosen}
+    choices = parse_override(f"x=[{values}]")["x"]
+    if isinstance(choices, str):  # bare words are not TOML, one by one they are strings
+        choices = [parse_override(f"x={value}")["x"] for value in values.split(",")]
+    return key, {"choose": choices}
 
 
 def draw_settings(
@@ -85,16 +85,19 @@ def draw_settings(
             dict(zip(samplers, values, strict=True))
             for values in itertools.product(*(s["choose"] for s in samplers.values()))
         ]
+    # Drawn like the options of task families, by named seeds, and spread evenly over each range.
     kinds = {
         key: int if "low" in s and isinstance(s["low"], int) and isinstance(s["high"], int) else float
         for key, s in varied
     }
     drawn = draw_options(samplers, kinds, samples, seed, "sweep", "sweep")
-    rounded = [
-        {key: float(f"{v:.4g}") if "low" in samplers[key] and isinstance(v, float) else v for key, v in own.items()}
-        for own in drawn
-    ]
-    return list({json.dumps(own): own for own in rounded}.values())
+
+    def shorten(key: str, value: Any) -> Any:
+        return float(f"{value:.4g}") if "low" in samplers[key] and isinstance(value, float) else value
+
+    # Four digits are enough for a setting, and make equal draws equal.
+    rounded = [{key: shorten(key, value) for key, value in settings.items()} for settings in drawn]
+    return list({json.dumps(settings): settings for settings in rounded}.values())
 
 
 def make_config(config: Mapping[str, Any], trial: Trial) -> RunConfig:

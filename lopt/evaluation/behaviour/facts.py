@@ -26,7 +26,7 @@ MAX_LISTED = 40
 """Names that are listed one by one."""
 
 
-def inspect_rule(rule: Rule) -> dict[str, Any]:
+def gather_facts(rule: Rule) -> dict[str, Any]:
     """Name, configuration, fingerprint, meta-weights, state, and what the rule looks at.
 
     Returns:
@@ -76,13 +76,14 @@ def find_horizon(card: Mapping[str, Any]) -> int | None:
 
 
 def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Console) -> None:
-    """Print what `inspect_rule` found, the training card but for its configuration, and the card's results as a table.
+    """Print what `gather_facts` found, the training card but for its configuration, and the card's results as a table.
 
     Args:
-        facts: of `inspect_rule`; of long lists of meta-weights `MAX_LISTED` names are shown.
+        facts: of `gather_facts`; of long lists of meta-weights `MAX_LISTED` names are shown.
         card: of the rule, or an empty one.
     """
-    known = read_card(card)
+    # Cards may come from anywhere, and hold more than fits: results get a table, the configuration is left to --json.
+    checked = read_card(card)
     shapes = facts["meta_weights_by_name"]
     listed = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:MAX_LISTED])
     more = f" and {len(shapes) - MAX_LISTED} more" if len(shapes) > MAX_LISTED else ""
@@ -101,12 +102,12 @@ def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Cons
         "reads": ", ".join(reads),
         "features": f"{len(facts['features'])}: {', '.join(facts['features'])}" if facts["features"] else "not named",
     }
-    told = {key: value for key, value in card.items() if key not in ("config", "results")}
-    for title, entries in (("what it is", rows), ("training card", flatten_dict(told))):
+    shown = {key: value for key, value in card.items() if key not in ("config", "results")}
+    for title, entries in (("what it is", rows), ("training card", flatten_dict(shown))):
         if entries:
             console.print(_build_table(title, entries), "")
-    if known.results:
-        console.print(_build_results(known), "")
+    if checked.results:
+        console.print(_build_results(checked), "")
 
 
 def _build_table(title: str, entries: Mapping[str, Any]) -> Table:
@@ -129,7 +130,7 @@ def _build_results(card: Card) -> Table:
     for heading in ("setting", "steps", "tasks", "final loss", "best tuned", "mean loss", "best tuned"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for result in card.results:
-        losses = [text for found in (result.final, result.mean) for text in _format_losses(found)]
+        losses = [text for figure in (result.final, result.mean) for text in _format_losses(figure)]
         table.add_row(*map(Text, (result.setting, str(result.steps), str(result.seeds), *losses)))
     return table
 

@@ -56,6 +56,7 @@ def start_figure(
     width, total = INCHES[0], top + height + BOTTOM
     figure = Figure((width, total), facecolor=theme.background)
 
+    # Words are placed in inches from the edges, so that they stay where they are if the height changes.
     def write(y: float, text: str, **look: Any) -> None:
         figure.text(0.12 / width, y / total, text, va="top", **look)
 
@@ -68,6 +69,7 @@ def start_figure(
     )
     write(total - 0.36, subtitle, color=theme.faint, size=8)
     write(0.56, textwrap.fill(caption, 140), color=theme.faint, size=7, linespacing=1.25)
+    # The house style: two faint axes in place of a frame, and a grid behind the curves.
     each = (width - sum(margins) - gap * (columns - 1)) / columns
     panels = []
     for i in range(columns):

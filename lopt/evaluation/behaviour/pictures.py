@@ -101,11 +101,13 @@ def draw_gradient(portrait: Portrait, theme: Theme) -> Figure:
         margins=(0.72, 2.1),
     )
     limits = find_limits(list(portrait.gradient.values()))
+    # Both axes are logarithmic, so that powers of the gradient are lines; the faint ones have slope 1.
     axes.set(xscale="log", yscale="log", xlim=SIZES[[0, -1]].tolist(), ylim=limits)
     axes.grid(False)
     for decade in range(-40, 41, 2):
         ends = SIZES[[0, -1]].double().numpy()
         axes.plot(ends, ends * 10.0**decade * limits[0], color=theme.grid, lw=0.9, zorder=0)
+    # A curve in two parts: where the step goes against the present gradient it is drawn thinner, not left out.
     looks: list[tuple[str, Any]] = [
         (theme.subject, "-"),
         (BLUE, (0, (5, 1.5))),
@@ -130,7 +132,7 @@ def draw_map(portrait: Portrait, theme: Theme) -> Figure:
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    found = portrait.map
+    probed = portrait.map
     reach = probes.REACH
     neighbours = (
         ""
@@ -148,20 +150,22 @@ def draw_map(portrait: Portrait, theme: Theme) -> Figure:
         f"The past is the same gradient for {probes.HISTORY} steps. Orange: p is lowered, as a positive gradient asks; "
         "blue: p is raised; thick line: no step; thin lines: 25, 50 and 75 % of a full step, than which 98 % of the "
         "panel's steps are smaller." + neighbours,
-        columns=len(found.scales),
+        columns=len(probed.scales),
         margins=(0.72, 1.0),
         height=2.1,
         top=1.0,
     )
     colormap = LinearSegmentedColormap.from_list("steps", [BLUE, "#a9cfe6", "#fbfbfb", "#f5bd92", ORANGE])
-    for i, (axes, scale, steps) in enumerate(zip(panels, found.scales, found.steps, strict=True)):
+    for i, (axes, scale, steps) in enumerate(zip(panels, probed.scales, probed.steps, strict=True)):
+        # Every panel has its own unit: how large the steps are is written above it, how they turn is in the colours.
         full = torch.nan_to_num(steps.abs()).quantile(FULL).item()
         share = torch.nan_to_num(steps / (full or 1.0)).clamp(-2, 2).numpy()
         edges = (-reach, reach)
         image = axes.imshow(share, cmap=colormap, vmin=-1, vmax=1, origin="lower", extent=edges * 2, aspect="auto")
         levels = [-0.75, -0.5, -0.25, 0.25, 0.5, 0.75]
+        # Contours of an all-zero map would warn and show nothing.
         if share.any():
-            grid = found.axis.numpy()
+            grid = probed.axis.numpy()
             axes.contour(grid, grid, share, levels, colors="#1f2328", linewidths=0.35, linestyles="-")
             axes.contour(grid, grid, share, [0.0], colors="#1f2328", linewidths=1.5)
         axes.grid(False)
@@ -180,7 +184,7 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
     """Steps over time while the gradient is noise, then constant, then its opposite: shows how fast a rule answers to a
     change, beside Adam with a learning rate that makes its steps as large.
     """
-    found = portrait.jump
+    probed = portrait.jump
     figure, panels = start_figure(
         portrait.label,
         theme,
@@ -189,7 +193,7 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
         f"Lines: medians of {DRAWS} draws of the noise; bands: their quartiles. Adam (grey, default momenta) has the "
         "learning rate that makes its root mean square step that of the rule; steps are in units of it."
         + _describe_neighbours(portrait, "its scale"),
-        columns=len(found.scales),
+        columns=len(probed.scales),
         margins=(0.72, 0.25),
         gap=0.25,
         top=1.25,
@@ -197,8 +201,9 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
     num_steps = sum(probes.PHASES)
     time = range(num_steps)
     for i, (axes, scale, ours, adam) in enumerate(
-        zip(panels, found.scales, found.steps, portrait.adam.steps, strict=True)
+        zip(panels, probed.scales, probed.steps, portrait.adam.steps, strict=True)
     ):
+        # Adam gets the learning rate at which its steps are as large, so that only the shapes differ.
         lr = measure_size(ours) / measure_size(adam)
         for steps, color, width in ((adam, GREY, 1.5), (ours / (lr or 1.0), theme.subject, 2.0)):
             low, middle, high = steps.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).numpy()
@@ -215,6 +220,7 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
         axes.set_xlabel("step", color=theme.text)
         if i:
             axes.set_yticklabels([])
+    # One scale for all panels: they are in the same unit.
     limits = [min(a.get_ylim()[0] for a in panels), max(a.get_ylim()[1] for a in panels)]
     for axes in panels:
         axes.set_ylim(*limits)
@@ -242,24 +248,26 @@ def draw_noise(portrait: Portrait, theme: Theme) -> Figure:
         gap=0.75,
         top=0.95,
     )
+    # Left, one scale is enough: steps are shown relative to the step without noise.
     middle, ratios = len(ours.scales) // 2, ours.ratios.numpy()
     heading: dict[str, Any] = {"color": theme.text, "size": 8}
-    for found, color, width in ((adam, GREY, 1.5), (ours, theme.subject, 2.2)):
-        clear = found.mean[middle, -1].item()
-        mean, std = ((x[middle] / (abs(clear) or 1.0)).numpy() for x in (found.mean, found.std))
+    for measured, color, width in ((adam, GREY, 1.5), (ours, theme.subject, 2.2)):
+        clear = measured.mean[middle, -1].item()
+        mean, std = ((x[middle] / (abs(clear) or 1.0)).numpy() for x in (measured.mean, measured.std))
         left.fill_between(ratios, mean - std, mean + std, color=color, alpha=0.2, lw=0)
         left.plot(ratios, mean, color=color, lw=width)
     left.axhline(0, color=theme.faint, lw=0.8)
     left.set_title(f"gradient of scale {ours.scales[middle]:g}, step without noise {format_short(clear)}", **heading)
     left.set_ylabel("step / step without noise: mean \u00b1 std", color=theme.text)
     name_curves(figure, [(portrait.label, theme.subject), ("Adam", GREY)])
+    # Right, all scales: what a rule makes of noise may depend on the size of the gradients.
     limits = (0.01, 1000.0)
     right.plot(ratios, ratios, color=theme.faint, lw=1, ls=(0, (2, 2)))
     anchors = [(locate(ours.ratios[-1], limits), "the gradient's", theme.faint)]
     curves = [(adam, middle, "Adam", GREY, 1.5)]
     curves += [(ours, i, f"scale {scale:g}", *shade_scale(theme, i)) for i, scale in enumerate(ours.scales)]
-    for found, i, name, color, width in curves:
-        quality = (found.mean[i] / found.std[i]).clamp(
+    for measured, i, name, color, width in curves:
+        quality = (measured.mean[i] / measured.std[i]).clamp(
             limits[0], 10 * limits[1]
         )  # beyond the top they leave the picture
         right.plot(ratios, quality.numpy(), color=color, lw=width)
@@ -277,9 +285,9 @@ def draw_schedule(portrait: Portrait, theme: Theme) -> Figure:
     """The step under a constant gradient as the run goes on: shows the schedule that a rule has learned, by the clock
     or, for rules that read the training loss, by how it goes.
     """
-    found = portrait.schedule
-    num_steps = found.steps.shape[-1]
-    reads = "It reads the training loss." if len(found.losses) > 1 else ""
+    probed = portrait.schedule
+    num_steps = probed.steps.shape[-1]
+    reads = "It reads the training loss." if len(probed.losses) > 1 else ""
     clock = (
         f"It knows the planned length, here {num_steps} steps."
         if portrait.clocked
@@ -292,25 +300,26 @@ def draw_schedule(portrait: Portrait, theme: Theme) -> Figure:
         " ".join(filter(None, (clock, reads))),
         "Each colour is one gradient g, the same at every step; steps are shares of the largest at that gradient, "
         "which is written beside it." + _describe_neighbours(portrait, "the scale"),
-        columns=len(found.losses),
+        columns=len(probed.losses),
         margins=(0.72, 1.9),
         top=0.95,
     )
+    # A rule that knows the planned length is shown over its share, another one over steps on a log scale.
     x = [t / num_steps if portrait.clocked else t + 1 for t in range(num_steps)]
-    largest = [find_largest(found.steps[:, i]) for i in range(len(found.scales))]
-    shares = found.steps / torch.tensor([size or 1.0 for size in largest])[:, None]
+    largest = [find_largest(probed.steps[:, i]) for i in range(len(probed.scales))]
+    shares = probed.steps / torch.tensor([size or 1.0 for size in largest])[:, None]
     floor = min(0.0, torch.nan_to_num(shares).clamp(-1, 1).min().item())
-    for axes, loss, curves in zip(panels, found.losses, shares, strict=True):
+    for axes, loss, curves in zip(panels, probed.losses, shares, strict=True):
         anchors = []
         for i, share in enumerate(curves):
             color, width = shade_scale(theme, i)
             axes.plot(x, share.numpy(), color=color, lw=width, solid_capstyle="round")
-            text = f"g = {found.scales[i]:g}, largest {format_short(largest[i])}"
+            text = f"g = {probed.scales[i]:g}, largest {format_short(largest[i])}"
             anchors.append(((share[-1].item() - floor) / (1.05 - floor), text, color))
         axes.set_ylim(floor, 1.05)
         axes.axhline(0, color=theme.faint, lw=0.8)
         _scale_time(axes, portrait, theme)
-        if len(found.losses) > 1:
+        if len(probed.losses) > 1:
             axes.set_title(f"{loss} loss", color=theme.text, size=8)
         if axes is not panels[0]:
             axes.set_yticklabels([])

@@ -229,8 +229,8 @@ def probe_schedule(rule: Rule, num_steps: int = PLANNED, scales: tuple[float, ..
     """
     losses = LOSSES if rule.needs_loss else LOSSES[:1]
     sizes = torch.tensor(scales * len(losses))
-    told = torch.stack([make_loss(kind, num_steps) for kind in losses], -1).repeat_interleave(len(scales), -1)
-    steps = _follow(rule, sizes.expand(num_steps, -1), sizes, told, num_steps)
+    readings = torch.stack([make_loss(kind, num_steps) for kind in losses], -1).repeat_interleave(len(scales), -1)
+    steps = _follow(rule, sizes.expand(num_steps, -1), sizes, readings, num_steps)
     return Schedule(scales, losses, steps.T.reshape(len(losses), len(scales), num_steps))
 
 

@@ -86,6 +86,7 @@ def plot_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Sizes are in inches and the panels are placed by hand, so that labels beside the axes have room.
     theme = DARK if dark else LIGHT
     columns = max(1, min(columns, len(comparisons)))
     rows = -(-len(comparisons) // columns)
@@ -108,6 +109,7 @@ def plot_curves(
 def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    # Limits come from what is shown, so that a run that diverged does not press the others into a line.
     entries = _order(comparison)
     limits = _find_limits([entry.runs[comparison.criterion] for entry in entries])
     banded = (comparison.subject, comparison.find_bar(comparison.criterion))
@@ -117,6 +119,7 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme, title: str) ->
         run = entry.runs[comparison.criterion]
         color, dashes = _pick_style(comparison, entry, theme)
         subject = entry is comparison.subject
+        # Bands for two curves only: nine of them would hide everything.
         if entry in banded:
             band = (_clip(run.low, limits), _clip(run.high, limits))
             axes.fill_between(run.steps, *band, color=color, alpha=0.22 if subject else 0.13, lw=0, zorder=2 + rank)
@@ -129,6 +132,7 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme, title: str) ->
             zorder=20 + rank,
             solid_capstyle="round",
         )
+    # Plain numbers at the ticks, as losses are not powers of ten.
     axes.set_xlim(0, comparison.num_steps)
     axes.set_ylim(*limits)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -144,6 +148,7 @@ def _draw_panel(axes: Axes, comparison: Comparison, theme: Theme, title: str) ->
     axes.tick_params(axis="y", which="both", length=0)
     axes.set_xlabel("training step", color=theme.text)
     axes.set_ylabel("training loss (log scale)", color=theme.text)
+    # The caption says what lines and bands are, and names the baseline that has to be beaten.
     bar = banded[1]
     best = "" if bar is None else f" and {display_name(bar.label)}, the best tuned baseline on average"
     caption = f"Lines: medians over tasks; bands: quartiles, for {comparison.subject.label}{best}."
@@ -166,6 +171,7 @@ def _describe(comparison: Comparison) -> str:
 
 def _draw_labels(axes: Axes, comparison: Comparison, theme: Theme) -> None:
     """Names at the ends of the curves, moved apart where they would overlap."""
+    # Labels are sorted by where their curves end; a curve that left the picture has its label at the top.
     bottom, top = axes.get_ylim()
     height = 72 * PANEL_INCHES[1]
     anchors = []

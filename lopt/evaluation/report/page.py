@@ -95,6 +95,7 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "", title
         raise ValueError("there is no comparison to report")
     import jinja2
 
+    # Labels and titles may come from foreign cards: everything is escaped.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": format_number,
@@ -175,16 +176,16 @@ def state_summary(comparisons: Sequence[Comparison]) -> str:
     """
     if len(comparisons) == 1:
         return state_verdict(comparisons[0])
-    held = [contest for c in comparisons if (contest := c.contest_bar("final")) is not None]
-    lower = sum(contest.clear and not contest.lost for contest in held)
-    higher = sum(contest.clear and contest.lost for contest in held)
-    counts = {"lower": lower, "higher": higher, "not clearly different": len(held) - lower - higher}
-    found = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
+    contests = [contest for c in comparisons if (contest := c.contest_bar("final")) is not None]
+    lower = sum(contest.clear and not contest.lost for contest in contests)
+    higher = sum(contest.clear and contest.lost for contest in contests)
+    counts = {"lower": lower, "higher": higher, "not clearly different": len(contests) - lower - higher}
+    outcomes = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
     label = comparisons[0].subject.label
-    if not held:
+    if not contests:
         return f"{label} in {len(comparisons)} settings, without a tuned baseline to compare with."
-    settings = _count(len(held), "setting")
-    return f"In {settings}, the final loss of {label} against that of the best tuned baseline is {found}."
+    settings = _count(len(contests), "setting")
+    return f"In {settings}, the final loss of {label} against that of the best tuned baseline is {outcomes}."
 
 
 def state_verdict(comparison: Comparison) -> str:
@@ -198,6 +199,7 @@ def state_verdict(comparison: Comparison) -> str:
         return (
             f"On {tasks}, {subject.label} ends at a loss of {format_summary(final)}; no tuned baseline to compare with."
         )
+    # Divergence first: no ratio can be computed from it, and a reader must not miss it.
     against = display_name(contest.against)
     if contest.ours is None:
         diverged = subject.pick("final").diverged
@@ -212,6 +214,7 @@ def state_verdict(comparison: Comparison) -> str:
         f"{format_number(contest.ours)} against {format_number(contest.theirs)}, "
         f"a ratio of {format_ratio(contest)}. It is the lower one on {ratio.wins:.0%} of the tasks."
     )
+    # The mean loss is compared with the baseline that is best in it, which may be another one.
     mean = comparison.contest_bar("mean")
     if mean is None or mean.ratio.value is None:
         return text
@@ -288,8 +291,8 @@ def describe_tuning(entry: Entry) -> str:
 
 
 def _find_lowest(comparison: Comparison, figure: str) -> float | None:
-    found = [entry.summarize(figure) for entry in comparison.entries]
-    return min((s.mean for s in found if s is not None and s.mean is not None), default=None)
+    summaries = [entry.summarize(figure) for entry in comparison.entries]
+    return min((s.mean for s in summaries if s is not None and s.mean is not None), default=None)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
