@@ -151,6 +151,7 @@ def run_layers(x, state, new_state, where, weights, SIZES: tl.constexpr):
     them are there, and N; weights are pointers, in the order of LSTMWeights.
     """
     H: tl.constexpr = SIZES.H
+    PRECISION: tl.constexpr = SIZES.PRECISION  # Triton 3.6 does not take a text out of a tuple as an argument
     column, in_column, num_coordinates = where
     h1_ptr, c1_ptr, h2_ptr, c2_ptr = state
     new_h1_ptr, new_c1_ptr, new_h2_ptr, new_c2_ptr = new_state
@@ -160,12 +161,12 @@ def run_layers(x, state, new_state, where, weights, SIZES: tl.constexpr):
     mask = (unit < H)[:, None] & in_column
     h = tl.load(h1_ptr + at, mask, 0.0).to(tl.float32)
     c = tl.load(c1_ptr + at, mask, 0.0).to(tl.float32)
-    h1, c = _lstm_cell(x, h, c, w_ih1, w_hh1, b1, SIZES.F, H, SIZES.PRECISION, SIZES.FAST)
+    h1, c = _lstm_cell(x, h, c, w_ih1, w_hh1, b1, SIZES.F, H, PRECISION, SIZES.FAST)
     tl.store(new_h1_ptr + at, h1.to(new_h1_ptr.dtype.element_ty), mask)
     tl.store(new_c1_ptr + at, c.to(new_c1_ptr.dtype.element_ty), mask)
     h = tl.load(h2_ptr + at, mask, 0.0).to(tl.float32)
     c = tl.load(c2_ptr + at, mask, 0.0).to(tl.float32)
-    h2, c = _lstm_cell(h1, h, c, w_ih2, w_hh2, b2, H, H, SIZES.PRECISION, SIZES.FAST)
+    h2, c = _lstm_cell(h1, h, c, w_ih2, w_hh2, b2, H, H, PRECISION, SIZES.FAST)
     tl.store(new_h2_ptr + at, h2.to(new_h2_ptr.dtype.element_ty), mask)
     tl.store(new_c2_ptr + at, c.to(new_c2_ptr.dtype.element_ty), mask)
     w = tl.load(w_out + unit, unit < H, 0.0)

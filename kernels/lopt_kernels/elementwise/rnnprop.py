@@ -96,7 +96,9 @@ def prepare(weights, numbers, step, SIZES: tl.constexpr):
 @jit
 def update(p, g, state, prepared, where, SIZES: tl.constexpr):
     """`reference` of one tile."""
-    (w_m, w_g, bias), weights, numbers, (correction1, correction2) = prepared
+    dense, weights, numbers, corrections = prepared  # Triton 3.6 takes nested tuples apart in steps only
+    w_m, w_g, bias = dense
+    correction1, correction2 = corrections
     beta1, beta2, rest1, rest2, output_scale = numbers
     h1, c1, h2, c2, m_ptr, v_ptr = state
     m = beta1 * load_state(m_ptr, where) + rest1 * g
