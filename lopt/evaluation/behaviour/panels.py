@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt.evaluation.report.curves import DARK, LIGHT, Theme, spread_labels
+from lopt.evaluation.report.curves import Theme, spread_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INCHES = (7.4, 3.0)  # width of a picture, height of its axes
 TOP, BOTTOM = 0.72, 1.12  # above and below the axes
-SHADES = {LIGHT: ("#4b1d0e", "#d03800", "#f2a65a"), DARK: ("#b3421a", "#ff7b39", "#ffd2a8")}
+SHADES = ("#4b1d0e", "#d03800", "#f2a65a")
 WIDTHS = (4.2, 2.6, 1.1)
 LEAST_SPAN = 100.0
 """A logarithmic axis shows at least this ratio, so that a flat curve looks flat."""
@@ -138,14 +138,14 @@ def name_curves(figure: Figure, names: list[tuple[str, str]]) -> None:
     )
 
 
-def shade_scale(theme: Theme, i: int) -> tuple[str, float]:
+def shade_scale(i: int) -> tuple[str, float]:
     """Colour and width of the curve of a scale: from dark to light with the scale, for those who see no colours, and
     thinner the later it is drawn, so that none hides another.
 
     Args:
         i: index of the scale, the smallest first.
     """
-    return SHADES[theme][i % 3], WIDTHS[i % 3]
+    return SHADES[i % 3], WIDTHS[i % 3]
 
 
 def find_limits(curves: list[Tensor]) -> tuple[float, float]:

@@ -30,7 +30,7 @@ from lopt.evaluation.behaviour.panels import (
     start_figure,
 )
 from lopt.evaluation.behaviour.probes import DRAWS, SIZES, Portrait
-from lopt.evaluation.report.curves import DARK, LIGHT, Theme
+from lopt.evaluation.report.curves import LIGHT, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,11 +57,10 @@ def write_portrait(folder: str | os.PathLike[str], portrait: Portrait) -> dict[s
     return {name: write_atomic(target / name, data) for name, data in draw_portrait(portrait).items()}
 
 
-def draw_portrait(portrait: Portrait, *, dark: bool = False, dpi: int = 160) -> dict[str, bytes]:
+def draw_portrait(portrait: Portrait, *, dpi: int = 160) -> dict[str, bytes]:
     """The pictures of a rule, for a folder or a page.
 
     Args:
-        dark: for dark pages.
         dpi: of the pictures, which are 7.4 inches wide.
     Returns:
         PNG data by file name.
@@ -71,11 +70,11 @@ def draw_portrait(portrait: Portrait, *, dark: bool = False, dpi: int = 160) -> 
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    theme, pictures = DARK if dark else LIGHT, {}
+    pictures = {}
     with matplotlib.style.context(["default", {"font.sans-serif": ["DejaVu Sans"], "font.size": 8.5}]):
         for name, draw in PICTURES.items():
             stream = BytesIO()
-            figure = draw(portrait, theme)
+            figure = draw(portrait, LIGHT)
             figure.set_dpi(dpi)
             FigureCanvasAgg(figure).print_png(stream)  # type: ignore[no-untyped-call]
             pictures[f"{name}.png"] = stream.getvalue()
@@ -265,7 +264,7 @@ def draw_noise(portrait: Portrait, theme: Theme) -> Figure:
     right.plot(ratios, ratios, color=theme.faint, lw=1, ls=(0, (2, 2)))
     anchors = [(locate(ours.ratios[-1], limits), "the gradient's", theme.faint)]
     curves = [(adam, middle, "Adam", GREY, 1.5)]
-    curves += [(ours, i, f"scale {scale:g}", *shade_scale(theme, i)) for i, scale in enumerate(ours.scales)]
+    curves += [(ours, i, f"scale {scale:g}", *shade_scale(i)) for i, scale in enumerate(ours.scales)]
     for measured, i, name, color, width in curves:
         quality = (measured.mean[i] / measured.std[i]).clamp(
             limits[0], 10 * limits[1]
@@ -312,7 +311,7 @@ def draw_schedule(portrait: Portrait, theme: Theme) -> Figure:
     for axes, loss, curves in zip(panels, probed.losses, shares, strict=True):
         anchors = []
         for i, share in enumerate(curves):
-            color, width = shade_scale(theme, i)
+            color, width = shade_scale(i)
             axes.plot(x, share.numpy(), color=color, lw=width, solid_capstyle="round")
             text = f"g = {probed.scales[i]:g}, largest {format_short(largest[i])}"
             anchors.append(((share[-1].item() - floor) / (1.05 - floor), text, color))

@@ -65,14 +65,11 @@ OTHER_STYLES: list[Style] = [("#b07a00", "#f0b93a", "-"), ("#b07a00", "#f0b93a",
 """Of further learned rules."""
 
 
-def plot_curves(
-    comparisons: Sequence[Comparison], *, columns: int = 2, dark: bool = False, titles: bool = True, dpi: int = 200
-) -> bytes:
-    """One panel per comparison, as a PNG.
+def plot_curves(comparisons: Sequence[Comparison], *, dark: bool = False, titles: bool = True, dpi: int = 200) -> bytes:
+    """One panel per comparison, two of them side by side, as a PNG.
 
     Args:
         comparisons: at least one; the runs shown are those tuned for each one's `criterion`.
-        columns: panels side by side.
         dark: for dark pages.
         titles: write each comparison's title above its panel.
         dpi: of the picture, `PANEL_INCHES` per panel.
@@ -88,7 +85,7 @@ def plot_curves(
 
     # Sizes are in inches and the panels are placed by hand, so that labels beside the axes have room.
     theme = DARK if dark else LIGHT
-    columns = max(1, min(columns, len(comparisons)))
+    columns = min(2, len(comparisons))
     rows = -(-len(comparisons) // columns)
     top = TOP_INCHES if titles else TOP_INCHES - TITLE_INCHES
     width, height = PANEL_INCHES[0] * columns, (PANEL_INCHES[1] + top + BOTTOM_INCHES) * rows

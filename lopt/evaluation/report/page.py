@@ -54,14 +54,13 @@ class Row(NamedTuple):
 
 
 def write_report(
-    folder: str | os.PathLike[str], comparisons: Sequence[Comparison], *, command: str = "", title: str = ""
+    folder: str | os.PathLike[str], comparisons: Sequence[Comparison], *, command: str = ""
 ) -> dict[str, Path]:
     """Write `report.html`, `evaluation.json` and one `curves-N.png` per comparison into `folder`.
 
     Args:
         folder: made if missing; files of an earlier report are replaced.
         command: that repeats the evaluation, shown to the reader.
-        title: of the page; by default the first rule against tuned baselines.
     Returns:
         The paths, by file name.
     Raises:
@@ -69,7 +68,7 @@ def write_report(
         OSError: the folder cannot be written.
     """
     target = Path(folder)
-    html = render_report(comparisons, command=command, title=title)
+    html = render_report(comparisons, command=command)
     target.mkdir(parents=True, exist_ok=True)
     content = {"report.html": html.encode(), "evaluation.json": save_comparisons(comparisons, command)}
     for i, comparison in enumerate(comparisons, 1):
@@ -79,14 +78,13 @@ def write_report(
     return {name: target / name for name in content}
 
 
-def render_report(comparisons: Sequence[Comparison], *, command: str = "", title: str = "") -> str:
+def render_report(comparisons: Sequence[Comparison], *, command: str = "") -> str:
     """The page of an evaluation as HTML: no scripts, no network, pictures inline, labels escaped, so that one file can
     be sent around and opened anywhere.
 
     Args:
         comparisons: each a section.
         command: that repeats the evaluation, shown to the reader.
-        title: of the page; by default the first rule against tuned baselines.
     Raises:
         ValueError: there are no comparisons.
         ImportError: jinja2 or matplotlib is missing.
@@ -120,7 +118,7 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "", title
     ]
     subject = comparisons[0].subject.label
     return template.render(
-        title=title or f"{subject} against tuned baselines",
+        title=f"{subject} against tuned baselines",
         summary=state_summary(comparisons),
         sections=sections,
         command=command,
