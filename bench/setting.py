@@ -68,10 +68,10 @@ def list_versions() -> dict[str, str]:
     try:
         import triton
 
-        found = triton.__version__ + (" (interpreted)" if is_interpreted() else "")
+        compiler = triton.__version__ + (" (interpreted)" if is_interpreted() else "")
     except ImportError:
-        found = "missing"
-    versions = {"lopt": lopt.__version__, "torch": torch.__version__, "triton": found}
+        compiler = "missing"
+    versions = {"lopt": lopt.__version__, "torch": torch.__version__, "triton": compiler}
     return versions | {"cuda": str(torch.version.cuda), "python": platform.python_version()}
 
 

@@ -91,13 +91,13 @@ def list_rules(files: tuple[Path, ...]) -> tuple[dict[str, Rule], dict[str, dict
 
 def summarize(results: Mapping[str, Losses], label: str) -> dict[str, float]:
     """A rule against the others: medians over the families of the ratios of mean losses, and wins over default Adam."""
-    means = {where: {name: average(x) for name, x in own.items()} for where, own in results.items()}
+    means = {where: {name: average(x) for name, x in losses.items()} for where, losses in results.items()}
     ratios = {
-        f"to {other}": median(own[label] / own[other] for own in means.values())
+        f"to {other}": median(losses[label] / losses[other] for losses in means.values())
         for other in (f"{label}, untrained", *OTHERS)
-        if all(other in own for own in means.values())
+        if all(other in losses for losses in means.values())
     }
-    beaten = sum(own[label] < own[DEFAULT_LABEL] for own in means.values())
+    beaten = sum(losses[label] < losses[DEFAULT_LABEL] for losses in means.values())
     return ratios | {"families better than default": beaten, "families": len(means)}
 
 
@@ -106,8 +106,8 @@ def make_table(results: Mapping[str, Losses]) -> Table:
     labels = list(next(iter(results.values())))
     heads = [label.replace(", ", ",\n") for label in labels]
     table = setting.start_table("final loss, mean over held-out tasks", ["family", *heads])
-    for where, own in results.items():
-        table.add_row(where, *(f"{average(own[label]):.4g}" for label in labels))
+    for where, losses in results.items():
+        table.add_row(where, *(f"{average(losses[label]):.4g}" for label in labels))
     return table
 
 
@@ -152,8 +152,10 @@ def families(
             title = f"{where}, {count} steps"
             console.print(title, highlight=False)
             results[title] = measure(rules, Setting(title, family, count), seeds, archive, console)
-            told = {label: summarize(results, label) for label in names}
-            summary = {label: {key: keep_finite(x) for key, x in found.items()} for label, found in told.items()}
+            summaries = {label: summarize(results, label) for label in names}
+            summary = {
+                label: {key: keep_finite(x) for key, x in figures.items()} for label, figures in summaries.items()
+            }
             content = {
                 "rules": {label: rule.describe() for label, rule in rules.items()},
                 "seeds": seeds,
@@ -164,9 +166,9 @@ def families(
             }
             setting.write_json(file, content)  # what is measured is not lost if the next one fails
     console.print(make_table(results))
-    for label, found in told.items():
-        console.print(label, *(f"{key} {value:.3g}" for key, value in found.items()), sep=", ", highlight=False)
+    for label, figures in summaries.items():
+        console.print(label, *(f"{key} {value:.3g}" for key, value in figures.items()), sep=", ", highlight=False)
     if picture is not None:
-        curves = {name: read_curve(read_metrics(run / METRICS)) for name, run in zip(told, runs, strict=True)}
-        means = {title: {label: average(x) for label, x in own.items()} for title, own in results.items()}
+        curves = {name: read_curve(read_metrics(run / METRICS)) for name, run in zip(summaries, runs, strict=True)}
+        means = {title: {label: average(x) for label, x in losses.items()} for title, losses in results.items()}
         picture.write_bytes(draw_field(curves, means, CONSTANT))

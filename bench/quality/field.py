@@ -56,10 +56,10 @@ def draw_field(curves: Mapping[str, Curve], means: Mapping[str, Mapping[str, flo
     for name in others:
         base = name.removesuffix(", untrained")
         colour = dict(zip(curves, COLOURS, strict=False)).get(base, LIGHT.faint)
-        ratios = [min(CEILING, max(FLOOR, own[name] / own[reference])) for own in means.values()]
+        ratios = [min(CEILING, max(FLOOR, losses[name] / losses[reference])) for losses in means.values()]
         ratios = [CEILING if math.isnan(ratio) else ratio for ratio in ratios]
-        hollow, known = name != base, base in curves
-        marker = "o" if known else next(markers)
+        hollow, trained = name != base, base in curves
+        marker = "o" if trained else next(markers)
         look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none", "label": name}
         right.plot(ratios, places, markerfacecolor="none" if hollow else colour, markersize=6, **look)
     right.axvline(1, color=LIGHT.text, linewidth=1)
