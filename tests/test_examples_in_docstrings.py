@@ -33,6 +33,6 @@ def test_example_gives_what_it_shows(name: str) -> None:
     assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("name", ["lopt.tasks.base.TaskFamily"])
+@pytest.mark.parametrize("name", ["lopt.tasks.base.TaskFamily", "lopt.meta.estimators.base.Estimator"])
 def test_every_registry_has_an_example_on_its_base_class(name: str) -> None:
     assert name in EXAMPLES

@@ -214,9 +214,9 @@ def measure_truncation(loop: InnerLoop, estimator: Estimator, tasks: int, num_st
         tasks: to measure on.
         num_steps: of the whole runs; longer than the window.
     """
-    if estimator.name not in ("truncated", "es") or estimator.num_steps >= num_steps:  # type: ignore[attr-defined]
+    if not estimator.truncates or estimator.num_steps >= num_steps:
         return []
-    window: int = estimator.num_steps  # type: ignore[attr-defined]
+    window = estimator.num_steps
     gradients = [_backpropagate(loop, tasks, num_steps, steps) for steps in (window, num_steps)]
     short, whole = gradients
     if not (short.isfinite().all() and whole.isfinite().all() and short.norm() > 0 and whole.norm() > 0):

@@ -73,7 +73,8 @@ def list_options(constructor: Callable[..., Any]) -> dict[str, Any]:
     Returns:
         Types by name, in the order of the signature; arguments of other types, such as functions, are left out.
     """
-    hints = get_type_hints(constructor.__init__)
+    # A dataclass has its annotations where its fields are, maybe in a base class from another module.
+    hints = get_type_hints(constructor if is_dataclass(constructor) else constructor.__init__)
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     names = [name for name, p in signature(constructor).parameters.items() if p.kind in named]
     return {name: hints[name] for name in names if _is_plain(hints.get(name))}

@@ -97,3 +97,43 @@ class FirstState(TaskFamily):
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return 1 + 0.5 * (params["s"][0] - batch["target"]).square()
+
+
+class Drift(Rule):
+    """Every step adds the meta-weights to the parameters."""
+
+    name = "drift"
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64))
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        return {}
+
+    def move(self, e: Elements, decided: Any) -> Visit:
+        return Visit(delta=self.theta.expand_as(e.p))
+
+
+class Bowl(TaskFamily):
+    """From 0 towards a target, with a quadratic loss that stays far below the clamp; remembers the steps it was in."""
+
+    name = "bowl"
+    target = torch.tensor([30.0, -20.0], dtype=torch.float64)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ages: list[Tensor] = []
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        return {"x": torch.zeros(2, dtype=torch.float64)}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        return {"target": self.target.expand(len(seeds), 2)}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return 0.5 * (params["x"] - batch["target"]).square().sum()
+
+    def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
+        self.ages.append(steps + 1)
+        return tasks, grads

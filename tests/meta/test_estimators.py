@@ -300,7 +300,7 @@ def test_imitation_pulls_towards_the_teacher() -> None:
     assert with_it < 0  # a larger rate is nearer to the teacher
 
 
-def test_live_memory_is_constant_over_200_outer_steps() -> None:
+def test_live_memory_is_constant_over_outer_steps() -> None:
     rule, family = RULES["lstm"](hidden=4), TASKS["quadratic"]()
     estimator = ESTIMATORS["truncated"](num_steps=3)
     loop = InnerLoop(rule, family, 0, constant(7))
@@ -312,9 +312,9 @@ def test_live_memory_is_constant_over_200_outer_steps() -> None:
         return len(live), sum(t.untyped_storage().nbytes() for t in live)
 
     counts = []
-    for step in range(200):
+    for step in range(60):
         slots = estimator.estimate(loop, slots).carry
-        if step in (20, 199):
+        if step in (20, 59):
             counts.append(count_tensors())
     assert counts[0] == counts[1]
 

@@ -88,27 +88,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted: Path, tmp_p
     assert timeless(tmp_path) == timeless(uninterrupted)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_estimator_resumes_bitwise(estimator: str, tmp_path: Path) -> None:
-    raw = make_config(steps=8, validate_every=3, checkpoint_every=3).to_dict()
-    raw |= {"estimator": {"name": estimator, "num_steps": 4}, "rule": {"name": "linear"}}
-    config = parse_config(raw)
-    start_run(config, tmp_path / "whole").run()
-    trainer = start_run(config, tmp_path / "halves")
-
-    def stop(progress: Progress) -> None:
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(stop)
-    _, resumed = resume_run(tmp_path / "halves")
-    assert resumed.step == 3
-    resumed.run()
-    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
-    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
-
-
 def test_the_seed_matters(uninterrupted: Path, tmp_path: Path) -> None:
     start_run(make_config(seed=1), tmp_path).run()
     assert hash_state(tmp_path) != hash_state(uninterrupted)

@@ -1,4 +1,8 @@
-"""Estimators of the meta-gradient. A new one is one file here and one line in `ESTIMATORS`."""
+"""Estimators of the meta-gradient. A new one is one file here and one line in `ESTIMATORS`.
+
+`truncated` and `full` differentiate (`Backprop`); `es`, `full_es`, `pes`, `nres` and `es_single` compare perturbed
+rules (`Evolution`). The names are those of presets, and of the contract tests that every entry has to pass.
+"""
 
 from __future__ import annotations
 

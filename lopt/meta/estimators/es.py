@@ -20,9 +20,9 @@ class ES(Evolution):
     """
 
     name = "es"
+    truncates = True
     signs = (1, -1, 0)
     kept = 1
 
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
-        """See `Evolution.perturb`: one for the whole window."""
         return draw_perturbation(loop, start.ids, start.episode, start.step)

@@ -11,37 +11,28 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lopt.core.names import choose
 from lopt.core.random import derive_seeds, draw_normal
 from lopt.core.tensors import Params
 from lopt.meta.estimators.base import Estimate, Estimator
-from lopt.meta.estimators.objectives import (
-    OBJECTIVES,
-    average_steps,
-    check_objective,
-    find_baseline,
-    find_finite,
-    weigh_losses,
-)
+from lopt.meta.estimators.bookkeeping import METRICS, Tally, average_members, find_finite, renew_sick
 from lopt.meta.unroll.compiled import CompiledStride
 from lopt.meta.unroll.inner_loop import InnerLoop
-from lopt.meta.unroll.slots import Slots, Window, join_slots, put_slots, repeat_slots, select_slots
+from lopt.meta.unroll.slots import Slots, Window, join_slots, repeat_slots, select_slots
 from lopt.rules import Rule
-from lopt.tasks.base import SPLITS
 
 CACHE_NUMBERS = 2**20
 """Parameters and state of the slots that are worked on together on a CPU."""
 
 
 class Pairs(NamedTuple):
-    """T tasks in progress.
+    """T tasks in progress: the carry of an evolution strategy.
 
     Attributes:
         slots: of the members that go on, those of a pair next to each other.
@@ -53,136 +44,116 @@ class Pairs(NamedTuple):
     drift: Tensor
 
 
+@dataclass(eq=False, kw_only=True)
 class Evolution(Estimator):
     """Antithetic evolution strategies on windows of `num_steps` steps.
 
     A pair with a loss or parameter that is not finite is dropped: it contributes nothing, and its slot starts a new
-    task.
-
-    Args:
-        num_steps: steps of a window, K.
-        sigma: standard deviation of the perturbations.
-        objective: "mean", "sum", "log", "baseline" or "final"; see `weigh_losses`.
-        objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
-        normalize, loss_clamp: see `weigh_losses`; the clamp also bounds what one diverging pair does to the estimate.
-        task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
-        teacher: rule to imitate; `imitation` weighs its loss, clamped like others, and `follow` is the share of tasks
-            of which both members take its steps.
-        compile: make steps, the rule's and the base learner's part, by compiled code. It is made once for each size of
-            chunks (at most two), which takes some ten seconds. Not with a teacher; and not where the loop has a stride
-            of its own, as on a GPU with kernels.
+    task. The clamp of losses, imitation losses included, also bounds what one diverging pair does to the estimate. A
+    subclass says how pairs are perturbed; that, and the attributes below, is all there is to a new strategy.
 
     Attributes:
         signs: of the perturbation, for each member that is run.
         kept: how many slots of a pair go on from window to window: all members, or (1) the last one only.
         persistent: losses count for the sum of the perturbations since the task began.
         staggered: slots start in different phases, so that one window sees all of training.
+        sigma: standard deviation of the perturbations.
+        task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
+        compile: make steps, the rule's and the base learner's part, by compiled code. It is made once for each size of
+            chunks (at most two), which takes some ten seconds. Not with a teacher; and not where the loop has a stride
+            of its own, as on a GPU with kernels.
         stride: makes the steps by compiled code, or None.
+
+    Raises:
+        ValueError: an option out of its range, or steps that are compiled and guided by a teacher.
     """
 
     signs: ClassVar[tuple[int, ...]] = (1, -1)
     kept: ClassVar[int] = 2
     persistent: ClassVar[bool] = False
     staggered: ClassVar[bool] = True
-    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    metrics = (*METRICS, "gradient_noise")
 
-    def __init__(
-        self,
-        num_steps: int = 20,
-        sigma: float = 0.01,
-        objective: str = "mean",
-        objective_split: str = "train",
-        normalize: bool = False,
-        loss_clamp: float = 10.0,
-        task_chunk: int | None = None,
-        compile: bool = False,
-        teacher: Rule | None = None,
-        imitation: float = 0.0,
-        follow: float = 0.0,
-    ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        if not sigma > 0:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        if not loss_clamp > 1:
-            raise ValueError(f"loss_clamp must be above 1, got {loss_clamp}")
-        if task_chunk is not None and task_chunk < 1:
-            raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
-        self.num_steps, self.sigma, self.task_chunk = num_steps, sigma, task_chunk
-        self.objective = check_objective(objective, self.objectives)
-        self.objective_split = choose("objective_split", objective_split, SPLITS)
-        self.normalize, self.loss_clamp = normalize, loss_clamp
-        self.stride = CompiledStride() if compile else None
-        if compile and teacher is not None:
+    sigma: float = 0.01
+    task_chunk: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, got {self.sigma}")
+        if not self.loss_clamp > 1:
+            raise ValueError(f"loss_clamp must be above 1, got {self.loss_clamp}")
+        if self.task_chunk is not None and self.task_chunk < 1:
+            raise ValueError(f"task_chunk must be at least 1, got {self.task_chunk}")
+        if self.compile and self.teacher is not None:
             raise ValueError("steps that a teacher guides cannot be compiled: set compile = false")
-        self._set_guidance(teacher, imitation, follow)
+        self.stride = CompiledStride() if self.compile else None
 
     # -- what tells the estimators apart -------------------------------------------------------------------------------
 
     @abstractmethod
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
-        """The perturbation of each pair, in units of sigma, `[T, W]`.
+        """The perturbation of each pair, in units of sigma, `[T, W]`: of mean 0 and variance 1, drawn by name.
+
+        It is asked for twice, when members are perturbed and when their losses are credited, and must be the same.
 
         Args:
             start: the pairs at the beginning of the window.
             episode: of the task that it is for, `[T]`: that of `start`, or a later one after a reset.
         """
 
+    def unroll(self, loop: InnerLoop, slots: Slots) -> Window:
+        """Run the members of all pairs through a window; a task that ends is followed by a new one.
+
+        Args:
+            loop: with the members' meta-weights.
+            slots: of all members.
+        """
+        return loop.unroll(slots, self.num_steps)
+
     # -- the estimate --------------------------------------------------------------------------------------------------
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
-        """The inner loop with this estimator's settings."""
-        if self.objective == "baseline":
-            find_baseline(loop.family)  # a family without one is refused before anything runs
-        return replace(
-            loop,
-            teacher=self.teacher,
-            follow=self.follow * loop.guidance,
-            meta_split=self.objective_split,
-            stride=loop.stride or self.stride,
-        )
+        """The loop with the common settings, and steps by compiled code if it has no faster ones of its own.
+
+        Compiled steps are kept by the estimator: later windows find them.
+        """
+        return replace(super().configure(loop), stride=loop.stride or self.stride)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
-        """See `Estimator.start`."""
         slots = self.configure(loop).start(ids.repeat_interleave(self.kept), stagger=self.staggered)
         size = count_weights(loop.rule) if self.persistent else 0
         return Pairs(slots, torch.zeros(len(ids), size, dtype=torch.float64, device=ids.device))
 
-    def unroll(self, loop: InnerLoop, slots: Slots) -> Window:
-        """Run the members of all pairs through a window."""
-        return loop.unroll(slots, self.num_steps)
-
     @torch.no_grad()
     def estimate(self, loop: InnerLoop, carry: Pairs) -> Estimate:
-        """See `Estimator.estimate`."""
-        loop = self.configure(loop)
-        count = len(carry.drift)
+        loop, tally, count = self.configure(loop), Tally(), len(carry.drift)
+        # Chunks only bound memory: their sums add up, and pairs know nothing of each other.
         size = self.task_chunk or fit_chunk(carry, len(self.signs))
-        done = [self._run_chunk(loop, select_pairs(carry, begin, begin + size)) for begin in range(0, count, size)]
-        total = sum_totals([totals for totals, _ in done])
-        scale = 1 / max(total.alive, 1)
-        gradient = total.gradient * scale
-        variance = (total.squares * scale - gradient.square()).clamp(min=0) * scale  # of the mean
-        nothing = total.alive == 0
-        metrics = {
-            "loss": math.nan if nothing else total.loss * scale,
-            "meta_loss": math.nan if nothing else total.meta_loss * scale,
-            "objective": math.nan if nothing else total.objective * scale,
-            "imitation_loss": math.nan if nothing else total.imitation * scale,
-            "skipped_slots": float(count - total.alive),
-            "finished_tasks": total.finished,
-            "inner_steps": total.inner_steps,
-            # Standard error of the meta-gradient over its norm: above 1, a step is mostly noise.
-            "gradient_noise": float(variance.sum().sqrt() / gradient.norm()),
-        }
-        return Estimate(
-            _split(gradient, loop.rule.meta_weights()), total.alive, join_pairs([p for _, p in done]), metrics
-        )
+        chunks = [select_pairs(carry, begin, begin + size) for begin in range(0, count, size)]
+        sums, squares, pairs = zip(*(self._run_chunk(loop, chunk, tally) for chunk in chunks), strict=True)
+        scale = 1 / max(tally.alive, 1)
+        gradient = reduce(operator.add, sums) * scale
+        variance = (reduce(operator.add, squares) * scale - gradient.square()).clamp(min=0) * scale  # of the mean
+        # Standard error of the meta-gradient over its norm: above 1, a step is mostly noise.
+        noise = {"gradient_noise": float(variance.sum().sqrt() / gradient.norm())}
+        by_name = _split(gradient, loop.rule.meta_weights())
+        return Estimate(by_name, tally.alive, join_pairs(list(pairs)), tally.summarize(count) | noise)
 
-    def _run_chunk(self, loop: InnerLoop, pairs: Pairs) -> tuple[Totals, Pairs]:
-        """One window of some pairs."""
-        members, count = len(self.signs), len(pairs.drift)
-        start = select_slots(pairs.slots, slice(None, None, self.kept))
+    def _run_chunk(self, loop: InnerLoop, pairs: Pairs, tally: Tally) -> tuple[Tensor, Tensor, Pairs]:
+        """One window of some pairs: sums `[W]` of their gradients and of the squares of these, and the pairs after."""
+        window = self._run_members(loop, pairs)
+        objective = self.weigh(window, loop.family)
+        healthy = find_finite(window).view(len(pairs.drift), -1).all(1)
+        guided = objective + self.imitation * loop.guidance * self._spread_imitation(window)
+        gradients = torch.where(healthy[:, None], self._credit(loop, pairs, window, guided), 0.0)
+        tally.add(window, average_members(objective.sum(0), healthy), healthy)
+        return gradients.sum(0), gradients.square().sum(0), self._go_on(loop, pairs, window, healthy)
+
+    def _run_members(self, loop: InnerLoop, pairs: Pairs) -> Window:
+        """A window of all members, each with the rule's meta-weights and its own perturbation of them."""
+        members, start = len(self.signs), self._select_first(pairs.slots)
         signs = torch.tensor(self.signs, device=pairs.drift.device)
         weights = {name: w.detach() for name, w in loop.rule.meta_weights().items()}
 
@@ -192,103 +163,83 @@ class Evolution(Estimator):
             moved = _split(signed, weights)
             return {name: w + moved[name] for name, w in weights.items()}
 
-        window = self.unroll(
+        return self.unroll(
             replace(loop, meta_weights=perturb_weights, members=members),
             pairs.slots if self.kept == members else repeat_slots(pairs.slots, members),
         )
-        terms = weigh_losses(window, loop.family, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
-        healthy = find_finite(window).view(count, members).all(1)
-        guided = terms + self.imitation * loop.guidance * self._spread_imitation(window)
-        rise = (guided[:, 0::members] - guided[:, 1::members]).double()  # of the loss, from minus to plus
-        age = window.episode[:, ::members] - start.episode
-        parts = pairs.drift.new_zeros(count, count_weights(loop.rule))
 
-        def find_influence(episode: Tensor) -> Tensor:
-            """What the losses of the slots' tasks of these episodes count for, `[T, W]`."""
-            noise = self.perturb(loop, start, episode)
-            return noise + pairs.drift * (episode == start.episode)[:, None] if self.persistent else noise
-
+    def _credit(self, loop: InnerLoop, pairs: Pairs, window: Window, values: Tensor) -> Tensor:
+        """The gradient estimate of each pair, `[T, W]`, from what each step adds to each member, `[K, T * members]`."""
+        members, episode = len(self.signs), self._select_first(pairs.slots).episode
+        rise = (values[:, 0::members] - values[:, 1::members]).double()  # of the loss, from minus to plus
+        age = window.episode[:, ::members] - episode
+        gradients = pairs.drift.new_zeros(len(pairs.drift), count_weights(loop.rule))
+        # Steps after a reset belong to another task, which had another perturbation.
         for later in torch.unique(age).cpu().tolist():
-            influence = find_influence(start.episode + later)
-            parts += (rise * (age == later)).sum(0)[:, None] * influence / (2 * self.sigma)
-        parts = torch.where(healthy[:, None], parts, 0.0)
-        losses, relative, objective, imitation = (
-            values.view(count, members)[healthy].mean(1)
-            for values in (
-                average_steps(window, window.losses),
-                average_steps(window, window.losses / window.first_loss.abs()),
-                terms.sum(0),
-                average_steps(window, window.imitation),
-            )
-        )
-        totals = Totals(
-            parts.sum(0),
-            parts.square().sum(0),
-            int(healthy.sum()),
-            float(losses.sum()),
-            float(relative.sum()),
-            float(objective.sum()),
-            float(imitation.sum()),
-            float(window.finished[:, ::members].sum()),
-            float(window.active.sum()),
-        )
-        after = window.slots if self.kept == members else select_slots(window.slots, slice(members - 1, None, members))
-        drift = pairs.drift
+            influence = self._find_influence(loop, pairs, episode + later)
+            gradients += (rise * (age == later)).sum(0)[:, None] * influence / (2 * self.sigma)
+        return gradients
+
+    def _find_influence(self, loop: InnerLoop, pairs: Pairs, episode: Tensor) -> Tensor:
+        """What the losses of each slot's task of these episodes count for, in units of sigma, `[T, W]`."""
+        start = self._select_first(pairs.slots)
+        noise = self.perturb(loop, start, episode)
+        return noise + pairs.drift * (episode == start.episode)[:, None] if self.persistent else noise
+
+    def _go_on(self, loop: InnerLoop, pairs: Pairs, window: Window, healthy: Tensor) -> Pairs:
+        """The pairs after the window: the members that are kept, and new tasks for the pairs that are not healthy."""
+        members, slots, drift = len(self.signs), window.slots, pairs.drift
+        if self.kept < members:
+            slots = select_slots(slots, slice(members - 1, None, members))
         if self.persistent:  # a task that has not made a step has not been perturbed
-            now = select_slots(after, slice(None, None, self.kept))
-            drift = torch.where((now.step == 0)[:, None], 0.0, find_influence(now.episode))
-        pairs_after = Pairs(after, drift)
-        return totals, pairs_after if healthy.all() else self._restart(loop, pairs, pairs_after, ~healthy)
+            now = self._select_first(slots)
+            drift = torch.where((now.step == 0)[:, None], 0.0, self._find_influence(loop, pairs, now.episode))
+        if healthy.all():
+            return Pairs(slots, drift)
+        sick = ~healthy
+        slots = renew_sick(loop, pairs.slots, slots, sick.repeat_interleave(self.kept))
+        return Pairs(slots, torch.where(sick[:, None], 0.0, drift))
+
+    def _select_first(self, slots: Slots) -> Slots:
+        """The first slot of each pair, which tells the pair's task."""
+        return select_slots(slots, slice(None, None, self.kept))
 
     def _spread_imitation(self, window: Window) -> Tensor:
         """What each step adds to the mean imitation loss of its task, `[K, T]`."""
         active = window.active.to(window.losses.dtype)
         return torch.minimum(window.imitation, self.loss_clamp * window.first_loss.abs()) * active / active.sum(0)
 
-    def _restart(self, loop: InnerLoop, before: Pairs, after: Pairs, sick: Tensor) -> Pairs:
-        """`after` with new tasks for the pairs that are `sick`."""
-        where = sick.repeat_interleave(self.kept).nonzero()[:, 0]
-        old = select_slots(before.slots, where)
-        fresh = loop.restart(old.ids, old.episode + 1)
-        return Pairs(put_slots(after.slots, where, fresh), torch.where(sick[:, None], 0.0, after.drift))
-
-
-class Totals(NamedTuple):
-    """Sums over pairs: the gradient and its square `[W]` float64, how many were not dropped, losses, and counts."""
-
-    gradient: Tensor
-    squares: Tensor
-    alive: int
-    loss: float
-    meta_loss: float
-    objective: float
-    imitation: float
-    finished: float
-    inner_steps: float
-
-
-def sum_totals(parts: list[Totals]) -> Totals:
-    """Field by field."""
-    return Totals(*(reduce(operator.add, values) for values in zip(*parts, strict=True)))
-
 
 def select_pairs(pairs: Pairs, begin: int, end: int) -> Pairs:
-    """The pairs from `begin` to `end`."""
+    """The pairs from `begin` to `end`, each with all of its slots.
+
+    How many slots a pair keeps is told by the pairs themselves. The tensors are views.
+    """
     kept = len(pairs.slots.ids) // len(pairs.drift)
     return Pairs(select_slots(pairs.slots, slice(kept * begin, kept * end)), pairs.drift[begin:end])
 
 
 def join_pairs(parts: list[Pairs]) -> Pairs:
-    """Pairs one after the other."""
+    """Pairs one after the other, as they were before `select_pairs` took them apart.
+
+    The parts come from one estimator, so that all keep the same number of slots.
+    """
     return Pairs(join_slots([part.slots for part in parts]), torch.cat([part.drift for part in parts]))
 
 
 def fit_chunk(pairs: Pairs, members: int) -> int:
-    """How many pairs are worked on together: on a CPU equal parts that its cache holds, otherwise all."""
+    """How many pairs are worked on together: on a CPU equal parts that its cache holds, otherwise all.
+
+    A step touches each slot's parameters and state several times; from the cache that is several times faster.
+
+    Args:
+        pairs: all of them, for their sizes and device.
+        members: slots that are run for each pair.
+    """
     if pairs.drift.device.type != "cpu":
         return len(pairs.drift)
     slot = pairs.slots
-    accumulators = [a for own in slot.state.accumulators.values() for a in own.values()]
+    accumulators = [a for fields in slot.state.accumulators.values() for a in fields.values()]
     numbers = sum(x[0].numel() for x in (slot.params, *accumulators))
     count = len(pairs.drift)
     chunks = math.ceil(count / max(1, CACHE_NUMBERS // (numbers * members)))
@@ -296,12 +247,19 @@ def fit_chunk(pairs: Pairs, members: int) -> int:
 
 
 def draw_perturbation(loop: InnerLoop, *counters: Tensor) -> Tensor:
-    """Standard normal `[T, W]` float64, named by the loop's seed and counters `[T]`."""
+    """Standard normal `[T, W]` float64, named by the loop's seed and counters `[T]`.
+
+    The counters say how long a perturbation lasts: slot and episode for a task's whole run, the step as well for a
+    window. They are global, so that a slot's draws are the same on whatever rank it is.
+    """
     return draw_normal(derive_seeds(loop.seed, "perturbation", *counters), count_weights(loop.rule))
 
 
 def count_weights(rule: Rule) -> int:
-    """W, the number of meta-weights that are learned."""
+    """W, the number of meta-weights that are learned: the length of a perturbation and of a flat gradient.
+
+    Those that `trainer.train_only` has frozen are not among them.
+    """
     return sum(w.numel() for w in rule.meta_weights().values())
 
 

@@ -1,4 +1,8 @@
-"""Backpropagation through whole runs: exact, and as long and as large as the runs."""
+"""Backpropagation through whole runs: exact, and as long and as large as the runs.
+
+Where runs are long, its memory is the limit, and chaotic runs make its gradients explode; what it says of short runs is
+what all other estimators are measured against.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,16 @@ class Full(Backprop):
     name = "full"
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
-        """As `Backprop.configure`; every task runs for `num_steps` steps."""
+        """The loop with this estimator's settings, and with tasks that all run for `num_steps` steps.
+
+        A rule that looks at progress sees that length as the horizon.
+        """
         return replace(super().configure(loop), horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
-        """See `Estimator.start`."""
         return self.configure(loop).start(ids)
 
     def estimate(self, loop: InnerLoop, carry: Slots) -> Estimate:
-        """See `Estimator.estimate`."""
         loop = self.configure(loop)
         estimate = self.backpropagate(loop, carry, self.num_steps, restart=False)
         return estimate._replace(carry=loop.restart(carry.ids, carry.episode + 1))

@@ -5,8 +5,7 @@ Source: Rechenberg 1973, Salimans et al. 2017, arXiv 1703.03864; on learned opti
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,60 +14,50 @@ from lopt.meta.estimators.base import Estimate
 from lopt.meta.estimators.evolution import Evolution, Pairs, draw_perturbation
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots, Window
-from lopt.rules import Rule
 
 
+@dataclass(eq=False, kw_only=True)
 class FullES(Evolution):
-    """Every estimate runs new tasks from their start to their end.
+    """Every estimate runs new tasks from their start to their end, in pairs with a perturbation for the whole run.
 
-    Args:
+    Its estimates cost the most and mean the most: what is minimised may be the end of a run, or its best moment.
+
+    Attributes:
         num_steps: length of the runs; 0 (default) takes each task's horizon.
         objective: also "min", the lowest loss of the run.
-        sigma, objective_split, normalize, loss_clamp, task_chunk, compile, teacher, imitation, follow: see `Evolution`.
     """
 
     name = "full_es"
     staggered = False
     kept = 1
+    fewest_steps = 0
     objectives = (*Evolution.objectives, "min")
 
-    def __init__(
-        self,
-        num_steps: int = 0,
-        sigma: float = 0.01,
-        objective: str = "mean",
-        objective_split: str = "train",
-        normalize: bool = False,
-        loss_clamp: float = 10.0,
-        task_chunk: int | None = None,
-        compile: bool = False,
-        teacher: Rule | None = None,
-        imitation: float = 0.0,
-        follow: float = 0.0,
-    ) -> None:
-        options: dict[str, Any] = {"teacher": teacher, "imitation": imitation, "follow": follow}
-        super().__init__(
-            num_steps or 1, sigma, objective, objective_split, normalize, loss_clamp, task_chunk, compile, **options
-        )
-        self.num_steps = num_steps
+    num_steps: int = 0
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
-        """As `Evolution.configure`; with `num_steps` every task runs that long."""
+        """The loop with the common settings, and with tasks that all run for `num_steps` steps if that is not 0.
+
+        Otherwise they run for the horizons that the loop draws.
+        """
         loop = super().configure(loop)
         if not self.num_steps:
             return loop
         return replace(loop, horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
 
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
-        """See `Evolution.perturb`: that of the run."""
         return draw_perturbation(loop, start.ids, episode)
 
     def unroll(self, loop: InnerLoop, slots: Slots) -> Window:
-        """Each pair to its own end."""
+        """Run each pair to its own end; pairs that are there rest until the longest run is over.
+
+        Args:
+            loop: with the members' meta-weights.
+            slots: of all members, at their start.
+        """
         return loop.run_to_end(slots)
 
     def estimate(self, loop: InnerLoop, carry: Pairs) -> Estimate:
-        """See `Estimator.estimate`."""
         estimate = super().estimate(loop, carry)
         slots = self.configure(loop).restart(carry.slots.ids, carry.slots.episode + 1)
         return estimate._replace(carry=carry._replace(slots=slots))

@@ -21,5 +21,4 @@ class NRES(Evolution):
     name = "nres"
 
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
-        """See `Evolution.perturb`: that of the task."""
         return draw_perturbation(loop, start.ids, episode)

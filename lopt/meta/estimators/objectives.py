@@ -1,4 +1,8 @@
-"""What is minimised: how the losses of a window make one number per task."""
+"""What is minimised: how the losses of a window make one number per task.
+
+An objective is written as what each step adds to it, because evolution strategies have to know when a loss was
+measured: which perturbation it counts for depends on the step. Backpropagation only needs the sum.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,6 @@ from lopt.tasks.tuned_adam import COMMAND, TunedAdam, load_archive
 
 OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
 LOGARITHMIC = ("log", "baseline", "log_final")
-
-
-def check_objective(objective: str, known: tuple[str, ...] = OBJECTIVES) -> str:
-    """`objective` itself, if it is one of `known`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if objective not in known:
-        raise ValueError(f"objective must be one of {known}, got {objective!r}")
-    return objective
 
 
 def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normalize: bool, loss_clamp: float) -> Tensor:
@@ -86,14 +79,3 @@ def find_baseline(family: TaskFamily) -> TunedAdam:
             "use 'mean'"
         )
     return tuned
-
-
-def average_steps(window: Window, values: Tensor) -> Tensor:
-    """Mean over the steps that were made, `[K, T]` -> `[T]`."""
-    return (values * window.active).sum(0) / window.active.sum(0)
-
-
-def find_finite(window: Window) -> Tensor:
-    """Which tasks stayed finite, bool `[T]`."""
-    values = [window.losses.T, window.slots.params, window.slots.grad, window.imitation.T]
-    return torch.stack([v.isfinite().all(-1) for v in values]).all(0)

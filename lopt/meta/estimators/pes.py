@@ -23,5 +23,4 @@ class PES(Evolution):
     persistent = True
 
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
-        """See `Evolution.perturb`: one for the whole window."""
         return draw_perturbation(loop, start.ids, start.episode, start.step)

@@ -16,15 +16,15 @@ from lopt.meta.unroll.slots import Slots
 class Truncated(Backprop):
     """Windows of `num_steps` steps; gradients stop at their borders, parameters and states go on.
 
-    Slots are staggered, so that one window sees all phases of training, and one that ends restarts at once.
+    Slots are staggered, so that one window sees all phases of training, and one that ends restarts at once. Short
+    windows are cheap and of little noise, but biased towards greedy rules.
     """
 
     name = "truncated"
+    truncates = True
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
-        """See `Estimator.start`."""
         return self.configure(loop).start(ids, stagger=True)
 
     def estimate(self, loop: InnerLoop, carry: Slots) -> Estimate:
-        """See `Estimator.estimate`."""
         return self.backpropagate(self.configure(loop), carry, self.num_steps, restart=True)

@@ -1,0 +1,79 @@
+"""The options that all estimators have in common, each written once: what is minimised, and whom a rule imitates.
+
+They are dataclasses from which `Estimator` is made, and not values inside of it, so that they are keywords of every
+estimator's constructor and keys of `[estimator]` in a preset, checked by types like the estimator's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lopt.core.names import choose
+from lopt.meta.estimators.objectives import OBJECTIVES, weigh_losses
+from lopt.meta.unroll.slots import Window
+from lopt.rules import Rule
+from lopt.tasks import TaskFamily
+from lopt.tasks.base import SPLITS
+
+
+@dataclass(eq=False, kw_only=True)
+class ObjectiveOptions:
+    """What an estimator minimises: how a window's losses make one number per task.
+
+    Attributes:
+        objectives: names that `objective` may have.
+        objective: "mean", "sum", "log" (all phases of training count alike), "baseline" (in units of tuned Adam's
+            progress), "final" or "log_final", averaged over tasks; `weigh_losses` has the formulas.
+        objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
+        normalize: divide every loss by its task's first loss, so that tasks of different scale count alike.
+        loss_clamp: losses above this multiple of the task's first loss count as this multiple.
+
+    Raises:
+        ValueError: an objective or a split that there is not.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+
+    objective: str = "mean"
+    objective_split: str = "train"
+    normalize: bool = False
+    loss_clamp: float = 10.0
+
+    def __post_init__(self) -> None:
+        choose("objective", self.objective, self.objectives)
+        choose("objective_split", self.objective_split, SPLITS)
+
+    def weigh(self, window: Window, family: TaskFamily) -> Tensor:
+        """What each step of a window adds to its task's objective, `[K, T]`; differentiable like the losses.
+
+        Args:
+            window: of tasks of `family`.
+        Raises:
+            ValueError: a logarithmic objective and a negative loss, or "baseline" and a family without one.
+        """
+        return weigh_losses(window, family, self.objective, normalize=self.normalize, loss_clamp=self.loss_clamp)
+
+
+@dataclass(eq=False, kw_only=True)
+class GuidanceOptions:
+    """Whom a rule imitates while it is trained, and how much (Chen et al. 2020, arXiv 2010.09089).
+
+    Attributes:
+        teacher: the rule to imitate, or None.
+        imitation: weight of the imitation loss, which is half the mean squared difference of the two rules' steps.
+        follow: share of tasks that take the teacher's steps instead of the rule's, from 0 to 1.
+
+    Raises:
+        ValueError: a weight or a share without a teacher.
+    """
+
+    teacher: Rule | None = None
+    imitation: float = 0.0
+    follow: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.teacher is None and (self.imitation or self.follow):
+            raise ValueError("imitation and follow need a teacher")
