@@ -63,6 +63,14 @@ def test_files_named_in_a_page_exist(page: Path) -> None:
             assert list(ROOT.glob(span.rstrip("/"))), f"{name_page(page)} names {span}"
 
 
+def test_files_in_the_drawing_of_the_map_exist() -> None:
+    (drawing,) = find_code(ROOT / "docs" / "map.md", "")
+    names = re.findall(r"\w+(?:/\w+)*/(?:\w+\.py)?|\w+(?:/\w+)+(?:\.py)?", drawing)
+    assert len(names) > 5
+    folders = (ROOT, ROOT / "lopt", ROOT / "lopt" / "optim")
+    assert [name for name in names if not any((folder / name).exists() for folder in folders)] == []
+
+
 @each_present_page
 def test_python_names_in_a_page_exist(page: Path) -> None:
     for span in find_spans(page):
