@@ -38,8 +38,8 @@ class Meter:
 
     def shares(self, total: float) -> dict[str, float]:
         """Shares of `total` seconds, the estimator's among them: all that is in no other part."""
-        parts = {part: seconds / total for part, seconds in self.seconds.items()}
-        return parts | {"estimator": max(0.0, 1 - sum(parts.values()))}
+        measured = {part: seconds / total for part, seconds in self.seconds.items()}
+        return measured | {"estimator": max(0.0, 1 - sum(measured.values()))}
 
 
 def _wait() -> None:
@@ -54,11 +54,9 @@ class MeteredLoop(InnerLoop):
     meter: Meter = field(default_factory=Meter)
 
     def batches(self, slots: Slots, count: int) -> list[Batches]:
-        """See `InnerLoop.batches`."""
         return self.meter.time("data", lambda: super(MeteredLoop, self).batches(slots, count))
 
     def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `InnerLoop.evaluate`."""
         return self.meter.time("base learner", lambda: super(MeteredLoop, self).evaluate(params, batch))
 
     def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
