@@ -1,13 +1,29 @@
-"""The choice between the two backends of an optimizer: torch's ordinary operations, and kernels written in Triton."""
+"""The two backends of an optimizer: torch's ordinary operations, and kernels written in Triton.
+
+Which one is decided once, by `choose_backend`. In a step, kernels then step what they take of the parameters that one
+rule steps on one device, and torch steps the others.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from lopt.optim.guard.decisions import Guard
+from lopt.optim.guard.steps import make_transform, scale_decay
+from lopt.optim.loss import read_scaler, to_scalar
+from lopt.optim.report import Counts
+from lopt.optim.rule_replicas import Replica
+from lopt.optim.torch_backend.step import make_units, step_units
+from lopt.optim.triton_backend.compiled import step_in_graph
+from lopt.optim.units import Unit
+from lopt.rules import Rule
 from lopt.rules.programs.registry import find_missing
 
 BACKENDS = ("auto", "torch", "triton")
@@ -51,3 +67,63 @@ def choose_backend(
     if wanted == "triton":
         warnings.warn(f"backend='triton' falls back to torch: {obstacle}", stacklevel=4)
     return Backend("torch", obstacle)
+
+
+class StepOptions(NamedTuple):
+    """What holds for all rules and devices of one step of an optimizer.
+
+    Attributes:
+        loss: the training loss, or None; rules that do not read it get none.
+        sanitize: entries of gradients that are not finite count as 0; otherwise such gradients are skipped.
+        guard: mixes AdamW's steps with the rule's, if there is one.
+        lr_adamw: AdamW's learning rate, for the guard.
+        found_inf, grad_scale: what a gradient scaler has left in the optimizer, if one steps it.
+        counts: of the optimizer; skipped and clipped parameters are added.
+    """
+
+    loss: Tensor | float | None
+    sanitize: bool
+    guard: Guard | None
+    lr_adamw: float
+    found_inf: Tensor | None
+    grad_scale: Tensor | None
+    counts: Counts
+
+
+def step_replica(replica: Replica, units: list[Unit], options: StepOptions) -> None:
+    """Step the parameters of one rule on one device, in place: by kernels where these take them, and by torch.
+
+    Args:
+        units: one for each group, with whatever parameters; here they are divided further.
+    """
+    rule, device, kernels = replica
+    tally, sanitize = options.counts.tally[device], options.sanitize
+    loss = None if options.loss is None or not rule.needs_loss else to_scalar(options.loss, device)
+    decay = partial(scale_decay, options.guard, rule=rule, lr_adamw=options.lr_adamw)
+    with _without_autocast(device.type):
+        amp = read_scaler(options.found_inf, options.grad_scale, device)
+        fused, others = ([], units) if kernels is None else kernels.divide(units)
+        if kernels is not None and fused:
+            # A graph cannot hold the tables of a fused step: there it is one operator, which finds them again.
+            if torch.compiler.is_compiling():
+                decays = [float(unit.group["weight_decay"]) * decay(unit) for unit in fused]
+                step_in_graph(kernels, fused, decays, sanitize, tally, amp)
+            else:
+                kernels.step(fused, loss, sanitize, decay, tally, amp)
+        if others:
+            # Users who have asked for kernels are told once why some parameters are slower.
+            if kernels is not None and (kind := kernels.describe_first(others)) is not None:
+                options.counts.warn_once(f"kernels do not step {kind}: torch does.")
+            transforms = partial(make_transform, options.guard, lr_adamw=options.lr_adamw, clipped=tally[1])
+            tally[0].add_(step_units(rule, divide_groups(rule, others), loss, sanitize, transforms, decay, amp))
+
+
+def divide_groups(rule: Rule, units: Iterable[Unit]) -> list[Unit]:
+    """The units of groups as those that torch steps as one tensor; see `make_units`."""
+    return [one for unit in units for one in make_units(rule, unit.members, unit.group)]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """No autocast while a rule steps: it computes in fp32 whatever the model around it does."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()

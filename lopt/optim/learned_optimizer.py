@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
 from operator import itemgetter
@@ -22,18 +21,17 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lopt.core.names import choose
-from lopt.optim.backend import BACKENDS, Backend, choose_backend
+from lopt.optim.backend import BACKENDS, Backend, StepOptions, choose_backend, divide_groups, step_replica
 from lopt.optim.guard.decisions import Guard, GuardOptions, read_guard
 from lopt.optim.guard.state import GuardState
-from lopt.optim.guard.steps import make_transform, move_snapshots, scale_decay
-from lopt.optim.loss import average_loss, check_loss, is_skipped_on_host, read_scaler, to_scalar
+from lopt.optim.guard.steps import hear_loss
+from lopt.optim.loss import average_loss, check_loss, is_skipped_on_host
 from lopt.optim.options import ADAMW, check_gradients, check_num_steps, check_options, check_state_dtype
 from lopt.optim.report import Counts, Report
 from lopt.optim.rule_replicas import RuleReplicas
 from lopt.optim.state_dict import check_rule, derive_seed, init_state, list_names, match_state, read_states
-from lopt.optim.torch_backend.step import check_finite, make_units, step_units
-from lopt.optim.triton_backend.compiled import step_in_graph
-from lopt.optim.units import Member, Record, Unit, make_member
+from lopt.optim.torch_backend.step import check_finite
+from lopt.optim.units import Record, Unit, make_members
 from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, fingerprint, load, load_card
 from lopt.rules.programs.registry import find_obstacle
@@ -123,8 +121,8 @@ class LearnedOptimizer(Optimizer):
         self.stochastic_rounding, self.reduce_loss = stochastic_rounding, reduce_loss
         choose("backend", backend, BACKENDS)
         self.state_dtype = check_state_dtype(state_dtype, self.rule)
-        self._guard_options, self._num_steps = read_guard(guard), num_steps
-        self.guard = self._make_guard()
+        guard_options = read_guard(guard)
+        self.guard = None if guard_options is None else Guard(guard_options, num_steps)
         self.counts = Counts(self.rule.name, self.horizon)
         options = {
             "lr": lr,
@@ -140,9 +138,8 @@ class LearnedOptimizer(Optimizer):
         }
         super().__init__(params, options)
         devices = {p.device for group in self.param_groups for p in group["params"]}
-        self.backend: Backend = choose_backend(
-            backend, partial(find_obstacle, self.rule), devices, self.guard is not None
-        )
+        obstacle = partial(find_obstacle, self.rule)
+        self.backend: Backend = choose_backend(backend, obstacle, devices, guarded=self.guard is not None)
         self.replicas = RuleReplicas(self.rule, fused=self.backend.name == "triton")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,16 +197,26 @@ class LearnedOptimizer(Optimizer):
             return result
         # The finite check comes first of what can refuse a step: until here nothing has moved.
         if self.nonfinite == "raise" and not hasattr(self, "found_inf"):
-            check_finite(unit for index, alike in units.items() for unit in self._divide(index, alike))
+            pairs = ((self.replicas[index].rule, alike) for index, alike in units.items())
+            check_finite(unit for rule, alike in pairs for unit in divide_groups(rule, alike))
         # The loss is averaged here, before the guard: all processes must decide alike.
         self.counts.count_step(self.state.values())
         loss = self._read_loss(result if loss is None else loss, units)
         # The guard may put the snapshot back; the gradients then belong to other parameters.
-        if self.guard is not None and self._is_undone(self.guard, loss):
+        if self.guard is not None and hear_loss(self.guard, loss, self.param_groups, self.state):
             return result
         # The backends step what belongs to one rule on one device together.
+        options = StepOptions(
+            loss=loss,
+            sanitize=self.nonfinite == "sanitize",
+            guard=self.guard,
+            lr_adamw=float(self.rule.adamw_options["lr"]),
+            found_inf=getattr(self, "found_inf", None),
+            grad_scale=getattr(self, "grad_scale", None),
+            counts=self.counts,
+        )
         for index, alike in units.items():
-            self._step_replica(index, alike, loss)
+            step_replica(self.replicas[index], alike, options)
         return result
 
     def report(self) -> Report:
@@ -235,9 +242,8 @@ class LearnedOptimizer(Optimizer):
             for p, state in read_states(saved, self.param_groups, self.replicas.find_rule, self.state_dtype):
                 self.state[p] = state
             self.counts.steps = None
-            self.guard = self._make_guard()
-            if self.guard is not None and (memory := self.param_groups[0]["guard_memory"]) is not None:
-                self.guard.now = GuardState.from_numbers(memory)
+            if self.guard is not None:
+                self.guard.reset(self.param_groups[0]["guard_memory"])
 
         # Between the user's own hooks: those see, and may change, what is checked, and what has been restored.
         hooks = (
@@ -255,11 +261,8 @@ class LearnedOptimizer(Optimizer):
         return kept | super().__getstate__()
 
     def _name_rule(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group with the rule's identity in place of what the constructor was given.
-
-        ZeroRedundancyOptimizer puts the constructor's keywords into our groups, before every step.
-        """
-        given = group.get("rule")
+        """The group with the rule's identity in place of what the constructor was given."""
+        given = group.get("rule")  # ZeroRedundancyOptimizer puts the keywords into our groups before every step
         if given is not None and (given is self._given or (not isinstance(given, Rule) and given == self._given)):
             return group | {"rule": self.defaults["rule"]}
         return group
@@ -278,14 +281,8 @@ class LearnedOptimizer(Optimizer):
             values: list[Tensor] = []
             records: list[Record] = []
             self._init_group(group, params, grads, values, records)
-            members: dict[int, list[Member]] = {}
-            start = 0
-            for p, g, (name, index, keys) in zip(params, grads, records, strict=True):
-                state = dict(zip(keys, values[start : start + len(keys)], strict=True))
-                start += len(keys)
-                members.setdefault(index, []).append(make_member(name, p, g, state))
-            for index, alike in members.items():
-                units.setdefault(index, []).append(Unit(alike, group))
+            for index, members in make_members(params, grads, values, records).items():
+                units.setdefault(index, []).append(Unit(members, group))
         return units
 
     def _init_group(
@@ -298,8 +295,7 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         """Append a group's parameters with gradients, and all their state, made where there is none.
 
-        Under `torch.compile`, which knows this method by its name, it is not traced: it runs while the step is being
-        traced, on empty lists, and may do what a graph cannot hold.
+        torch.compile knows this method by its name: it runs, on empty lists, while the rest of the step is traced.
         """
         # By name, so that matrix products over all tensors do not depend on the order in which they were given.
         for name, p in sorted(zip(list_names(group), group["params"], strict=True), key=itemgetter(0)):
@@ -325,13 +321,6 @@ class LearnedOptimizer(Optimizer):
         with torch.no_grad():
             return init_state(rule, p.detach(), seed, self.guard is not None, self.state_dtype)
 
-    def _divide(self, index: int, units: Iterable[Unit]) -> list[Unit]:
-        """Each group's unit as those that torch steps as one tensor."""
-        rule = self.replicas[index].rule
-        return [one for unit in units for one in make_units(rule, unit.members, unit.group)]
-
-    # -- the parts of a step -------------------------------------------------------------------------------------------
-
     def _read_loss(self, loss: Tensor | float | None, units: Mapping[int, list[Unit]]) -> Tensor | float | None:
         """The loss that rules and the guard read, the mean over all processes; None if nothing reads it."""
         if not (self.rule.needs_loss or self.guard):
@@ -344,51 +333,8 @@ class LearnedOptimizer(Optimizer):
             )
             return None
         loss = check_loss(loss)
-        if not self.reduce_loss:
-            return loss
-        device = next((self.replicas[index].device for index in units), None)
-        return average_loss(loss, device or self.param_groups[0]["params"][0].device)
-
-    def _make_guard(self) -> Guard | None:
-        """A guard that has heard nothing yet, if there is to be one."""
-        return None if self._guard_options is None else Guard(self._guard_options, self._num_steps)
-
-    def _is_undone(self, guard: Guard, loss: Tensor | float | None) -> bool:
-        """Let the guard hear the loss and take or put back its snapshot; whether it did the latter."""
-        guard.observe(None if loss is None else float(loss))
-        for group in self.param_groups:
-            group["guard_memory"] = guard.now.to_numbers()
-            if guard.save or guard.restore:
-                move_snapshots(guard, ((p, self.state[p]) for p in group["params"] if p in self.state))
-        return guard.restore
-
-    def _step_replica(self, index: int, units: list[Unit], loss: Tensor | float | None) -> None:
-        """Step the units of one rule on one device, by kernels where these take them, and by torch."""
-        rule, device, kernels = self.replicas[index]
-        tally, lr_adamw = self.counts.tally[device], float(self.rule.adamw_options["lr"])
-        scalar = None if loss is None or not rule.needs_loss else to_scalar(loss, device)
-        decay = partial(scale_decay, self.guard, rule=rule, lr_adamw=lr_adamw)
-        sanitize = self.nonfinite == "sanitize"
-        with _without_autocast(device.type):
-            amp = read_scaler(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), device)
-            fused, others = ([], units) if kernels is None else kernels.divide(units)
-            if kernels is not None and fused:
-                if torch.compiler.is_compiling():
-                    decays = [float(unit.group["weight_decay"]) * decay(unit) for unit in fused]
-                    step_in_graph(kernels, fused, decays, sanitize, tally, amp)
-                else:
-                    kernels.step(fused, scalar, sanitize, decay, tally, amp)
-            if others:
-                if kernels is not None and (kind := kernels.describe_first(others)) is not None:
-                    self.counts.warn_once(f"kernels do not step {kind}: torch does.")
-                transforms = partial(make_transform, self.guard, lr_adamw=lr_adamw, clipped=tally[1])
-                tally[0].add_(step_units(rule, self._divide(index, others), scalar, sanitize, transforms, decay, amp))
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """No autocast while a rule steps: it computes in fp32 whatever the model around it does."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+        devices = [self.replicas[index].device for index in units] + [self.param_groups[0]["params"][0].device]
+        return average_loss(loss, devices[0]) if self.reduce_loss else loss
 
 
 def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:

@@ -103,6 +103,26 @@ def make_member(name: str, p: Tensor, g: Tensor, state: dict[str, Tensor]) -> Me
     return Member(name, sharding.to_local(p), sharding.to_local(g, like=p), local, sharding.Shard(p))
 
 
+def make_members(
+    params: Sequence[Tensor], grads: Sequence[Tensor], values: Sequence[Tensor], records: Sequence[Record]
+) -> dict[int, list[Member]]:
+    """A group's parameters as members, by the rule that steps them, out of the lists that `_init_group` fills.
+
+    Args:
+        values: the states' tensors, one parameter after the other.
+        records: of the same parameters, in the same order.
+    Returns:
+        Lists by `Record.replica`, each in the given order.
+    """
+    members: dict[int, list[Member]] = {}
+    start = 0
+    for p, g, (name, replica, keys) in zip(params, grads, records, strict=True):
+        state = dict(zip(keys, values[start : start + len(keys)], strict=True))
+        start += len(keys)
+        members.setdefault(replica, []).append(make_member(name, p, g, state))
+    return members
+
+
 def is_readable(x: Tensor) -> bool:
     """Whether a tensor's numbers can be looked at without waiting for a device, and without breaking a traced graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

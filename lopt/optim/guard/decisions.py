@@ -10,7 +10,7 @@ failed turn is undone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite, isnan, sqrt
 from typing import Any
@@ -119,12 +119,20 @@ class Guard:
 
     def __init__(self, options: GuardOptions | None = None, num_steps: int | None = None) -> None:
         self.options, self.num_steps = options or GuardOptions(), num_steps
+        self.reset()
+
+    def reset(self, memory: Sequence[float] | None = None) -> None:
+        """Go on where a saved run was, or, without its memory, begin anew: nothing has been heard yet.
+
+        Args:
+            memory: of `GuardState.to_numbers`, as a saved optimizer has it under "guard_memory".
+        Raises:
+            ValueError: it has another length.
+        """
         self.save = self.restore = False
-        self.now = GuardState(
-            window=self.options.window,
-            patience=self.options.patience,
-            cooldown=self.options.cooldown * self.options.window,
-        )
+        o = self.options
+        fresh = GuardState(window=o.window, patience=o.patience, cooldown=o.cooldown * o.window)
+        self.now = fresh if memory is None else GuardState.from_numbers(memory)
 
     @property
     def share(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,23 +131,7 @@ def guard_step(
     m = m.lerp_(g, 1 - beta1) if in_place else torch.lerp(m, g, 1 - beta1)
     v = (v.mul_(beta2) if in_place else v * beta2).addcmul_(g, g, value=1 - beta2)
 
-    # The running norm grows by NORM_GROWTH at most and never falls below AdamW's step: a single huge step cannot open
-    # the way for the next one, and a rule that has rested can move again.
-    count = delta.numel() // max(1, step.numel())
-    squares = torch.linalg.vector_norm(delta, dim=axes).square() if axes else delta * delta
-    sums = torch.stack([squares, torch.full_like(squares, count)])
-    squares, count_all = reduce(sums) if reduce is not None else sums
-    norm, unit = squares.sqrt(), lr_adamw * count_all.sqrt()
-    old = state["guard_norm"]
-    old = torch.where(old > 0, torch.maximum(old, unit), options.seed_norm * unit)
-    limit = options.clip * old
-    clipped = ~(norm <= limit)
-    finite = torch.isfinite(norm)
-    new_norm = NORM_DECAY * old + (1 - NORM_DECAY) * torch.where(finite, torch.minimum(norm, NORM_GROWTH * old), old)
-    scale = torch.where(clipped, limit / norm.clamp(min=1e-38), 1.0)
-    scaled = delta.mul_(scale.view(wide)) if in_place else delta * scale.view(wide)
-    delta = torch.where(finite.view(wide), scaled, 0.0)
-
+    clipped_step, new_norm, clipped = _clip(delta, state["guard_norm"], wide, lr_adamw, options, reduce, in_place)
     # With the rule alone, which is the usual case, AdamW's step is not even computed.
     if not (isinstance(share, float) and share == 1.0):
         age = step - state["guard_start"] + 1
@@ -154,26 +139,72 @@ def guard_step(
         adamw_step = m / (v.sqrt() / correction2 + eps) * (-lr_adamw / correction1)
         weight = share.view(wide) if isinstance(share, Tensor) and share.ndim else share
         if isinstance(weight, Tensor):
-            delta = torch.lerp(adamw_step, delta, weight)
+            clipped_step = torch.lerp(adamw_step, clipped_step, weight)
         else:
-            delta = adamw_step + weight * (delta - adamw_step)
+            clipped_step = adamw_step + weight * (clipped_step - adamw_step)
     new = state | {"guard_m": m, "guard_v": v, "guard_norm": new_norm}
-    return delta, new, clipped.sum()
+    return clipped_step, new, clipped.sum()
 
 
-def move_snapshots(guard: Guard, parameters: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
-    """Do with every parameter's snapshot what the guard has decided after the last loss: save it, or put it back.
+def _clip(
+    delta: Tensor,
+    norm_before: Tensor,
+    wide: tuple[int, ...],
+    lr_adamw: float | Tensor,
+    options: GuardOptions,
+    reduce: Reduce | None,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step, no longer than its running norm allows, the new running norm, and which steps were clipped.
 
     Args:
-        parameters: with their state; of DTensors, every process moves its own part.
+        norm_before: running norm, `[]` or `[k]`.
+        wide: its shape, with dimensions of 1 up to those of `delta`.
     """
-    for p, state in parameters:
-        member = make_member("", p, p, dict(state))
-        local = member.p.view(member.state["guard_p"].shape)
-        if guard.restore:
-            restore_snapshot(local, member.state, member.state[STEP])
-        else:
-            save_snapshot(local, member.state)
+    axes = tuple(range(norm_before.ndim, delta.ndim))
+    count = delta.numel() // max(1, norm_before.numel())
+    squares = torch.linalg.vector_norm(delta, dim=axes).square() if axes else delta * delta
+    sums = torch.stack([squares, torch.full_like(squares, count)])
+    squares, count_all = reduce(sums) if reduce is not None else sums
+    norm, unit = squares.sqrt(), lr_adamw * count_all.sqrt()
+    # The running norm never falls below AdamW's step, so that a rule that has rested can move again, and grows by
+    # NORM_GROWTH at most, so that one huge step does not open the way for the next.
+    old = torch.where(norm_before > 0, torch.maximum(norm_before, unit), options.seed_norm * unit)
+    limit = options.clip * old
+    clipped = ~(norm <= limit)  # of NaN, too
+    finite = torch.isfinite(norm)
+    new_norm = NORM_DECAY * old + (1 - NORM_DECAY) * torch.where(finite, torch.minimum(norm, NORM_GROWTH * old), old)
+    # A step with one entry that is not finite is dropped whole: what is left of it has no meaning.
+    scale = torch.where(clipped, limit / norm.clamp(min=1e-38), 1.0)
+    scaled = delta.mul_(scale.view(wide)) if in_place else delta * scale.view(wide)
+    return torch.where(finite.view(wide), scaled, 0.0), new_norm, clipped
+
+
+def hear_loss(
+    guard: Guard, loss: Tensor | float | None, groups: Iterable[dict[str, Any]], states: Mapping[Tensor, Accumulators]
+) -> bool:
+    """Tell the guard the loss before a step, and save every parameter's snapshot, or put it back, as it decides.
+
+    Args:
+        loss: at the current parameters; a tensor is waited for.
+        groups: an optimizer's `param_groups`; all of them keep the guard's memory, of which loading reads the first.
+        states: of the parameters; those without one have never moved. Of DTensors, every process moves its own part.
+    Returns:
+        Whether the parameters were put back: then no step is to be made.
+    """
+    guard.observe(None if loss is None else float(loss))
+    for group in groups:
+        group["guard_memory"] = guard.now.to_numbers()
+        for p in group["params"] if guard.save or guard.restore else ():
+            if p not in states:
+                continue
+            member = make_member("", p, p, states[p])
+            local = member.p.view(member.state["guard_p"].shape)
+            if guard.restore:
+                restore_snapshot(local, member.state, member.state[STEP])
+            else:
+                save_snapshot(local, member.state)
+    return guard.restore
 
 
 @torch.no_grad()
