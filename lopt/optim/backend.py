@@ -56,6 +56,7 @@ def choose_backend(
     """
     if wanted == "torch":
         return Backend("torch", "asked for")
+    # Devices without Triton do not matter where there is another one with it: torch steps what is on the former.
     obstacle: str | None = "the guard works on steps that are not fused"
     if not guarded:
         interpreted, devices = wanted == "triton", set(devices)

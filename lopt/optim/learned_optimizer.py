@@ -114,6 +114,7 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(rule, Rule):
             source = DEFAULT_RULE if rule is None else rule
             rule, self.horizon = load(source), find_longest_run(load_card(source))
+        # A copy is frozen: the user's own rule stays trainable, and may be given to other optimizers.
         self.rule = deepcopy(rule).float().requires_grad_(False)
         self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
         if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
@@ -124,6 +125,7 @@ class LearnedOptimizer(Optimizer):
         guard_options = read_guard(guard)
         self.guard = None if guard_options is None else Guard(guard_options, num_steps)
         self.counts = Counts(self.rule.name, self.horizon)
+        # The rule is an option, so that a saved state tells which one made it; so is what the guard remembers.
         options = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -154,6 +156,7 @@ class LearnedOptimizer(Optimizer):
             param_group = self._name_rule(param_group)
             if param_group.get("rule") == ADAMW:
                 param_group = {"lr": self.defaults["lr"] * self.rule.adamw_options["lr"]} | param_group
+            # What the group leaves out is as in the constructor; the check sees what will be used.
             options = self.defaults | param_group
             check_options(options)
             if options["rule"] != ADAMW:

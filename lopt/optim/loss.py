@@ -36,6 +36,7 @@ def average_loss(loss: Tensor | float, device: torch.device) -> Tensor | float:
     Returns:
         fp32 `[]` on `device` where there are several processes.
     """
+    # Rules and the guard must decide alike everywhere, or the replicas of a model drift apart.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not (distributed and torch.distributed.get_world_size() > 1):
         return loss

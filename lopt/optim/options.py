@@ -54,6 +54,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     betas = options["betas"]
     if not (isinstance(betas, Sequence) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
         raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {betas}")
+    # Numbers of numpy and the like pass, as they do for torch's optimizers.
     num_steps = options["num_steps"]
     if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
         raise ValueError(f"num_steps must be at least 1 and whole, or None, got {num_steps}")

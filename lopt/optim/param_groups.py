@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from lopt.optim.options import ADAMW
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -35,15 +37,17 @@ def group_parameters(model: nn.Module, adamw: str | Sequence[str] = (), **option
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("the model has no parameters that require gradients")
+    # A pattern without effect is a mistake in a name, which would be noticed only in the results.
     patterns = [adamw] if isinstance(adamw, str) else adamw
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(f"no parameter matches {pattern!r}; the first are {', '.join(list(named)[:4])}")
     embedded = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
-    mine: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
+    # Two lists rather than a flag for each: torch's optimizers have options by group.
+    learned: list[tuple[str, nn.Parameter]] = []
+    for_adamw: list[tuple[str, nn.Parameter]] = []
     for name, p in named.items():
         routed = p.ndim < 2 or id(p) in embedded or any(fnmatchcase(name, pattern) for pattern in patterns)
-        (rest if routed else mine).append((name, p))
-    groups: list[dict[str, Any]] = [{"params": mine, **options}] if mine else []
-    return groups + ([{"params": rest, "rule": "adamw"}] if rest else [])
+        (for_adamw if routed else learned).append((name, p))
+    groups: list[dict[str, Any]] = [{"params": learned, **options}] if learned else []
+    return groups + ([{"params": for_adamw, "rule": ADAMW}] if for_adamw else [])

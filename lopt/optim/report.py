@@ -61,7 +61,11 @@ class Counts:
         self._warned: set[str] = set()
 
     def start_tally(self, device: torch.device) -> None:
-        """Count on a device, too; not while a graph is traced or captured, which only adds to what there is."""
+        """Begin to count on a device, if that is new; to be called outside of graphs, which only add to what there is.
+
+        Args:
+            device: of a parameter that is going to be stepped.
+        """
         if device not in self.tally:
             self.tally[device] = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -102,5 +106,8 @@ class Counts:
 
 
 def read_steps(states: Iterable[Mapping[str, Any]]) -> int:
-    """The most updates that a parameter has had; waits for the device. A tensor without gradients may have had less."""
+    """The most updates that a parameter has had, which is how far a run is; waits for the device.
+
+    A parameter that had no gradient at times, or one that was not finite, has had less.
+    """
     return max((int(state[STEP]) for state in states if STEP in state), default=0)

@@ -63,6 +63,7 @@ class RuleReplicas:
         return rule.delegate(name, find_layout(tuple(p.shape))) or rule
 
     def _find_groups_rule(self, device: torch.device, group: Mapping[str, Any]) -> Rule:
+        # AdamW's options are its weights; those of the group may be changed at any time by a scheduler.
         key: tuple[object, ...] = (device,)
         if group["rule"] == ADAMW:
             (beta1, beta2), eps = group["betas"], group["eps"]
@@ -75,21 +76,28 @@ class RuleReplicas:
         return self._rules[key]
 
     def find_index(self, rule: Rule, device: torch.device) -> int:
-        """Where a rule that `find_rule` returned is among the replicas, to which it is added the first time."""
+        """Where a rule that `find_rule` returned is among the replicas, to which it is added the first time.
+
+        Args:
+            device: of the parameter that it was found for; a rule has weights on one device only.
+        """
         if rule not in self._indices:
             self._indices[rule] = len(self._replicas)
             self._replicas.append(Replica(rule, device, find_kernels(rule, device) if self.fused else None))
         return self._indices[rule]
 
     def forget_many(self) -> None:
-        """Forget all copies if there are more than `MAX_RULES`, as with a schedule on betas; not while tracing."""
+        """Forget all copies if there are more than `MAX_RULES`: a schedule on AdamW's betas makes one in every step.
+
+        To be called between steps: indices that were given out mean nothing afterwards.
+        """
         if len(self._rules) > MAX_RULES:
             self._replicas.clear()
             self._rules.clear()
             self._indices.clear()
 
     def list_rules(self) -> list[Rule]:
-        """The user's rule and all copies that hold memory of their own, for those who count it."""
+        """The user's rule and all copies that hold memory of their own, each once, for those who count that memory."""
         return list(dict.fromkeys([self.rule, *self._rules.values()]))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lopt.rules.stages import Accumulators, Means, Steppable, Sum, divide_sums
 
 
 class Shard:
-    """Where this process's part of a DTensor lies in the whole.
+    """Where this process's part of a DTensor lies in the whole, and what passes between the two.
 
     Attributes:
         layout: of the whole parameter.
@@ -47,18 +47,28 @@ class Shard:
 
     @cached_property
     def mesh_dims(self) -> tuple[int, ...]:
-        """The mesh's dimensions over which the parameter is sharded."""
+        """The mesh's dimensions over which the parameter is sharded; sums go over these, as replicas hold the same."""
         return tuple(dim for dim, placement in enumerate(self.placements) if isinstance(placement, ShardPlacement))
 
     def take(self, x: Tensor) -> Tensor:
-        """The part of a tensor `[..., *shape of the whole]` that is here; dimensions of size 1 are shared."""
+        """The part of a tensor that is here, as a view; undoes `gather`.
+
+        Args:
+            x: `[..., *shape of the whole]`; dimensions of size 1 are shared and stay.
+        """
         for axis in self.layout.axes:
             if x.shape[axis] != 1:
                 x = x.narrow(axis, self.offset[axis], self.shape[axis])
         return x
 
     def wrap(self, local: Tensor) -> DTensor:
-        """A DTensor `[..., *shape of the whole]` of which this process has the part `local`."""
+        """A DTensor of which this process has the part `local`, for state and for gathering; communicates nothing.
+
+        Args:
+            local: `[..., *shape of the part]`.
+        Returns:
+            `[..., *shape of the whole]`, placed as the parameter.
+        """
         extra = local.ndim - len(self.shape)
         shape = torch.Size((*local.shape[:extra], *self.layout.shape))
         placements: list[Placement] = [
@@ -69,11 +79,17 @@ class Shard:
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides)
 
     def gather(self, local: Tensor) -> Tensor:
-        """The whole tensor, from every process's part."""
+        """The whole tensor, from every process's part, for stages that need it whole; all processes have to call this."""
         return self.wrap(local).full_tensor()
 
     def place(self, total: Sum) -> Tensor:
-        """A sum over this process's elements, with zeros where the rows or columns of other processes are."""
+        """A sum over this process's elements, with zeros where the rows or columns of other processes are.
+
+        Such sums are added up over the processes as they are.
+
+        Args:
+            total: over some axes of the part, the others of which may be sharded.
+        """
         value, axes = total
         shape = [1 if axis in axes else self.layout.shape[axis] for axis in self.layout.axes]
         whole = value.new_zeros(*value.shape[: value.ndim - self.layout.ndim], *shape)
@@ -86,19 +102,31 @@ class Shard:
 
 
 def to_local(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """This process's part of a DTensor, placed as another one; other tensors as they are."""
+    """This process's part of a DTensor; other tensors as they are.
+
+    Args:
+        like: a DTensor as which it is placed before, if it is not; that communicates.
+    """
     if isinstance(x, DTensor) and isinstance(like, DTensor) and x.placements != like.placements:
         x = x.redistribute(like.device_mesh, like.placements)
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def add_up(values: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
-    """Sums over the processes that share each tensor: one collective per mesh dimension and dtype for all of them."""
+    """Sums over the processes that share each tensor: one collective per mesh dimension and dtype for all of them.
+
+    Args:
+        values: a tensor for each parameter, of any shapes.
+        shards: of the parameters; None: its value is a sum already.
+    Returns:
+        Tensors of the same shapes, equal on all processes; all of these have to call this with the same parameters.
+    """
     result = list(values)
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (value, shard) in enumerate(zip(values, shards, strict=True)):
         if shard is not None and shard.mesh_dims:
             groups.setdefault((shard.mesh, shard.mesh_dims, value.dtype), []).append(i)
+    # A collective is dear whatever its size: values that go over the same processes are sent as one.
     for indices in groups.values():
         flat = torch.cat([values[i].reshape(-1) for i in indices])
         shard = shards[indices[0]]
@@ -112,11 +140,18 @@ def add_up(values: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Ten
 
 
 def to_means(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]]) -> list[Means]:
-    """As `lopt.rules.base.divide_sums`, with the sums of shards added up over their processes."""
+    """The means of a step's tensors, as `divide_sums` makes them, where sums of shards are added up over processes.
+
+    Args:
+        sums: for each tensor, over this process's elements.
+    Returns:
+        Means over the whole parameters, equal on all processes.
+    """
     shards = [getattr(tensor, "shard", None) for tensor in tensors]
     if not any(shards):
         return divide_sums(tensors, sums)
-    flat = [(i, key) for i, own in enumerate(sums) for key in own]
+    # All sums of all tensors go into one list, and so into one collective.
+    flat = [(i, key) for i, of_tensor in enumerate(sums) for key in of_tensor]
     values = [sums[i][key].value if (s := shards[i]) is None else s.place(sums[i][key]) for i, key in flat]
     totals = add_up(values, [shards[i] for i, _ in flat])
     whole: list[dict[str, Sum]] = [{} for _ in sums]
@@ -136,6 +171,7 @@ def init_parts(
         shared: keys of what belongs to the tensor as a whole.
         lines: keys of what rows or columns share; zeros at first.
     """
+    # Shapes of the whole tell what is an element's own: a part of one row looks like what rows share.
     shard = Shard(cast(DTensor, p))
     whole = make(torch.empty(shard.layout.shape, device="meta"), shard.layout)
     local = to_local(p).contiguous().view(shard.shape)

@@ -37,6 +37,7 @@ def init_state(
     state = {STEP: torch.zeros((), dtype=torch.int64, device=p.device)}
     if seed is not None:
         state[SEED] = torch.full((), seed, dtype=torch.int64, device=p.device)
+    # Every process makes the state of its part; what a rule reads of the parameter, it reads in fp32.
     layout = find_layout(tuple(p.shape))
     if is_sharded(p):
         init = import_sharding().init_parts
@@ -89,7 +90,9 @@ def check_rule(group: Mapping[str, Any], expected: str) -> None:
 
 
 def match_names(saved: Group, group: Mapping[str, Any]) -> None:
-    """Reorder a saved group's parameters as the optimizer's, in place, where both have names and these are the same.
+    """Reorder a saved group's parameters as the optimizer's, in place, where both have names.
+
+    So a model whose layers are created in another order finds the state of each again.
 
     Raises:
         ValueError: they have other names.
@@ -103,6 +106,7 @@ def match_names(saved: Group, group: Mapping[str, Any]) -> None:
             f"the state's group has other parameters than this optimizer's: {missing[0]!r} is in one of them only. "
             "Construct both optimizers with the same groups."
         )
+    # torch hands states out by position: the saved keys are put where the parameters of their names are here.
     keys = dict(zip(saved_names, saved["params"], strict=True))
     saved["params"], saved["param_names"] = [keys[name] for name in names], list(names)
 
@@ -123,6 +127,7 @@ def check_states(
     Raises:
         ValueError: other entries or other shapes; the message names the parameter.
     """
+    # On the meta device a state takes no memory, and a rule's constructor is asked rather than described twice.
     names = saved.get("param_names", list_names(group))
     for key, name, p in zip(saved["params"], names, group["params"], strict=False):
         rule, whole = find_rule(name, p, group), torch.empty(p.shape, dtype=p.dtype, device="meta")
@@ -194,5 +199,8 @@ def _copy_to(device: torch.device, value: Any, dtype: torch.dtype | None) -> Any
 
 
 def list_names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, as the user gave them; "" for each where there are none."""
+    """The names of a group's parameters, in order, as the user gave them; "" for each where there are none.
+
+    Rules may route by them (`Rule.delegate`), and the order of parameters in a step and in saved states goes by them.
+    """
     return list(group.get("param_names", [""] * len(group["params"])))

@@ -51,11 +51,19 @@ class Member(NamedTuple):
     shard: Shard | None
 
     def pick_accumulators(self) -> dict[str, Tensor]:
-        """What a rule sees of the state: its own accumulators, without counter, seed and the guard's."""
+        """What a rule sees of the state: the accumulators that it made, without counter, seed and what the guard keeps.
+
+        Returns:
+            A new dictionary of the same tensors.
+        """
         return {key: value for key, value in self.state.items() if not key.startswith(NOT_THE_RULES)}
 
     def pick_guards(self) -> dict[str, Tensor]:
-        """What `lopt.optim.guard.steps` sees of the state: the moments and the snapshot of AdamW's side."""
+        """What the guard sees of the state: AdamW's moments, the snapshot, and the running norm of the steps.
+
+        Returns:
+            A new dictionary of the same tensors, empty without a guard.
+        """
         return {key: value for key, value in self.state.items() if key.startswith(GUARD)}
 
 
@@ -124,7 +132,10 @@ def make_members(
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether a tensor's numbers can be looked at without waiting for a device, and without breaking a traced graph."""
+    """Whether a tensor's numbers can be looked at without waiting for a device, and without breaking a traced graph.
+
+    Where they can, decisions are made on the host and cost nothing later; else masks and tensors carry them.
+    """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -140,7 +151,10 @@ def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
 
 
 def list_num_steps(units: Sequence[Unit]) -> list[int]:
-    """The planned steps of every member, in order; for rules that need them, whose groups all have them."""
+    """The planned steps of every member, in order.
+
+    For rules with a schedule, whose groups all have the option `num_steps` (`check_num_steps`); those of AdamW may not.
+    """
     return [unit.group["num_steps"] for unit in units for _ in unit.members]
 
 
@@ -153,7 +167,7 @@ def read_num_steps(steps: Tensor, num_steps: Sequence[int]) -> tuple[Tensor, Ten
     Returns:
         Planned steps and the run's steps so far, int64 `[n]` each.
     """
-    if len(set(num_steps)) == 1:
+    if len(set(num_steps)) == 1:  # the usual case, with fewer operations
         return torch.full_like(steps, num_steps[0]), find_run_steps(steps, steps, alike=True)
     totals = torch.cat([steps.new_full((1,), number) for number in num_steps])
     return totals, find_run_steps(steps, totals, alike=False)
@@ -172,7 +186,11 @@ def find_run_steps(steps: Tensor, totals: Tensor, alike: bool) -> Tensor:
 
 
 def add_up(x: Tensor, shard: Shard | None) -> Tensor:
-    """The sum of `x` over the processes that share a tensor; `x` itself where none do."""
+    """The sum of `x` over the processes that share a parameter, all of which have to call this.
+
+    Args:
+        shard: of the parameter; None where it is whole, and `x` itself is the sum.
+    """
     if shard is None:
         return x
     total: Tensor = import_sharding().add_up([x], [shard])[0]

@@ -57,7 +57,7 @@ class ParameterUpdate(NamedTuple):
             g = g * self.unscale
         if self.sanitize:
             g = g.nan_to_num(0.0, 0.0, 0.0)
-        if self.live is not None:
+        if self.live is not None:  # a product with the mask would keep NaN
             g = torch.where(_spread(self.live, g), g, 0.0)
         return -g if self.maximize else g
 
@@ -80,6 +80,7 @@ class ParameterUpdate(NamedTuple):
         if isinstance(self.lr, float) and self.lr == 0:
             return p
         base = p.to(torch.promote_types(p.dtype, torch.float32))
+        # A number for lr can be compared here, and saves the operations of a decay of 0.
         if isinstance(self.lr, float):
             if self.decay:
                 base = base - self.lr * self.decay * base

@@ -1,1 +1,4 @@
-"""A safety net under a learned rule: who makes the next step, and how it is made safe."""
+"""A safety net under a learned rule: who makes the next step, and how it is made safe.
+
+`decisions` listens to the losses, `state` is what it remembers, and `steps` does to tensors what was decided.
+"""

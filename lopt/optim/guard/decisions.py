@@ -136,11 +136,18 @@ class Guard:
 
     @property
     def share(self) -> float:
-        """The learned rule's share in the next step, from 0 (AdamW alone) to 1; between them while on probation."""
+        """The learned rule's share in the next step: 1 is the rule alone, 0 is AdamW alone.
+
+        Between them while the rule is on probation, so that a broken one is seen before it does harm.
+        """
         return self.now.share
 
     def observe(self, loss: float | None) -> None:
-        """Take note of the loss at the current parameters and decide on the next step. None: nothing is decided."""
+        """Take note of the loss at the current parameters and decide on the next step.
+
+        Args:
+            loss: of any size and sign, finite or not. None: there is none, and nothing is decided.
+        """
         now = self.now
         self.save = self.restore = False
         if loss is not None:
@@ -161,6 +168,7 @@ class Guard:
         if self._is_failure(loss):
             self._fail()
             return
+        # In a window's sums a loss counts no more than the limit: one outlier must not decide on a turn.
         now.peak = max(now.peak, loss)
         now.sums[int(now.position >= now.window // 2)] += min(loss, self._limit())
         now.position, now.unchallenged = now.position + 1, now.unchallenged + 1
@@ -211,6 +219,7 @@ class Guard:
 
     def _close_window(self) -> None:
         now = self.now
+        # Progress is the fall from the first half's mean to the second's; the error is that of such a difference.
         half = now.window // 2
         before, after = now.sums[0] / half, now.sums[1] / (now.window - half)
         error = now.deviation * sqrt(4 / now.window)
@@ -227,6 +236,7 @@ class Guard:
 
     def _close_rule(self, gain: float, after: float, error: float) -> None:
         now = self.now
+        # While the snapshot is still the run's start, a rule that only shakes the loss is undone to there.
         if now.early and self._is_reckless(after):
             self._fail()
             return

@@ -23,7 +23,7 @@ class Mode(Enum):
 
     @property
     def is_adamw(self) -> bool:
-        """Whether AdamW alone makes the steps, so that a bad loss is not the rule's fault."""
+        """Whether AdamW alone makes the steps, so that a bad loss is not the rule's fault, and no turn of it ends."""
         return bool(self.value[0])
 
 
@@ -81,7 +81,11 @@ class GuardState:
     rates: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def to_numbers(self) -> list[float]:
-        """All fields as plain numbers, which any format of checkpoints can hold."""
+        """All fields as plain numbers, in their order, which any format of checkpoints can hold.
+
+        Returns:
+            29 floats; whole numbers and flags as floats, too.
+        """
         numbers: list[float] = []
         for value in vars(self).values():
             if isinstance(value, Mode):
@@ -94,7 +98,7 @@ class GuardState:
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> GuardState:
-        """The state that `to_numbers` wrote, bit for bit.
+        """The state that `to_numbers` wrote, bit for bit, with every field in its own type again.
 
         Raises:
             ValueError: the list has another length.

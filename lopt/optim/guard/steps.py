@@ -213,7 +213,7 @@ def save_snapshot(p: Tensor, state: Accumulators) -> None:
 
     Args:
         p: `[*shape]`, or `[k, *shape]`.
-        state: as `init_guard` makes it.
+        state: as `init_guard` makes it, whose snapshot is in at least fp32, so that nothing is lost.
     """
     state["guard_p"].copy_(p)
 

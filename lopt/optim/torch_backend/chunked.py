@@ -80,6 +80,7 @@ class ChunkedTensor:
         """
         if self.p.numel() == 0:
             return [(slice(0, self.shape[0]),)]
+        # The first axis whose single element, with all behind it, fits into a chunk is the one that is cut.
         axis = next(i for i in range(len(self.shape)) if prod(self.shape[i + 1 :]) <= self.length)
         slices = list(_slice(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
         before = product(*(_slice(size, 1) for size in self.shape[:axis]))
@@ -89,6 +90,7 @@ class ChunkedTensor:
         sums: dict[str, Sum] = {}
         for cut, visit in self._walk(stage):
             for key, (value, axes) in visit.sums.items():
+                # Rows or columns that a chunk does not have stay 0 there: chunks add up to the whole sum.
                 if key not in sums:
                     ndim = self.layout.ndim
                     shape = [1 if axis in axes else self.shape[axis] for axis in self.layout.axes]
@@ -147,6 +149,7 @@ class ChunkedTensor:
 
     def _walk(self, stage: Callable[[Elements], Visit]) -> Iterator[tuple[Cut, Visit]]:
         """Call the stage on every chunk and keep the new accumulators; stops where the stage has nothing to do."""
+        # A chunk may overwrite its own accumulators at once, as no other one reads them; what chunks share waits.
         shared: Accumulators = {}
         for cut in self.cuts:
             acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
@@ -168,6 +171,7 @@ class ChunkedTensor:
         Args:
             whole: it has the shape of the whole parameter, of which this process may have a part.
         """
+        # A chunk of a shard is numbered from the shard's start; a tensor of the whole begins before that.
         offset = self.shard.offset if whole and self.shard is not None else None
         if offset is not None:
             cut = (*cut, *(slice(0, size) for size in self.shape[len(cut) :]))

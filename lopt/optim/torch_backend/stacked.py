@@ -69,6 +69,7 @@ class StackedTensors:
             for key, value in new.items():
                 if value is not old[key]:
                     self.extra.write(key, self.update.merge(value, old[key]))
+        # Parameters keep their dtype here, as the update rounds; a scalar has a dimension that the layout adds.
         raw = torch.stack(self.params)
         moved = self.update.move(raw.view(delta.shape), delta)
         torch._foreach_copy_(self.params, list(moved.view(raw.shape).unbind(0)))
@@ -80,6 +81,7 @@ class StackedTensors:
         old = {key: self.acc[key] for key in self.seen}
         e = Elements(g, torch.stack(self.params).float().view(shape), old | self.fields, self.layout)
         visit = stage(e)
+        # `old` is at hand: `keep` would stack it a second time.
         for key, value in visit.acc.items():
             self.acc.write(key, self.update.merge(value, old[key]))
         return visit, e
@@ -105,5 +107,9 @@ class StackedState(Mapping[str, Tensor]):
         return len(self.states[0]) if self.states else 0
 
     def write(self, key: str, value: Tensor) -> None:
-        """Put a new value `[k, ...]` back into the k tensors under `key`, rounded to their dtype."""
+        """Put a new value back into the k tensors under `key`, in place, rounded once to their dtype.
+
+        Args:
+            value: `[k, ...]`, in the order of the states.
+        """
         torch._foreach_copy_([state[key] for state in self.states], list(value.unbind(0)))

@@ -1,4 +1,7 @@
-"""One step of many parameters under one rule: divides them into units, and runs the rule's stages on these."""
+"""One step of many parameters under one rule: divides them into units, and runs the rule's stages on these.
+
+The host waits for no device: what it cannot know, such as which gradients are finite, stays in masks on the device.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,14 @@ def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) 
         group: their options. With `foreach` False every member is a unit, and so are always parts of DTensors.
     """
     compiling = torch.compiler.is_compiling()  # the compiler fuses: no chunks
+    # Tensors can be stacked if shapes and dtypes agree; parts of DTensors have places of their own in the whole.
     alike: dict[tuple[object, ...], list[Member]] = {}
     for member in members:
         if member.shard is not None or (group["foreach"] is False and not compiling):
             yield Unit([member], group)
         else:
             alike.setdefault((member.p.shape, member.p.dtype, member.g.dtype), []).append(member)
+    # A stack is copied in every stage: it must not outgrow the cache, or the memory that chunks are bounded to.
     for equal in alike.values():
         first, size = equal[0], len(equal)
         if not compiling:
@@ -85,11 +90,13 @@ def step_units(
     Returns:
         How many parameters were skipped for gradients that are not finite.
     """
+    # Which gradients count comes first: it decides what the rule sees of all tensors together.
     live = find_live(units, sanitize, amp)
     if not live.units:
         return live.skipped
     counters = [member.state[STEP] for unit in live.units for member in unit.members]
     steps = torch.stack(counters)
+    # Options are read now, as schedulers may have changed them since the last step.
     unscale = None if amp is None else amp.unscale
     tensors: list[Steppable] = []
     for unit, place in _find_places(live.units):
@@ -104,6 +111,7 @@ def step_units(
             transform=transforms(unit, steps[place]),
         )
         tensors.append(make_steppable(rule, unit, update))
+    # The rule sees the counters from before the step; they advance after it, where the step was made.
     clock = Clock(steps, None)
     if rule.needs_num_steps:
         clock = Clock(steps, *read_num_steps(steps, list_num_steps(live.units)))

@@ -1,4 +1,7 @@
-"""Which parameters of a rule kernels step, and with which tables."""
+"""Which parameters of a rule kernels step, and with which tables: `torch.compile` finds both again by a number.
+
+Tables are dear to make and cheap to use; a few sets of them are kept for each rule.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ class RuleKernels:
         rows = bool(self.rule.tensor_keys)
         if rows and torch.compiler.is_compiling():
             return [], units
+        # Members are sorted one by one: a group may mix dtypes, of which kernels take only some.
         fused, others = [], []
         for unit in units:
             taken: list[Member] = []
@@ -85,6 +89,7 @@ class RuleKernels:
         """
         step = next((step for step in self.steps if step.matches(units)), None)
         if step is None:
+            # What CUDA graphs address must stay; of the others, the oldest goes.
             step = FusedStep(self.rule, units)
             spare = [old for old in self.steps if not old.captured][MAX_STEPS - 1 :]
             self.steps = [step, *(old for old in self.steps if old not in spare)]

@@ -1,4 +1,7 @@
-"""An optimizer's parameters as the kernels take them."""
+"""An optimizer's parameters as the kernels take them: in the order of their memory, without anything being moved.
+
+Only state that lies in another order than its parameter is laid out anew, once, and parameters with gaps are copied.
+"""
 
 from __future__ import annotations
 

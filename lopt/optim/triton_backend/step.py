@@ -22,12 +22,11 @@ from lopt.rules.programs.registry import FUSED
 
 
 class FusedStep:
-    """The step of the members of some units under one rule, on one device.
+    """The tables for one set of parameters under one rule, on one device, and the step by kernels that reads them.
 
     Args:
-        program: of the rule.
-        units: at least one member; `takes` says which.
-
+        rule: one that has a program.
+        units: at least one member; `takes` says which. State that lies otherwise than its parameter is laid out anew.
     Attributes:
         captured: a CUDA graph addresses the tables.
     """
@@ -41,33 +40,35 @@ class FusedStep:
             for i, member in enumerate(members)
         ]
         self.captured = False
+        # A launch is compiled for one pair of dtypes: parameters are divided into batches by these.
         self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
         self._order = list(dict.fromkeys(self._kinds))
         batches = [[part for part in self.parts if self._kinds[part.item] == kind] for kind in self._order]
         self.program = program(rule, batches, n)
+        # What changes from step to step has its place from the start, so that graphs can address it.
         self.seeded = any(SEED in member.state for member in members)
         self.clocks = [_make_clock(parts, members) for parts in batches]
         self.live = torch.empty(n, dtype=torch.bool, device=device)
         self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
         self._grads, self._num_steps = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
-        self._terms = _Uploaded(torch.float32, device)
+        self._rates = _Uploaded(torch.float32, device)
         self._grad_copies: dict[int, Tensor] = {}
         self._key = _read_key(members)  # state may have been laid out anew
         self.parts = [part.release() for part in self.parts]
 
     @property
     def copies(self) -> int:
-        """Parameters, and gradients, that are copied for a step as they have gaps or lie in another order."""
+        """How many parameters, and gradients, are copied for every step as they have gaps or lie in another order."""
         return sum(part.source is not None for part in self.parts) + len(self._grad_copies)
 
     @staticmethod
     def takes(member: Member) -> bool:
-        """Whether a member can be stepped so."""
+        """Whether kernels can step a member: a whole parameter, of dtypes that they are compiled for."""
         p, g = member.p.dtype, member.g.dtype
         return member.shard is None and p in PARAMETER_DTYPES and g in (p, torch.float32)
 
     def matches(self, units: Sequence[Unit]) -> bool:
-        """Whether the tables still tell of these."""
+        """Whether the tables are of these: the same parameters and state, where they were, and of the same dtypes."""
         return self._key == _read_key([member for unit in units for member in unit.members])
 
     def step(
@@ -83,22 +84,28 @@ class FusedStep:
 
         Args:
             units: those of the constructor, with gradients and options as they are now.
-            loss, sanitize, decay_scale, amp: see `lopt.optim.torch_backend.step.step_units`.
+            loss: `[]` or None.
+            sanitize: NaN and infinite entries of gradients count as 0; otherwise such gradients are skipped.
+            decay_scale: factor on a unit's weight decay.
+            amp: what a gradient scaler says of the gradients.
             skipped: int64; its first number grows by the parameters whose gradients are not finite.
         """
+        # What the host knows is sent now, if it has changed; parameters with gaps are stepped in a copy.
         self.captured = self.captured or _is_capturing(self.live.device)
         rates = self._read_rates(units, decay_scale, amp)
         for part in self.parts:
             if part.source is not None:
                 part.p.copy_(part.source)
         items = self._read_items([member for unit in units for member in unit.members], rates)
-        for table, own in zip(self.clocks, items, strict=True):
+        # One launch per batch looks at the gradients, advances the counters of those that are finite and derives seeds.
+        for table, batch in zip(self.clocks, items, strict=True):
             clock_op.launch_segments(
-                *(table, own.grads, own.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
+                *(table, batch.grads, batch.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
                 found_inf=None if amp is None else amp.found_inf,
                 look=not sanitize,
-                align=own.align,
+                align=batch.align,
             )
+        # The program's launches read what that one has left, on the device.
         clock = Clock(self.steps, None)
         if self.rule.needs_num_steps:
             num_steps = list_num_steps(units)
@@ -116,13 +123,13 @@ class FusedStep:
         decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
         signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
         counts = [len(unit.members) for unit in units]
-        known = [rate if isinstance(rate, float) else 0.0 for rate in rates]
+        known_rates = [rate if isinstance(rate, float) else 0.0 for rate in rates]
         numbers: list[float] = []
-        for column in (known, decays, signs):
+        for column in (known_rates, decays, signs):
             numbers += [x for x, k in zip(column, counts, strict=True) for _ in range(k)]
             numbers += [0.0] * (-len(numbers) % 4)  # kernels are compiled for columns that begin at 16 bytes
-        lr, decay, sign = self._terms.send(numbers).view(3, -1)[:, : sum(counts)].unbind()
-        if any(isinstance(rate, Tensor) for rate in rates):
+        lr, decay, sign = self._rates.send(numbers).view(3, -1)[:, : sum(counts)].unbind()
+        if any(isinstance(rate, Tensor) for rate in rates):  # of a captured graph: read anew at every replay
             lr = torch.cat([
                 rate.float().expand(k) if isinstance(rate, Tensor) else lr.new_full((k,), rate)
                 for rate, k in zip(rates, counts, strict=True)
@@ -134,17 +141,18 @@ class FusedStep:
         """For each batch; gradients that do not lie as their parameters are copied."""
         addresses = []
         for part, member in zip(self.parts, members, strict=True):
+            # Kernels walk through memory: a gradient must lie as its parameter does.
             g = member.g
             if part.source is not None or g.stride() != member.p.stride():
                 g = self._arrange_grad(part, g.detach().reshape(part.layout.shape).permute(part.order))
             addresses.append(g.data_ptr())
         grads = self._grads.send(addresses)
         seeds = self.seeds if self.seeded else None
-        made = []
+        items = []
         for kind in self._order:
-            own = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
-            made.append(Items(grads, rates, self.live, self.steps, seeds, kind[1], find_alignment(own)))
-        return made
+            alike = [address for address, other in zip(addresses, self._kinds, strict=True) if other == kind]
+            items.append(Items(grads, rates, self.live, self.steps, seeds, kind[1], find_alignment(alike)))
+        return items
 
     def _arrange_grad(self, part: Part, g: Tensor) -> Tensor:
         """A gradient in the order of its parameter's memory, copied if need be."""
@@ -207,12 +215,12 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
     """The table of the kernel `clock`; a parameter that is not rounded at random has its counter for a seed."""
-    made = []
+    segments = []
     for part in parts:
         state = members[part.item].state
         pair = (state[STEP], state.get(SEED, state[STEP]))
-        made.append(Segment(pair, (part.p.numel(),), part.item))
-    return Segments(made, by_elements(clock_op.BLOCK))
+        segments.append(Segment(pair, (part.p.numel(),), part.item))
+    return Segments(segments, by_elements(clock_op.BLOCK))
 
 
 def _read_key(members: Sequence[Member]) -> list[tuple[object, ...]]:
