@@ -45,6 +45,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is of another kind or out of range; the message names it, what was expected and what was given.
     """
+    # As in torch, a learning rate may be a tensor, which captured and compiled steps read anew each time.
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")

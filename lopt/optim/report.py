@@ -75,6 +75,7 @@ class Counts:
         Args:
             states: of all parameters; looked at, which waits for the device, in the first step after loading only.
         """
+        # A graph would hold the count of the moment at which it was traced.
         if torch.compiler.is_compiling():
             return
         self.steps = (read_steps(states) if self.steps is None else self.steps) + 1

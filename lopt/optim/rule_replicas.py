@@ -81,6 +81,7 @@ class RuleReplicas:
         Args:
             device: of the parameter that it was found for; a rule has weights on one device only.
         """
+        # Found by identity: two rules with equal weights are still stepped one after the other.
         if rule not in self._indices:
             self._indices[rule] = len(self._replicas)
             self._replicas.append(Replica(rule, device, find_kernels(rule, device) if self.fused else None))

@@ -79,7 +79,7 @@ class Shard:
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides)
 
     def gather(self, local: Tensor) -> Tensor:
-        """The whole tensor, from every process's part, for stages that need it whole; all processes have to call this."""
+        """The whole tensor, from every process's part, for stages that need it; all processes have to call this."""
         return self.wrap(local).full_tensor()
 
     def place(self, total: Sum) -> Tensor:

@@ -167,6 +167,7 @@ def match_state(
     Raises:
         ValueError: it does not fit; see `check_rule`, `match_names` and `check_states`.
     """
+    # Nothing is changed here: a state that does not fit in its last group leaves the optimizer as it was.
     saved_groups = fill_groups(state_dict["param_groups"], groups)
     for saved, group in zip(saved_groups, groups, strict=False):
         check_rule(saved, expected=group["rule"])

@@ -122,6 +122,7 @@ def make_members(
     Returns:
         Lists by `Record.replica`, each in the given order.
     """
+    # The states come as one list because torch.compile takes tensors over from flat lists only.
     members: dict[int, list[Member]] = {}
     start = 0
     for p, g, (name, replica, keys) in zip(params, grads, records, strict=True):

@@ -107,6 +107,7 @@ class GuardState:
         expected = len(fresh.to_numbers())
         if len(numbers) != expected:
             raise ValueError(f"a guard's state has {expected} numbers, got {len(numbers)}")
+        # A fresh state tells how many numbers a field has, and of which type it is.
         rest: Iterator[float] = iter(numbers)
         values: dict[str, Any] = {}
         for name, default in vars(fresh).items():

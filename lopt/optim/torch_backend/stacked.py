@@ -51,6 +51,7 @@ class StackedTensors:
         return visit.sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        # Where all are live, the old state is not even stacked.
         for key, value in acc.items():
             self.acc.write(key, value if self.update.live is None else self.update.merge(value, self.acc[key]))
         self.fields |= fields

@@ -206,6 +206,7 @@ def _find_places(units: Sequence[Unit]) -> Iterator[tuple[Unit, slice | int]]:
 def _find_finite(units: Sequence[Unit]) -> Tensor | None:
     """Which gradients are finite on all processes, bool `[n]`; None where all are known to be."""
     finite = torch.cat([_are_finite(unit) for unit in units])
+    # A process may not skip a parameter of which another one sees only finite gradients.
     shards = [member.shard for unit in units for member in unit.members]
     if any(shards):
         bad = list((~finite).float().unbind(0))
@@ -241,6 +242,7 @@ def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
     """Seeds of this step's stochastic rounding, if it is on; those of shards differ."""
     if SEED not in unit.members[0].state:
         return None
+    # Every step and every shard needs bits of its own, reproducibly: both are folded into the parameter's seed.
     seeds = [member.state[SEED] for member in unit.members]
     now = fold_in(torch.stack(seeds) if unit.together else seeds[0], steps)
     shard = unit.members[0].shard

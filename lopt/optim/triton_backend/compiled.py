@@ -38,9 +38,11 @@ def step_in_graph(
         decays: weight decay of each unit.
         sanitize, tally, amp: as for `FusedStep.step`.
     """
+    # One rate in a tensor puts all rates into tensors, so that a scheduler's new value needs no new graph.
     members = [member for unit in units for member in unit.members]
     rates = [unit.group["lr"] for unit in units]
     in_tensors = any(isinstance(rate, Tensor) for rate in rates)
+    # torch allows an operator lists of one plain type each, no dictionaries and no objects: hence the two lists.
     integers = [kernels.number, int(sanitize), len(units)]
     floats: list[float] = []
     for unit, rate, decay in zip(units, rates, decays, strict=True):
@@ -81,6 +83,7 @@ def fused_step(
         unscale, found_inf: of `Scaled`, if there is a gradient scaler.
         floats, integers: see the constants of this module.
     """
+    # Members have their state's tensors under their names again, which say where the kernels read and write what.
     kernels, count = REGISTERED[integers[NUMBER]], integers[UNITS]
     names = [kernels.state_names[index] for index in integers[HEAD + UNIT * count :]]
     values = iter(states)
@@ -88,6 +91,7 @@ def fused_step(
         Member("", p, g, {key: next(values) for key in keys}, None)
         for p, g, keys in zip(params, grads, names, strict=True)
     ]
+    # Groups have what the kernels read of one; weight decay came multiplied, so that its scale here is 1.
     units, start = [], 0
     for i in range(count):
         options, numbers = integers[HEAD + UNIT * i :], floats[RATES * i :]

@@ -96,6 +96,7 @@ class RuleKernels:
         step.step(units, loss, sanitize, decay_scale, tally, amp)
 
 
+# Graphs outlive optimizers: a number without its rule is never asked for again, and must not keep it alive.
 _NUMBERS = itertools.count(1)
 REGISTERED: WeakValueDictionary[int, RuleKernels] = WeakValueDictionary()
 

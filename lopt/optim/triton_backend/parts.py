@@ -24,11 +24,13 @@ def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[L
     """
     layout = find_layout(tuple(member.p.shape))
     p, source = member.p.detach().reshape(layout.shape), None
+    # Any order without gaps will do for most kernels: parameters of convolutions in "channels last" stay as they are.
     order = find_order(p)
     if order is None or not suits(layout, order):
         order = tuple(range(layout.ndim))
         if not p.is_contiguous():
             p, source = torch.empty(layout.shape, dtype=p.dtype, device=p.device), member.p.detach()
+    # What belongs to the tensor as a whole has no elements that could lie in an order.
     state = {}
     for key, x in member.pick_accumulators().items():
         state[key] = x if key in rows else arrange(x, order)
