@@ -38,7 +38,7 @@ def step_in_graph(
         decays: weight decay of each unit.
         sanitize, tally, amp: as for `FusedStep.step`.
     """
-    # One rate in a tensor puts all rates into tensors, so that a scheduler's new value needs no new graph.
+    # Rates in tensors stay variables of the graph; the operator takes all of them so if one is.
     members = [member for unit in units for member in unit.members]
     rates = [unit.group["lr"] for unit in units]
     in_tensors = any(isinstance(rate, Tensor) for rate in rates)
