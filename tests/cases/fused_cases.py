@@ -17,7 +17,7 @@ from lopt.rules import RULES, Rule
 from lopt.rules.programs.registry import FUSED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONFIG: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {  # in place of quick ones: the interpreter is slow, and tiles have edges
     "celo": {"hidden": 2, "width": 4},
     "celo2": {"hidden": 3},
     "celo2_base": {"hidden": 3},
@@ -41,7 +41,7 @@ few_rules = pytest.mark.parametrize("name", ["adamw", "rnnprop", "small_fc"])
 
 
 def make_rule(name: str) -> Rule:
-    rule = RULES[name](**CONFIG.get(name, {}))
+    rule = RULES[name](**SIZES.get(name, RULES[name].quick_config))
     with torch.no_grad():
         for i, weight in enumerate(w for w in rule.parameters() if w.ndim):
             weight += 0.02 * torch.randn(weight.shape, generator=make_generator(i))

@@ -26,7 +26,7 @@ from lopt.rules import RULES
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 NAMES |= {torch.int64: "i64", torch.int8: "i8", torch.bool: "i1"}
-CONFIG: dict[str, dict[str, Any]] = {"celo": {"width": 8}, "velo": {"width": 8, "bank": 2}}
+SCHEDULER = ("width", "bank")  # of a quick rule; networks are compiled in the sizes that are in use
 SHAPES = [(), (5,), (3, 304), (4, 3, 2, 2)]  # a vector, rows that are kept, and strides
 
 
@@ -66,7 +66,7 @@ def name_type(value: Any) -> Any:
 
 def step(name: str, dtype: torch.dtype, scaled: bool, **options: Any) -> None:
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    rule = RULES[name](**CONFIG.get(name, {}))
+    rule = RULES[name](**{key: value for key, value in RULES[name].quick_config.items() if key in SCHEDULER})
     optimizer = LearnedOptimizer(params, rule, backend="triton", num_steps=20, **options)
     for p in params:
         p.grad = torch.randn_like(p)
