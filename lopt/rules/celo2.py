@@ -17,7 +17,7 @@ from lopt.rules.adam import AdamW
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
-from lopt.rules.building_blocks.feature_mlp import MLPTerms
+from lopt.rules.building_blocks.feature_mlp import Inputs, TensorMLP
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Elements, Means, count_elements
 
@@ -78,10 +78,10 @@ class Celo2(FactoredMLP):
         """Features are normalised per matrix."""
         return layout.last
 
-    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
+    def find_inputs(self, layout: Layout) -> Inputs:
         """Vectors have the features up to g rs only."""
-        own, lines, constant = super().slots(layout)
-        return ([slice(VECTOR_FEATURES)], [], constant) if layout.factored is None else (own, lines, constant)
+        inputs = super().find_inputs(layout)
+        return inputs._replace(elements=[slice(VECTOR_FEATURES)]) if layout.factored is None else inputs
 
     def element_features(self, e: Elements) -> list[features.Piece]:
         """See `FeatureMLP.element_features`."""
@@ -92,7 +92,7 @@ class Celo2(FactoredMLP):
         """1: `finish` sets the size."""
         return mean_squares.new_ones(mean_squares.shape[:-1])
 
-    def finish(self, delta: Tensor, decided: MLPTerms, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, decided: TensorMLP, layout: Layout) -> tuple[Tensor, Tensor]:
         """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
         if self.orthogonalizes and layout.factored is not None:
             delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lopt.rules.building_blocks import features
-from lopt.rules.building_blocks.feature_mlp import FeatureMLP
+from lopt.rules.building_blocks.feature_mlp import FeatureMLP, Inputs
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Clock, Elements, Means, Visit
 
@@ -65,9 +65,8 @@ class MLPLOpt(FeatureMLP):
         """The eleven time features."""
         return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
 
-    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
-        """See `FeatureMLP.slots`."""
-        return [slice(NUM_OWN)], [], slice(NUM_OWN, None)
+    def find_inputs(self, layout: Layout) -> Inputs:
+        return Inputs([slice(NUM_OWN)], {}, slice(NUM_OWN, None))
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         """`step_mult` for every tensor."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lopt.core.random import derive_seeds
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP, K
-from lopt.rules.building_blocks.feature_mlp import Layer
+from lopt.rules.building_blocks.products import Layer
 from lopt.rules.building_blocks.scheduler import FEATURE_NAMES as SCHEDULER_FEATURES
 from lopt.rules.building_blocks.scheduler import ROW_KEYS, Scheduler
 from lopt.rules.layout import Layout

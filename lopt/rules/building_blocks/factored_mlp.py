@@ -10,7 +10,7 @@ from lopt_kernels.feature_mlp.fold import RMS_EPS
 from torch import Tensor
 
 from lopt.rules.building_blocks import features
-from lopt.rules.building_blocks.feature_mlp import FeatureMLP
+from lopt.rules.building_blocks.feature_mlp import FeatureMLP, Inputs
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Clock, Decision, Elements, Means, Visit
 
@@ -91,14 +91,14 @@ class FactoredMLP(FeatureMLP):
 
     def begin_step(self, clock: Clock) -> Means:
         """As `FeatureMLP.begin_step`, and the decays."""
-        decays = zip(("momentum decays", "second decays", "factored decays"), self.decays(), strict=True)
+        decays = zip(("momentum_decays", "second_decays", "factored_decays"), self.decays(), strict=True)
         return super().begin_step(clock) | dict(decays)
 
     def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
         """Row and column averages, and the factors that they make."""
         if layout.factored is None:
             return Decision()
-        decays = features.spread(shared["factored decays"], layout.ndim)
+        decays = features.spread(shared["factored_decays"], layout.ndim)
         lines = {key: features.average(acc[key], means[key], decays) for key in ("rows", "cols")}
         return Decision(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
 
@@ -106,7 +106,7 @@ class FactoredMLP(FeatureMLP):
         """Momenta and second moment, and the features' sums of squares."""
         ndim, g = e.layout.ndim, self.clip(e.g)
         momentum, second, factored = (
-            features.spread(shared[f"{key} decays"], ndim) for key in ("momentum", "second", "factored")
+            features.spread(shared[f"{key}_decays"], ndim) for key in ("momentum", "second", "factored")
         )
         square, lifted = g.square(), features.lift(g, ndim)
         acc = {
@@ -141,16 +141,16 @@ class FactoredMLP(FeatureMLP):
             own = [g, p, m, v, (m, rs), rs, (g, factor)]
         return [*own, *shared, (m, factor_m)]
 
-    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
-        """See `FeatureMLP.line_features`: the averages and their inverse roots, of rows and of columns."""
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """The averages and their inverse roots, of rows and of columns."""
         if layout.factored is None:
-            return []
-        return [torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in ("rows", "cols")]
+            return {}
+        return {key: torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in self.line_keys}
 
-    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
-        """See `FeatureMLP.slots`."""
+    def find_inputs(self, layout: Layout) -> Inputs:
         start = 15 if self.clips else 13
         rows, cols, rs_rows, rs_cols, last = (slice(start + K * i, start + K * (i + 1)) for i in range(5))
         if layout.factored is None:
-            return [slice(last.stop)], [], slice(last.stop, None)
-        return [slice(start), last], [[rows, rs_rows], [cols, rs_cols]], slice(last.stop, None)
+            return Inputs([slice(last.stop)], {}, slice(last.stop, None))
+        lines = {"rows": [rows, rs_rows], "cols": [cols, rs_cols]}
+        return Inputs([slice(start), last], lines, slice(last.stop, None))

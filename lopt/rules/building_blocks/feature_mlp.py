@@ -18,30 +18,60 @@ from lopt_kernels.differentiable import mlp as mlp_autograd
 from torch import Tensor, nn
 
 from lopt.core.random import make_generator
-from lopt.core.tensors import is_traced
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks.products import Layer, add_product, multiply, run_layers
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Clock, Decision, Elements, Means, Visit
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MAX_LAYERS = 8
 
-Layer = tuple[Tensor, Tensor]
-"""Weights `[*batch, out, in]` and biases `[*batch, out]`."""
+FEATURES = "features"
 
 
-class MLPTerms(NamedTuple):
-    """The MLP of one tensor for one step.
+class Inputs(NamedTuple):
+    """Which inputs of the first layer are which features.
 
     Attributes:
-        layers: the first one on element features, their normalisation folded in, and the others.
-        lines: first-layer weights `[*batch, hidden, k]` of each group of line features, likewise.
+        elements: features of the elements, in pieces that follow each other in `FeatureMLP.element_features`.
+        lines: features that rows or columns share, likewise, by the name of their group.
+        constants: features that all elements share.
+    """
+
+    elements: list[slice]
+    lines: dict[str, list[slice]]
+    constants: slice
+
+
+class NormalisedLayer(NamedTuple):
+    """The first layer as one tensor has it for one step, with all that its elements share folded in.
+
+    Attributes:
+        weight: of the element features, `[*batch, hidden, k]`.
+        bias: with the constant features' part, `[*batch, hidden]`.
+        line_weights: of each group of line features, `[*batch, hidden, k]`.
+        scaled: a tensor's features are normalised in several parts, such as one matrix for each position of a window:
+            the factors are fields. Otherwise the weights contain them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    line_weights: dict[str, Tensor]
+    scaled: bool
+
+
+class TensorMLP(NamedTuple):
+    """The MLP of one tensor for one step: what `FeatureMLP.decide` makes of sums, and `move` runs on the elements.
+
+    Attributes:
+        first: the first layer.
+        others: those behind it.
         gain: factor on the step, `[*batch]`.
     """
 
-    layers: list[Layer]
-    lines: list[Tensor]
+    first: NormalisedLayer
+    others: list[Layer]
     gain: Tensor
 
 
@@ -49,7 +79,7 @@ class FeatureMLP(Rule):
     """`delta = -gain * d * exp(exp_mult * a)`, with (d, a) from an MLP with ReLU on normalised features.
 
     The first layer's inputs are the element features, the line features and the constant ones, in the order that
-    `slots` gives.
+    `find_inputs` gives.
 
     Args:
         widths: inputs, hidden layers, outputs.
@@ -80,17 +110,17 @@ class FeatureMLP(Rule):
     def element_features(self, e: Elements) -> list[features.Piece]:
         """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
 
-    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
-        """Features that rows or columns share, in groups `[*batch, k, *shape or 1s]`; a vector has none."""
-        return []
+    def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """Features that rows or columns share, in named groups `[*batch, k, *shape or 1s]`; a vector has none."""
+        return {}
 
     def constant_features(self, clock: Clock) -> Tensor | None:
         """Features that all elements share, `[*batch, k]`; not normalised."""
         return None
 
     @abstractmethod
-    def slots(self, layout: Layout) -> tuple[list[slice], list[list[slice]], slice]:
-        """The first layer's inputs that are element features, each group of line features, and constant ones."""
+    def find_inputs(self, layout: Layout) -> Inputs:
+        """Which inputs of the first layer a parameter's features are; vectors may leave some out."""
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
         """The axes over which features are normalised."""
@@ -107,92 +137,88 @@ class FeatureMLP(Rule):
     def join_features(self, e: Elements) -> tuple[Tensor, Accumulators]:
         """The element features `[*batch, k, *shape]`, and the fields that save `move` from making them again."""
         joined = features.join_pieces(self.element_features(e), e.p, e.layout.ndim)
-        return joined, {"features": joined} if e.whole else {}
+        return joined, {FEATURES: joined} if e.whole else {}
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def begin_step(self, clock: Clock) -> Means:
         """The features that all elements share."""
-        shared = self.constant_features(clock)
-        return {} if shared is None else {"constant": shared}
+        constant = self.constant_features(clock)
+        return {} if constant is None else {"constant": constant}
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         """The first layer, with everything that is not an element's own folded in."""
         axes, ndim = self.norm_axes(layout), layout.ndim
-        (weight, bias), *rest = self.layers(shared)
-        own, groups, constant = self.slots(layout)
-        fields: Accumulators = {}
+        (weight, bias), *others = self.layers(shared)
+        inputs = self.find_inputs(layout)
         if "constant" in shared:
-            bias = _add_product(bias[..., None], weight[..., constant], shared["constant"][..., None])[..., 0]
+            bias = add_product(bias[..., None], weight[..., inputs.constants], shared["constant"][..., None])[..., 0]
+
+        # Line features are fields, so that a chunk gets the rows and columns that are its own.
         lines = self.line_features(acc, layout)
-        fields |= {f"lines {i}": feature for i, feature in enumerate(lines)}
-        squares = [means["squares"], *(feature.square().mean(axes, keepdim=True) for feature in lines)]
-        widths = [square.shape[-ndim - 1] for square in squares]
-        parts = [weight[..., part] for group in (own, *groups) for part in group]
-        first = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        if all(square.shape[square.ndim - ndim :].numel() == 1 for square in squares):
-            mean_squares = torch.cat([square.flatten(-ndim)[..., 0] for square in squares], -1)
+        fields = {_name_line(key): line for key, line in lines.items()}
+        squares = {FEATURES: means["squares"]}
+        squares |= {_name_line(key): line.square().mean(axes, keepdim=True) for key, line in lines.items()}
+        widths = [square.shape[-ndim - 1] for square in squares.values()]
+        pieces = [weight[..., piece] for group in (inputs.elements, *inputs.lines.values()) for piece in group]
+        first = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+
+        # One number per tensor and feature scales the weights, which is cheaper than scaling features.
+        scaled = any(square.shape[square.ndim - ndim :].numel() != 1 for square in squares.values())
+        if scaled:
+            fields |= {_name_scale(key): (square + self.norm_eps).rsqrt() for key, square in squares.items()}
+        else:
+            mean_squares = torch.cat([square.flatten(-ndim)[..., 0] for square in squares.values()], -1)
             first = first * (mean_squares + self.norm_eps).rsqrt().unsqueeze(-2)
-        else:  # the normalisation is not one number per tensor
-            scales = ("scale", *(f"scale {i}" for i in range(len(groups))))
-            fields |= {key: (square + self.norm_eps).rsqrt() for key, square in zip(scales, squares, strict=True)}
         weight, *line_weights = torch.split(first, widths, -1)
         gain = self.gain(means["squares"].flatten(-ndim).mean(-1), shared)
-        return Decision(fields=fields, decided=MLPTerms([(weight, bias), *rest], line_weights, gain))
+        layer = NormalisedLayer(weight, bias, dict(zip(lines, line_weights, strict=True)), scaled)
+        return Decision(fields=fields, decided=TensorMLP(layer, others, gain))
 
-    def move(self, e: Elements, decided: MLPTerms) -> Visit:
+    def move(self, e: Elements, decided: TensorMLP) -> Visit:
         ndim, shape = e.layout.ndim, e.p.shape[e.p.ndim - e.layout.ndim :]
-        x = e.acc["features"] if "features" in e.acc else self.join_features(e)[0]
-        if "scale" in e.acc:
-            x = x * e.acc["scale"]
-        (weight, bias), *rest = decided.layers
-        base = features.spread(bias, ndim)
-        made = "lines 0" in e.acc
-        lines = (
-            [e.acc[f"lines {i}"] for i in range(len(decided.lines))] if made else self.line_features(e.acc, e.layout)
-        )
-        for i, (line, feature) in enumerate(zip(decided.lines, lines, strict=True)):
-            feature = feature * e.acc[f"scale {i}"] if f"scale {i}" in e.acc else feature
-            flat = feature.flatten(-ndim)
-            product = _add_product(bias[..., None], line, flat) if i == 0 else _multiply(line, flat)
-            product = product.reshape(*product.shape[:-1], *feature.shape[-ndim:])
-            base = product if i == 0 else base + product
+        first, others, gain = decided
+        x = e.acc[FEATURES] if FEATURES in e.acc else self.join_features(e)[0]
+        if first.scaled:
+            x = x * e.acc[_name_scale(FEATURES)]
         x = x.flatten(-ndim)
-        if mlp_autograd.can_run(x, base, weight, rest):
-            spread = base.shape[-ndim:].numel() == 1  # the kernel does it
-            base = base if spread else base.expand(*base.shape[:-ndim], *shape)
-            hidden = mlp_autograd.run_mlp(x, base.flatten(-ndim), weight, rest)
+        base = _add_lines(first, e)  # [*batch, hidden, *shape or 1s]
+        if mlp_autograd.can_run(x, base, first.weight, others):
+            same = base.shape[-ndim:].numel() == 1  # the kernel broadcasts one column by itself
+            base = base if same else base.expand(*base.shape[:-ndim], *shape)
+            hidden = mlp_autograd.run_mlp(x, base.flatten(-ndim), first.weight, others)
         else:
-            hidden = _run_layers(x, base.expand(*base.shape[:-ndim], *shape).flatten(-ndim), decided)
+            base = base.expand(*base.shape[:-ndim], *shape).flatten(-ndim)
+            # Without lines the base is the bias, seen once per element.
+            hidden = run_layers(x, base, first.weight, others, owns_base=bool(first.line_weights))
         step = hidden[..., 0, :]
         if self.exp_mult:
             step = step * torch.exp(self.exp_mult * hidden[..., 1, :])
-        return Visit(delta=(step * -decided.gain[..., None]).reshape(e.p.shape))
+        return Visit(delta=(step * -gain[..., None]).reshape(e.p.shape))
 
 
-def _run_layers(x: Tensor, base: Tensor, terms: MLPTerms) -> Tensor:
-    """`[*batch, k, N]` and what the first layer adds, `[*batch, hidden, N]` -> outputs `[*batch, out, N]`."""
-    (weight, _), *rest = terms.layers
-    if terms.lines and not torch.is_grad_enabled() and weight.ndim == x.ndim == 2:
-        hidden = base.addmm_(weight, x)  # the sum of the line terms is ours
-    else:
-        hidden = _add_product(base, weight, x)
-    for weight, bias in rest:
-        hidden = _add_product(bias[..., None], weight, hidden.relu_())
-    return hidden
+def _add_lines(first: NormalisedLayer, e: Elements) -> Tensor:
+    """What bias and line features add to the first layer, `[*batch, hidden, *shape or 1s]`.
+
+    A row's part is one small product for all its elements, and is broadcast against those of the columns.
+    """
+    ndim = e.layout.ndim
+    base = features.spread(first.bias, ndim)
+    for i, (key, weight) in enumerate(first.line_weights.items()):
+        name = _name_line(key)
+        line = e.acc[name] * e.acc[_name_scale(name)] if first.scaled else e.acc[name]
+        flat = line.flatten(-ndim)
+        product = add_product(first.bias[..., None], weight, flat) if i == 0 else multiply(weight, flat)
+        product = product.reshape(*product.shape[:-1], *line.shape[-ndim:])
+        base = product if i == 0 else base + product
+    return base
 
 
-def _multiply(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight @ x`, `[*batch, out, in]` times `[*batch, in, N]`."""
-    return torch.bmm(weight.expand(len(x), *weight.shape[-2:]), x) if x.ndim == 3 else weight @ x
+def _name_line(key: str) -> str:
+    """The field of a group of line features."""
+    return f"line_features.{key}"
 
 
-def _add_product(base: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """`base + weight @ x`."""
-    if is_traced():  # the sum is fused with what follows
-        return base + _multiply(weight, x)
-    if weight.ndim == 2 and x.ndim == 2:
-        return torch.addmm(base, weight, x)
-    if x.ndim == 3:  # also with shared weights, which `matmul` would transpose all of x for
-        return torch.baddbmm(base, weight.expand(len(x), *weight.shape[-2:]), x)
-    return base + weight @ x
+def _name_scale(name: str) -> str:
+    """The field of the factors that bring the features of a field to rms 1."""
+    return f"{name}.scale"

@@ -379,13 +379,14 @@ def describe_part(rule: FeatureMLP, part: Part, slot: int) -> Tensors:
 
 def pack_weights(rule: FeatureMLP, family: Family) -> Tensor:
     """The meta-weights as `lopt_kernels.feature_mlp.fold` wants them, `[1 or slots or bank or slots bank, T]`."""
-    own, groups, constant = rule.slots(find_layout((2, 2)))
+    inputs = rule.find_inputs(find_layout((2, 2)))
     layers = [(getattr(rule, f"w{i}").detach(), getattr(rule, f"b{i}").detach()) for i in range(1, len(rule.widths))]
     layers = [(weight.reshape(-1, *weight.shape[-2:]), bias.reshape(-1, bias.shape[-1])) for weight, bias in layers]
     (weight, bias), *rest = layers
-    first = torch.cat([weight[..., piece] for pieces in (own, *groups) for piece in pieces], -1)
+    pieces = [piece for group in (inputs.elements, *inputs.lines.values()) for piece in group]
+    first = torch.cat([weight[..., piece] for piece in pieces], -1)
     assert first.shape[-1] == family.num_inputs, "the families' features are the rules'"
-    return fold.pack(first, bias, weight[..., constant], [x for layer in rest for x in layer])
+    return fold.pack(first, bias, weight[..., inputs.constants], [x for layer in rest for x in layer])
 
 
 def _find_divided(rule: FeatureMLP, layout: Layout, order: Order) -> list[int]:
