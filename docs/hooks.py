@@ -16,6 +16,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 
 SECTION = re.compile(r"(?<=[^\n])\n(?=(?:Args|Attributes|Examples|Raises|Returns|Warns):\n)")
 NAMES = re.compile(r"^    (\w+(?:, \w+)+):(.*(?:\n     .*)*)", re.MULTILINE)
+SESSION = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 SHAPE = re.compile(r"(?<![`\w\]])\[[^\[\]`\n]*\](?![\[(:])")
 NAME = re.compile(r"`((?:lopt|lopt_kernels)(?:\.\w+)+)`")
@@ -50,11 +51,15 @@ def link_names(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as they are written here: sections without a blank line, names that share a text, shapes."""
+    """Reads docstrings as they are written here.
+
+    Sections need no blank line before them, names may share a text, examples and shapes are code without a mark.
+    """
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring:
             text = NAMES.sub(self._repeat, SECTION.sub("\n\n", obj.docstring.value))
+            text = SESSION.sub(r"```pycon\n\g<0>\n```", text)
             # Markdown would look for links and emphasis in a shape, `[*batch, n]`, that is not marked as code.
             pieces = CODE.split(text)
             pieces[::2] = [SHAPE.sub(lambda shape: f"`{shape[0]}`", piece) for piece in pieces[::2]]
