@@ -33,9 +33,10 @@ from lopt.optim.triton_backend.parts import make_part
 from lopt.optim.units import make_member
 from lopt.rules import RULES
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
-from lopt.rules.programs.features import FeatureProgram, UnitProgram, describe_part, find_kinds, make_table
-from lopt.rules.programs.parts import Part
+from lopt.rules.programs.descriptions import describe_view
+from lopt.rules.programs.features import FeatureProgram, UnitProgram, find_kinds, make_table
 from lopt.rules.programs.registry import FUSED
+from lopt.rules.programs.views import ParameterView
 
 SAME = ("celo2",)  # its kernels are those of celo2_base, but it leaves vectors to AdamW
 TUNED = [name for name, program in FUSED.items() if issubclass(program, FeatureProgram) and name not in SAME]
@@ -103,7 +104,7 @@ class Group(NamedTuple):
     """
 
     program: FeatureProgram
-    parts: list[Part]
+    parts: list[ParameterView]
     tensors: list[Tensors]
     items: Items
     weights: MLPWeights
@@ -120,10 +121,10 @@ def make_group(name: str, shapes: Shapes, drawn: Drawn) -> Group:
         parts.append(make_part(i, member, rule.tensor_keys, partial(FUSED[name].suits, rule)))
     program = FUSED[name](rule, [parts], n)
     assert isinstance(program, FeatureProgram), "likewise"
-    tensors = [describe_part(rule, part, program.slot(part)) for part in parts]
+    tensors = [describe_view(rule, part, program.slot(part)) for part in parts]
     rates = parameters.Rates(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
     items = parameters.make_items(drawn[1], rates)
-    factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
+    factored = [(part.number, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
     if factored:
         lines.launch_segments(lines.make_lines(factored), program.decays, items, program.family)
     return Group(program, parts, tensors, items, draw_weights(program, tensors))

@@ -19,8 +19,14 @@ from torch.func import functional_call
 from lopt.core.random import make_generator
 from lopt.rules import RULES, find_layout
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
-from lopt.rules.programs.features import describe_family, describe_part, describe_shape, join_decays, pack_weights
-from lopt.rules.programs.parts import Part, find_order
+from lopt.rules.programs.descriptions import (
+    describe_family,
+    describe_shape,
+    describe_view,
+    join_decays,
+    pack_weights,
+)
+from lopt.rules.programs.views import ParameterView, find_order
 from lopt.rules.stages import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,8 +82,8 @@ class Kernels:
             for key, shape in SHAPES.items():
                 state = {name: x[slot] for name, x in population.state.accumulators[key].items()}
                 p = population.params[key][slot]
-                part = Part(len(self.tensors), p, state, find_layout(shape), find_order(p) or (), None)
-                self.tensors.append(describe_part(rule, part, slot))
+                part = ParameterView(len(self.tensors), p, state, find_layout(shape), find_order(p) or (), None)
+                self.tensors.append(describe_view(rule, part, slot))
         pairs = list(enumerate(self.tensors))
         factored = [(i, t) for i, t in pairs if t.axes is not None]
         self.lines = lines.make_lines(factored) if factored else None

@@ -131,7 +131,7 @@ def test_celo2_keeps_the_steps_of_a_bounded_number_of_tensors(monkeypatch: pytes
     monkeypatch.setattr(lopt.rules.programs.features, "STEP_BYTES", 4 * 120)
     got, optimizer = run(start, "celo2", "triton", steps=1)
     (fused,) = list_steps(optimizer)
-    sizes = [[part.p.numel() for part in batch.parts] for batch in fused.program.made]  # type: ignore[attr-defined]
+    sizes = [[view.p.numel() for view in tables.views] for tables in fused.program.passes]  # type: ignore[attr-defined]
     assert sorted(map(sorted, sizes)) == [[16, 48], [60, 60], [140]]
     assert_close(got, want, start, CLOSE["celo2"])
 

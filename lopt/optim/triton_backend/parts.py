@@ -11,10 +11,10 @@ import torch
 
 from lopt.optim.units import Member
 from lopt.rules.layout import Layout, find_layout
-from lopt.rules.programs.parts import Order, Part, arrange, find_order
+from lopt.rules.programs.views import Order, ParameterView, arrange, find_order
 
 
-def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[Layout, Order], bool]) -> Part:
+def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[Layout, Order], bool]) -> ParameterView:
     """A member as a part. State that lies in another order than the parameter is laid out anew, once.
 
     Args:
@@ -34,4 +34,4 @@ def make_part(item: int, member: Member, rows: Sequence[str], suits: Callable[[L
     state = {}
     for key, x in member.pick_accumulators().items():
         state[key] = x if key in rows else arrange(x, order)
-    return Part(item, p.permute(order), state, layout, order, source)
+    return ParameterView(item, p.permute(order), state, layout, order, source)

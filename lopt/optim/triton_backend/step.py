@@ -17,8 +17,8 @@ from torch import Tensor
 from lopt.optim.triton_backend.parts import make_part
 from lopt.optim.units import SEED, STEP, Member, Scaled, Unit, find_run_steps, list_num_steps, read_lr
 from lopt.rules import Clock, Rule
-from lopt.rules.programs.parts import Part
 from lopt.rules.programs.registry import FUSED
+from lopt.rules.programs.views import ParameterView
 
 
 class FusedStep:
@@ -43,7 +43,7 @@ class FusedStep:
         # A launch is compiled for one pair of dtypes: parameters are divided into batches by these.
         self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
         self._order = list(dict.fromkeys(self._kinds))
-        batches = [[part for part in self.parts if self._kinds[part.item] == kind] for kind in self._order]
+        batches = [[part for part in self.parts if self._kinds[part.number] == kind] for kind in self._order]
         self.program = program(rule, batches, n)
         # What changes from step to step has its place from the start, so that graphs can address it.
         self.seeded = any(SEED in member.state for member in members)
@@ -154,13 +154,13 @@ class FusedStep:
             items.append(Items(grads, rates, self.live, self.steps, seeds, kind[1], find_alignment(alike)))
         return items
 
-    def _arrange_grad(self, part: Part, g: Tensor) -> Tensor:
+    def _arrange_grad(self, part: ParameterView, g: Tensor) -> Tensor:
         """A gradient in the order of its parameter's memory, copied if need be."""
         if g.is_contiguous():
             return g
-        if part.item not in self._grad_copies:
-            self._grad_copies[part.item] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        return self._grad_copies[part.item].copy_(g)
+        if part.number not in self._grad_copies:
+            self._grad_copies[part.number] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        return self._grad_copies[part.number].copy_(g)
 
 
 class _Uploaded:
@@ -213,13 +213,13 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _make_clock(parts: Sequence[Part], members: Sequence[Member]) -> Segments:
+def _make_clock(parts: Sequence[ParameterView], members: Sequence[Member]) -> Segments:
     """The table of the kernel `clock`; a parameter that is not rounded at random has its counter for a seed."""
     segments = []
     for part in parts:
-        state = members[part.item].state
+        state = members[part.number].state
         pair = (state[STEP], state.get(SEED, state[STEP]))
-        segments.append(Segment(pair, (part.p.numel(),), part.item))
+        segments.append(Segment(pair, (part.p.numel(),), part.number))
     return Segments(segments, by_elements(clock_op.BLOCK))
 
 

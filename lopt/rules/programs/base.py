@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lopt.rules import Clock, Rule
 from lopt.rules.layout import Layout
-from lopt.rules.programs.parts import Order, Part
+from lopt.rules.programs.views import Order, ParameterView
 
 
 class Program(ABC):
@@ -19,13 +19,15 @@ class Program(ABC):
 
     Args:
         rule: frozen, on the parameters' device.
-        batches: parts of equal dtypes of parameter and gradient.
+        groups: views of equal dtypes of parameter and gradient.
         count: how many parameters there are in all.
         slots: the rule's meta-weights are stacks of so many, `[slots, ...]` each (`lopt.rules.programs.population`), of
-            which a part's `slot` is its row, and items are numbered slot by slot. None: they are its own.
+            which a view's `slot` is its row, and items are numbered slot by slot. None: they are its own.
     """
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
+    def __init__(
+        self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
+    ) -> None:
         self.rule, self.count, self.slots = rule, count, slots
 
     @classmethod

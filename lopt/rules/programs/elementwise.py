@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lopt.rules import Clock, Rule
 from lopt.rules.programs.base import Program
-from lopt.rules.programs.parts import Part
+from lopt.rules.programs.views import ParameterView
 
 # rule -> its op, whose formula names the rules that it steps
 ELEMENTWISE_OPS: dict[str, Op] = {name: op for op in OPS.values() if op.formula for name in op.formula.rules}
@@ -26,11 +26,13 @@ class ElementwiseProgram(Program):
     state. Products of matrices are as precise as `torch.set_float32_matmul_precision` says when the program is made.
     """
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
-        super().__init__(rule, batches, count, slots)
+    def __init__(
+        self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
+    ) -> None:
+        super().__init__(rule, groups, count, slots)
         self.op = ELEMENTWISE_OPS[rule.name]
         block = by_elements(self.op.block)
-        self.tables = [Segments([self._make_segment(part) for part in parts], block) for parts in batches]
+        self.tables = [Segments([self._make_segment(view) for view in views], block) for views in groups]
         self.stacks = self.op.formula.weights(*self._read_stacks())
         self.numbers = {name: getattr(rule, name) for name in self.op.formula.numbers}
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -45,9 +47,9 @@ class ElementwiseProgram(Program):
             return f"the fused {rule.name} is at most {formula.layers.max_hidden} wide, not {hidden}"
         return None
 
-    def _make_segment(self, part: Part) -> Segment:
-        state = (part.state[key] for key in self.op.formula.keys)
-        return Segment((part.p, *state), (part.p.numel(),), part.item, part.slot)
+    def _make_segment(self, view: ParameterView) -> Segment:
+        state = (view.state[key] for key in self.op.formula.keys)
+        return Segment((view.p, *state), (view.p.numel(),), view.number, view.slot)
 
     def _read_stacks(self) -> list[Tensor]:
         weights = [getattr(self.rule, name).detach() for name in self.op.formula.weights._fields]

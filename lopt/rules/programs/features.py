@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp, moments, rows, scaled_move
-from lopt_kernels.feature_mlp.features import Family, Tensors
+from lopt_kernels.feature_mlp.features import Tensors
 from lopt_kernels.feature_mlp.fold import Network
 from lopt_kernels.feature_mlp.lines import Lines
-from lopt_kernels.feature_mlp.mlp import Plan, Shape
+from lopt_kernels.feature_mlp.mlp import Plan
 from lopt_kernels.feature_mlp.newton_schulz import orthogonalize_equal
 from lopt_kernels.launching import tuning
 from lopt_kernels.launching.op import find_shared_memory
@@ -26,15 +26,22 @@ from lopt_kernels.launching.segments import Segments, by_elements
 from lopt_kernels.launching.tuning import Tile
 from torch import Tensor
 
-from lopt.rules import Clock, Rule, find_layout
-from lopt.rules.building_blocks.factored_mlp import FactoredMLP
+from lopt.rules import Clock, Rule
 from lopt.rules.building_blocks.feature_mlp import FeatureMLP
 from lopt.rules.celo import STEP_MULT
 from lopt.rules.celo2 import Celo2
 from lopt.rules.layout import Layout
-from lopt.rules.mlp import DECAYS, MLPLOpt
+from lopt.rules.mlp import MLPLOpt
 from lopt.rules.programs.base import Program
-from lopt.rules.programs.parts import Order, Part
+from lopt.rules.programs.descriptions import (
+    describe_family,
+    describe_shape,
+    describe_view,
+    find_divided,
+    join_decays,
+    pack_weights,
+)
+from lopt.rules.programs.views import Order, ParameterView
 from lopt.rules.small_fc import SmallFC
 from lopt.rules.stages import Accumulators, AllTensors, Means
 from lopt.rules.velo import BANK_SCALE, VeLO, count_large, describe_moments
@@ -43,21 +50,21 @@ PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # of torch.g
 STEP_BYTES = 512 << 20
 
 
-class Batch(NamedTuple):
-    """Tables of parts of equal dtypes.
+class PassTables(NamedTuple):
+    """What the passes over some parameters of equal dtypes read: where each lies, and how it is cut into tiles.
 
     Attributes:
-        which: of the items that these parts' numbers are in.
-        parts: without what belongs to their optimizer.
+        group: index of the `Items` that these views' numbers are in.
+        views: without what belongs to their optimizer.
         kinds: a bit for each kind of segment.
-        lines: None where no part has any.
+        lines: None where no view has any.
         accumulate, mlp: cut by `tile` and by `plan`.
         scales: memory that the tables address.
         others: the table of a pass that not all rules have.
     """
 
-    which: int
-    parts: Sequence[Part]
+    group: int
+    views: Sequence[ParameterView]
     kinds: int
     lines: Lines | None
     accumulate: Segments
@@ -79,16 +86,18 @@ class FeatureProgram(Program):
 
     relative = False  # steps are relative to the parameters' rms
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
-        super().__init__(rule, batches, count, slots)
+    def __init__(
+        self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
+    ) -> None:
+        super().__init__(rule, groups, count, slots)
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         self.mlp = rule
         self.family, self.shape, self.network = describe_family(rule), describe_shape(rule), self.describe_network(rule)
         self.plan: Plan = mlp.choose_plan(self.shape, PRECISIONS[torch.get_float32_matmul_precision()])
         self.decays, self.packed = self._read_weights()
         self.weights = self.packed
-        divided = [(which, own) for which, parts in enumerate(batches) for own in self.divide(parts)]
-        self.made = [self.make_batch(which, parts) for which, parts in divided]
+        divided = [(i, together) for i, views in enumerate(groups) for together in self.divide(views)]
+        self.passes = [self.make_tables(i, views) for i, views in divided]
 
     def _read_weights(self) -> tuple[Tensor, Tensor]:
         decays, packed = join_decays(self.mlp).detach(), pack_weights(self.mlp, self.family)
@@ -96,7 +105,7 @@ class FeatureProgram(Program):
 
     @property
     def num_rows(self) -> int:
-        """Rows of stacks that parts use."""
+        """Rows of stacks that views use."""
         return self.slots or 1
 
     def load(self) -> None:
@@ -120,7 +129,7 @@ class FeatureProgram(Program):
     def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
         """See `Program.suits`: what is normalised apart must lie together."""
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
-        places = _find_divided(rule, layout, order)
+        places = find_divided(rule, layout, order)
         return places == list(range(places[0], places[0] + len(places))) if places else True
 
     def describe_network(self, rule: FeatureMLP) -> Network:
@@ -129,30 +138,30 @@ class FeatureProgram(Program):
             return Network(rule.get_buffer("time_scales"), rule.norm_eps, rule.step_mult, self.relative)
         return Network(rule.get_buffer("momentum_decays").new_empty(0), rule.norm_eps, 1.0, self.relative)
 
-    def divide(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-        """The parts that go through all passes together."""
-        yield parts
+    def divide(self, views: Sequence[ParameterView]) -> Iterator[Sequence[ParameterView]]:
+        """The views that go through all passes together."""
+        yield views
 
-    def make_batch(self, which: int, parts: Sequence[Part]) -> Batch:
-        """The tables of some parts, whose numbers are in the items of this index."""
-        tensors = [describe_part(self.mlp, part, self.slot(part)) for part in parts]
-        factored = [(part.item, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
-        tile, plan = self.find_tiles(parts[0].p)
-        return Batch(
-            which=which,
-            parts=[part.release() for part in parts],
+    def make_tables(self, group: int, views: Sequence[ParameterView]) -> PassTables:
+        """The tables of some views, whose numbers are in the items of this index."""
+        tensors = [describe_view(self.mlp, view, self.slot(view)) for view in views]
+        factored = [(view.number, t) for view, t in zip(views, tensors, strict=True) if t.axes and t.p.numel()]
+        tile, plan = self.find_tiles(views[0].p)
+        return PassTables(
+            group=group,
+            views=[view.release() for view in views],
             kinds=find_kinds(tensors, (tile, plan.tile)),
             lines=lines.make_lines(factored) if factored else None,
-            accumulate=make_table(parts, tensors, tile),
-            mlp=make_table(parts, tensors, plan.tile),
+            accumulate=make_table(views, tensors, tile),
+            mlp=make_table(views, tensors, plan.tile),
             tile=tile,
             plan=plan,
             scales=[x for t in tensors for x in (t.first_scale, t.second_scale) if x is not None],
-            others=self.make_others(parts, tensors),
+            others=self.make_others(views, tensors),
         )
 
-    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments | None:
-        """See `Batch.others`."""
+    def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments | None:
+        """See `PassTables.others`."""
         return None
 
     def find_tiles(self, p: Tensor) -> tuple[Tile, Plan]:
@@ -162,9 +171,9 @@ class FeatureProgram(Program):
         key = mlp.sign(self.family, self.shape, self.plan, p.dtype)
         return tile, self.plan._replace(**tuning.find("mlp", key, self.plan.tile, p.device)._asdict())
 
-    def slot(self, part: Part) -> int:
-        """The row of the stacks of meta-weights that a part uses."""
-        return part.slot
+    def slot(self, view: ParameterView) -> int:
+        """The row of the stacks of meta-weights that a view uses."""
+        return view.slot
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor | None:
         """Factors on the steps of all parameters, `[count]`, or None; called before accumulators change."""
@@ -174,25 +183,26 @@ class FeatureProgram(Program):
         """See `Program.run`."""
         factor = self.schedule(items, loss, clock)
         network = (self.family, self.shape, self.network, factor)
-        for batch in self.made:
-            own = items[batch.which]
-            if batch.lines is not None:
-                lines.launch_segments(batch.lines, self.decays, own, self.family, sanitize)
+        for tables in self.passes:
+            group_items = items[tables.group]
+            if tables.lines is not None:
+                lines.launch_segments(tables.lines, self.decays, group_items, self.family, sanitize)
             sums = accumulate.launch_segments(
-                batch.accumulate, self.decays, own, self.family, sanitize, batch.kinds, batch.tile
+                tables.accumulate, self.decays, group_items, self.family, sanitize, tables.kinds, tables.tile
             )
-            self.move(batch, fold.launch_segments(batch.accumulate, sums, self.weights, own, *network), own, sanitize)
+            weights = fold.launch_segments(tables.accumulate, sums, self.weights, group_items, *network)
+            self.move(tables, weights, group_items, sanitize)
 
-    def move(self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
-        """The last pass over a batch: the parameters' steps."""
-        self.launch_mlp(batch, weights, items, sanitize, None)
+    def move(self, tables: PassTables, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
+        """The last pass over some tables: the parameters' steps."""
+        self.launch_mlp(tables, weights, items, sanitize, None)
 
     def launch_mlp(
-        self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool, out: Tensor | None
+        self, tables: PassTables, weights: mlp.MLPWeights, items: Items, sanitize: bool, out: Tensor | None
     ) -> None:
-        """`lopt_kernels.feature_mlp.mlp` on a batch."""
-        options = (sanitize, out, batch.kinds)
-        mlp.launch_segments(batch.mlp, weights, items, self.family, self.shape, batch.plan, *options)
+        """Run the networks, whose steps go to the parameters or to `out`."""
+        options = (sanitize, out, tables.kinds)
+        mlp.launch_segments(tables.mlp, weights, items, self.family, self.shape, tables.plan, *options)
 
 
 class UnitProgram(FeatureProgram):
@@ -201,40 +211,40 @@ class UnitProgram(FeatureProgram):
     They are kept, 4 bytes per parameter, of so many tensors at once as `STEP_BYTES` allow, and of one at least.
     """
 
-    def divide(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    def divide(self, views: Sequence[ParameterView]) -> Iterator[Sequence[ParameterView]]:
         """See `FeatureProgram.divide`: equal shapes lie one behind the other, their steps are a stack of matrices."""
-        together: list[Part] = []
+        together: list[ParameterView] = []
         size = 0
-        for part in sorted(parts, key=_name_shape):
-            size += 4 * part.p.numel()
+        for view in sorted(views, key=_name_shape):
+            size += 4 * view.p.numel()
             if together and size > STEP_BYTES:
                 yield together
-                together, size = [], 4 * part.p.numel()
-            together.append(part)
+                together, size = [], 4 * view.p.numel()
+            together.append(view)
         yield together
 
-    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments:
+    def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
         """See `FeatureProgram.make_others`: `scaled_move`'s."""
-        triples = zip(parts, tensors, find_places(parts)[:-1], strict=True)
-        made = [scaled_move.make_segments(t.p, part.item, place, t.groups, t.inner) for part, t, place in triples]
+        triples = zip(views, tensors, find_places(views)[:-1], strict=True)
+        made = [scaled_move.make_segments(t.p, view.number, place, t.groups, t.inner) for view, t, place in triples]
         return Segments([s for own in made for s in own], by_elements(scaled_move.BLOCK))
 
-    def move(self, batch: Batch, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
+    def move(self, tables: PassTables, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
         """See `FeatureProgram.move`."""
         rule = self.rule
         assert isinstance(rule, Celo2), "which `FUSED` names"
-        assert batch.others is not None, "made above"
-        steps = weights.gain.new_empty(find_places(batch.parts)[-1])
-        self.launch_mlp(batch, weights, items, sanitize, steps)
+        assert tables.others is not None, "made above"
+        steps = weights.gain.new_empty(find_places(tables.views)[-1])
+        self.launch_mlp(tables, weights, items, sanitize, steps)
         if rule.orthogonalizes:
-            orthogonalize_equal(stack_matrices(batch.parts, steps))
-        scaled_move.launch_segments(batch.others, steps, items, rule.step_mult)
+            orthogonalize_equal(stack_matrices(tables.views, steps))
+        scaled_move.launch_segments(tables.others, steps, items, rule.step_mult)
 
 
-def make_table(parts: Sequence[Part], tensors: Sequence[Tensors], tile: Tile) -> Segments:
-    """The segments of parts, cut into tiles; their steps are one behind the other."""
-    triples = zip(parts, tensors, find_places(parts)[:-1], strict=True)
-    made = [s for part, t, place in triples for s in features.make_segments(t, part.item, tile.block, place)]
+def make_table(views: Sequence[ParameterView], tensors: Sequence[Tensors], tile: Tile) -> Segments:
+    """The segments of views, cut into tiles; their steps are one behind the other."""
+    triples = zip(views, tensors, find_places(views)[:-1], strict=True)
+    made = [s for view, t, place in triples for s in features.make_segments(t, view.number, tile.block, place)]
     return Segments(made, features.by_tiles(tile.block, tile.steps))
 
 
@@ -243,15 +253,15 @@ def find_kinds(tensors: Sequence[Tensors], tiles: Sequence[Tile]) -> int:
     return reduce(int.__or__, (1 << features.find_kind(t, tile.block) for t in tensors for tile in tiles))
 
 
-def find_places(parts: Sequence[Part]) -> list[int]:
-    """Where each part's step begins in a buffer, and the buffer's length."""
-    return list(itertools.accumulate((part.p.numel() for part in parts), initial=0))
+def find_places(views: Sequence[ParameterView]) -> list[int]:
+    """Where each view's step begins in a buffer, and the buffer's length."""
+    return list(itertools.accumulate((view.p.numel() for view in views), initial=0))
 
 
-def stack_matrices(parts: Sequence[Part], steps: Tensor) -> list[Tensor]:
-    """The steps of parts, sorted by shape, as `[k, ..., in, out]` for each shape of a matrix or more."""
+def stack_matrices(views: Sequence[ParameterView], steps: Tensor) -> list[Tensor]:
+    """The steps of views, sorted by shape, as `[k, ..., in, out]` for each shape of a matrix or more."""
     stacks, start = [], 0
-    for _, equal in itertools.groupby(parts, key=_name_shape):
+    for _, equal in itertools.groupby(views, key=_name_shape):
         members = list(equal)
         first, size = members[0], members[0].p.numel() * len(members)
         if first.layout.factored is not None and size:
@@ -262,8 +272,8 @@ def stack_matrices(parts: Sequence[Part], steps: Tensor) -> list[Tensor]:
     return stacks
 
 
-def _name_shape(part: Part) -> tuple[tuple[int, ...], Order]:
-    return tuple(part.p.shape), part.order
+def _name_shape(view: ParameterView) -> tuple[tuple[int, ...], Order]:
+    return tuple(view.p.shape), view.order
 
 
 class ScheduledProgram(FeatureProgram):
@@ -271,13 +281,15 @@ class ScheduledProgram(FeatureProgram):
 
     relative = True
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
-        super().__init__(rule, batches, count, slots)
-        parts = [part for own in batches for part in own]
-        self.table = rows.make_table(
-            [(part.item, tuple(part.state[key] for key in rule.tensor_keys)) for part in parts]
+    def __init__(
+        self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
+    ) -> None:
+        super().__init__(rule, groups, count, slots)
+        views = [view for group in groups for view in group]
+        self.state_table = rows.make_table(
+            [(view.number, tuple(view.state[key] for key in rule.tensor_keys)) for view in views]
         )
-        self.widths = [parts[0].state[key].numel() for key in rule.tensor_keys]
+        self.widths = [views[0].state[key].numel() for key in rule.tensor_keys]
 
     def describe_network(self, rule: FeatureMLP) -> Network:
         """See `FeatureProgram.describe_network`."""
@@ -285,10 +297,10 @@ class ScheduledProgram(FeatureProgram):
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         """See `FeatureProgram.schedule`."""
-        gathered = map(self.divide_slots, rows.gather(self.table, self.widths, self.count))
+        gathered = map(self.divide_slots, rows.gather(self.state_table, self.widths, self.count))
         old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
         new, terms = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
-        rows.scatter(self.table, [new[key] for key in self.rule.tensor_keys], items[0].live)
+        rows.scatter(self.state_table, [new[key] for key in self.rule.tensor_keys], items[0].live)
         return terms["factor"].flatten().contiguous()
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
@@ -299,12 +311,14 @@ class ScheduledProgram(FeatureProgram):
 class VeLOProgram(ScheduledProgram):
     """velo."""
 
-    def __init__(self, rule: Rule, batches: Sequence[Sequence[Part]], count: int, slots: int | None = None) -> None:
-        super().__init__(rule, batches, count, slots)
-        parts = [part for batch in self.made for part in batch.parts]
+    def __init__(
+        self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
+    ) -> None:
+        super().__init__(rule, groups, count, slots)
+        views = [view for tables in self.passes for view in tables.views]
         device = self.packed.device
-        self.place = torch.tensor([part.item for part in parts]).argsort().to(device)
-        large = [count_large(part.layout) for part in sorted(parts, key=lambda part: part.item)]
+        self.place = torch.tensor([view.number for view in views]).argsort().to(device)
+        large = [count_large(view.layout) for view in sorted(views, key=lambda view: view.number)]
         self.large = torch.tensor(large).to(device)
 
     @property
@@ -312,93 +326,25 @@ class VeLOProgram(ScheduledProgram):
         """See `FeatureProgram.num_rows`."""
         return self.count
 
-    def slot(self, part: Part) -> int:
+    def slot(self, view: ParameterView) -> int:
         """See `FeatureProgram.slot`: its own mixture."""
-        return part.item
+        return view.number
 
-    def make_others(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Segments:
+    def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
         """See `FeatureProgram.make_others`: `moments`'s."""
-        made = [moments.make_segment(t, part.item) for part, t in zip(parts, tensors, strict=True)]
+        made = [moments.make_segment(t, view.number) for view, t in zip(views, tensors, strict=True)]
         return Segments(made, by_elements(moments.BLOCK * moments.STEPS))
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
         """See `ScheduledProgram.fold`; mixes the networks, too."""
         rule = self.rule
         assert isinstance(rule, VeLO), "which `FUSED` names"
-        means = torch.cat([moments.launch_segments(batch.others) for batch in self.made if batch.others is not None])
+        means = torch.cat(
+            [moments.launch_segments(tables.others) for tables in self.passes if tables.others is not None]
+        )
         p2, m, m2, v, v2 = torch.split(means[self.place], [1, 3, 3, 1, 1], 1)
         described = describe_moments(p2.float(), m, m2, v, v2, self.large)
         new, terms = rule.schedule(old, self.divide_slots(described), loss, clock)
         bank = self.divide_slots(self.packed)
         self.weights = ((terms["control"] * (BANK_SCALE / bank.shape[-2])) @ bank).flatten(0, -2)
         return new, terms
-
-
-# -- a rule as the kernels see it --------------------------------------------------------------------------------------
-
-
-def describe_family(rule: FeatureMLP) -> Family:
-    """The features of a rule."""
-    if not isinstance(rule, FactoredMLP):
-        return Family(momenta=len(DECAYS), factored=False)
-    return Family(3, True, rule.clips, rule.rs_eps, rule.vector_eps, isinstance(rule, Celo2))
-
-
-def describe_shape(rule: FeatureMLP) -> Shape:
-    """The MLP of a rule."""
-    hidden = rule.widths[1:-1]
-    return Shape(hidden[0], len(hidden), rule.widths[-1], rule.exp_mult)
-
-
-def describe_part(rule: FeatureMLP, part: Part, slot: int) -> Tensors:
-    """A parameter with its accumulators; scales of lines are made here."""
-    state, layout = part.state, part.layout
-    t = Tensors(part.p, part.p, state["m"], state.get("v"), slot=slot)
-    divided = _find_divided(rule, layout, part.order)
-    if divided and part.p.numel():
-        sizes = part.p.shape
-        t = t._replace(groups=sizes[divided[0] : divided[-1] + 1].numel(), inner=sizes[divided[-1] + 1 :].numel())
-    if "averages" in state:
-        return t._replace(first=state["averages"], second=state["averages"])
-    if not isinstance(rule, FactoredMLP):
-        return t
-    assert layout.factored is not None, "vectors have averages"
-    larger, smaller = (part.place(axis) for axis in layout.factored)
-    keys = ("rows", "cols") if larger > smaller else ("cols", "rows")  # the first line is of means over the later axis
-    first, second = (state[key] for key in keys)
-    scales = torch.empty_like(first), torch.empty_like(second)
-    return t._replace(
-        first=first,
-        second=second,
-        first_scale=scales[0],
-        second_scale=scales[1],
-        axes=(min(larger, smaller), max(larger, smaller)),
-        rows=keys.index("rows"),
-    )
-
-
-def pack_weights(rule: FeatureMLP, family: Family) -> Tensor:
-    """The meta-weights as `lopt_kernels.feature_mlp.fold` wants them, `[1 or slots or bank or slots bank, T]`."""
-    inputs = rule.find_inputs(find_layout((2, 2)))
-    layers = [(getattr(rule, f"w{i}").detach(), getattr(rule, f"b{i}").detach()) for i in range(1, len(rule.widths))]
-    layers = [(weight.reshape(-1, *weight.shape[-2:]), bias.reshape(-1, bias.shape[-1])) for weight, bias in layers]
-    (weight, bias), *rest = layers
-    pieces = [piece for group in (inputs.elements, *inputs.lines.values()) for piece in group]
-    first = torch.cat([weight[..., piece] for piece in pieces], -1)
-    assert first.shape[-1] == family.num_inputs, "the families' features are the rules'"
-    return fold.pack(first, bias, weight[..., inputs.constants], [x for layer in rest for x in layer])
-
-
-def _find_divided(rule: FeatureMLP, layout: Layout, order: Order) -> list[int]:
-    """Places, in the order of memory, of the axes over which features are not normalised together; not of size 1."""
-    together = rule.norm_axes(layout)
-    apart = [axis % layout.ndim for axis in layout.axes if axis not in together and layout.shape[axis] != 1]
-    return sorted(order.index(axis) for axis in apart)
-
-
-def join_decays(rule: FeatureMLP) -> Tensor:
-    """Decays `[(slots,) k]` of momenta, second moment, factored moments; for momenta only, with ones behind theirs."""
-    if isinstance(rule, FactoredMLP):
-        return torch.cat(rule.decays(), -1)
-    decays = rule.get_buffer("decays")
-    return torch.cat([decays, decays.new_ones(1 + features.LINES)])

@@ -18,8 +18,8 @@ from torch.func import functional_call
 from lopt.core.tensors import Params
 from lopt.rules import Clock, Rule, State, find_layout
 from lopt.rules.programs.base import Program
-from lopt.rules.programs.parts import Part
 from lopt.rules.programs.registry import FUSED, find_obstacle
+from lopt.rules.programs.views import ParameterView
 
 T = TypeVar("T")
 
@@ -88,8 +88,8 @@ class _Group:
     def __init__(self, rule: Rule, grads: Params, params: Params, state: State) -> None:
         first = next(iter(params.values()))
         slots, count, device = len(first), len(first) * len(params), first.device
-        parts = [
-            _make_part(slot * len(params) + i, slot, p[slot], {k: x[slot] for k, x in state.accumulators[name].items()})
+        views = [
+            _make_view(slot * len(params) + i, slot, p[slot], {k: x[slot] for k, x in state.accumulators[name].items()})
             for slot in range(slots)
             for i, (name, p) in enumerate(params.items())
         ]
@@ -105,7 +105,7 @@ class _Group:
             align=find_alignment(addresses),
         )
         self.needs_num_steps, self.slots = rule.needs_num_steps, slots
-        self.program: Program = FUSED[rule.name](rule, [parts], count, slots)
+        self.program: Program = FUSED[rule.name](rule, [views], count, slots)
 
     def step(self, step: Tensor, loss: Tensor, num_steps: Tensor) -> None:
         """See `PopulationStep.step`; `step` int64 `[T]`."""
@@ -115,9 +115,9 @@ class _Group:
         self.program.run([self.items], False, loss, Clock(self.items.steps, totals))
 
 
-def _make_part(item: int, slot: int, p: Tensor, state: Mapping[str, Tensor]) -> Part:
+def _make_view(number: int, slot: int, p: Tensor, state: Mapping[str, Tensor]) -> ParameterView:
     layout = find_layout(tuple(p.shape))
-    return Part(item, p.view(layout.shape), dict(state), layout, tuple(range(layout.ndim)), None, slot)
+    return ParameterView(number, p.view(layout.shape), dict(state), layout, tuple(range(layout.ndim)), None, slot)
 
 
 def find_population_obstacle(rule: Rule, params: Mapping[str, tuple[int, ...]], device: torch.device) -> str | None:

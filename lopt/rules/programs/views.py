@@ -13,11 +13,11 @@ from lopt.rules.stages import Accumulators
 Order = tuple[int, ...]
 
 
-class Part(NamedTuple):
-    """One parameter.
+class ParameterView(NamedTuple):
+    """One parameter as the kernels walk through it: flat in memory, with its accumulators in the same order.
 
     Attributes:
-        item: its number in the step.
+        number: which parameter of the step it is; kernels find its gradient and rates in tables by it.
         p: contiguous `[*shape]`, in the order of its memory; at least one dimension.
         state: accumulators `[(features,) *shape or 1s]`, contiguous in the same order; those of the rule's
             `tensor_keys` as they are.
@@ -27,7 +27,7 @@ class Part(NamedTuple):
         slot: its row of stacks of meta-weights.
     """
 
-    item: int
+    number: int
     p: Tensor
     state: Accumulators
     layout: Layout
@@ -35,8 +35,8 @@ class Part(NamedTuple):
     source: Tensor | None
     slot: int = 0
 
-    def release(self) -> Part:
-        """The part without tensors that belong to the optimizer: what holds it does not keep their memory."""
+    def release(self) -> ParameterView:
+        """The view without tensors that belong to the optimizer: what holds it does not keep their memory."""
         p = self.p if self.source is not None else torch.empty(self.p.shape, dtype=self.p.dtype, device="meta")
         return self._replace(p=p, state={})
 
