@@ -11,6 +11,7 @@ import torch
 
 import lopt
 from lopt.__main__ import cli
+from lopt.meta.trainer.ranks import FailedLead, LostRank
 from lopt.rules import RULES
 
 TINY = """
@@ -203,6 +204,24 @@ def test_bad_input_is_one_clear_line_and_status_two(run, arguments: list[str], w
     assert "Traceback" not in result.err
     assert not Path("exploded").exists()
     assert sorted(Path().rglob("*")) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (FailedLead("no room"), 2, "lopt: error: no room (on rank 0)"),
+        (LostRank("gone"), 1, "lopt: error: gone; the run can go on from its last checkpoint"),
+    ],
+)
+def test_errors_of_other_processes_are_one_line_too(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, words: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lopt.cli.run_folder.open_run", fail)
+    result = run("train", "tiny.toml")
+    assert (result.status, result.err.strip()) == (status, words)
 
 
 def test_a_run_is_not_overwritten(run) -> None:  # type: ignore[no-untyped-def]

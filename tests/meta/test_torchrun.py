@@ -131,5 +131,5 @@ def test_more_processes_than_slots_are_refused_in_one_line(tmp_path: Path) -> No
     assert status != 0
     assert "lopt: error: 4 processes cannot share 3 tasks (slots): start at most 3" in output
     assert 'File "' not in output.split("ChildFailedError")[0].split("Traceback")[0]
-    assert "lopt/trainer.py" not in output
+    assert "trainer/trainer.py" not in output
     assert not (tmp_path / "run").exists()
