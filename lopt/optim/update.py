@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from lopt_kernels.launching.random import draw_bits
 from torch import Tensor
-
-from lopt.core.random import draw_bits
 
 HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lopt_kernels.launching.random import fold
 
 from lopt.core.random import derive_seeds, draw_indices, draw_normal, draw_uniform, fold_in, make_generator
 from lopt.core.tensors import ParamSpec
@@ -26,6 +27,13 @@ def test_unflatten_gives_views() -> None:
     flat = torch.zeros(7)
     spec.unflatten(flat)["b"].fill_(1)
     assert flat.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_words_are_those_of_splitmix64() -> None:
+    """The first outputs of the generators that start at 0 and 1234567, from the reference implementation."""
+    expected = torch.tensor([0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], dtype=torch.uint64)
+    assert torch.equal(fold(torch.tensor(0), torch.arange(3)), expected.view(torch.int64))
+    assert int(fold(torch.tensor(1234567), torch.tensor(0))) == 6457827717110365317
 
 
 def test_seeds_depend_on_every_argument_and_on_nothing_else() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lopt_kernels.launching.random import fold
 from task_cases import FAMILIES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -90,7 +91,7 @@ def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
         for counter in counters:
-            seeds = lopt.core.random._mix(seeds + lopt.core.random._GOLDEN * (torch.as_tensor(counter) + 1))
+            seeds = fold(seeds, torch.as_tensor(counter))
         return seeds
 
     monkeypatch.setattr(lopt.core.random, "fold_in", fold_in)

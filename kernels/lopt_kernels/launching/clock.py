@@ -1,7 +1,7 @@
 """What a step knows of its parameters before it begins: which gradients are finite, how many updates they have had.
 
 Nothing of it comes to the host: a parameter with a gradient that is not finite is masked, counted, and its counter
-stays. Rounding at random gets its seeds here, from (seed, step), as in lopt.core.tensors.
+stays. Rounding at random gets its seeds here, from (seed, step), as in `lopt.core.random`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.launching.language import TRITON_TYPES, constant, table_kernel, tl
+from lopt_kernels.launching.language import TRITON_TYPES, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
-from lopt_kernels.launching.parameters import GOLDEN, TYPES, fold_in, mix
+from lopt_kernels.launching.parameters import TYPES
+from lopt_kernels.launching.random import fold, fold_seed
 from lopt_kernels.launching.segments import (
     ALIGNMENT,
     Segment,
@@ -68,10 +69,7 @@ def reference(grads: Sequence[Tensor], counters: Tensor, seeds: Tensor, found_in
         live = (found_inf == 0).expand(len(grads))
     else:
         live = torch.stack([g.isfinite().all() for g in grads])
-    return Clock(live, counters.clone(), fold_in(seeds, counters), counters + live, (~live).sum().reshape(1))
-
-
-GOLDEN_ = constant(GOLDEN)
+    return Clock(live, counters.clone(), fold(seeds, counters), counters + live, (~live).sum().reshape(1))
 
 
 @table_kernel
@@ -127,7 +125,7 @@ def _clock_kernel(
     tl.store(steps_ptr + index, step)
     if seeds is not None:
         seed = tl.load(load_pointer(row, 1, tl.int64, 1))
-        tl.store(seeds + index, mix(seed + GOLDEN_ * (step + 1)))
+        tl.store(seeds + index, fold_seed(seed, step))
     tl.store(counter, step + live.to(tl.int64))
     if live == 0:
         tl.atomic_add(skipped_ptr, 1)
@@ -205,7 +203,7 @@ def sample(
     grads = [torch.randn(size, generator=generator, device=generator.device).to(device, dtype) for size in sizes]
     grads[1][-1:] = torch.nan
     count = torch.arange(3, device=device)
-    return {"grads": grads, "counters": 7 * count, "seeds": fold_in(count, count)}
+    return {"grads": grads, "counters": 7 * count, "seeds": fold(count, count)}
 
 
 def bytes_moved(num_coordinates: int, grad_bytes: int = 4) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, tl
 from lopt_kernels.launching.op import check_triton
+from lopt_kernels.launching.random import draw_bits, fold_seed, shift_seed
 from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, by_elements, find_alignment, upload
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,11 +29,6 @@ TYPES = {  # of the arguments of kernels that are not pointers to fp32
     **dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "output_scale", "log_bound", "inverse_bound"), "fp32"),
 }
 HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
-
-# splitmix64 (Steele et al. 2014), signed, as in lopt.core.tensors
-GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio
-MIX_1 = -0x40A7B892E31B1A47
-MIX_2 = -0x6B2FB644ECCEEE15
 
 
 class Rates(NamedTuple):
@@ -107,28 +103,10 @@ def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None 
     rate = rates.lr * rates.decay
     new = torch.where(rate == 0, base, base - rate * base) + rates.lr * delta
     if seeds is not None and p.dtype == torch.bfloat16:
-        noise = draw_bits(seeds, p.numel()).to(torch.int32)
+        noise = draw_bits(seeds, 0, p.numel(), HALF_BITS)[0].to(torch.int32)
         bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
         new = torch.where(new.isfinite(), bits.view(torch.float32), new)
     return torch.where(rates.lr == 0, p, new.to(p.dtype))
-
-
-def draw_bits(seeds: Tensor, count: int) -> Tensor:
-    """`HALF_BITS` random bits for each of `count` coordinates, int64: `lopt.core.random.draw_bits`."""
-    return _shift_right(fold_in(seeds, torch.arange(count, device=seeds.device)), 64 - HALF_BITS)
-
-
-def fold_in(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Independent seeds for every counter, int64: `lopt.core.random.fold_in`."""
-    x = seeds + GOLDEN * (counters + 1)
-    x = (x ^ _shift_right(x, 30)) * MIX_1
-    x = (x ^ _shift_right(x, 27)) * MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical (zero-filling) right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def sample_rates(device: torch.device) -> Rates:
@@ -261,7 +239,6 @@ def compile_constants(dtypes: tuple[torch.dtype, ...], columns: int, seeded: boo
     return table | type_constexprs((p_dtype, s_dtype)) | ({} if seeded else {"seeds": None})
 
 
-_GOLDEN, _MIX_1, _MIX_2 = constant(GOLDEN), constant(MIX_1), constant(MIX_2)
 _TOP_BITS = constant(64 - HALF_BITS)
 _KEPT = constant(-(1 << HALF_BITS))
 
@@ -287,29 +264,11 @@ def store_parameter(p, at, mask, base, delta, lr, decay, seeds, index):
     rate = lr * decay
     new = tl.where(rate == 0, base, base - rate * base) + lr * delta
     if seeds is not None:
-        noise = _draw_bits(tl.load(seeds + index), at).to(tl.int32)
+        noise = shift_seed(fold_seed(tl.load(seeds + index), at), _TOP_BITS).to(tl.int32)  # at: int64
         bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
         new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
     if lr != 0:
         tl.store(p + at, new.to(p.dtype.element_ty), mask)
-
-
-@jit
-def _draw_bits(seed, at):  # at: int64
-    return _shift_right_logical(mix(seed + _GOLDEN * (at + 1)), _TOP_BITS)
-
-
-@jit
-def mix(x):
-    """splitmix64's finaliser on int64."""
-    x = (x ^ _shift_right_logical(x, 30)) * _MIX_1
-    x = (x ^ _shift_right_logical(x, 27)) * _MIX_2
-    return x ^ _shift_right_logical(x, 31)
-
-
-@jit
-def _shift_right_logical(x, BITS: tl.constexpr):
-    return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)
 
 
 @jit
