@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import Params
-from lopt.meta.unroll.inner_loop import Batches, InnerLoop
+from lopt.meta.unroll.draws import Batches
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots
 from lopt.rules import State
 from lopt.tasks import Batch

@@ -10,7 +10,7 @@ from task_cases import FAMILIES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-import lopt.meta.unroll.inner_loop
+import lopt.meta.unroll.draws
 from lopt.core.random import derive_seeds, draw_uniform
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.unroll.compiled import CompiledStride, Scan
@@ -141,7 +141,7 @@ def test_draws_within_a_step_go_on(traced: list[int]) -> None:
 def test_batches_may_be_drawn_in_any_blocks(numbers: int, traced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     rule, family = RULES["momentum"](lr=0.01), TASKS["mlp"](width=3, batch_size=4)
     expected = run(rule, family, compiled=False, num_steps=6)
-    monkeypatch.setattr(lopt.meta.unroll.inner_loop, "DRAWN_NUMBERS", numbers)
+    monkeypatch.setattr(lopt.meta.unroll.draws, "DRAWN_NUMBERS", numbers)
     for compiled in (True, False):
         found = run(rule, family, compiled, num_steps=6)
         for a, b in zip(found, expected, strict=True):

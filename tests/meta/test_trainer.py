@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from training_cases import TINY, hash_state, make_config, make_trainer, timeless
+from training_cases import hash_state, make_config, make_trainer, timeless
 
 from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.files import load_state
@@ -23,7 +18,8 @@ from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimate
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
-from lopt.meta.trainer.trainer import MAX_DEAD_STEPS, Interrupted, Progress, Trainer
+from lopt.meta.trainer.stop import MAX_DEAD_STEPS
+from lopt.meta.trainer.trainer import Interrupted, Progress, Trainer
 from lopt.meta.unroll.curves import run_curves
 from lopt.meta.unroll.horizons import Curriculum
 from lopt.meta.unroll.inner_loop import InnerLoop
@@ -232,7 +228,8 @@ def test_a_step_without_a_gradient_leaves_weights_and_outer_state_bitwise(value:
     trainer = make_trainer(Scripted({4: value}), weight_decay=0.5)
 
     def hold() -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in trainer._tensors().items() if k.startswith(("weights.", "outer."))}
+        state = {f"weights.{k}": v for k, v in trainer.rule.state_dict().items()} | trainer.outer.gather_state()
+        return {k: v.clone() for k, v in state.items()}
 
     states = []
     for _ in range(5):
@@ -306,7 +303,7 @@ def test_a_stop_asked_for_while_the_caller_listens_saves_and_the_run_goes_on(
 
     def stop(progress: Progress) -> None:
         if progress.step == 8:  # no checkpoint is due
-            trainer._stop.asked = True
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         trainer.run(stop)
@@ -355,76 +352,3 @@ def test_checkpoint_of_another_rule_is_refused(uninterrupted: Path, described: b
     with pytest.raises(ValueError, match=words):
         trainer.restore(uninterrupted / CHECKPOINT)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.rule.parameters(), strict=True))
-
-
-# -- real processes ------------------------------------------------------------------------------------
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lopt", "train", "--no-eval", *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and any(m["step"] >= step for m in read_metrics(path)):
-            return
-        time.sleep(0.002)
-
-
-def kill_and_resume(tmp_path: Path, times: int, seed: int) -> Path:
-    """Run the tiny configuration, killed `times` times at random moments, to its end."""
-    chance = random.Random(seed)
-    (tmp_path / "tiny.toml").write_text(TINY)
-    folder = tmp_path / "run"
-    arguments = ["tiny.toml", "--out", "run"]
-    kills = 0
-    for attempt in range(times):
-        process = launch(tmp_path, *arguments)
-        wait_for_step(folder, 1 + attempt * 24 // times, process)
-        time.sleep(chance.uniform(0, 0.03))
-        process.kill()
-        output, _ = process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        if (folder / "config.json").exists():
-            arguments = ["--resume", "run"]
-        assert "Traceback" not in output, output
-    assert kills >= 1
-    process = launch(tmp_path, *arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return folder
-
-
-def test_a_killed_run_resumes_bitwise(uninterrupted: Path, tmp_path: Path) -> None:
-    folder = kill_and_resume(tmp_path, times=2, seed=0)
-    assert hash_state(folder) == hash_state(uninterrupted)
-    assert timeless(folder) == timeless(uninterrupted)
-    assert not list(folder.glob("*.tmp*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 21))
-def test_twenty_runs_killed_three_times_resume_bitwise(uninterrupted: Path, tmp_path: Path, seed: int) -> None:
-    folder = kill_and_resume(tmp_path, times=3, seed=seed)
-    assert hash_state(folder) == hash_state(uninterrupted)
-    assert timeless(folder) == timeless(uninterrupted)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_resume(uninterrupted: Path, tmp_path: Path, number: int) -> None:
-    (tmp_path / "tiny.toml").write_text(TINY)
-    process = launch(tmp_path, "tiny.toml", "--out", "run", "--set", "trainer.steps=100000")
-    wait_for_step(tmp_path / "run", 3, process)
-    begin = time.monotonic()
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 10
-    assert process.returncode == 130
-    assert "lopt train --resume run" in output
-    assert "Traceback" not in output
-    _, metadata = load_state(tmp_path / "run" / CHECKPOINT)
-    assert metadata["step"] == read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= 3

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lopt.core.tensors import Params
-from lopt.meta.unroll.inner_loop import InnerLoop, compile_rule
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.rule_calls import compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
 from lopt.rules import RULES, Clock, Decision, Elements, Layout, Rule, State, Visit
 from lopt.rules.stages import AllTensors
@@ -230,7 +231,7 @@ def test_second_order_goes_through_the_loss_that_the_rule_reads() -> None:
 def unroll_one_by_one(loop: InnerLoop, slots: Slots, num_steps: int) -> Window:
     """The definition: after every step, slots that are done start a new task."""
     rows: list[tuple[Tensor, ...]] = []
-    weights = loop._find_weights(slots)
+    weights = loop.find_weights(slots)
     for _ in range(num_steps):
         slots, loss, imitation = loop.step(slots, weights)
         done = slots.step >= slots.horizon
@@ -238,8 +239,8 @@ def unroll_one_by_one(loop: InnerLoop, slots: Slots, num_steps: int) -> Window:
             (loss, imitation, slots.first_loss, done, slots.episode, slots.step, torch.ones_like(done)),
         )
         if done.any():
-            slots = loop.replace(slots, done)
-            weights = loop._find_weights(slots)
+            slots = loop.renew(slots, done)
+            weights = loop.find_weights(slots)
     return Window(*map(torch.stack, zip(*rows, strict=True)), slots)
 
 

@@ -40,6 +40,7 @@ def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, A
         if option not in known:
             raise ValueError(f"{section}.{option} is unknown to {name!r}. {suggest(option, known)}")
         checked[option] = conform(value, known[option], f"{section}.{option}")
+    # A constructor's own refusal is passed on under the name that the user wrote.
     try:
         return registry[name](**checked, **given)
     except (TypeError, ValueError) as error:

@@ -56,6 +56,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     raw.setdefault("name", path.stem)
+    # The last one wins, as on any command line.
     for override in overrides or []:
         merge(raw, parse_override(override))
     return parse_config(raw)
@@ -85,6 +86,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip() or "\n" in text:
         raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
+    # A shell eats quotes: `rule.name=lstm` is what people type.
     for written in (value, _quote(value.strip())):
         try:
             parsed: dict[str, Any] = tomllib.loads(f"{key} = {written}")

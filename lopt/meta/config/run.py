@@ -108,6 +108,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_scaling(self.random_scaling)
+        # Written out in full, since a card must say which schedule it was.
         object.__setattr__(self, "horizon", {"name": "constant"} | self.horizon)
         for section in ("task", "estimator"):
             if not getattr(self, section) and not (self.source and all(getattr(s, section) for s in self.source)):

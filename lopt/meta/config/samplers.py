@@ -18,7 +18,10 @@ RANGE = {"low", "high", "log"}
 
 
 def is_sampler(value: Any) -> bool:
-    """Whether the value of an option is drawn."""
+    """Whether the value of an option is to be drawn: a table with the keys of a choice or of a range, and no others.
+
+    An option that is a table by nature may look the same; `draw_options` goes by the option's type.
+    """
     return isinstance(value, Mapping) and bool(value) and (set(value) <= CHOICE or set(value) <= RANGE)
 
 
@@ -39,6 +42,7 @@ def draw_options(
         kind = kinds.get(option)
         if not is_sampler(sampler) or get_origin(kind) is dict:
             continue
+        # Latin hypercube: one value in each of `count` equal parts of the range, the parts in random order.
         order, within = (draw_uniform(derive_seeds(seed, f"{stream}/{option}/{use}"), count) for use in "ab")
         places = (order.argsort().argsort() + within) / count
         for own, place in zip(drawn, places.tolist(), strict=True):
@@ -62,6 +66,7 @@ def _draw(sampler: Mapping[str, Any], place: float, whole: bool, where: str) -> 
     if high < low or (log and low <= 0):
         positive = "low > 0 and " if log else ""
         raise ValueError(f"{where} needs {positive}high of at least low, got low={low} and high={high}")
+    # Whole numbers are rounded down: each has the same share of the range, the highest included.
     end = high + 1 if whole else high
     value = low * (end / low) ** place if log else low + (end - low) * place
     return min(int(value // 1), high) if whole else value

@@ -16,7 +16,8 @@ from torch import Tensor
 from lopt.core.names import choose
 from lopt.meta.estimators.base import Estimate, Estimator
 from lopt.meta.estimators.bookkeeping import Tally, find_finite
-from lopt.meta.unroll.inner_loop import InnerLoop, compile_rule
+from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.rule_calls import compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
 from lopt.rules import Rule
 

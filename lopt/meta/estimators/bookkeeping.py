@@ -75,12 +75,22 @@ class Tally:
 
 
 def average_steps(window: Window, values: Tensor) -> Tensor:
-    """Each slot's mean of `values` over the steps that it made, `[K, T]` -> `[T]`; resting slots have fewer than K."""
+    """Each slot's mean over the steps that it made, `[K, T]` -> `[T]`; slots that rest have made fewer than K.
+
+    Args:
+        window: says which steps those are.
+        values: of every step; those of steps that were not made do not count.
+    """
     return (values * window.active).sum(0) / window.active.sum(0)
 
 
 def average_members(values: Tensor, healthy: Tensor) -> Tensor:
-    """The mean over each healthy task's members, `[n * members]` -> `[healthy tasks]`, members next to each other."""
+    """The mean over each healthy task's members, as one number for a task: `[n * members]` -> `[healthy tasks]`.
+
+    Args:
+        values: of all members, those of a task next to each other.
+        healthy: bool `[n]`.
+    """
     return values.view(len(healthy), -1)[healthy].mean(1)
 
 

@@ -1,4 +1,6 @@
-"""Noise-reuse evolution strategies: one perturbation for a whole run.
+"""Noise-reuse evolution strategies: one perturbation for a whole run, which all its windows share.
+
+What goes on from window to window is the tasks alone; the perturbation is drawn again, by the same name.
 
 Source: Li et al. 2023, arXiv 2304.12180.
 """

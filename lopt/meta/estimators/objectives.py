@@ -39,14 +39,17 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     """
     first, active = window.first_loss.abs(), window.active.to(window.losses.dtype)
     count = active.sum(0)
+    # Clamped first: beyond the clamp a loss is a constant, to all objectives and to autograd.
     losses = torch.minimum(window.losses, loss_clamp * first)
     if objective in LOGARITHMIC:
         if bool((losses < 0).any()):
             raise ValueError(f"objective {objective!r} needs losses above 0, but a task's loss is negative; use 'mean'")
+        # Losses of exactly 0 happen on easy tasks; their logarithm must not end the run.
         tiny = torch.finfo(losses.dtype).tiny
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
             tuned = find_baseline(family)
+            # Both curves begin at 0: what is compared is the progress from a task's own start.
             adam = tuned.read_log_losses(window.steps) - math.log(tuned.first)
             relative = (relative.double() - adam) / tuned.progress
         return relative * (window.finished.to(losses.dtype) if objective == "log_final" else active / count)
@@ -55,6 +58,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     if objective == "final":
         return losses * window.finished.to(losses.dtype)
     if objective == "min":
+        # Resting steps have losses that mean nothing, and could be the lowest.
         where = losses.masked_fill(~window.active, math.inf).argmin(0, keepdim=True)
         return losses * torch.zeros_like(losses).scatter(0, where, 1.0)
     return losses * active / count if objective == "mean" else losses * active

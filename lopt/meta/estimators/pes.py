@@ -1,5 +1,7 @@
 """Persistent evolution strategies: short windows without their bias.
 
+What earlier windows have done to the state is accounted for by adding up their perturbations.
+
 Source: Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835.
 """
 

@@ -1,4 +1,8 @@
-"""Snapshots of a run: what rank 0 reads for all ranks, once it is known to belong to the run's configuration."""
+"""Snapshots of a run: what rank 0 reads for all ranks, once it is known to belong to the run's configuration.
+
+Resuming under other settings would give a run that no configuration describes; so all that differs is named and
+refused, but for the device. What a snapshot holds is said by the `gather_state` of the parts of a run.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +46,18 @@ def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tup
 
 
 def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names start with `prefix`, without it."""
+    """The tensors of one part of a run: those whose names start with `prefix`, without it.
+
+    Args:
+        tensors: all of a checkpoint.
+        prefix: such as "weights.", with its dot.
+    """
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _check_config(path: Path, expected: Any, found: Any) -> None:
     if isinstance(expected, dict) and isinstance(found, dict):
+        # The configuration has been through JSON once: tuples are lists there.
         changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=("trainer.device",)))
         if changes:
             raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")

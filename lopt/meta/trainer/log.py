@@ -42,7 +42,12 @@ class RunLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers of one kind ("train" or "validation") at an outer step."""
+        """Log numbers of one kind at an outer step: a line of `metrics.jsonl`, and points of TensorBoard's curves.
+
+        Args:
+            kind: such as "train", "validation" or "source NAME".
+            values: by name; those that are not finite are null in the line, since JSON has no word for them.
+        """
         line: dict[str, Any] = {"kind": kind, "step": step}
         for key, value in values.items():
             line[key] = value if math.isfinite(value) else None
@@ -51,11 +56,20 @@ class RunLog:
         self.file.flush()
 
     def figure(self, name: str, step: int, figure: Figure) -> None:
-        """Log a matplotlib figure."""
+        """Log a matplotlib figure for TensorBoard, where a slider goes through its steps; the JSON lines have none.
+
+        Args:
+            name: of the figure, the same at every step.
+        """
         self.board.add_figure(name, figure, step)
 
     def hparams(self, config: Mapping[str, Any], result: Mapping[str, float]) -> None:
-        """Log the configuration beside the run's result, for TensorBoard's HParams page."""
+        """Log the configuration beside the run's result, so that TensorBoard's HParams page compares runs.
+
+        Args:
+            config: nested; entries that are no plain values are written as JSON.
+            result: numbers by name.
+        """
         flat = {key: _plain(value) for key, value in flatten_dict(config).items()}
         metrics = {f"result/{key}": value for key, value in result.items()}
         self.board.add_hparams(flat, metrics, run_name=".")
@@ -94,7 +108,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
+    """Nested dicts as one dict with dotted keys, the form in which people name settings.
+
+    Args:
+        tree: with keys that are strings; lists are values.
+        prefix: of all keys, with its dot.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -105,7 +124,12 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """Where nested dicts differ, such as "a.b 1 -> 2", sorted; the dotted keys in `but` may."""
+    """Where two configurations differ, for messages and tables: such as "a.b 1 -> 2", sorted.
+
+    Args:
+        old, new: nested dicts; an entry that one of them lacks counts as None.
+        but: dotted keys that may differ.
+    """
     before, after = flatten_dict(old), flatten_dict(new)
     keys = sorted(key for key in {*before, *after}.difference(but) if before.get(key) != after.get(key))
     return [f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in keys]

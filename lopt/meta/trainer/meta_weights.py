@@ -1,8 +1,13 @@
-"""What a run does to a rule's meta-weights beside stepping them: start from a file, freeze some, average them."""
+"""What a run does to a rule's meta-weights beside stepping them: start from a file, freeze some, average them.
+
+Frozen weights are still the rule's and are saved with it; they are no parameters of the outer optimizer, and evolution
+strategies do not perturb them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -13,9 +18,24 @@ from lopt.rules.files import load
 
 
 def copy_weights(rule: Rule, *, learned: bool = False) -> dict[str, Tensor]:
-    """All weights by name, or those that are learned; cut from the rule."""
+    """All weights by name, or those that are learned; copies, which later steps do not change.
+
+    Args:
+        learned: without buffers and frozen weights.
+    """
     weights: Mapping[str, Tensor] = rule.meta_weights() if learned else rule.state_dict()
     return {name: value.detach().clone() for name, value in weights.items()}
+
+
+def copy_rule(rule: Rule, weights: Mapping[str, Tensor]) -> Rule:
+    """Another rule of the same kind with these weights, on the same device; the given one is left as it is.
+
+    Args:
+        weights: all of the rule's, by name.
+    """
+    copied = deepcopy(rule)
+    copied.load_state_dict(dict(weights))
+    return copied
 
 
 def load_weights(rule: Rule, name_or_path: str) -> None:
@@ -37,8 +57,10 @@ def load_weights(rule: Rule, name_or_path: str) -> None:
 def freeze_weights(rule: Rule, patterns: Sequence[str]) -> None:
     """Leave learned only the meta-weights whose names fit one of the patterns (as file names do); all without one.
 
+    The rule is changed in place: the others no longer ask for gradients.
+
     Raises:
-        ValueError: a pattern fits no meta-weight.
+        ValueError: a pattern fits no meta-weight; near names are suggested.
     """
     names = list(rule.meta_weights())
     for pattern in patterns:
@@ -56,6 +78,7 @@ def update_average(average: dict[str, Tensor], rule: Rule, decay: float, step: i
 
     It is over about the last 1 / (1 - decay) steps, and over a tenth of them at first, when weights move most.
     """
+    # A long memory of the first, worst weights would spoil the average of short runs.
     decay = min(decay, step / (step + 9))
     for name, weight in rule.meta_weights().items():
         average[name].lerp_(weight.detach(), 1 - decay)

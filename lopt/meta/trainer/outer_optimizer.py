@@ -21,9 +21,10 @@ MOMENTS = "outer."
 
 
 class OuterOptimizer:
-    """Steps the learned meta-weights of `rule`, which it holds, and averages them.
+    """Steps the learned meta-weights of a rule, and averages them: the only place where a run changes them.
 
     Args:
+        rule: whose weights are stepped in place; which of them are learned is settled before.
         config: learning rate and its schedule, `clip`, `beta2`, `weight_decay`, `average`.
     """
 
@@ -38,8 +39,11 @@ class OuterOptimizer:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of the step that follows `step` others: linear warm-up, then cosine decay to `final_learning_rate` of the
-        peak."""
+        """The rate of the step that follows `step` others: linear warm-up times a cosine decay.
+
+        The decay ends, at the run's last step, at `final_learning_rate` of the peak. It is a function of the step
+        alone, so that a resumed run needs no schedule's state.
+        """
         config = self.config
         warm = min(1.0, (step + 1) / max(config.warmup, 1))
         low = config.final_learning_rate
@@ -56,6 +60,7 @@ class OuterOptimizer:
             `gradient_norm` before clipping, and the `learning_rate`.
         """
         weights = self.rule.meta_weights()
+        # AdamW takes gradients where autograd would have left them.
         pieces = torch.split(gradient, [weight.numel() for weight in weights.values()])
         for weight, piece in zip(weights.values(), pieces, strict=True):
             weight.grad = piece.view(weight.shape).to(weight)
@@ -63,6 +68,7 @@ class OuterOptimizer:
         rate = self.learning_rate(step)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        # A step on nothing would still decay the weights and move AdamW's averages.
         if bool(norm.isfinite()) and float(norm) > 0:
             self.adamw.step()
         self.adamw.zero_grad()
@@ -72,18 +78,28 @@ class OuterOptimizer:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def list_average(self) -> list[str]:
-        """The names of the averages in a checkpoint: none without `average`."""
+        """The names under which a checkpoint holds the averages: none where the run does not average.
+
+        They are known before a checkpoint is read, so that one of another run is refused.
+        """
         return [AVERAGE + name for name in self.average if self.config.average]
 
     def gather_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it: the average, and AdamW's state of the weights that were stepped."""
+        """What a checkpoint holds of it, by name: the average, and AdamW's state of the weights that were stepped.
+
+        AdamW makes its state with its first step; before that there is none.
+        """
         tensors = {name: self.average[name.removeprefix(AVERAGE)] for name in self.list_average()}
         for index, state in self.adamw.state_dict()["state"].items():
             tensors |= {f"{MOMENTS}{index}.{key}": value for key, value in state.items()}
         return tensors
 
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `gather_state` returned, among other tensors."""
+        """Take back what `gather_state` returned.
+
+        Args:
+            tensors: all of the checkpoint, on any device; names that are not this class's are left alone.
+        """
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith(AVERAGE):

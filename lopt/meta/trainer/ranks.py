@@ -32,11 +32,17 @@ START = "lopt/start"
 
 
 class LostRank(Exception):
-    """Another process of the run is gone."""
+    """Another process of the run is gone, so no collective call can end; the last checkpoint is whole.
+
+    The command line says so in a line, and torchrun may start all processes again.
+    """
 
 
 class FailedLead(Exception):
-    """Rank 0 has met an error, of which it tells."""
+    """Rank 0 has met an error in something that it does for all, such as writing a file.
+
+    The other ranks raise this with its message, so that all end and none waits for it.
+    """
 
 
 def _notice(collective: Callable[P, T]) -> Callable[P, T]:
@@ -53,32 +59,59 @@ def _notice(collective: Callable[P, T]) -> Callable[P, T]:
 
 
 class Ranks:
-    """`size` processes, of which this one has number `rank`; they are those of torch's default group."""
+    """The processes that share a run's slots: `size` of them, of which this one has number `rank`.
+
+    They are those of torch's default group. With one process every method answers at once, and no group is needed.
+
+    Args:
+        rank: from 0; rank 0 writes and prints.
+        size: of the group.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which writes and prints."""
+        """Whether this is rank 0, which writes files and prints for all.
+
+        There is one in every run, also in that of a single process.
+        """
         return self.rank == 0
 
     def share(self, ids: Tensor) -> Tensor:
-        """Those of the global numbers, int64 `[n]`, that are this rank's."""
+        """Which slots this rank does: those of the global numbers that are its own modulo the number of ranks.
+
+        So every source's slots are spread evenly, whatever numbers it has. There may be none.
+
+        Args:
+            ids: int64 `[n]`, of one source.
+        """
         return ids[ids % self.size == self.rank]
 
     @_notice
     def add(self, values: Tensor) -> Tensor:
-        """Sums over ranks, on all of them the same bits."""
+        """Sums over ranks of a tensor that has the same shape on all, with the same bits on all of them.
+
+        Equal bits keep the ranks' meta-weights equal for good: they are never sent again.
+
+        Raises:
+            LostRank: another process is gone.
+        """
         if self.size == 1:
             return values
+        # The caller's tensor stays as it is, as with one process.
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @_notice
     def find_largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """The largest of the ranks' numbers, on all of them: how one rank's reason to stop becomes everybody's.
+
+        Raises:
+            LostRank: another process is gone.
+        """
         if self.size == 1:
             return number
         value = torch.tensor(number)
@@ -86,26 +119,44 @@ class Ranks:
         return int(value)
 
     def exchange(self, message: Any) -> list[Any]:
-        """Every rank's message, which JSON can hold, in order of rank."""
+        """Every rank's message, on all of them, in order of rank.
+
+        Args:
+            message: what JSON can hold; it may be of another length on each rank.
+        Raises:
+            LostRank: another process is gone.
+        """
         if self.size == 1:
             return [message]
         return [json.loads(data) for data in self._gather(json.dumps(message).encode(), to_all=True)]
 
     def gather(self, tensors: Mapping[str, Tensor], *, to_all: bool = True) -> list[dict[str, Tensor]]:
-        """Every rank's tensors, in order of rank; with `to_all=False` they reach rank 0 alone, the others get []."""
+        """Every rank's tensors, in order of rank, on the CPU; on another rank than 0 an empty list with `to_all=False`.
+
+        Args:
+            tensors: by name; shapes and names may differ between ranks.
+            to_all: otherwise they reach rank 0 alone, which is what a checkpoint takes.
+        Raises:
+            LostRank: another process is gone.
+        """
         if self.size == 1:
             return [dict(tensors)]
+        # Contiguous copies on the CPU: views and shared memory are nothing that safetensors can write.
         data = encode_tensors({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
         return [decode_tensors(part) for part in self._gather(data, to_all=to_all)]
 
     def lead(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, the only one to call it; JSON can hold it.
+        """Have rank 0 do something for all: read a file, write one. All ranks return what it has returned.
 
+        Args:
+            make: called on rank 0 alone; returns what JSON can hold.
         Raises:
             FailedLead: `make` raised an error, which rank 0 raises itself.
+            LostRank: another process is gone.
         """
         if self.size == 1:
             return make()
+        # Rank 0 always broadcasts, its error if it has one, so that the others never wait in vain.
         if not self.leads:
             failed, value = json.loads(self._broadcast(b""))
             if failed:
@@ -120,7 +171,13 @@ class Ranks:
         return made
 
     def send(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rank 0's tensors."""
+        """Rank 0's tensors, on all ranks, such as a checkpoint that it has read.
+
+        Args:
+            tensors: by name; those of other ranks are not looked at.
+        Raises:
+            LostRank: another process is gone.
+        """
         if self.size == 1:
             return dict(tensors)
         return decode_tensors(self._broadcast(encode_tensors(dict(tensors)) if self.leads else b""))
@@ -128,6 +185,7 @@ class Ranks:
     @_notice
     def _broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes."""
+        # Two broadcasts: the others cannot know how much comes.
         size = torch.tensor(len(data))
         dist.broadcast(size, 0)
         buffer = _to_tensor(data) if self.leads else torch.empty(int(size), dtype=torch.uint8)
@@ -137,6 +195,7 @@ class Ranks:
     @_notice
     def _gather(self, data: bytes, *, to_all: bool) -> list[bytes]:
         """Every rank's bytes, here or on rank 0 alone."""
+        # Collectives want equal sizes: all buffers are as long as the longest, and cut again afterwards.
         sizes = [torch.tensor(0) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor(len(data)))
         longest = max(map(int, sizes))
@@ -155,13 +214,18 @@ def _to_tensor(data: bytes) -> Tensor:
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this process again, in the place of one that was lost."""
+    """Whether torchrun has started this process again, in the place of one that was lost.
+
+    Then the run folder is there already, by right, and the run goes on from its checkpoint.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The processes that torchrun has started with this one, or this one alone.
+    """The processes that torchrun has started with this one, or this one alone: a context in which the run takes place.
+
+    The group is taken apart at the end, but not after an error: the others may never come to that point.
 
     Raises:
         LostRank: the others do not come.
@@ -170,6 +234,7 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     store, rank, size = _notice(_meet)()
+    # What ranks tell each other is small and lies on the CPU, also between GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _notice(dist.init_process_group)(backend, store=store, rank=rank, world_size=size)
     try:

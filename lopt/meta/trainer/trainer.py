@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +25,12 @@ from lopt.meta.estimators import Estimator
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE, read_snapshot, select
 from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.memory_plan import fit_all
-from lopt.meta.trainer.merging import Merger
-from lopt.meta.trainer.meta_weights import copy_weights, freeze_weights, load_weights
+from lopt.meta.trainer.merging import Merger, Total, merge_ranks
+from lopt.meta.trainer.meta_weights import copy_rule, copy_weights, freeze_weights, load_weights
 from lopt.meta.trainer.outer_optimizer import OuterOptimizer
 from lopt.meta.trainer.ranks import FailedLead, Ranks
-from lopt.meta.trainer.source import Source, list_families, merge_ranks
-from lopt.meta.trainer.stop import Reason, Stop
+from lopt.meta.trainer.source import Source, list_families
+from lopt.meta.trainer.stop import MAX_DEAD_STEPS, DeadSteps, Reason, Stop
 from lopt.meta.trainer.validation import log_validation, validate
 from lopt.meta.unroll.horizons import HorizonSchedule
 from lopt.meta.unroll.on_gpu import choose_stride
@@ -39,15 +38,22 @@ from lopt.rules import Rule
 from lopt.rules.files import save
 from lopt.tasks import TaskFamily
 
-MAX_DEAD_STEPS = 20
-
 
 class Interrupted(Exception):
-    """The run was asked to stop; it has saved its state and can be resumed."""
+    """The run was asked to stop by a signal; it has saved its state, if it has a folder, and can be resumed.
+
+    What it has learned so far is in the trainer that raised it.
+    """
 
 
 class Progress(NamedTuple):
-    """What a caller hears after every outer step."""
+    """What a caller hears after every outer step, and once before the first, to show or record it.
+
+    Attributes:
+        step, steps: made so far, and in all.
+        metrics: of this step; empty before the first.
+        validation: figures of held-out tasks, where this was a step to validate after.
+    """
 
     step: int
     steps: int
@@ -93,6 +99,7 @@ class Trainer:
             tasks = [Source(tasks, estimator, config.tasks, **options)]  # type: ignore[arg-type]
         self.rule, self.sources, self.config, self.ranks = rule, list(tasks), config, ranks or Ranks()
         self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
+        # A rank without a slot would have nothing to do, and torchrun would wait for it all the same.
         self.slots = sum(source.tasks for source in self.sources)
         if self.ranks.size > self.slots:
             raise ValueError(
@@ -100,6 +107,7 @@ class Trainer:
                 "processes, or raise trainer.tasks"
             )
         self.device = find_device(config.device)
+        # The weights are final before anything copies them: the average, the best so far, the outer optimizer.
         if config.warm_start:
             load_weights(rule, config.warm_start)
         freeze_weights(rule.to(self.device), config.train_only)
@@ -107,22 +115,25 @@ class Trainer:
         self.best_weights = copy_weights(rule)
         self.outer = OuterOptimizer(rule, config)
         self.merger = Merger(config.merge, [source.weight for source in self.sources])
+        # Slots are numbered through all sources: a number names a slot's draws in the whole run.
         first = 0
         for source in self.sources:
             source.start(rule, config.seed, first, self.ranks, self.device)
-            source.loop = replace(
-                source.loop, stride=choose_stride(rule, source.family, self.device, capture=config.capture)
-            )
+            stride = choose_stride(rule, source.family, self.device, capture=config.capture)
+            source.loop = replace(source.loop, stride=stride)
             first += source.tasks
+        # After the slots have started: what a task takes is measured on them.
         self.plans = fit_all(self.sources, config.memory_mib)
-        self.seconds = 0.0
-        self._stop, self._dead_steps = Stop(), 0
+        self.seconds, self._stop, self._dead = 0.0, Stop(), DeadSteps()
 
     # -- the loop ----------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are made, or validations have not improved for as long as `patience` allows."""
+        """Whether all steps are made, or validations have not improved for as long as `patience` allows.
+
+        A finished run is not gone on with: `run` then returns its best rule at once.
+        """
         return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
 
     def run(self, on_step: Callable[[Progress], None] | None = None, time_limit: float | None = None) -> Rule:
@@ -139,10 +150,11 @@ class Trainer:
             LostRank: another process is gone.
             ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
         """
-        self._stop, self._dead_steps = Stop(time_limit), 0
+        self._stop, self._dead = Stop(time_limit), DeadSteps()
         writes = self.folder is not None and self.ranks.leads
         if self.folder and writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+        # Results are reproducible for a number of threads; the caller's is given back, whatever happens.
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         try:
@@ -156,12 +168,16 @@ class Trainer:
         return self.build_best()
 
     def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
+        # What the rule can do before training is the first point of every curve.
         if self.step == 0:
             self._after_step(log, on_step, {}, {})
         while not self.finished:
             metrics, parts = self._step_sources()
             validated = self._after_step(log, on_step, metrics, parts)
-            self._check_progress(metrics)
+            if self._dead.count(metrics, self.slots) >= MAX_DEAD_STEPS:
+                # Every rank sees the same metrics and gives up by itself; rank 0 is the one that explains.
+                raise (ValueError if self.ranks.leads else FailedLead)(self._dead.explain(self.step, self.best_step))
+            # All ranks stop after the same step, or some would wait for others in the next one.
             reason = Reason(self.ranks.find_largest(self._stop.reason))
             if reason == Reason.NONE or self.finished:
                 continue
@@ -176,25 +192,11 @@ class Trainer:
             return
 
     def build_best(self) -> Rule:
-        """A rule with the best weights so far."""
-        return self._build(self.best_weights)
+        """A rule with the best weights that validation has found so far; a copy, which training does not touch.
 
-    def _build(self, weights: Mapping[str, Tensor]) -> Rule:
-        rule = deepcopy(self.rule)
-        rule.load_state_dict(dict(weights))
-        return rule
-
-    def _check_progress(self, metrics: Mapping[str, float]) -> None:
-        """Give up where nothing is learned any more."""
-        alive = math.isfinite(metrics["gradient_norm"]) and metrics["skipped_slots"] < self.slots
-        self._dead_steps = 0 if alive else self._dead_steps + 1
-        if self._dead_steps >= MAX_DEAD_STEPS:
-            error = ValueError if self.ranks.leads else FailedLead
-            raise error(
-                f"in the last {MAX_DEAD_STEPS} outer steps no task gave a finite meta-gradient (step {self.step}). "
-                "Lower trainer.learning_rate, the rule's output scale or the loss's scale; the best weights so far "
-                f"are those of step {self.best_step}"
-            )
+        Before the first validation these are the weights that training started from.
+        """
+        return copy_rule(self.rule, self.best_weights)
 
     def _after_step(
         self,
@@ -205,6 +207,7 @@ class Trainer:
     ) -> bool:
         """Validate, log, save and tell, where it is time to; returns whether it has validated."""
         config = self.config
+        # The order matters for a resume: a checkpoint must know the validation of its own step.
         if log and metrics:
             log.scalars("train", self.step, metrics)
             for name, values in parts.items():
@@ -219,42 +222,39 @@ class Trainer:
         return validation is not None
 
     def train_step(self) -> dict[str, float]:
-        """One outer step; returns what to log."""
+        """One outer step, for those who drive the loop themselves: no validation, no log, no checkpoint.
+
+        Returns:
+            What `run` would log: means over tasks and sources, `gradient_norm`, `learning_rate`, speed.
+        """
         return self._step_sources()[0]
 
     def _step_sources(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """One outer step; what to log of the whole, and of each source where there are several."""
+        # Estimates on this rank's slots, one gradient of all ranks and sources, and the step.
         begin = time.perf_counter()
-        totals = merge_ranks(
-            [source.estimate(self.step) for source in self.sources], self.rule.meta_weights(), self.ranks
-        )
+        estimates = [source.estimate(self.step) for source in self.sources]
+        totals = merge_ranks(estimates, self.rule.meta_weights(), self.ranks)
         total = self.merger(totals)
         stepped = self.outer.apply(total.gradient, self.step)
         self.step += 1
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        parts = {
-            source.name: own.metrics
-            | {"gradient_norm": float(own.gradient.norm()), "horizon_stage": _find_stage(source)}
-            for source, own in zip(self.sources, totals, strict=True)
-        }
-        whole = total.metrics | stepped
-        whole |= {
-            "inner_steps_per_second": total.metrics["inner_steps"] / seconds,
-            "horizon_stage": max(map(_find_stage, self.sources)),
-        }
-        return whole, parts if len(parts) > 1 else {}
+        speed, stage = total.metrics["inner_steps"] / seconds, max(map(_find_stage, self.sources))
+        whole = total.metrics | stepped | {"inner_steps_per_second": speed, "horizon_stage": stage}
+        return whole, _describe_sources(self.sources, totals)
 
     # -- validation --------------------------------------------------------------------------------
 
     def validate(self, log: RunLog | None = None) -> dict[str, float]:
         """Run held-out tasks with the present weights, or their average; keep them if they are the best so far.
 
-        The figures are those of `Validation`: losses for one family of tasks; for several the mean
-        over them of the log of the loss relative to the first loss.
+        Returns:
+            The figures of `Validation`, and the best one so far.
         """
+        # With averaging it is the average that is judged and kept; training goes on from the weights themselves.
         weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
-        rule = self._build(weights) if self.config.average else self.rule
+        rule = copy_rule(self.rule, weights) if self.config.average else self.rule
         found = validate(rule, list_families(self.sources), self.config, self.ranks)
         metric = found.figures[self.config.validation_metric]
         improved = metric < self.best  # false for NaN
@@ -278,6 +278,7 @@ class Trainer:
             OSError: one of them cannot be written; the file that was there before is unchanged.
             FailedLead: this on rank 0.
         """
+        # Carries are on all ranks: they gather them together, and rank 0 alone writes.
         tensors = self._tensors()
         self.ranks.lead(lambda: self._write(tensors))
 
@@ -285,6 +286,7 @@ class Trainer:
         assert self.folder is not None
         metadata = {
             "step": self.step,
+            # JSON has no infinity: none is best before the first validation that is finite.
             "best": self.best if math.isfinite(self.best) else None,
             "best_step": self.best_step,
             "stale": self.stale,
@@ -297,12 +299,19 @@ class Trainer:
 
     @property
     def rule_path(self) -> Path:
-        """Where the best rule so far is kept."""
+        """Where the best rule so far is kept: a rule file that `lopt.load` takes, beside the checkpoint.
+
+        Only for a trainer with a folder.
+        """
         assert self.folder is not None
         return self.folder / RULE
 
     def save_rule(self) -> None:
-        """Write the rule file with the best weights and the card."""
+        """Write the rule file with the best weights, and a card that says how they were trained and how good they are.
+
+        Raises:
+            OSError: it cannot be written; the file that was there before is unchanged.
+        """
         trained = {
             "trained_steps": self.step,
             "best_step": self.best_step,
@@ -336,6 +345,7 @@ class Trainer:
             FailedLead: this on rank 0.
         """
         tensors, metadata = read_snapshot(path, self.card.get("config"), self._list_tensors(), self.ranks)
+        # All is known to fit by now: nothing is changed before the whole file is checked.
         self.rule.load_state_dict(select(tensors, "weights."))
         self.best_weights = select(tensors, "best.")
         self.outer.restore_state(tensors)
@@ -351,3 +361,14 @@ class Trainer:
 
 def _find_stage(source: Source) -> float:
     return float(source.horizon.stage if source.horizon else 0)
+
+
+def _describe_sources(sources: Sequence[Source], totals: Sequence[Total]) -> dict[str, dict[str, float]]:
+    """What to log of each source by itself, so that one that goes wrong can be told from the others; {} of one."""
+    if len(sources) == 1:
+        return {}
+    return {
+        source.name: total.metrics
+        | {"gradient_norm": float(total.gradient.norm()), "horizon_stage": _find_stage(source)}
+        for source, total in zip(sources, totals, strict=True)
+    }

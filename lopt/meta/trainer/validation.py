@@ -1,4 +1,8 @@
-"""How good meta-weights are on held-out tasks: one number per figure, for one family or several."""
+"""How good meta-weights are on held-out tasks: one number per figure, for one family or several.
+
+Held-out tasks are drawn by the run's seed, the same every time, from a stream of their own. So figures of one run can
+be compared, and the best weights are chosen on tasks that nothing was trained on.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,15 @@ class Validation(NamedTuple):
 
 
 def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConfig, ranks: Ranks) -> Validation:
-    """Run `config.validation_tasks` held-out tasks of each family, shared out over the ranks; all get the same."""
+    """Run held-out tasks of each family, shared out over the ranks; all get the same figures.
+
+    Args:
+        rule: on its device, where the families are, too.
+        families: by name.
+        config: `validation_tasks`, `validation_steps` and the seed.
+    Raises:
+        LostRank: another process is gone.
+    """
     figures, relative, curves = {}, [], {}
     for name, family in families.items():
         found = _run_tasks(rule, family, config, ranks)
@@ -42,6 +54,7 @@ def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConf
         first, curves[name] = losses[0], losses[1:]
         figures[name] = summarize(curves[name]) | {key: float(value.mean()) for key, value in found.items()}
         relative.append(relate(first, curves[name]))
+    # One family has losses that mean something by themselves; several have not.
     if len(figures) == 1:
         return Validation(next(iter(figures.values())), {}, curves)
     merged = {key: sum(own[key] for own in relative) / len(relative) for key in relative[0]}
@@ -53,6 +66,7 @@ def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ran
 
     They run where the rule is, and so must be what the family holds.
     """
+    # The same numbers in every validation: the same tasks.
     ids = torch.arange(config.validation_tasks)
     device = next(rule.parameters()).device
     own, found = ranks.share(ids).to(device), {}
@@ -67,21 +81,34 @@ def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ran
             split="outer_valid",
         )
         found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
+    # Back in the order of the tasks, so that means do not depend on the number of ranks.
     shares = [Ranks(rank, ranks.size).share(ids) for rank in range(ranks.size)]
     return join_rows([(part, values) for part, values in zip(shares, ranks.gather(found), strict=True) if len(part)])
 
 
 def summarize(losses: Tensor) -> dict[str, float]:
-    """The figures of one family from `[N, T]`."""
+    """The figures of one family: means over tasks of its losses, late and overall, and of their logs.
+
+    Args:
+        losses: `[N, T]`, after steps 1 to N. What has diverged makes them infinite or NaN, as it should.
+    """
     tail = losses[-max(1, len(losses) // 10) :]
     values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
     return {key: float(value) for key, value in values.items()}
 
 
 def relate(first: Tensor, losses: Tensor) -> dict[str, float]:
-    """The same as logarithms relative to the first losses `[T]`, means over tasks."""
+    """The figures of one family that can be averaged with another's: logs relative to the first losses.
+
+    Args:
+        first: `[T]`, before the first step.
+        losses: `[N, T]`.
+    Returns:
+        Means over tasks: 0 is no progress, -1 a loss of 1/e.
+    """
     tail = losses[-max(1, len(losses) // 10) :]
     values = {"final": tail.mean(0), "mean": losses.mean(0)}
+    # Of the size that a task begins with, whatever its sign; and no logarithm of 0.
     start = first.abs().clamp(min=1e-30).log()
     logs = {key: value.clamp(min=1e-30).log() for key, value in values.items()}
     logs["log"] = losses.clamp(min=1e-30).log().mean(0)
@@ -89,7 +116,12 @@ def relate(first: Tensor, losses: Tensor) -> dict[str, float]:
 
 
 def log_validation(log: RunLog, step: int, found: Validation, best: float) -> None:
-    """Write figures and curves, those of each family by itself if there are several, and the best figure so far."""
+    """Write figures and curves, those of each family by itself if there are several, and the best figure so far.
+
+    Args:
+        found: of this step.
+        best: of the run, by `trainer.validation_metric`.
+    """
     log.scalars("validation", step, found.figures | {"best": best})
     for name, losses in found.losses.items():
         kind = f"validation {name}" if found.families else "validation"
@@ -99,7 +131,14 @@ def log_validation(log: RunLog, step: int, found: Validation, best: float) -> No
 
 
 def plot_losses(losses: Tensor) -> Any:
-    """Held-out loss curves `[N, T]` for TensorBoard: every task thin, the median thick."""
+    """Held-out loss curves for TensorBoard: every task thin, the median thick, on a logarithmic scale.
+
+    Args:
+        losses: `[N, T]`.
+    Returns:
+        A matplotlib figure of its own, which no global state knows of.
+    """
+    # Seconds to import, and not needed by runs without a folder.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from lopt.core.tensors import Params
-from lopt.meta.unroll.inner_loop import Batches, InnerLoop
+from lopt.meta.unroll.draws import Batches
+from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots
 
 OPTIONS: dict[str, Any] = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}

@@ -47,12 +47,18 @@ class Curves:
 
     @property
     def mean(self) -> Tensor:
-        """`[T]`, the mean loss over steps 1 to N."""
+        """`[T]`, the mean loss over steps 1 to N: how fast a run was, where `final` says how far it came.
+
+        The loss before any update is left out, as no rule can help it.
+        """
         return self.losses[1:].mean(0)
 
     @property
     def diverged(self) -> Tensor:
-        """`[T]` bool; see `DIVERGENCE_FACTOR`."""
+        """Which runs went wrong, `[T]` bool: a loss that is not finite, or an end far above the start.
+
+        How far is said by `DIVERGENCE_FACTOR`. A run that climbs and comes back has not diverged.
+        """
         finite = self.losses.isfinite().all(0) & self.final.isfinite()
         return ~finite | (self.final > DIVERGENCE_FACTOR * self.losses[0].abs())
 
@@ -110,6 +116,7 @@ def run_curves(
 
 
 def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Curves:
+    # Equal seeds are one task: it is drawn once and shared by the runs that compare weights on it.
     unique, where = torch.unique(seeds, return_inverse=True)
     slots = select_slots(loop.start(unique), where)
     began = time.perf_counter()
@@ -122,6 +129,7 @@ def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Cu
 def _score(family: TaskFamily, slots: Slots, split: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss on the train split and metrics on `split`, `[T]` each."""
     count = len(slots.ids)
+    # The last batch says little of where a run has come to; families without a split have exact losses.
     train = family.full_batch(slots.task, count, "train")
     final = slots.loss if train is None else _evaluate(family, family.loss, slots.params, train)
     try:

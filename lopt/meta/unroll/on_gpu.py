@@ -36,6 +36,8 @@ KEPT = 2
 def choose_stride(rule: Rule, family: TaskFamily, device: torch.device, *, capture: bool) -> PopulationStride | None:
     """How populations make their steps on a device, or None for plain ones, as on every CPU.
 
+    It is decided once for a source: kernels where the rule has them for such shapes, plain operations otherwise.
+
     Args:
         capture: in a CUDA graph.
     """
@@ -71,12 +73,15 @@ class PopulationStride:
             return self._make_steps(loop, slots, weights, count)
 
     def _make_steps(self, loop: InnerLoop, slots: Slots, weights: Params, count: int) -> tuple[Slots, Tensor]:
+        # What changes from window to window does not make it another kind of step.
         kind = replace(loop, stride=None, meta_weights=None, horizon=None, follow=0.0, guidance=1.0)
         arena = next((known for known in self._known if known.fits(kind, slots)), None)
         if arena is None:
             arena = _Arena(kind, slots, self.kernels and slots.params.dtype == torch.float32)
+        # The last used first: sizes that come no more are forgotten, with their memory.
         self._known = [arena, *(known for known in self._known if known is not arena)][:KEPT]
         arena.load(slots, weights)
+        # A graph repeats addresses, not values: it is captured once for the memory of the arena.
         if self.capture is not None and arena.repeat is None:
             try:
                 arena.repeat = self.capture(arena.step)
@@ -88,6 +93,7 @@ class PopulationStride:
         losses = []
         for _ in range(count):
             (arena.repeat or arena.step)()
+            # The next step writes to the same place.
             losses.append(arena.loss.clone())
         return arena.read(slots), torch.stack(losses)
 
@@ -115,6 +121,7 @@ class _Arena:
         self.repeat: Work | None = None
         self.kernels: PopulationStep | None = None
         if kernels:
+            # A family that delivers other gradients writes them beside its own; else kernels read the slots' memory.
             delivered = type(loop.family).deliver is not TaskFamily.deliver
             flats = (torch.empty_like(self.slots.grad) if delivered else self.slots.grad, self.slots.params)
             self.grads, params = (
@@ -131,6 +138,7 @@ class _Arena:
     def load(self, slots: Slots, weights: Params) -> None:
         """Take the values of slots, and of meta-weights `[T, ...]` if they are not those of the last time."""
         _copy(self.slots, slots)
+        # Meta-weights stay the same until slots restart.
         if weights is not self.loaded:
             for name, w in self.loop.rule.named_parameters():
                 self.weights[name].copy_(weights.get(name, w.detach()))
@@ -141,6 +149,7 @@ class _Arena:
     def read(self, slots: Slots) -> Slots:
         """The slots that were loaded, as they are now."""
         now = self.slots
+        # Only what a step changes is copied out; the rest is as it was loaded.
         changed = (now.step, now.task, now.params, now.state, now.loss, now.grad)
         step, task, params, state, loss, grad = tree_map(torch.clone, changed)
         return slots._replace(step=step, task=task, params=params, state=state, loss=loss, grad=grad)
@@ -175,7 +184,14 @@ def _copy(slots: Slots, values: Slots) -> None:
 
 
 def capture_graph(work: Work) -> Work:
-    """A CUDA graph of what `work` launches on the present device, after it was done a few times on a stream aside."""
+    """A CUDA graph of what `work` launches on the present device: launched as one, without Python in between.
+
+    The work is done a few times on a stream aside first, as torch asks for, so that nothing is compiled or allocated
+    for good while it is captured.
+
+    Raises:
+        RuntimeError: the work asks for values of tensors, or does something else that cannot be captured.
+    """
     present, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(present)
     with torch.cuda.stream(aside):

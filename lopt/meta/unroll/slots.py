@@ -1,4 +1,8 @@
-"""Tasks in progress, batched: what an inner loop carries from step to step, and what it leaves behind."""
+"""Tasks in progress, batched: what an inner loop carries from step to step, and what it leaves behind.
+
+All is in tensors with the slots first, and nothing in Python objects: so slots are selected, joined, saved, and
+captured in a graph by the same few functions, whatever rule or task they are of.
+"""
 
 from __future__ import annotations
 
@@ -66,33 +70,57 @@ class Window(NamedTuple):
 
 
 def join_windows(parts: Sequence[Window], slots: Slots) -> Window:
-    """Parts of a window one after the other; the slots after the last one."""
+    """Windows of the same slots one after the other in time, as one with the sum of their steps.
+
+    Args:
+        parts: at least one; their own slots are not looked at.
+        slots: after the last step.
+    """
     joined = [torch.cat(own) for own in zip(*(part[:-1] for part in parts), strict=True)]
     return Window._make([*joined, detach_slots(slots)])
 
 
 def detach_slots(slots: Slots) -> Slots:
-    """The slots cut from the autograd graph."""
+    """The slots cut from the autograd graph, on the same memory.
+
+    This is where truncation happens: what goes on to the next window is a constant there.
+    """
     return _map(Tensor.detach, slots)
 
 
 def select_slots(slots: Slots, which: Tensor | slice) -> Slots:
-    """Some of the slots, by int64 indices or a slice."""
+    """Some of the slots, in the order of the indices.
+
+    Args:
+        which: int64 indices, for copies, or a slice, for views.
+    """
     return _map(lambda x: x[which], slots)
 
 
 def put_slots(slots: Slots, where: Tensor, fresh: Slots) -> Slots:
-    """The slots with `fresh` ones at the int64 indices `where`."""
+    """The slots with others in some places; neither is changed.
+
+    Args:
+        where: int64 indices, each once.
+        fresh: as many slots as there are indices.
+    """
     return _map(lambda old, new: old.index_copy(0, where, new), slots, fresh)
 
 
 def repeat_slots(slots: Slots, count: int) -> Slots:
-    """Every slot `count` times in a row."""
+    """Every slot `count` times in a row: the members of a pair on the same task.
+
+    They have the same number, so that they draw the same batches.
+    """
     return _map(lambda x: x.repeat_interleave(count, 0), slots)
 
 
 def join_slots(parts: list[Slots]) -> Slots:
-    """Slots one after the other."""
+    """Slots one after the other, as they were before they were selected for chunks.
+
+    Args:
+        parts: at least one, of the same rule and family.
+    """
     return _map(lambda *xs: torch.cat(xs), *parts)
 
 

@@ -1,0 +1,132 @@
+"""All that is drawn for slots, by name: tasks, initial parameters, horizons, batches, and who follows a teacher.
+
+A draw is named by the seed, what it is for, and the slot's number, episode and step. So it does not depend on which
+slots are drawn for together, on the order, on the process, or on whether the run was interrupted before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lopt.core.random import derive_seeds, draw_uniform, make_generator
+from lopt.core.tensors import stack_trees
+from lopt.meta.unroll.slots import Slots
+from lopt.tasks import Batch, Task, TaskFamily
+
+Horizon = Callable[[Tensor], Tensor]
+"""Draws the horizons `[T]` int64 of new tasks from seeds `[T]`."""
+
+Batches = dict[str, Batch]
+"""The batches of one step, by split."""
+
+DRAWN_NUMBERS = 2**21
+"""Batches of later steps are drawn at once as long as they have fewer numbers, those of the tasks included."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where a loop's randomness comes from.
+
+    Attributes:
+        family: that tasks, parameters and batches are of.
+        seed: of all draws.
+        horizon: draws the number of steps of new tasks; None takes the family's own.
+        members: every task has this many slots, next to each other: what they share is drawn once.
+    """
+
+    family: TaskFamily
+    seed: int
+    horizon: Horizon | None = None
+    members: int = 1
+
+    def start_tasks(self, ids: Tensor, episode: Tensor) -> tuple[Task, Tensor]:
+        """New tasks `[T, ...]` and their flat initial parameters `[T, P]`, where `ids` is.
+
+        Args:
+            ids, episode: of the slots, int64 `[T]`; equal pairs get the same task.
+        """
+        names = list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))
+        drawn = {name: self._start_task(*name) for name in dict.fromkeys(names)}
+        params = torch.stack([drawn[name][1] for name in names]).to(ids.device)
+        task = stack_trees(drawn[name][0] for name in names)
+        return {key: x.to(ids.device) for key, x in task.items()}, params
+
+    def _start_task(self, slot: int, episode: int) -> tuple[Task, Tensor]:
+        """A slot's task of an episode, and its flat initial parameters `[P]`."""
+        task = self.family.sample(make_generator(derive_seeds(self.seed, "task", slot, episode)))
+        generator = make_generator(derive_seeds(self.seed, "init", slot, episode))
+        return task, self.family.spec.flatten(self.family.init(task, generator))
+
+    def horizons(self, ids: Tensor, episode: Tensor) -> Tensor:
+        """How many steps new tasks have, int64 `[T]`.
+
+        A schedule sees seeds only, and so cannot tell one slot from another, nor know how many there are.
+
+        Args:
+            ids, episode: of the slots, int64 `[T]`.
+        """
+        if self.horizon is None:
+            return torch.full_like(ids, self.family.horizon)
+        # What is shared is drawn for slot 0.
+        owners = torch.zeros_like(ids) if getattr(self.horizon, "shared", False) else ids
+        return self.horizon(derive_seeds(self.seed, "horizon", owners, episode))
+
+    def stagger(self, slots: Slots) -> Slots:
+        """The slots with horizons cut at random, so that from then on they end at different times.
+
+        Only the first horizon of a slot is cut; the lengths of later tasks are as they were drawn.
+        """
+        share = draw_uniform(derive_seeds(self.seed, "stagger", slots.ids), 1)[:, 0]
+        return slots._replace(horizon=(share * slots.horizon).long() + 1)
+
+    def follows(self, slots: Slots, share: float) -> Tensor:
+        """Which tasks take a teacher's steps, bool `[T, 1]`; a task does or does not from its start to its end.
+
+        Args:
+            share: of the tasks, as a probability. If it falls, tasks leave the teacher, and none joins.
+        """
+        return draw_uniform(derive_seeds(self.seed, "follow", slots.ids, slots.episode), 1) < share
+
+    def batches(self, slots: Slots, split: str, first: int, count: int) -> list[Batch]:
+        """The batches of `count` steps, `[T, ...]` each, the first of them `first` steps from now.
+
+        The family is asked once for all of these steps and for one member of each task.
+
+        Args:
+            split: of the family's data.
+        """
+        owners = slice(None, None, self.members)
+        size = len(slots.ids[owners])
+        steps = slots.step[owners] + torch.arange(first, first + count, device=slots.ids.device)[:, None]
+        seeds = derive_seeds(self.seed, "batch", slots.ids[owners], slots.episode[owners], steps).flatten()
+        # Several steps are as many tasks to the family: one call draws for all of them.
+        task = {key: x[owners] for key, x in slots.task.items()}
+        if count > 1:
+            task = {key: x.repeat(count, *[1] * (x.ndim - 1)) for key, x in task.items()}
+        drawn = self.family.batch(task, seeds, split)
+
+        def pick(x: Tensor, i: int) -> Tensor:
+            values = x[i * size : (i + 1) * size]
+            return values if self.members == 1 else values.repeat_interleave(self.members, 0)
+
+        return [{key: pick(x, i) for key, x in drawn.items()} for i in range(count)]
+
+    def batches_ahead(self, slots: Slots, splits: Iterable[str], count: int) -> list[Batches]:
+        """The batches of the slots' next steps: of `count` of them, or of as many as are well drawn at once.
+
+        Args:
+            splits: of the family's data; each step gets a batch of every one.
+        Returns:
+            One entry a step, from the next one on: at least one, at most `count`.
+        """
+        drawn = {split: self.batches(slots, split, 1, 1) for split in dict.fromkeys(splits)}
+        # The first batch tells how large others are.
+        size = sum(x.numel() for tree in (slots.task, *(steps[0] for steps in drawn.values())) for x in tree.values())
+        more = min(count, DRAWN_NUMBERS // max(1, size)) - 1
+        if more > 0:
+            drawn = {split: steps + self.batches(slots, split, 2, more) for split, steps in drawn.items()}
+        return [dict(zip(drawn, steps, strict=True)) for steps in zip(*drawn.values(), strict=True)]
