@@ -10,7 +10,7 @@ import lopt_kernels
 import torch
 from lopt_kernels import Op
 from lopt_kernels.feature_mlp.features import Family
-from lopt_kernels.feature_mlp.mlp import Shape, choose_plan
+from lopt_kernels.feature_mlp.tiling import Shape, choose_tiles
 from lopt_kernels.launching.op import CompileSource
 
 SMALL_FC = {"family": Family(vector_eps=1e-6)}
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
         key: how the op is called here.
         name: what tells the kernel from others of the op, or "".
         dtype: of the state.
-        options: what the op's functions take beside their usual arguments, and `precision` of the plan.
+        options: what the op's functions take beside their usual arguments, and `precision` of the choice.
         part: which of the op's kernels, if there are several; else "".
     """
 
@@ -66,11 +66,11 @@ class Variant(NamedTuple):
         """The op's backward pass is fused, too."""
         return not isinstance(self.op, Op)
 
-    def make_plan(self) -> dict[str, Any]:
-        """The options as functions take them that take a plan in the place of a precision."""
+    def make_options(self) -> dict[str, Any]:
+        """The options as functions take them that take a choice in the place of a precision."""
         options = {key: value for key, value in self.options.items() if key != "precision"}
         if "precision" in self.options:
-            options["plan"] = choose_plan(self.options["shape"], self.options["precision"])
+            options["choice"] = choose_tiles(self.options["shape"], self.options["precision"])
         return options
 
     def make_source(self) -> CompileSource:
@@ -78,7 +78,7 @@ class Variant(NamedTuple):
         if self.part:
             source: CompileSource = self.op.compile_sources(self.dtype)[self.part]
             return source
-        return self.op.compile_source(self.dtype, **pick(self.op.compile_source, self.make_plan()))
+        return self.op.compile_source(self.dtype, **pick(self.op.compile_source, self.make_options()))
 
     def count_bytes(self, count: int) -> int:
         """Bytes that a call on one tensor of `count` coordinates has to move, as the op says.

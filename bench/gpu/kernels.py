@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import click
 import torch
-from lopt_kernels.feature_mlp import features
+from lopt_kernels.feature_mlp import samples
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -71,8 +71,8 @@ def make_case(variant: Variant, count: int, device: torch.device) -> Case:
     if variant.has_gradient:
         return make_gradient_case(variant, count, generator, device)
     width = 2 ** (count.bit_length() // 2)
-    options = variant.make_plan()
-    with patch.object(features, "divide_coordinates", lambda count: [(count // width, width), (count % width,)]):
+    options = variant.make_options()
+    with patch.object(samples, "divide_coordinates", lambda count: [(count // width, width), (count % width,)]):
         inputs = op.sample(count, generator, variant.dtype, device, **pick(op.sample, options))
     launched = inputs | pick(op.launch, options)
     held = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import click
 import torch
 from lopt_kernels import OPS
-from lopt_kernels.feature_mlp import accumulate, lines, mlp
-from lopt_kernels.feature_mlp.features import Tensors
+from lopt_kernels.feature_mlp import accumulate, lines, mlp, tiling
 from lopt_kernels.feature_mlp.mlp import MLPWeights
+from lopt_kernels.feature_mlp.table import Tensors
 from lopt_kernels.launching import parameters, tuning
 from lopt_kernels.launching.parameters import Items
 from lopt_kernels.launching.tuning import Tile
@@ -147,17 +147,17 @@ def make_cases(name: str, shapes: Shapes, drawn: Drawn) -> Iterator[Case]:
 
     out = torch.zeros(count, device=device) if isinstance(program, UnitProgram) else None
     prepare = partial(prepare_mlp, group, out)
-    key = mlp.sign(program.family, program.shape, program.plan, dtype)
+    key = tiling.sign(program.family, program.shape, program.choice, dtype)
     changed = [t.p for t in tensors] if out is None else [out]
     moved = mlp.bytes_moved(*sizes)
-    yield Case(name, "mlp", key, program.plan.tile, prepare, changed, [x.clone() for x in changed], moved)
+    yield Case(name, "mlp", key, program.choice.tile, prepare, changed, [x.clone() for x in changed], moved)
 
 
 def prepare_accumulate(group: Group, tile: Tile) -> Prepared:
     """`accumulate` with a tile; it returns sums of blocks, to be added up for each segment."""
     program, parts, tensors, items, _ = group
-    _, plan = program.find_tiles(tensors[0].p)
-    table, kinds = make_table(parts, tensors, tile), find_kinds(tensors, (tile, plan.tile))
+    _, choice = program.find_tiles(tensors[0].p)
+    table, kinds = make_table(parts, tensors, tile), find_kinds(tensors, (tile, choice.tile))
     rest, counts = (table, program.decays, items, program.family), table.starts.diff().tolist()
     launch = partial(accumulate.launch_segments, *rest, kinds=kinds, tile=tile)
     return Prepared(launch, lambda sums: [own.sum(0) for own in sums.split(counts)])
@@ -168,7 +168,7 @@ def prepare_mlp(group: Group, out: Tensor | None, tile: Tile) -> Prepared:
     program, parts, tensors, items, weights = group
     other, _ = program.find_tiles(tensors[0].p)
     table, kinds = make_table(parts, tensors, tile), find_kinds(tensors, (tile, other))
-    rest = (program.family, program.shape, program.plan._replace(**tile._asdict()))
+    rest = (program.family, program.shape, program.choice._replace(**tile._asdict()))
     return Prepared(partial(mlp.launch_segments, table, weights, items, *rest, out=out, kinds=kinds), lambda _: [])
 
 

@@ -18,7 +18,7 @@ from lopt_kernels import DIFFERENTIABLE_OPS, DifferentiableOp
 from lopt_kernels.differentiable import autograd
 from lopt_kernels.differentiable import lstm as lstm_autograd
 from lopt_kernels.differentiable import mlp as mlp_autograd
-from lopt_kernels.feature_mlp.mlp import Shape
+from lopt_kernels.feature_mlp.tiling import Shape
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
@@ -562,7 +562,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lopt_kernels import lstm_autograd, mlp_autograd
 from lopt_kernels.launching.figures import compile_figures
-from lopt_kernels.feature_mlp.mlp import Shape
+from lopt_kernels.feature_mlp.tiling import Shape
 {large if wide else small}
 for name, s in sources.items():
     figures = compile_figures(s, {capability})

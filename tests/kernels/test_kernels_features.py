@@ -15,10 +15,22 @@ import lopt_kernels
 import pytest
 import torch
 from lopt_kernels import GROUP_OPS
-from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp, moments, scaled_move
+from lopt_kernels.feature_mlp import (
+    accumulate,
+    fold,
+    lines,
+    mlp,
+    moments,
+    samples,
+    scaled_move,
+    table,
+    tiling,
+)
 from lopt_kernels.feature_mlp.accumulate import Accumulated
-from lopt_kernels.feature_mlp.features import Family, Tensors
-from lopt_kernels.feature_mlp.mlp import MLPWeights, Plan, Shape
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.mlp import MLPWeights
+from lopt_kernels.feature_mlp.table import Tensors
+from lopt_kernels.feature_mlp.tiling import Shape, TileChoice
 from lopt_kernels.launching import clock, parameters
 from lopt_kernels.launching.segments import Segments
 from lopt_kernels.launching.tuning import Tile
@@ -47,7 +59,7 @@ each_capability = pytest.mark.parametrize("capability", [pytest.param(80, marks=
 
 
 def draw_group(family: Family, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[Tensors]:
-    return features.draw_group(shapes, family, torch.Generator().manual_seed(0), dtype, DEVICE)
+    return samples.draw_group(shapes, family, torch.Generator().manual_seed(0), dtype, DEVICE)
 
 
 def assert_close(got: Tensor | None, want: Tensor | None, tolerance: float) -> None:
@@ -77,7 +89,7 @@ def take_weights(weights: MLPWeights, group: list[Tensors]) -> list[MLPWeights]:
 
 
 def draw_decays(family: Family) -> Tensor:
-    return features.draw_decays(family, DEVICE)
+    return samples.draw_decays(family, DEVICE)
 
 
 def divided(t: Tensors) -> list[Tensors]:
@@ -143,8 +155,8 @@ def test_accumulators_and_sums_equal_reference(name: str, dtype: torch.dtype) ->
             assert_close(tensor, getattr(want, name), TOLERANCE)
 
 
-def make_plan(shape: Shape, precision: str = "ieee") -> Plan:
-    return mlp.choose_plan(shape, precision)._replace(block=BLOCK, steps=STEPS)
+def make_choice(shape: Shape, precision: str = "ieee") -> TileChoice:
+    return tiling.choose_tiles(shape, precision)._replace(block=BLOCK, steps=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +172,7 @@ def test_mlp_equals_reference(family: Family, shape: Shape, delta: bool) -> None
     group, rates = draw_group(family), parameters.sample_rates(DEVICE)
     group += divided(group[5]) if family.factored else []
     weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
-    launched = mlp.launch(group, weights, rates, family, shape, make_plan(shape), delta=delta)
+    launched = mlp.launch(group, weights, rates, family, shape, make_choice(shape), delta=delta)
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
         assert_close(got, mlp.reference(t, own, rates, family, shape, delta=delta), TOLERANCE)
 
@@ -170,7 +182,7 @@ def test_mlp_on_tensor_cores_is_as_precise_as_their_inputs(precision: str, toler
     family, shape = FAMILIES["small_fc"], Shape(hidden=16)
     group, rates = draw_group(family, shapes=[(3, 40)]), parameters.sample_rates(DEVICE)
     weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
-    (got,) = mlp.launch(group, weights, rates, family, shape, make_plan(shape, precision), delta=True)
+    (got,) = mlp.launch(group, weights, rates, family, shape, make_choice(shape, precision), delta=True)
     assert_close(got, mlp.reference(group[0], weights, rates, family, shape, delta=True), tolerance)
 
 
@@ -179,7 +191,7 @@ def test_mlp_rounds_a_parameter_once(dtype: torch.dtype) -> None:
     family, shape = FAMILIES["celo"], Shape(hidden=2)
     group, rates = draw_group(family, dtype, [(3, 40), (5,)]), parameters.sample_rates(DEVICE)
     weights = mlp.draw_weights(group, rates, family, shape, torch.Generator().manual_seed(1))
-    launched = mlp.launch(group, weights, rates, family, shape, make_plan(shape))
+    launched = mlp.launch(group, weights, rates, family, shape, make_choice(shape))
     for t, own, got in zip(group, take_weights(weights, group), launched, strict=True):
         assert_close(got, mlp.reference(t, own, rates, family, shape), ROUNDING[dtype])
 
@@ -232,15 +244,15 @@ def test_scaled_move_equals_reference(dtype: torch.dtype, shape: tuple[int, ...]
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (Shape(hidden=mlp.MAX_HIDDEN + 1), "hidden must be 1 to 128"),
+        (Shape(hidden=tiling.MAX_HIDDEN + 1), "hidden must be 1 to 128"),
         (Shape(hidden=4, outputs=1), "or 1 with exp_mult 0"),
     ],
 )
 def test_plan_names_what_the_mlp_kernel_cannot_take(shape: Shape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mlp.choose_plan(shape)
+        tiling.choose_tiles(shape)
     with pytest.raises(ValueError, match="precision must be one of"):
-        mlp.choose_plan(Shape(hidden=4), "fp8")
+        tiling.choose_tiles(Shape(hidden=4), "fp8")
 
 
 # --- properties of the launches ---
@@ -250,8 +262,8 @@ def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live:
     """The sums, and parameters and accumulators after the launches in place; weights that suit the group as `drawn`."""
     shape, tile = Shape(hidden=1), Tile(BLOCK, STEPS)
     segments = Segments(
-        [part for i, t in enumerate(group) for part in features.make_segments(t, i, BLOCK)],
-        features.by_tiles(BLOCK, STEPS),
+        [part for i, t in enumerate(group) for part in table.make_segments(t, i, BLOCK)],
+        table.by_tiles(BLOCK, STEPS),
     )
     one = parameters.sample_rates(DEVICE)
     rates = parameters.Rates(*(x.expand(len(group)).contiguous() for x in one))
@@ -262,7 +274,7 @@ def run_passes(group: list[Tensors], drawn: list[Tensors], family: Family, live:
     drawn = [advance(t, family) for t in drawn]
     weights = mlp.draw_weights(drawn, one, family, shape, torch.Generator().manual_seed(1))
     sums = accumulate.launch_segments(segments, draw_decays(family)[None], items, family, tile=tile)
-    mlp.launch_segments(segments, weights, items, family, shape, make_plan(shape))
+    mlp.launch_segments(segments, weights, items, family, shape, make_choice(shape))
     return [sums, *(x for t in group for x in (t.p, t.m, t.v, t.first) if x is not None)]
 
 
@@ -324,14 +336,15 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lopt_kernels.feature_mlp import accumulate, lines, mlp
-from lopt_kernels.feature_mlp.features import WIDE, Family
-from lopt_kernels.feature_mlp.mlp import Shape, choose_plan
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.table import WIDE
+from lopt_kernels.feature_mlp.tiling import Shape, choose_tiles
 celo, wide = Family(clips=True), 1 << WIDE
 for name, source in {{
     "lines": lines.compile_source(torch.bfloat16),
     "accumulate": accumulate.compile_source(torch.float32, kinds=wide),
     "fma": mlp.compile_source(torch.float32, celo, Shape(2), kinds=wide),
-    "dot": mlp.compile_source(torch.float32, shape=Shape(32), plan=choose_plan(Shape(32), "tf32"), kinds=wide),
+    "dot": mlp.compile_source(torch.float32, shape=Shape(32), choice=choose_tiles(Shape(32), "tf32"), kinds=wide),
 }}.items():
     kernel = triton.compile(
         ASTSource(source.kernel, source.signature, source.constexprs),

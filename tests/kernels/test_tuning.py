@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("triton")
 
 from click.testing import CliRunner
-from lopt_kernels.feature_mlp import accumulate, mlp
+from lopt_kernels.feature_mlp import accumulate, mlp, tiling
 from lopt_kernels.feature_mlp.features import Family
-from lopt_kernels.feature_mlp.mlp import Shape
+from lopt_kernels.feature_mlp.tiling import Shape
 from lopt_kernels.launching import tuning
 from lopt_kernels.launching.tuning import Tile, find, store
 from torch import Tensor, nn
@@ -166,31 +166,31 @@ def test_file_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_kernels_that_differ_have_signatures_that_differ() -> None:
     celo, narrow, wide = Family(clips=True), Shape(4), Shape(32)
-    plans = [mlp.choose_plan(wide, precision) for precision in mlp.PRECISIONS]
+    choices = [tiling.choose_tiles(wide, precision) for precision in tiling.PRECISIONS]
     found = [accumulate.sign(celo, torch.float32), accumulate.sign(celo, torch.bfloat16)]
     found += [accumulate.sign(Family(), torch.float32)]
-    found += [mlp.sign(celo, wide, plan, torch.float32) for plan in plans]
-    found += [mlp.sign(celo, wide._replace(layers=2), plans[0], torch.float32)]
-    found += [mlp.sign(celo, wide, plans[0], torch.float16)]
+    found += [tiling.sign(celo, wide, choice, torch.float32) for choice in choices]
+    found += [tiling.sign(celo, wide._replace(layers=2), choices[0], torch.float32)]
+    found += [tiling.sign(celo, wide, choices[0], torch.float16)]
     assert len(set(found)) == len(found)
-    ieee, tf32 = (mlp.choose_plan(narrow, precision) for precision in ("ieee", "tf32"))  # not on tensor cores
-    assert mlp.sign(celo, narrow, ieee, torch.float32) == mlp.sign(celo, narrow, tf32, torch.float32)
+    ieee, tf32 = (tiling.choose_tiles(narrow, precision) for precision in ("ieee", "tf32"))  # not on tensor cores
+    assert tiling.sign(celo, narrow, ieee, torch.float32) == tiling.sign(celo, narrow, tf32, torch.float32)
 
 
 def test_warps_of_a_tile_reach_launch_and_compiler() -> None:
     generator = torch.Generator().manual_seed(0)
     for op, options in (
         (accumulate, {"tile": Tile(16, 2, 8)}),
-        (mlp, {"shape": Shape(2), "plan": mlp.choose_plan(Shape(2))._replace(block=16, warps=8)}),
+        (mlp, {"shape": Shape(2), "choice": tiling.choose_tiles(Shape(2))._replace(block=16, warps=8)}),
     ):
         inputs = op.sample(8, generator, torch.float32, DEVICE, **{k: v for k, v in options.items() if k == "shape"})
         ((_, _, launched),) = replay.record(partial(op.launch, **inputs | options)).kernels
         assert launched["num_warps"] == 8
     assert accumulate.compile_source(torch.float32).options["num_warps"] == 4
     assert accumulate.compile_source(torch.float32, tile=OTHER).options["num_warps"] == 8
-    plan = mlp.choose_plan(Shape(32))
-    assert mlp.compile_source(torch.float32, plan=plan).options["num_warps"] == 4
-    assert mlp.compile_source(torch.float32, plan=plan._replace(warps=2)).options["num_warps"] == 2
+    choice = tiling.choose_tiles(Shape(32))
+    assert mlp.compile_source(torch.float32, choice=choice).options["num_warps"] == 4
+    assert mlp.compile_source(torch.float32, choice=choice._replace(warps=2)).options["num_warps"] == 2
 
 
 def step_once(name: str, **options: Any) -> tuple[list[Tensor], FeatureProgram]:
@@ -223,15 +223,15 @@ def test_program_uses_stored_tiles_and_computes_the_same(
 ) -> None:
     want, program = step_once(name, **options)
     (batch,) = program.made
-    assert (batch.tile, batch.plan) == (accumulate.TILE, program.plan)
+    assert (batch.tile, batch.choice) == (accumulate.TILE, program.choice)
     name_all(monkeypatch, "A | 9.0 | triton 3")
     tile, own = Tile(32, 2, 2), Tile(256, 4, 8)  # a smaller and a larger one than the default
     store("accumulate", accumulate.sign(program.family, torch.float32), tile, CPU)
-    store("mlp", mlp.sign(program.family, program.shape, program.plan, torch.float32), own, CPU)
+    store("mlp", tiling.sign(program.family, program.shape, program.choice, torch.float32), own, CPU)
     got, program = step_once(name, **options)
     (batch,) = program.made
-    assert (batch.tile, batch.plan.tile) == (tile, own)
-    assert batch.plan._replace(**program.plan.tile._asdict()) == program.plan
+    assert (batch.tile, batch.choice.tile) == (tile, own)
+    assert batch.choice._replace(**program.choice.tile._asdict()) == program.choice
     assert (batch.accumulate.num_blocks, batch.mlp.num_blocks) == (7 * 2 + 1, 1 + 1)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         start = torch.randn(b.shape, generator=make_generator(i)).to(DEVICE)

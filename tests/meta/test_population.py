@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp
+from lopt_kernels.feature_mlp import accumulate, fold, lines, mlp, table, tiling
 from lopt_kernels.launching.parameters import Rates, make_items
 from lopt_kernels.launching.segments import Segments
 from torch import Tensor
@@ -74,7 +74,7 @@ class Kernels:
         rule = population.rule
         self.family, self.shape = describe_family(rule), describe_shape(rule)
         self.network = fold.Network(rule.time_scales, rule.norm_eps, rule.step_mult)
-        self.plan = mlp.choose_plan(self.shape)
+        self.choice = tiling.choose_tiles(self.shape)
         self.weights = torch.cat([pack_weights(own, self.family) for own in slots])
         self.decays = torch.stack([join_decays(own).detach() for own in slots])
         self.tensors = []
@@ -87,12 +87,12 @@ class Kernels:
         pairs = list(enumerate(self.tensors))
         factored = [(i, t) for i, t in pairs if t.axes is not None]
         self.lines = lines.make_lines(factored) if factored else None
-        tiles = (accumulate.TILE[:2], (self.plan.block, self.plan.steps))
+        tiles = (accumulate.TILE[:2], (self.choice.block, self.choice.steps))
         self.tables = [
-            Segments([s for i, t in pairs for s in features.make_segments(t, i, tile[0])], features.by_tiles(*tile))
+            Segments([s for i, t in pairs for s in table.make_segments(t, i, tile[0])], table.by_tiles(*tile))
             for tile in tiles
         ]
-        kinds = {features.find_kind(t, tile[0]) for t in self.tensors for tile in tiles}
+        kinds = {table.find_kind(t, tile[0]) for t in self.tensors for tile in tiles}
         self.kinds = reduce(int.__or__, (1 << kind for kind in kinds))
 
     def step(self, grads: dict[str, Tensor]) -> None:
@@ -104,7 +104,7 @@ class Kernels:
             lines.launch_segments(self.lines, self.decays, items, self.family)
         sums = accumulate.launch_segments(self.tables[0], self.decays, items, self.family, kinds=self.kinds)
         network = fold.launch_segments(self.tables[0], sums, self.weights, items, self.family, self.shape, self.network)
-        mlp.launch_segments(self.tables[1], network, items, self.family, self.shape, self.plan, kinds=self.kinds)
+        mlp.launch_segments(self.tables[1], network, items, self.family, self.shape, self.choice, kinds=self.kinds)
         self.of.state.step.add_(1)
 
 

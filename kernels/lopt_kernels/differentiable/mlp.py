@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from lopt_kernels.differentiable import autograd
 from lopt_kernels.differentiable.autograd import DifferentiableOp, check_tensor, differentiate_once, flatten_slots
-from lopt_kernels.feature_mlp.mlp import MAX_HIDDEN, Shape
+from lopt_kernels.feature_mlp.tiling import MAX_HIDDEN, Shape
 from lopt_kernels.launching.language import jit, tl, triton
 from lopt_kernels.launching.op import CompileSource, check_triton, specialize
 from lopt_kernels.launching.tiles import (

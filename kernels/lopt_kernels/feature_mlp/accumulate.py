@@ -15,31 +15,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.feature_mlp import features
+from lopt_kernels.feature_mlp import features, samples, table
 from lopt_kernels.feature_mlp.features import (
-    FIRST,
-    FIRST_SCALE,
     LINE_FEATURES,
-    SECOND,
-    SECOND_SCALE,
+    Family,
+    append_lines,
+    average,
+    clip,
+    load_columns,
+    load_row_features,
+    load_scales,
+    make_factors,
+    make_features,
+)
+from lopt_kernels.feature_mlp.table import (
+    COLUMNS,
+    KIND_OF,
+    NUM_KINDS,
     STRIDED,
     VECTOR,
     WIDE,
-    Family,
-    M,
-    P,
     Tensors,
-    V,
-    average,
-    clip,
     find_aligns,
     find_elements,
     find_lengths,
+    find_pointers,
     find_tile,
-    load_several,
-    make_factors,
-    make_features,
-    make_line_features,
 )
 from lopt_kernels.launching import parameters, tuning
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
@@ -85,104 +86,98 @@ def reference(t: Tensors, decays: Tensor, rates: Rates, family: Family, sanitize
     return Accumulated(m, v, averages, x.square().sum(-1).T)
 
 
-@jit
-def _accumulate(
-    row, local, g_ptr, decays, scale, live, partial,
-    P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
-    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
-    m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
-    first_ptr, second_ptr = (
-        load_pointer(row, FIRST, tl.float32, ALIGN),
-        load_pointer(row, SECOND, tl.float32, ALIGN),
-    )
-    first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
-    second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
-    numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
-    start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
-    # squares of what is an element's own here are summed lane by lane: all inputs but the lines of WIDE segments
-    COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
-    columns, of_columns = (), ()
-    if KIND == WIDE_:  # the same for all rows
-        columns = load_several(second_scale_ptr, lane, lane < second_length, second_length, 3)
-        of_columns = make_line_features(load_several(second_ptr, lane, lane < second_length, second_length, 3))
-    sums, row_sums = (), ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros([BLOCK], tl.float32),)
-    for _ in tl.static_range(LINE_FEATURES_):
-        row_sums = row_sums + (tl.full((), 0.0, tl.float32),)
-    for step in range(start, stop):
-        at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
-        g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
-        p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
-        m = ()
-        for i in tl.static_range(MOMENTA):
-            new = average(tl.load(m_ptr + i * numel + at, mask, 0.0), g, tl.load(decays + i))
-            tl.store(m_ptr + i * numel + at, new, mask)
-            m = m + (new,)
-        v, factor, factor_m = g, m, m
-        if FACTORED:
-            v = average(tl.load(v_ptr + at, mask, 0.0), g * g, tl.load(decays + MOMENTA))
-            tl.store(v_ptr + at, v, mask)
-            first, second = (), columns
-            if KIND == VECTOR_:
-                for i in tl.static_range(3):
-                    old = tl.load(first_ptr + i * numel + at, mask, 1.0)
-                    new = average(old, g * g + SQUARE_EPS_, tl.load(decays + MOMENTA + 1 + i))
-                    tl.store(first_ptr + i * numel + at, new, mask)
-                    first = first + (new,)
-                second = first
-            elif KIND == WIDE_:
-                first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
-            else:
-                first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
-                second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
-            factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
-        x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
-        if KIND == VECTOR_:
-            own = make_line_features(first)
-            x = x + own + own
-        elif KIND == STRIDED_:
-            x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
-            x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
-        elif KIND == WIDE_:
-            line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
-            row_sums = _add_squares(row_sums, make_line_features(line), LINE_FEATURES_)
-        new_sums = ()
-        for k in tl.static_range(COUNT):
-            new_sums = new_sums + (sums[k] + tl.where(mask, x[k] * x[k], 0.0),)
-        sums = new_sums
-    for k in tl.static_range(COUNT):
-        tl.store(partial + k, tl.sum(sums[k]))
-    if KIND == WIDE_:
-        inside = lane < second_length
-        lanes, rows = tl.sum(inside.to(tl.float32)), (stop - start).to(tl.float32)
-        for k in tl.static_range(LINE_FEATURES_):
-            tl.store(partial + F + k, row_sums[k] * lanes)
-            of_column = tl.where(inside, of_columns[k] * of_columns[k], 0.0)
-            tl.store(partial + F + LINE_FEATURES_ + k, tl.sum(of_column) * rows)
+_WIDE, _STRIDED, _VECTOR = (constant(x) for x in (WIDE, STRIDED, VECTOR))
+_NUM_KINDS = constant(NUM_KINDS)
+_SQUARE_EPS = constant(features.SQUARE_EPS)
+_LINE_FEATURES = constant(LINE_FEATURES)
 
 
 @jit
-def _add_squares(sums, x, COUNT: tl.constexpr):
+def _update(pointer, at, mask, stride, value, decays, COUNT: tl.constexpr):
+    """COUNT averages `stride` apart, moved towards a value and written: a tuple of the new ones; 1 where nothing is."""
     result = ()
-    for k in tl.static_range(COUNT):
-        result = result + (sums[k] + x[k] * x[k],)
+    for i in tl.static_range(COUNT):
+        new = average(tl.load(pointer + i * stride + at, mask, 1.0), value, tl.load(decays + i))
+        tl.store(pointer + i * stride + at, new, mask)
+        result = result + (new,)
     return result
 
 
-WIDE_, STRIDED_, VECTOR_ = (constant(x) for x in (WIDE, STRIDED, VECTOR))
-NUM_KINDS_ = constant(features.NUM_KINDS)
-SQUARE_EPS_ = constant(features.SQUARE_EPS)
-LINE_FEATURES_ = constant(LINE_FEATURES)
+@jit
+def _update_inputs(
+    g, p, pointers, columns, where, lengths, decays, KIND: tl.constexpr, FAMILY: tl.constexpr
+):  # a tuple of vectors
+    """The inputs that are an element's own, of accumulators that are moved and written."""
+    at, mask = where[0], where[3]
+    numel = lengths[0]
+    m = _update(pointers[1], at, mask, numel, g, decays, FAMILY.MOMENTA)
+    v, factor, factor_m, first = g, m, m, m
+    if FAMILY.FACTORED:
+        v = _update(pointers[2], at, mask, 0, g * g, decays + FAMILY.MOMENTA, 1)[0]
+        if KIND == _VECTOR:
+            first = _update(pointers[3], at, mask, numel, g * g + _SQUARE_EPS, decays + FAMILY.MOMENTA + 1, 3)
+            second = first
+        else:
+            first, second = load_scales(pointers, columns, where, lengths, KIND)
+        factor, factor_m = make_factors(first, second, KIND, FAMILY.VECTOR_EPS)
+    x = make_features(g, p, m, v, factor, factor_m, FAMILY)
+    return append_lines(x, first, pointers, where, lengths, KIND)
+
+
+@jit
+def _accumulate(
+    row, local, g_ptr, decays, scale, live, partial,
+    KIND: tl.constexpr, FAMILY: tl.constexpr, P_TYPE: tl.constexpr, ALIGN: tl.constexpr, WIDTH_ALIGN: tl.constexpr,
+    SANITIZE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """A program's elements of one segment, and its row of sums."""
+    pointers = find_pointers(row, P_TYPE, ALIGN)
+    lengths = find_lengths(row, KIND, WIDTH_ALIGN)
+    start, stop, lane = find_tile(row, local, KIND, WIDTH_ALIGN, BLOCK, STEPS)
+    # squares of what is an element's own here are summed lane by lane: all inputs but the lines of WIDE segments
+    COUNT: tl.constexpr = FAMILY.INPUTS if KIND == _STRIDED or KIND == _VECTOR else FAMILY.F
+    columns, of_columns = (), ()
+    if KIND == _WIDE:  # the same for all rows
+        columns, of_columns = load_columns(pointers, lane, lengths)
+    sums, row_sums = (), ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)
+    for _ in tl.static_range(_LINE_FEATURES):
+        row_sums = row_sums + (tl.full((), 0.0, tl.float32),)
+    for step in range(start, stop):
+        where = find_elements(row, step, lane, live, KIND, WIDTH_ALIGN, BLOCK)
+        at, mask = where[0], where[3]
+        g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), FAMILY.BOUND)
+        p = tl.load(pointers[0] + at, mask, 0.0).to(tl.float32)
+        x = _update_inputs(g, p, pointers, columns, where, lengths, decays, KIND, FAMILY)
+        if KIND == _WIDE:
+            row_sums = _add_squares(row_sums, load_row_features(pointers, where, lengths), None, _LINE_FEATURES)
+        sums = _add_squares(sums, x, mask, COUNT)
+    for k in tl.static_range(COUNT):
+        tl.store(partial + k, tl.sum(sums[k]))
+    if KIND == _WIDE:
+        inside = lane < lengths[2]
+        lanes, rows = tl.sum(inside.to(tl.float32)), (stop - start).to(tl.float32)
+        for k in tl.static_range(_LINE_FEATURES):
+            tl.store(partial + FAMILY.F + k, row_sums[k] * lanes)
+            of_column = tl.where(inside, of_columns[k] * of_columns[k], 0.0)
+            tl.store(partial + FAMILY.F + _LINE_FEATURES + k, tl.sum(of_column) * rows)
+
+
+@jit
+def _add_squares(sums, x, mask, COUNT: tl.constexpr):
+    result = ()
+    for k in tl.static_range(COUNT):
+        square = x[k] * x[k]
+        if mask is not None:
+            square = tl.where(mask, square, 0.0)
+        result = result + (sums[k] + square,)
+    return result
 
 
 @table_kernel
 def _accumulate_kernel(
-    table,  # int64 [n, COLUMNS]: see features.make_segments
+    table,  # int64 [n, COLUMNS]: see table.make_segments
     starts,  # int64 [n + 1]
     num_segments,  # n
     grads,  # [items], as the next two
@@ -191,25 +186,29 @@ def _accumulate_kernel(
     decays_ptr,  # [K, MOMENTA + 4]
     partial_ptr,  # [blocks, I]
     KINDS: tl.constexpr,  # a bit for each kind of segment that there is
-    COLUMNS: tl.constexpr,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
-    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    FAMILY: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr,
+    SANITIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     block = tl.program_id(0)
     _, row, local = find_row(table, starts, num_segments, block, COLUMNS)
-    kind, index = tl.load(row + SIZES + 1), load_index(row, COLUMNS)
+    kind, index = tl.load(row + KIND_OF), load_index(row, COLUMNS)
     g_ptr = load_pointer(grads + index, 0, G_TYPE, G_ALIGN)
     scale, live = tl.load(grad_scale_ptr + index), tl.load(live_ptr + index)
-    decays = decays_ptr + load_slot(row, COLUMNS) * (MOMENTA + 4)
-    partial = partial_ptr + block.to(tl.int64) * INPUTS
-    for k in tl.static_range(NUM_KINDS_):
+    decays = decays_ptr + load_slot(row, COLUMNS) * (FAMILY.MOMENTA + 4)
+    partial = partial_ptr + block.to(tl.int64) * FAMILY.INPUTS
+    for k in tl.static_range(_NUM_KINDS):
         if KINDS & (1 << k):
             if kind == k:
                 _accumulate(
-                    row, local, g_ptr, decays, scale, live, partial, P_TYPE, ALIGN, SIZES, k, MOMENTA, FACTORED,
-                    CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, WIDTH, BLOCK, STEPS,
+                    row, local, g_ptr, decays, scale, live, partial, k, FAMILY, P_TYPE, ALIGN, WIDTH_ALIGN, SANITIZE,
+                    BLOCK, STEPS,
                 )  # fmt: skip
 
 
@@ -219,14 +218,14 @@ def launch_segments(
     items: Items,
     family: Family,
     sanitize: bool = False,
-    kinds: int = features.ALL_KINDS,
+    kinds: int = table.ALL_KINDS,
     tile: Tile = TILE,
 ) -> Tensor:
     """`reference` for all segments in one launch; accumulators in place.
 
     Args:
-        segments: of `features.make_segments(tensors, index, tile.block)`, cut by
-            `features.by_tiles(tile.block, tile.steps)`.
+        segments: of `table.make_segments(tensors, index, tile.block)`, cut by
+            `table.by_tiles(tile.block, tile.steps)`.
         decays: float32 `[K, momenta + 4]`, rows for the segments' slots.
         items: of what is not live nothing is written, and its sums mean nothing.
         sanitize: see `reference`.
@@ -267,13 +266,17 @@ def _constexprs(
     sanitize: bool,
     tile: Tile,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `features.find_aligns`."""
-    types: dict[str, Any] = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
-    types |= dict(zip(("ALIGN", "G_ALIGN", "WIDTH"), aligns, strict=True))
-    columns = features.NUM_COLUMNS
-    table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
-    sizes = {"F": family.num_features, "INPUTS": family.num_inputs, "BLOCK": tile.block, "STEPS": tile.steps}
-    return {**types, **table, **features.name_constants(family), **sizes, "SANITIZE": sanitize}
+    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `table.find_aligns`."""
+    return {
+        **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
+        "P_TYPE": TRITON_TYPES[dtypes[0]],
+        "G_TYPE": TRITON_TYPES[dtypes[1]],
+        "KINDS": kinds & family.kinds,
+        "FAMILY": features.choose_inputs(family),
+        "SANITIZE": sanitize,
+        "BLOCK": tile.block,
+        "STEPS": tile.steps,
+    }
 
 
 def launch(
@@ -295,8 +298,8 @@ def launch(
         if t.first is not None and t.axes is None:
             first = t.first.clone()
             copies[i] = t._replace(first=first, second=first)
-    parts = [part for i, t in enumerate(copies) for part in features.make_segments(t, i, tile.block)]
-    segments = Segments(parts, features.by_tiles(tile.block, tile.steps))
+    parts = [part for i, t in enumerate(copies) for part in table.make_segments(t, i, tile.block)]
+    segments = Segments(parts, table.by_tiles(tile.block, tile.steps))
     every = Rates(*(x.expand(len(group)).contiguous() for x in rates))
     items = parameters.make_items([t.g for t in group], every)
     partial = launch_segments(segments, decays[None], items, family, sanitize, tile=tile)
@@ -322,8 +325,8 @@ def sample(
         dtype: of the accumulators, which is float32.
     """
     family = family or Family()
-    group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
-    decays = features.draw_decays(family, device)
+    group = samples.draw_group(samples.divide_coordinates(num_coordinates), family, generator, dtype, device)
+    decays = samples.draw_decays(family, device)
     return {"group": group, "decays": decays, "rates": parameters.sample_rates(device), "family": family}
 
 
@@ -337,7 +340,7 @@ def compile_source(
     dtype: torch.dtype,
     family: Family | None = None,
     p_dtype: torch.dtype = torch.float32,
-    kinds: int = features.ALL_KINDS,
+    kinds: int = table.ALL_KINDS,
     tile: Tile = TILE,
 ) -> CompileSource:
     """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""

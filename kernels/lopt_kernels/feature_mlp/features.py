@@ -1,27 +1,22 @@
-"""Features of one element for the MLP rules, how its row and column are found, and one parameter as a segment.
+"""Features of one element for the MLP rules: which ones there are, their definition, and how kernels make them.
 
 Source: Metz et al. 2022, arXiv 2203.11860, and its descendants (VeLO 2211.09760, Celo 2501.12670, Celo2 2602.19142).
-
-A parameter with two factored axes is read as `[A, D1, B, D2, C]` (memory order; D1 and D2 the factored axes; A, B, C
-the products of those before, between and behind). Its first line has one number for each index but D2's,
-`[A, D1, B, C]`; its second line one for each index but D1's, `[A, B, D2, C]`. For a matrix: per row, and per column.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: RUF005 (Triton concatenates tuples, and tests constants apart from values)
+# ruff: noqa: RUF005 (Triton concatenates tuples)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import inf, prod
-from typing import Any, NamedTuple
+from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lopt_kernels.feature_mlp.table import ALL_KINDS, BARE, STRIDED, VECTOR, WIDE, Tensors, divide_groups, load_several
 from lopt_kernels.launching.language import constant, jit, tl
-from lopt_kernels.launching.parameters import Items, Rates, read_gradient
-from lopt_kernels.launching.segments import ALIGNMENT, Segment, Segments, load_size
+from lopt_kernels.launching.parameters import Rates, read_gradient
 
 LINES = 3  # averages of g^2, one per decay
 LINE_FEATURES = 2 * LINES  # they and their inverse roots
@@ -31,11 +26,6 @@ SMALL_CLIP = 0.1
 AVERAGE_EPS = 1e-9  # in the factor of g of a vector
 LINE_EPS = 1e-8  # in the inverse roots of lines
 SQUARE_EPS = 1e-30  # added to g^2 where it is averaged over lines
-
-# How a segment is walked through: what its factors come from, and whether a program stays in its columns.
-WIDE, STRIDED, VECTOR, BARE = range(4)
-NUM_KINDS, ALL_KINDS = 4, 15
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients
 
 
 class Family(NamedTuple):
@@ -90,93 +80,23 @@ class Family(NamedTuple):
         return 1 + (self.clips and self.factored)
 
 
-class Tensors(NamedTuple):
-    """One parameter with all that belongs to it; accumulators are fp32 and, like the rest, contiguous.
+class Inputs(NamedTuple):
+    """What kernels are compiled for of a family, see there; F and INPUTS are its counts of features and inputs."""
 
-    Attributes:
-        p, g: parameter and gradient `[*shape]`, fp32, bf16 or fp16; a scalar as `[1]`.
-        m: momenta `[momenta, *shape]`.
-        v: second moment `[*shape]`, of families with `factored`.
-        first, second: averages of g^2 over D2 and over D1 `[3, *shape with 1 there]`; of a vector both are its
-            averages. Of families with `factored`.
-        first_scale, second_scale: their product is F; None for vectors.
-        axes: D1 and D2, not negative; None: a vector.
-        rows: which of the lines, 0 or 1, is the one whose scale is relative to its mean (the source's rows).
-        groups: over so many positions features are not normalised together; 1: all elements are.
-        inner: elements behind these positions; the parameter is read as `[X, groups, inner]`.
-        slot: row of the stacks of meta-weights.
-    """
-
-    p: Tensor
-    g: Tensor
-    m: Tensor
-    v: Tensor | None = None
-    first: Tensor | None = None
-    second: Tensor | None = None
-    first_scale: Tensor | None = None
-    second_scale: Tensor | None = None
-    axes: tuple[int, int] | None = None
-    rows: int = 0
-    groups: int = 1
-    inner: int = 1
-    slot: int = 0
-
-    @property
-    def group_size(self) -> int:
-        """Elements that are normalised together."""
-        return self.p.numel() // self.groups
+    MOMENTA: int
+    FACTORED: bool
+    CLIPS: bool
+    RS_EPS: float
+    VECTOR_EPS: float
+    BOUND: float
+    F: int
+    INPUTS: int
 
 
-def split_shape(shape: tuple[int, ...], axes: tuple[int, int]) -> tuple[int, int, int, int, int]:
-    """(A, D1, B, D2, C) of the module's docstring."""
-    one, two = axes
-    return prod(shape[:one]), shape[one], prod(shape[one + 1 : two]), shape[two], prod(shape[two + 1 :])
-
-
-def find_kind(tensors: Tensors, block: int) -> int:
-    """How a parameter is walked through: WIDE where one tile of columns is kept while walking down the rows."""
-    if tensors.first is None:
-        return BARE
-    if tensors.axes is None:
-        return VECTOR
-    a, _, b, d2, c = split_shape(tuple(tensors.p.shape), tensors.axes)
-    return WIDE if a == b == c == tensors.groups == 1 and 2 * d2 > block else STRIDED
-
-
-def make_segments(tensors: Tensors, index: int, block: int, place: int = 0) -> list[Segment]:
-    """A parameter's segments, one per group of its normalisation.
-
-    Args:
-        index: the parameter's number.
-        block: elements that a program takes at once.
-        place: of the parameter's step in a buffer, if steps are kept.
-    """
-    t = tensors
-    columns = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]))
-    _, d1, b, d2, c = (1, 1, 1, ALIGNMENT, 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
-    sizes = (t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c)
-    return [Segment(columns, (*sizes, group, t.inner, t.rows, place), index, t.slot) for group in range(t.groups)]
-
-
-NUM_COLUMNS, NUM_SIZES = 7, 11  # of a segment
-WIDTH = 5  # the size that is the length of a row; of a vector it says nothing
-
-
-def find_aligns(segments: Segments, items: Items) -> tuple[int, int, int]:
-    """What divides the addresses of parameters and state, those of gradients, and the lengths of rows."""
-    return segments.align, items.align, segments.multiples[WIDTH]
-
-
-def by_tiles(block: int, steps: int) -> Callable[[tuple[int, ...]], int]:
-    """A `count_blocks`: a program takes `steps` times `block` elements, in WIDE segments one below the other."""
-
-    def count_blocks(sizes: tuple[int, ...]) -> int:
-        count, kind, width = sizes[0], sizes[1], sizes[5]
-        if kind == WIDE and count:
-            return -(-(count // width) // steps) * -(-width // block)
-        return -(-count // (block * steps))
-
-    return count_blocks
+def choose_inputs(family: Family) -> Inputs:
+    """The compile-time constants that describe a family."""
+    constants = (family.rs_eps, family.vector_eps, family.bound, family.num_features, family.num_inputs)
+    return Inputs(family.momenta, family.factored, family.clips, *constants)
 
 
 # -- the formulas, on one tensor ---------------------------------------------------------------------------------------
@@ -211,55 +131,6 @@ def line_features(line: Tensor) -> Tensor:
     return torch.cat([line, (line + LINE_EPS).rsqrt()])
 
 
-# -- in the kernels ----------------------------------------------------------------------------------------------------
-
-
-def draw_group(
-    shapes: Sequence[tuple[int, ...]],
-    family: Family,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Tensors]:
-    """Parameters of these shapes in the middle of a run; the first two axes are factored, and differ in scale.
-
-    Args:
-        generator: numbers are drawn on its device.
-        dtype: of parameters and gradients.
-    """
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
-
-    def draw_positive(*shape: int) -> Tensor:
-        return (10 ** (2 * draw(*shape) - 3)).to(device)
-
-    group = []
-    for shape in shapes:
-        scale = draw(*shape)
-        for axis, size in enumerate(shape):
-            scale = scale * 10 ** draw(*[size if i == axis else 1 for i in range(len(shape))])
-        p, g = draw(*shape).to(device, dtype), scale.to(device, dtype)
-        t = Tensors(p, g, draw(family.momenta, *shape).to(device))
-        if family.factored:
-            t = t._replace(v=draw_positive(*shape))
-        if family.factored and len(shape) < 2:
-            averages = draw_positive(LINES, *shape)
-            t = t._replace(first=averages, second=averages)
-        elif family.factored:
-            one, two = ((LINES, *(1 if i == axis else size for i, size in enumerate(shape))) for axis in (1, 0))
-            t = t._replace(first=draw_positive(*one), second=draw_positive(*two), axes=(0, 1))
-            t = t._replace(first_scale=draw_positive(*one), second_scale=draw_positive(*two))
-        group.append(t)
-    return group
-
-
-def draw_decays(family: Family, device: torch.device) -> Tensor:
-    """`[momenta + 4]`, on both sides of the two formulas that `torch.lerp` has."""
-    momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
-    return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
-
-
 def all_features(t: Tensors, rates: Rates, family: Family, sanitize: bool = False) -> Tensor:
     """Element features and, where there are lines, those of both lines: `[F or I, groups, count]`."""
     g = clip_gradient(read_gradient(t.g, rates, sanitize), family)
@@ -269,115 +140,18 @@ def all_features(t: Tensors, rates: Rates, family: Family, sanitize: bool = Fals
     return divide_groups(x, t)
 
 
-def divide_groups(x: Tensor, t: Tensors) -> Tensor:
-    """`[k, *shape]` -> `[k, groups, count]`."""
-    return x.reshape(len(x), -1, t.groups, t.inner).transpose(1, 2).flatten(2)
+# -- in the kernels ----------------------------------------------------------------------------------------------------
 
-
-def join_groups(x: Tensor, t: Tensors) -> Tensor:
-    """`[groups, count]` -> `[*shape]`."""
-    return x.reshape(t.groups, -1, t.inner).transpose(0, 1).reshape(t.p.shape)
-
-
-def divide_coordinates(num_coordinates: int, width: int = 64) -> list[tuple[int, ...]]:
-    """Shapes of a matrix and a vector that have so many elements together."""
-    return [(num_coordinates // width, width), (num_coordinates % width,)]
-
-
-def name_constants(family: Family) -> dict[str, Any]:
-    """The compile-time constants that describe a family."""
-    return {
-        "MOMENTA": family.momenta,
-        "FACTORED": family.factored,
-        "CLIPS": family.clips,
-        "RS_EPS": family.rs_eps,
-        "VECTOR_EPS": family.vector_eps,
-        "BOUND": family.bound,
-    }
-
-
-_WIDE, _STRIDED, _VECTOR, _BARE = (constant(x) for x in (WIDE, STRIDED, VECTOR, BARE))
+_WIDE, _STRIDED, _VECTOR = constant(WIDE), constant(STRIDED), constant(VECTOR)
 _LINES = constant(LINES)
 _SMALL_CLIP = constant(SMALL_CLIP)
-_AVERAGE_EPS, _LINE_EPS, _SQUARE_EPS = (constant(x) for x in (AVERAGE_EPS, LINE_EPS, SQUARE_EPS))
-P, M, V, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = (constant(i) for i in range(7))
+_AVERAGE_EPS, _LINE_EPS = constant(AVERAGE_EPS), constant(LINE_EPS)
 
 
 @jit
 def clip(x, BOUND: tl.constexpr):
     """x within +-BOUND; NaN stays NaN."""
     return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
-
-
-@jit
-def find_tile(
-    row, local, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):  # fmt: skip
-    """A program's first and last row + 1, and its columns; not WIDE: its blocks, and the lanes."""
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    if KIND == _WIDE:
-        width = load_size(row, SIZES + 5, WIDTH)
-        tiles = tl.cdiv(width, BLOCK)
-        start, lane = local // tiles * STEPS, local % tiles * BLOCK + lane
-        last = load_size(row, SIZES, 1) // width
-    else:
-        start = local * STEPS
-        last = tl.cdiv(load_size(row, SIZES, 1), BLOCK)
-    return start, tl.minimum(start + STEPS, last), lane
-
-
-@jit
-def find_elements(
-    row, start, lane, live, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Offsets into the parameter and the lines, and what of them is there; WIDE: `start` is a row of the matrix.
-
-    The offset into the first line is a number for WIDE segments, else one per lane. If not
-    `live` nothing is there.
-    """
-    count = tl.where(live, load_size(row, SIZES, 1), 0)
-    width = load_size(row, SIZES + 5, WIDTH)
-    if KIND == _WIDE:
-        at, first_at, second_at = start * width + lane, start, lane
-        mask = lane < tl.multiple_of(tl.where(start * width < count, width, 0), WIDTH)
-    else:
-        element = start * BLOCK + lane
-        mask = element < count
-        at = element
-        first_at, second_at = at, at
-        if KIND == _STRIDED:
-            groups = load_size(row, SIZES + 2, 1)
-            if groups > 1:
-                group, behind = load_size(row, SIZES + 7, 1), load_size(row, SIZES + 8, 1)
-                at = element // behind * (groups * behind) + group * behind + element % behind
-            inner, c = load_size(row, SIZES + 4, 1), load_size(row, SIZES + 6, 1)
-            outer = at // width
-            column = at - outer * width
-            first_at = outer * c + column % c
-            plane = load_size(row, SIZES + 3, 1) * inner
-            second_at = (outer // plane * inner + outer % inner) * width + column
-    return at, first_at, second_at, mask
-
-
-@jit
-def find_lengths(row, SIZES: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers of the parameter, of its first line and of its second line."""
-    numel = load_size(row, SIZES, 1) * load_size(row, SIZES + 2, 1)
-    width = load_size(row, SIZES + 5, WIDTH)
-    first, second = numel // width * load_size(row, SIZES + 6, 1), numel // load_size(row, SIZES + 3, 1)
-    if KIND == _WIDE:  # whole rows
-        numel, second = tl.multiple_of(numel, WIDTH), tl.multiple_of(second, WIDTH)
-    return numel, first, second
-
-
-@jit
-def load_several(pointer, at, mask, stride, COUNT: tl.constexpr):
-    """A tuple of COUNT loads, `stride` apart; 1 where nothing is: its root can be inverted."""
-    result = ()
-    for i in tl.static_range(COUNT):
-        result = result + (tl.load(pointer + i * stride + at, mask, 1.0),)
-    return result
 
 
 @jit
@@ -430,20 +204,61 @@ def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
 
 
 @jit
-def make_features(
-    g, p, m, v, factor, factor_m, MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr,
-    RS_EPS: tl.constexpr,
-):  # fmt: skip
+def make_features(g, p, m, v, factor, factor_m, FAMILY: tl.constexpr):
     """See `element_features`: a tuple of F vectors."""
     x = (g,)
-    if FACTORED:
-        rs = tl.rsqrt(v + RS_EPS)
-        if CLIPS:
+    if FAMILY.FACTORED:
+        rs = tl.rsqrt(v + FAMILY.RS_EPS)
+        if FAMILY.CLIPS:
             x = x + (clip(g, _SMALL_CLIP),)
-        x = x + (p,) + m + (v,) + scale_all(m, rs, MOMENTA) + (rs,) + scale_all(factor, g, _LINES)
-        if CLIPS:
+        x = x + (p,) + m + (v,) + scale_all(m, rs, FAMILY.MOMENTA) + (rs,) + scale_all(factor, g, _LINES)
+        if FAMILY.CLIPS:
             x = x + (g * rs,)
         x = x + multiply_pairs(m, factor_m, _LINES)
     else:
         x = x + (p,) + m
+    return x
+
+
+@jit
+def load_columns(pointers, lane, lengths):
+    """What a matrix's columns bring, the same for all its rows: their scales, and the features of their line."""
+    _, _, _, _, second_ptr, _, scale_ptr = pointers
+    _, _, length = lengths
+    inside = lane < length
+    scales = load_several(scale_ptr, lane, inside, length, _LINES)
+    return scales, make_line_features(load_several(second_ptr, lane, inside, length, _LINES))
+
+
+@jit
+def load_row_features(pointers, where, lengths):
+    """The features of the line of a matrix's row: numbers."""
+    at = where[1]
+    return make_line_features(load_several(pointers[3], at, at < lengths[1], lengths[1], _LINES))
+
+
+@jit
+def load_scales(pointers, columns, where, lengths, KIND: tl.constexpr):
+    """Scales of both lines at the elements; of a matrix those of its columns are at hand."""
+    _, first_at, second_at, mask = where
+    _, first_length, second_length = lengths
+    first_ptr, second_ptr = pointers[5], pointers[6]
+    if KIND == _STRIDED:
+        first = load_several(first_ptr, first_at, mask, first_length, _LINES)
+        return first, load_several(second_ptr, second_at, mask, second_length, _LINES)
+    else:
+        return load_several(first_ptr, first_at, first_at < first_length, first_length, _LINES), columns
+
+
+@jit
+def append_lines(x, averages, pointers, where, lengths, KIND: tl.constexpr):
+    """The features with those of both lines behind them, where these are an element's own: not in a matrix."""
+    _, first_at, second_at, mask = where
+    _, first_length, second_length = lengths
+    if KIND == _VECTOR:
+        line = make_line_features(averages)
+        x = x + line + line
+    elif KIND == _STRIDED:
+        x = x + make_line_features(load_several(pointers[3], first_at, mask, first_length, _LINES))
+        x = x + make_line_features(load_several(pointers[4], second_at, mask, second_length, _LINES))
     return x

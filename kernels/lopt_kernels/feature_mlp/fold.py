@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from lopt_kernels.elementwise.lstm_layers import tanh
-from lopt_kernels.feature_mlp import accumulate, features, mlp
-from lopt_kernels.feature_mlp.features import LINE_FEATURES, VECTOR, Family, Tensors
-from lopt_kernels.feature_mlp.mlp import MLPWeights, Shape
+from lopt_kernels.feature_mlp import accumulate, samples
+from lopt_kernels.feature_mlp.features import LINE_FEATURES, Family
+from lopt_kernels.feature_mlp.mlp import MLPWeights
+from lopt_kernels.feature_mlp.table import COLUMNS, ELEMENTS, KIND_OF, ROWS, VECTOR, Tensors, make_segments
+from lopt_kernels.feature_mlp.tiling import BLOCK, Shape
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import constant, table_kernel, tl, triton
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items
 from lopt_kernels.launching.segments import Segments, load_index, load_slot
 
-ROWS = 64  # of the buffer of sums, at once
+DEPTH = 64  # rows of the buffer of sums, at once
 STATE_DTYPES = (torch.float32,)
-BLOCK = mlp.BLOCK
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 RMS_EPS = 1e-9  # added to the mean of p^2
 
@@ -109,7 +110,7 @@ RMS_EPS_ = constant(RMS_EPS)
 
 @table_kernel
 def _fold_kernel(
-    table,  # int64 [n, COLUMNS]: see features.make_segments
+    table,  # int64 [n, COLUMNS]: see table.make_segments
     starts,  # int64 [n + 1]
     partial_ptr,  # [blocks, INPUTS]
     weights_ptr,  # [K, TOTAL]
@@ -121,8 +122,6 @@ def _fold_kernel(
     gain_ptr,  # [n]
     norm_eps,
     step_mult,
-    COLUMNS: tl.constexpr,
-    SIZES: tl.constexpr,
     TOTAL: tl.constexpr,
     F: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -134,26 +133,26 @@ def _fold_kernel(
     IP: tl.constexpr,  # INPUTS, H and C to powers of two
     HP: tl.constexpr,
     CP: tl.constexpr,
-    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     row = table + segment * COLUMNS
-    index, kind = load_index(row, COLUMNS), tl.load(row + SIZES + 1)
+    index, kind = load_index(row, COLUMNS), tl.load(row + KIND_OF)
     weights = weights_ptr + load_slot(row, COLUMNS) * TOTAL
     k, j = tl.arange(0, IP), tl.arange(0, HP).to(tl.int64)
     begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    total = tl.zeros([ROWS, IP], tl.float32)
-    for start in range(begin, end, ROWS):
-        block = start + tl.arange(0, ROWS).to(tl.int64)
+    total = tl.zeros([DEPTH, IP], tl.float32)
+    for start in range(begin, end, DEPTH):
+        block = start + tl.arange(0, DEPTH).to(tl.int64)
         mask = (block < end)[:, None] & (k < INPUTS)
         total += tl.load(partial_ptr + (block * INPUTS)[:, None] + k, mask, 0.0)
-    square = tl.sum(total, axis=0) / tl.maximum(tl.load(row + SIZES), 1).to(tl.float32)
+    square = tl.sum(total, axis=0) / tl.maximum(tl.load(row + ELEMENTS), 1).to(tl.float32)
     known = INPUTS
     source = k
     if INPUTS > F:
         if kind == VECTOR_:
             known = VECTOR_INPUTS
-        swapped = (tl.load(row + SIZES + 9) == 1) & (k >= F)
+        swapped = (tl.load(row + ROWS) == 1) & (k >= F)
         source = tl.where(swapped, F + (k - F + LINE_FEATURES_) % (2 * LINE_FEATURES_), k)
     mask = (j < H)[:, None] & (k < INPUTS)
     w = tl.load(weights + (j * INPUTS)[:, None] + source, mask, 0.0) * tl.rsqrt(square + norm_eps)[None, :]
@@ -213,16 +212,19 @@ def launch_segments(
 
 def _constexprs(family: Family, shape: Shape, network: Network) -> dict[str, int | bool]:
     """The kernel's compile-time constants."""
-    columns, constants = features.NUM_COLUMNS, len(network.time_scales)
-    sizes = {"COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns, "F": family.num_features}
-    sizes |= {"TOTAL": count_first(family, shape, network) + shape.num_rest, "H": shape.hidden, "C": constants}
-    sizes |= {"INPUTS": family.num_inputs, "VECTOR_INPUTS": family.vector_inputs, "P_INDEX": family.p_index}
+    constants = len(network.time_scales)
     padded = {"IP": family.num_inputs, "HP": shape.hidden, "CP": max(1, constants)}
     return {
-        **sizes,
+        "F": family.num_features,
+        "INPUTS": family.num_inputs,
+        "VECTOR_INPUTS": family.vector_inputs,
+        "P_INDEX": family.p_index,
+        "H": shape.hidden,
+        "C": constants,
+        "TOTAL": count_first(family, shape, network) + shape.num_rest,
         "RELATIVE": network.relative,
         **{key: triton.next_power_of_2(size) for key, size in padded.items()},
-        "ROWS": ROWS,
+        "DEPTH": DEPTH,
     }
 
 
@@ -237,7 +239,7 @@ def launch(
     network: Network,
 ) -> list[MLPWeights]:
     """`reference` of every parameter of a group; `weights` `[1, T]`, `steps` int64 and `factor` one number for each."""
-    parts = [part for i, t in enumerate(group) for part in features.make_segments(t, i, 1)]
+    parts = [part for i, t in enumerate(group) for part in make_segments(t, i, 1)]
     segments = Segments(parts, lambda sizes: 1)
     rates = parameters.Rates(*[torch.ones_like(factor)] * 3)
     items = parameters.make_items([t.g for t in group], rates, steps=steps)
@@ -262,11 +264,11 @@ def sample(
         dtype: of parameters and gradients.
     """
     family, shape = family or Family(), shape or Shape(hidden=32)
-    group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
+    group = samples.draw_group(samples.divide_coordinates(num_coordinates), family, generator, dtype, device)
     network = Network(torch.tensor([1.0, 10.0, 100.0], device=device), relative=True)
     total = count_first(family, shape, network) + shape.num_rest
     drawn = accumulate.reference
-    rates, decays = parameters.sample_rates(device), features.draw_decays(family, device)
+    rates, decays = parameters.sample_rates(device), samples.draw_decays(family, device)
     return {
         "group": group,
         "sums": [drawn(t, decays, rates, family).squares for t in group],
@@ -292,4 +294,4 @@ def compile_source(dtype: torch.dtype, family: Family | None = None, shape: Shap
     return specialize(_fold_kernel, constexprs, OPTIONS, **types)
 
 
-OP = make_op(__name__)
+OP = make_op(__name__, block=BLOCK)

@@ -1,7 +1,7 @@
 """Layers of a small network inside of a kernel: by plain multiplications, and on tensor cores.
 
 Source: Metz et al. 2022, arXiv 2203.11860, "small_fc_lopt" and its descendants: linear layers with ReLU between them.
-The first layer's product is the caller's; weights are those of `mlp.MLPWeights`.
+Weights are those of `mlp.MLPWeights`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
@@ -9,6 +9,8 @@ The first layer's product is the caller's; weights are those of `mlp.MLPWeights`
 
 from __future__ import annotations
 
+from lopt_kernels.feature_mlp.features import LINE_FEATURES
+from lopt_kernels.feature_mlp.table import WIDE
 from lopt_kernels.launching.language import INTERPRETED, constant, jit, tl
 
 INTERPRETED_ = constant(INTERPRETED)
@@ -124,4 +126,60 @@ def finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION:
     for i in tl.static_range(OUTPUTS):
         w, b = tiles[2 * (LAYERS - 1 + i)], tiles[2 * (LAYERS - 1 + i) + 1]
         out = out + (tl.sum(h * w[None, :], axis=1) + b,)
+    return out
+
+
+# -- the whole network --
+
+_WIDE = constant(WIDE)
+_LINE_FEATURES = constant(LINE_FEATURES)
+
+
+@jit
+def load_network(
+    network, lane, columns, COUNT: tl.constexpr, KIND: tl.constexpr, FAMILY: tl.constexpr, MLP: tl.constexpr
+):
+    """What all of a program's elements share: tiles of the layers, and the first layer's bias with what columns add."""
+    first, bias, rest, _ = network
+    PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
+    w = first + FAMILY.F + _LINE_FEATURES  # the weights of the columns' features
+    if MLP.DOT:
+        first_tile = load_tile(first, MLP.H, COUNT, FAMILY.INPUTS, PADDED, MLP.HP)
+        tiles = load_rest(rest, MLP.H, MLP.LAYERS, MLP.OUTPUTS, MLP.HP)
+        base = tl.zeros([lane.shape[0], MLP.HP], tl.float32)
+        base += load_column(bias, MLP.H, 1, MLP.HP)[None, :]
+        if KIND == _WIDE:
+            for k in tl.static_range(_LINE_FEATURES):
+                base += columns[k][:, None] * load_column(w + k, MLP.H, FAMILY.INPUTS, MLP.HP)[None, :]
+        return base, first_tile, tiles
+    else:
+        base = load_numbers(bias, MLP.H)
+        if KIND == _WIDE:
+            base = multiply(columns, base, w, _LINE_FEATURES, FAMILY.INPUTS, MLP.H)
+        return base, None, None
+
+
+@jit
+def add_row(base, row, w, FAMILY: tl.constexpr, MLP: tl.constexpr):
+    """What is shared, with what a matrix's row adds: its features are numbers."""
+    if MLP.DOT:
+        total = tl.zeros([MLP.HP], tl.float32)
+        for k in tl.static_range(_LINE_FEATURES):
+            total += row[k] * load_column(w + k, MLP.H, FAMILY.INPUTS, MLP.HP)
+        return base + total[None, :]
+    else:
+        return multiply(row, base, w, _LINE_FEATURES, FAMILY.INPUTS, MLP.H)
+
+
+@jit
+def run_network(x, shared, network, first_tile, tiles, COUNT: tl.constexpr, FAMILY: tl.constexpr, MLP: tl.constexpr):
+    """All layers: the step of an element before the gain."""
+    first, _, rest, _ = network
+    PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
+    if MLP.DOT:
+        h = dot(stack(x, COUNT, PADDED), first_tile, shared, MLP.PRECISION)
+        out = finish_dot(h, tiles, MLP.LAYERS, MLP.OUTPUTS, MLP.PRECISION)
+    else:
+        h = multiply(x, shared, first, COUNT, FAMILY.INPUTS, MLP.H)
+        out = finish_plain(h, rest, MLP.H, MLP.LAYERS, MLP.OUTPUTS)
     return out

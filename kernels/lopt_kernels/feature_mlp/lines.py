@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.feature_mlp import features
-from lopt_kernels.feature_mlp.features import LINES, Family, Tensors, average, clip
+from lopt_kernels.feature_mlp import features, samples
+from lopt_kernels.feature_mlp.features import LINES, Family, average, clip
+from lopt_kernels.feature_mlp.table import Tensors
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
@@ -301,10 +302,10 @@ def sample(
         generator: numbers are drawn on its device.
         dtype: of gradients.
     """
-    shapes = [features.divide_coordinates(num_coordinates)[0], (num_coordinates % 64, 1)]
+    shapes = [samples.divide_coordinates(num_coordinates)[0], (num_coordinates % 64, 1)]
     family = Family()
-    group = features.draw_group(shapes, family, generator, dtype, device)
-    decays = features.draw_decays(family, device)
+    group = samples.draw_group(shapes, family, generator, dtype, device)
+    decays = samples.draw_decays(family, device)
     return {"group": group, "decays": decays, "rates": parameters.sample_rates(device), "family": family}
 
 

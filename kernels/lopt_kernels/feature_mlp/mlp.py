@@ -18,44 +18,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt_kernels.feature_mlp import features
+from lopt_kernels.feature_mlp import features, samples, table
 from lopt_kernels.feature_mlp.features import (
-    FIRST,
-    FIRST_SCALE,
     LINE_FEATURES,
-    SECOND,
-    SECOND_SCALE,
+    Family,
+    append_lines,
+    clip,
+    load_columns,
+    load_row_features,
+    load_scales,
+    make_factors,
+    make_features,
+)
+from lopt_kernels.feature_mlp.layers import add_row, load_network, run_network
+from lopt_kernels.feature_mlp.table import (
+    COLUMNS,
+    KIND_OF,
+    NUM_KINDS,
+    PLACE,
     STRIDED,
     VECTOR,
     WIDE,
-    Family,
-    M,
-    P,
     Tensors,
-    V,
-    clip,
     find_aligns,
     find_elements,
     find_lengths,
+    find_pointers,
     find_tile,
     load_several,
-    make_factors,
-    make_features,
-    make_line_features,
 )
-from lopt_kernels.feature_mlp.layers import (
-    dot,
-    finish_dot,
-    finish_plain,
-    load_column,
-    load_numbers,
-    load_rest,
-    load_tile,
-    multiply,
-    stack,
-)
-from lopt_kernels.launching import parameters, tuning
-from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl, triton
+from lopt_kernels.feature_mlp.tiling import BLOCK, Shape, TileChoice, choose_sizes, choose_tiles
+from lopt_kernels.launching import parameters
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items, Rates, load_gradient, load_rates, store_parameter
 from lopt_kernels.launching.segments import (
@@ -67,17 +61,9 @@ from lopt_kernels.launching.segments import (
     load_size,
     load_slot,
 )
-from lopt_kernels.launching.tuning import Tile
 
-BLOCK, STEPS = 128, 64  # elements that a program takes at once, and how often: one per thread, more of them spill
-DOT_BLOCK, DOT_STEPS = 128, 64  # the same where tensor cores multiply
-TILE_BLOCK = 64  # the same for tiles in "ieee", which other units multiply: with more, registers spill
-WARPS = 4
 STATE_DTYPES = (torch.float32,)
 OPTIONS = {"enable_fp_fusion": True}
-DOT_HIDDEN = 16  # from this width on tensor cores are used
-MAX_HIDDEN = 128  # wider tiles do not fit the registers
-PRECISIONS = ("ieee", "tf32", "bf16")
 
 
 class MLPWeights(NamedTuple):
@@ -96,27 +82,6 @@ class MLPWeights(NamedTuple):
     bias: Tensor
     rest: Tensor
     gain: Tensor
-
-
-class Shape(NamedTuple):
-    """What the kernel is compiled for beside the family: widths, outputs, and `exp_mult` (0: the step is d alone).
-
-    Attributes:
-        hidden: width of the hidden layers.
-        layers: how many hidden layers, at least 1.
-        outputs: 1 (d) or 2 (d, a).
-        exp_mult: the step is `-gain d exp(exp_mult a)`.
-    """
-
-    hidden: int
-    layers: int = 1
-    outputs: int = 2
-    exp_mult: float = 1e-3
-
-    @property
-    def num_rest(self) -> int:
-        """R, the numbers of all layers but the first."""
-        return (self.layers - 1) * self.hidden * (self.hidden + 1) + self.outputs * (self.hidden + 1)
 
 
 def reference(
@@ -150,112 +115,79 @@ def reference(
     step = h[:, 0]
     if shape.exp_mult:
         step = step * torch.exp(shape.exp_mult * h[:, 1])
-    step = features.join_groups(step * -weights.gain[:, None], t)
+    step = table.join_groups(step * -weights.gain[:, None], t)
     return step if delta else parameters.move_parameter(t.p, step, rates)
 
 
-WIDE_, STRIDED_, VECTOR_ = (constant(x) for x in (WIDE, STRIDED, VECTOR))
-NUM_KINDS_ = constant(features.NUM_KINDS)
-LINE_FEATURES_ = constant(LINE_FEATURES)
+_WIDE, _STRIDED, _VECTOR = (constant(x) for x in (WIDE, STRIDED, VECTOR))
+_NUM_KINDS = constant(NUM_KINDS)
+_LINE_FEATURES = constant(LINE_FEATURES)
+
 
 # -- one program --
 
 
 @jit
+def _load_inputs(
+    g, p, pointers, columns, where, lengths, KIND: tl.constexpr, FAMILY: tl.constexpr
+):  # a tuple of COUNT vectors
+    """The inputs that are an element's own."""
+    at, mask = where[0], where[3]
+    m = load_several(pointers[1], at, mask, lengths[0], FAMILY.MOMENTA)
+    v, factor, factor_m, first = g, m, m, m
+    if FAMILY.FACTORED:
+        v = tl.load(pointers[2] + at, mask, 0.0)
+        if KIND == _VECTOR:
+            first = load_several(pointers[3], at, mask, lengths[0], 3)
+            second = first
+        else:
+            first, second = load_scales(pointers, columns, where, lengths, KIND)
+        factor, factor_m = make_factors(first, second, KIND, FAMILY.VECTOR_EPS)
+    x = make_features(g, p, m, v, factor, factor_m, FAMILY)
+    return append_lines(x, first, pointers, where, lengths, KIND)
+
+
+@jit
 def _move(
-    row, local, index, g_ptr, rates, live, seeds, first_weights, bias, rest, gain, out_ptr,
-    P_TYPE: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr, KIND: tl.constexpr,
-    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-    H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    row, local, index, g_ptr, rates, live, seeds, network, out_ptr,
+    KIND: tl.constexpr, FAMILY: tl.constexpr, MLP: tl.constexpr, P_TYPE: tl.constexpr, ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr, SANITIZE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """A program's elements of one segment."""
     lr, decay, scale = rates
-    p_ptr = load_pointer(row, P, P_TYPE, ALIGN)
-    m_ptr, v_ptr = load_pointer(row, M, tl.float32, ALIGN), load_pointer(row, V, tl.float32, ALIGN)
-    first_ptr = load_pointer(row, FIRST, tl.float32, ALIGN)
-    second_ptr = load_pointer(row, SECOND, tl.float32, ALIGN)
-    first_scale_ptr = load_pointer(row, FIRST_SCALE, tl.float32, ALIGN)
-    second_scale_ptr = load_pointer(row, SECOND_SCALE, tl.float32, ALIGN)
-    numel, first_length, second_length = find_lengths(row, SIZES, KIND, WIDTH)
-    start, stop, lane = find_tile(row, local, SIZES, KIND, WIDTH, BLOCK, STEPS)
-
+    first_weights, gain = network[0], network[3]
+    pointers = find_pointers(row, P_TYPE, ALIGN)
+    lengths = find_lengths(row, KIND, WIDTH_ALIGN)
+    start, stop, lane = find_tile(row, local, KIND, WIDTH_ALIGN, BLOCK, STEPS)
     # inputs that are an element's own here: all but those of a matrix's lines
-    COUNT: tl.constexpr = INPUTS if KIND == STRIDED_ or KIND == VECTOR_ else F
-    PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
-    if DOT:
-        w_first = load_tile(first_weights, H, COUNT, INPUTS, PADDED, HP)
-        tiles = load_rest(rest, H, LAYERS, OUTPUTS, HP)
-        base = tl.zeros([BLOCK, HP], tl.float32) + load_column(bias, H, 1, HP)[None, :]
-    else:
-        base = load_numbers(bias, H)
-    columns = ()
-    if KIND == WIDE_:
-        inside = lane < second_length
-        columns = load_several(second_scale_ptr, lane, inside, second_length, 3)
-        of_columns = make_line_features(load_several(second_ptr, lane, inside, second_length, 3))
-        if DOT:
-            for k in tl.static_range(LINE_FEATURES_):
-                w = load_column(first_weights + F + LINE_FEATURES_ + k, H, INPUTS, HP)
-                base += of_columns[k][:, None] * w[None, :]
-        else:
-            base = multiply(of_columns, base, first_weights + F + LINE_FEATURES_, LINE_FEATURES_, INPUTS, H)
-
+    COUNT: tl.constexpr = FAMILY.INPUTS if KIND == _STRIDED or KIND == _VECTOR else FAMILY.F
+    columns, of_columns = (), ()
+    if KIND == _WIDE:
+        columns, of_columns = load_columns(pointers, lane, lengths)
+    base, first_tile, tiles = load_network(network, lane, of_columns, COUNT, KIND, FAMILY, MLP)
     for step in range(start, stop):
-        at, first_at, second_at, mask = find_elements(row, step, lane, live, SIZES, KIND, WIDTH, BLOCK)
-        g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), BOUND)
-        p = tl.load(p_ptr + at, mask, 0.0).to(tl.float32)
-        m = load_several(m_ptr, at, mask, numel, MOMENTA)
-        v, factor, factor_m, first = g, m, m, m
-        if FACTORED:
-            v = tl.load(v_ptr + at, mask, 0.0)
-            second = columns
-            if KIND == VECTOR_:
-                first = load_several(first_ptr, at, mask, numel, 3)
-                second = first
-            elif KIND == STRIDED_:
-                first = load_several(first_scale_ptr, first_at, mask, first_length, 3)
-                second = load_several(second_scale_ptr, second_at, mask, second_length, 3)
-            else:
-                first = load_several(first_scale_ptr, first_at, first_at < first_length, first_length, 3)
-            factor, factor_m = make_factors(first, second, KIND, VECTOR_EPS)
-        x = make_features(g, p, m, v, factor, factor_m, MOMENTA, FACTORED, CLIPS, RS_EPS)
-        if KIND == VECTOR_:
-            own = make_line_features(first)
-            x = x + own + own
-        elif KIND == STRIDED_:
-            x = x + make_line_features(load_several(first_ptr, first_at, mask, first_length, 3))
-            x = x + make_line_features(load_several(second_ptr, second_at, mask, second_length, 3))
+        where = find_elements(row, step, lane, live, KIND, WIDTH_ALIGN, BLOCK)
+        at, mask = where[0], where[3]
+        g = clip(load_gradient(g_ptr, at, mask, scale, SANITIZE), FAMILY.BOUND)
+        p = tl.load(pointers[0] + at, mask, 0.0).to(tl.float32)
+        x = _load_inputs(g, p, pointers, columns, where, lengths, KIND, FAMILY)
         shared = base
-        if KIND == WIDE_:
-            line = load_several(first_ptr, first_at, first_at < first_length, first_length, 3)
-            of_row = make_line_features(line)
-            if DOT:
-                total = tl.zeros([HP], tl.float32)
-                for k in tl.static_range(LINE_FEATURES_):
-                    total += of_row[k] * load_column(first_weights + F + k, H, INPUTS, HP)
-                shared = base + total[None, :]
-            else:
-                shared = multiply(of_row, base, first_weights + F, LINE_FEATURES_, INPUTS, H)
-        if DOT:
-            h = dot(stack(x, COUNT, PADDED), w_first, shared, PRECISION)
-            out = finish_dot(h, tiles, LAYERS, OUTPUTS, PRECISION)
-        else:
-            h = multiply(x, shared, first_weights, COUNT, INPUTS, H)
-            out = finish_plain(h, rest, H, LAYERS, OUTPUTS)
+        if KIND == _WIDE:
+            of_row = load_row_features(pointers, where, lengths)
+            shared = add_row(base, of_row, first_weights + FAMILY.F, FAMILY, MLP)
+        out = run_network(x, shared, network, first_tile, tiles, COUNT, FAMILY, MLP)
         delta = -gain * out[0]
-        if EXP_MULT != 0:
-            delta = delta * tl.exp(EXP_MULT * out[1])
-        if DELTA:
-            tl.store(out_ptr + load_size(row, SIZES + 10, 1) + at, delta, mask)
+        if MLP.EXP_MULT != 0:
+            delta = delta * tl.exp(MLP.EXP_MULT * out[1])
+        if out_ptr is not None:
+            tl.store(out_ptr + load_size(row, PLACE, 1) + at, delta, mask)
         else:
-            store_parameter(p_ptr, at, mask, p, delta, lr, decay, seeds, index)
+            store_parameter(pointers[0], at, mask, p, delta, lr, decay, seeds, index)
 
 
 @table_kernel
 def _mlp_kernel(
-    table,  # int64 [n, COLUMNS]: see features.make_segments
+    table,  # int64 [n, COLUMNS]: see table.make_segments
     starts,  # int64 [n + 1]
     num_segments,  # n
     first_ptr,  # [n, H, INPUTS]
@@ -270,84 +202,33 @@ def _mlp_kernel(
     steps_ptr,
     seeds,  # or None
     rest_stride,
-    out_ptr,  # steps of all parameters, or None
+    out_ptr,  # steps of all parameters; None: the parameters are moved
     KINDS: tl.constexpr,  # a bit for each kind of segment that there is
-    COLUMNS: tl.constexpr,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, SIZES: tl.constexpr,
-    MOMENTA: tl.constexpr, FACTORED: tl.constexpr, CLIPS: tl.constexpr, RS_EPS: tl.constexpr,
-    VECTOR_EPS: tl.constexpr, BOUND: tl.constexpr, F: tl.constexpr, INPUTS: tl.constexpr, SANITIZE: tl.constexpr,
-    H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, EXP_MULT: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    FAMILY: tl.constexpr,
+    MLP: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr,
+    SANITIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-):  # fmt: skip
+):
     segment, row, local = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
-    kind, index = tl.load(row + SIZES + 1), load_index(row, COLUMNS)
+    kind, index = tl.load(row + KIND_OF), load_index(row, COLUMNS)
     g_ptr, live = load_pointer(grads + index, 0, G_TYPE, G_ALIGN), tl.load(live_ptr + index)
     rates = load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr)
-    first, bias = first_ptr + segment * (H * INPUTS), bias_ptr + segment * H
+    first, bias = first_ptr + segment * (MLP.H * FAMILY.INPUTS), bias_ptr + segment * MLP.H
     rest = rest_ptr + load_slot(row, COLUMNS) * rest_stride.to(tl.int64)
-    gain = tl.load(gain_ptr + segment)
-    for k in tl.static_range(NUM_KINDS_):
+    network = (first, bias, rest, tl.load(gain_ptr + segment))
+    for k in tl.static_range(_NUM_KINDS):
         if KINDS & (1 << k):
             if kind == k:
                 _move(
-                    row, local, index, g_ptr, rates, live, seeds, first, bias, rest, gain, out_ptr, P_TYPE, ALIGN,
-                    SIZES, k, MOMENTA, FACTORED, CLIPS, RS_EPS, VECTOR_EPS, BOUND, F, INPUTS, SANITIZE, H, LAYERS,
-                    OUTPUTS, EXP_MULT, DELTA, DOT, PRECISION, HP, WIDTH, BLOCK, STEPS,
+                    row, local, index, g_ptr, rates, live, seeds, network, out_ptr, k, FAMILY, MLP, P_TYPE, ALIGN,
+                    WIDTH_ALIGN, SANITIZE, BLOCK, STEPS,
                 )  # fmt: skip
-
-
-class Plan(NamedTuple):
-    """How the kernel multiplies.
-
-    Attributes:
-        dot: on tensor cores.
-        precision: of their inputs: "ieee" (which needs other units), "tf32" or "bf16".
-        block: elements that a program takes at once.
-        steps: how often, at most.
-        warps: of a program.
-    """
-
-    dot: bool
-    precision: str
-    block: int
-    steps: int
-    warps: int = WARPS
-
-    @property
-    def tile(self) -> Tile:
-        """Block, steps and warps: what does not change the formula."""
-        return Tile(self.block, self.steps, self.warps)
-
-
-def count_shared(shape: Shape) -> int:
-    """Bytes of shared memory that a program takes at most, where tensor cores multiply; compiled ones take less."""
-    padded = max(DOT_HIDDEN, 1 << (shape.hidden - 1).bit_length())
-    return 4 * padded**2 * (shape.layers - 1) + 680 * padded + 20_000
-
-
-def choose_plan(shape: Shape, precision: str = "ieee", dot: bool | None = None) -> Plan:
-    """The plan for a shape: tensor cores from `DOT_HIDDEN` on, unless `dot` says otherwise.
-
-    Raises:
-        ValueError: the MLP is not one the kernel takes, or there is no such precision.
-    """
-    fits = 1 <= shape.hidden <= MAX_HIDDEN and shape.layers >= 1
-    if not fits or shape.outputs not in (1, 2) or (shape.exp_mult and shape.outputs == 1):
-        raise ValueError(
-            f"mlp kernel: hidden must be 1 to {MAX_HIDDEN}, outputs 2, or 1 with exp_mult 0, got {shape}. "
-            "Use the reference."
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(f"mlp kernel: precision must be one of {PRECISIONS}, got {precision!r}.")
-    if shape.hidden >= DOT_HIDDEN if dot is None else dot:
-        return Plan(True, precision, TILE_BLOCK if precision == "ieee" else DOT_BLOCK, DOT_STEPS)
-    return Plan(False, precision, BLOCK, STEPS)
-
-
-def sign(family: Family, shape: Shape, plan: Plan, p_dtype: torch.dtype) -> str:
-    """For which kernels the same tile is best, for `tuning.find`; of a plan only how it multiplies."""
-    return tuning.sign(family, shape, plan.precision if plan.dot else "fma", p_dtype)
 
 
 def launch_segments(
@@ -356,18 +237,18 @@ def launch_segments(
     items: Items,
     family: Family,
     shape: Shape,
-    plan: Plan,
+    choice: TileChoice,
     sanitize: bool = False,
     out: Tensor | None = None,
-    kinds: int = features.ALL_KINDS,
+    kinds: int = table.ALL_KINDS,
 ) -> None:
     """`reference` for all segments in one launch; parameters in place.
 
     Args:
-        segments: of `features.make_segments(tensors, index, plan.block, place)`, cut by
-            `features.by_tiles(plan.block, plan.steps)`.
+        segments: of `table.make_segments(tensors, index, choice.block, place)`, cut by
+            `table.by_tiles(choice.block, choice.steps)`.
         weights: float32, contiguous but for the rows of `rest`.
-        plan: of `choose_plan`.
+        choice: of `choose_tiles`.
         sanitize: entries of the gradients that are not finite count as 0.
         out: write the steps here, float32, each at its segment's place; parameters stay as they are.
         kinds: a bit for each kind among the segments (`1 << kind`); fewer compile faster.
@@ -396,8 +277,8 @@ def launch_segments(
     with torch.cuda.device_of(segments.table):
         _mlp_kernel[(segments.num_blocks,)](
             *(segments.table, segments.starts, n, *weights, *items.arguments(dtypes[0]), weights.rest.stride(0), out),
-            **_constexprs(family, shape, plan, dtypes, find_aligns(segments, items), kinds, sanitize, out is not None),
-            num_warps=plan.warps,
+            **_constexprs(family, shape, choice, dtypes, find_aligns(segments, items), kinds, sanitize),
+            num_warps=choice.warps,
             **OPTIONS,
         )
 
@@ -405,23 +286,24 @@ def launch_segments(
 def _constexprs(
     family: Family,
     shape: Shape,
-    plan: Plan,
+    choice: TileChoice,
     dtypes: Sequence[torch.dtype],
     aligns: Sequence[int],
     kinds: int,
     sanitize: bool,
-    delta: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `features.find_aligns`."""
-    types = {"P_TYPE": TRITON_TYPES[dtypes[0]], "G_TYPE": TRITON_TYPES[dtypes[1]]}
-    columns = features.NUM_COLUMNS
-    table = {"KINDS": kinds & family.kinds, "COLUMNS": columns + features.NUM_SIZES + 2, "SIZES": columns}
-    table |= dict(zip(("ALIGN", "G_ALIGN", "WIDTH"), aligns, strict=True))
-    widths = {"F": family.num_features, "INPUTS": family.num_inputs, "H": shape.hidden, "LAYERS": shape.layers}
-    outputs = {"OUTPUTS": shape.outputs, "EXP_MULT": shape.exp_mult}
-    tiles = {"DOT": plan.dot, "PRECISION": plan.precision, "HP": max(16, triton.next_power_of_2(shape.hidden))}
-    tiles |= {"BLOCK": plan.block, "STEPS": plan.steps, "SANITIZE": sanitize, "DELTA": delta}
-    return {**types, **table, **features.name_constants(family), **widths, **outputs, **tiles}
+    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `table.find_aligns`."""
+    return {
+        **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
+        "P_TYPE": TRITON_TYPES[dtypes[0]],
+        "G_TYPE": TRITON_TYPES[dtypes[1]],
+        "KINDS": kinds & family.kinds,
+        "FAMILY": features.choose_inputs(family),
+        "MLP": choose_sizes(shape, choice),
+        "SANITIZE": sanitize,
+        "BLOCK": choice.block,
+        "STEPS": choice.steps,
+    }
 
 
 def launch(
@@ -430,7 +312,7 @@ def launch(
     rates: Rates,
     family: Family,
     shape: Shape,
-    plan: Plan | None = None,
+    choice: TileChoice | None = None,
     sanitize: bool = False,
     delta: bool = False,
 ) -> list[Tensor]:
@@ -440,16 +322,16 @@ def launch(
         weights: of all segments, those of one parameter after those of another; `rest` `[1, R]`.
         rates: `[1]` each, of all.
     """
-    plan = plan or choose_plan(shape)
+    choice = choice or choose_tiles(shape)
     places = list(accumulate_sizes((t.p.numel() for t in group), initial=0))
     steps = torch.empty(places[-1], device=group[0].p.device) if delta else None
     new = [t.p if delta else t.p.clone() for t in group]
     copies = [t._replace(p=p, slot=0) for t, p in zip(group, new, strict=True)]
-    parts = [s for i, t in enumerate(copies) for s in features.make_segments(t, i, plan.block, places[i])]
-    segments = Segments(parts, features.by_tiles(plan.block, plan.steps))
+    parts = [s for i, t in enumerate(copies) for s in table.make_segments(t, i, choice.block, places[i])]
+    segments = Segments(parts, table.by_tiles(choice.block, choice.steps))
     every = Rates(*(x.expand(len(group)).contiguous() for x in rates))
     items = parameters.make_items([t.g for t in group], every)
-    launch_segments(segments, weights, items, family, shape, plan, sanitize, steps)
+    launch_segments(segments, weights, items, family, shape, choice, sanitize, steps)
     if steps is None:
         return new
     return [x.view(t.p.shape) for x, t in zip(steps.split([t.p.numel() for t in group]), group, strict=True)]
@@ -488,7 +370,7 @@ def sample(
         dtype: of parameters and gradients.
     """
     family, shape = family or Family(), shape or Shape(hidden=32)
-    group = features.draw_group(features.divide_coordinates(num_coordinates), family, generator, dtype, device)
+    group = samples.draw_group(samples.divide_coordinates(num_coordinates), family, generator, dtype, device)
     rates = parameters.sample_rates(device)
     weights = draw_weights(group, rates, family, shape, generator)
     return {"group": group, "weights": weights, "rates": rates, "family": family, "shape": shape}
@@ -504,17 +386,17 @@ def compile_source(
     dtype: torch.dtype,
     family: Family | None = None,
     shape: Shape | None = None,
-    plan: Plan | None = None,
+    choice: TileChoice | None = None,
     p_dtype: torch.dtype = torch.float32,
-    kinds: int = features.ALL_KINDS,
+    kinds: int = table.ALL_KINDS,
 ) -> CompileSource:
     """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
     family, shape = family or Family(), shape or Shape(hidden=32)
-    plan, aligns = plan or choose_plan(shape), (ALIGNMENT,) * 3
-    constexprs = _constexprs(family, shape, plan, (p_dtype, p_dtype), aligns, kinds, sanitize=False, delta=False)
+    choice, aligns = choice or choose_tiles(shape), (ALIGNMENT,) * 3
+    constexprs = _constexprs(family, shape, choice, (p_dtype, p_dtype), aligns, kinds, sanitize=False)
     constexprs |= {"seeds": None, "out_ptr": None}
-    options = {"num_warps": plan.warps, **OPTIONS}
+    options = {"num_warps": choice.warps, **OPTIONS}
     return specialize(_mlp_kernel, constexprs, options, **parameters.TYPES | {"rest_stride": "i32"})
 
 
-OP = make_op(__name__)
+OP = make_op(__name__, block=BLOCK)

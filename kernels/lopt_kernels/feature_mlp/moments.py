@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt_kernels.feature_mlp import features
-from lopt_kernels.feature_mlp.features import Family, Tensors
+from lopt_kernels.feature_mlp import samples
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.table import Tensors
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import TRITON_TYPES, constant, table_kernel, tl, triton
 from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
@@ -143,8 +144,8 @@ def sample(
         generator: numbers are drawn on its device.
         dtype: of the parameters.
     """
-    shapes = features.divide_coordinates(num_coordinates)
-    return {"group": features.draw_group(shapes, Family(), generator, dtype, device)}
+    shapes = samples.divide_coordinates(num_coordinates)
+    return {"group": samples.draw_group(shapes, Family(), generator, dtype, device)}
 
 
 def bytes_moved(num_coordinates: int, param_bytes: int = 4) -> int:

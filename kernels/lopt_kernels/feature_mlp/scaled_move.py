@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt_kernels.feature_mlp import features
-from lopt_kernels.feature_mlp.features import Tensors
+from lopt_kernels.feature_mlp.table import Tensors, divide_groups, join_groups
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, check_triton, make_op, specialize
@@ -48,13 +47,13 @@ def reference(
         delta: the step, float32 `[*shape]`.
         rates: `[1]` each.
         scale: root mean square of the step that is made.
-        groups, inner: see `features.Tensors`.
+        groups, inner: see `table.Tensors`.
         seeds: int64 `[1]`: a bfloat16 p is rounded at random.
     """
     t = Tensors(p, p, p, groups=groups, inner=inner)
-    x = features.divide_groups(delta[None], t)[0]
+    x = divide_groups(delta[None], t)[0]
     size = x.square().sum(1, keepdim=True) / max(1, x.shape[1])
-    step = features.join_groups(x * (scale * (size + EPS).rsqrt()), t)
+    step = join_groups(x * (scale * (size + EPS).rsqrt()), t)
     return parameters.move_parameter(p.flatten(), step.flatten(), rates, seeds).view(p.shape)
 
 

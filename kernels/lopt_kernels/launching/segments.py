@@ -66,7 +66,7 @@ class Segments:
         ValueError: there is no segment, columns differ in dtype or device or number, or there are too many blocks.
     """
 
-    def __init__(self, segments: Sequence[Segment], count_blocks: Callable[[tuple[int, ...]], int]) -> None:
+    def __init__(self, segments: Sequence[Segment], count_blocks: Callable[[Any], int]) -> None:
         if not segments:
             raise ValueError("a launch needs at least one segment, got none. Skip the group.")
         first = segments[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from lopt_kernels.feature_mlp import features, fold
-from lopt_kernels.feature_mlp.features import Family, Tensors
-from lopt_kernels.feature_mlp.mlp import Shape
+from lopt_kernels.feature_mlp.features import Family
+from lopt_kernels.feature_mlp.table import Tensors
+from lopt_kernels.feature_mlp.tiling import Shape
 from torch import Tensor
 
 from lopt.rules import find_layout

@@ -13,12 +13,12 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from lopt_kernels.feature_mlp import accumulate, features, fold, lines, mlp, moments, rows, scaled_move
-from lopt_kernels.feature_mlp.features import Tensors
+from lopt_kernels.feature_mlp import accumulate, fold, lines, mlp, moments, rows, scaled_move, table, tiling
 from lopt_kernels.feature_mlp.fold import Network
 from lopt_kernels.feature_mlp.lines import Lines
-from lopt_kernels.feature_mlp.mlp import Plan
 from lopt_kernels.feature_mlp.newton_schulz import orthogonalize_equal
+from lopt_kernels.feature_mlp.table import Tensors
+from lopt_kernels.feature_mlp.tiling import TileChoice
 from lopt_kernels.launching import tuning
 from lopt_kernels.launching.op import find_shared_memory
 from lopt_kernels.launching.parameters import Items
@@ -58,7 +58,7 @@ class PassTables(NamedTuple):
         views: without what belongs to their optimizer.
         kinds: a bit for each kind of segment.
         lines: None where no view has any.
-        accumulate, mlp: cut by `tile` and by `plan`.
+        accumulate, mlp: cut by `tile` and by `choice`.
         scales: memory that the tables address.
         others: the table of a pass that not all rules have.
     """
@@ -70,7 +70,7 @@ class PassTables(NamedTuple):
     accumulate: Segments
     mlp: Segments
     tile: Tile
-    plan: Plan
+    choice: TileChoice
     scales: Sequence[Tensor]
     others: Segments | None
 
@@ -93,7 +93,7 @@ class FeatureProgram(Program):
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         self.mlp = rule
         self.family, self.shape, self.network = describe_family(rule), describe_shape(rule), self.describe_network(rule)
-        self.plan: Plan = mlp.choose_plan(self.shape, PRECISIONS[torch.get_float32_matmul_precision()])
+        self.choice: TileChoice = tiling.choose_tiles(self.shape, PRECISIONS[torch.get_float32_matmul_precision()])
         self.decays, self.packed = self._read_weights()
         self.weights = self.packed
         divided = [(i, together) for i, views in enumerate(groups) for together in self.divide(views)]
@@ -118,10 +118,10 @@ class FeatureProgram(Program):
         """See `Program.find_obstacle`."""
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         widths = rule.widths[1:-1]
-        if len(set(widths)) != 1 or max(widths) > mlp.MAX_HIDDEN:
-            return f"the fused MLP has hidden layers of one width, at most {mlp.MAX_HIDDEN}, not {widths}"
-        wanted, there = mlp.count_shared(describe_shape(rule)), find_shared_memory(device)
-        if widths[0] >= mlp.DOT_HIDDEN and there is not None and wanted > there:
+        if len(set(widths)) != 1 or max(widths) > tiling.MAX_HIDDEN:
+            return f"the fused MLP has hidden layers of one width, at most {tiling.MAX_HIDDEN}, not {widths}"
+        wanted, there = tiling.count_shared(describe_shape(rule)), find_shared_memory(device)
+        if widths[0] >= tiling.DOT_HIDDEN and there is not None and wanted > there:
             return f"the fused MLP may take {wanted} bytes of shared memory with layers {widths}, there are {there}"
         return None
 
@@ -146,16 +146,16 @@ class FeatureProgram(Program):
         """The tables of some views, whose numbers are in the items of this index."""
         tensors = [describe_view(self.mlp, view, self.slot(view)) for view in views]
         factored = [(view.number, t) for view, t in zip(views, tensors, strict=True) if t.axes and t.p.numel()]
-        tile, plan = self.find_tiles(views[0].p)
+        tile, choice = self.find_tiles(views[0].p)
         return PassTables(
             group=group,
             views=[view.release() for view in views],
-            kinds=find_kinds(tensors, (tile, plan.tile)),
+            kinds=find_kinds(tensors, (tile, choice.tile)),
             lines=lines.make_lines(factored) if factored else None,
             accumulate=make_table(views, tensors, tile),
-            mlp=make_table(views, tensors, plan.tile),
+            mlp=make_table(views, tensors, choice.tile),
             tile=tile,
-            plan=plan,
+            choice=choice,
             scales=[x for t in tensors for x in (t.first_scale, t.second_scale) if x is not None],
             others=self.make_others(views, tensors),
         )
@@ -164,12 +164,12 @@ class FeatureProgram(Program):
         """See `PassTables.others`."""
         return None
 
-    def find_tiles(self, p: Tensor) -> tuple[Tile, Plan]:
+    def find_tiles(self, p: Tensor) -> tuple[Tile, TileChoice]:
         """How `update_state` and `mlp` divide parameters of the dtype and on the device of this one."""
         key = accumulate.sign(self.family, p.dtype)
         tile = tuning.find("accumulate", key, accumulate.TILE, p.device)
-        key = mlp.sign(self.family, self.shape, self.plan, p.dtype)
-        return tile, self.plan._replace(**tuning.find("mlp", key, self.plan.tile, p.device)._asdict())
+        key = tiling.sign(self.family, self.shape, self.choice, p.dtype)
+        return tile, self.choice._replace(**tuning.find("mlp", key, self.choice.tile, p.device)._asdict())
 
     def slot(self, view: ParameterView) -> int:
         """The row of the stacks of meta-weights that a view uses."""
@@ -202,7 +202,7 @@ class FeatureProgram(Program):
     ) -> None:
         """Run the networks, whose steps go to the parameters or to `out`."""
         options = (sanitize, out, tables.kinds)
-        mlp.launch_segments(tables.mlp, weights, items, self.family, self.shape, tables.plan, *options)
+        mlp.launch_segments(tables.mlp, weights, items, self.family, self.shape, tables.choice, *options)
 
 
 class UnitProgram(FeatureProgram):
@@ -244,13 +244,13 @@ class UnitProgram(FeatureProgram):
 def make_table(views: Sequence[ParameterView], tensors: Sequence[Tensors], tile: Tile) -> Segments:
     """The segments of views, cut into tiles; their steps are one behind the other."""
     triples = zip(views, tensors, find_places(views)[:-1], strict=True)
-    made = [s for view, t, place in triples for s in features.make_segments(t, view.number, tile.block, place)]
-    return Segments(made, features.by_tiles(tile.block, tile.steps))
+    made = [s for view, t, place in triples for s in table.make_segments(t, view.number, tile.block, place)]
+    return Segments(made, table.by_tiles(tile.block, tile.steps))
 
 
 def find_kinds(tensors: Sequence[Tensors], tiles: Sequence[Tile]) -> int:
     """A bit for each kind of segment that there is with one of the tiles."""
-    return reduce(int.__or__, (1 << features.find_kind(t, tile.block) for t in tensors for tile in tiles))
+    return reduce(int.__or__, (1 << table.find_kind(t, tile.block) for t in tensors for tile in tiles))
 
 
 def find_places(views: Sequence[ParameterView]) -> list[int]:
