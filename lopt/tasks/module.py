@@ -7,32 +7,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds, draw_indices, make_generator
 from lopt.core.tensors import Params, stack_trees
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily
-from lopt.tasks.batched import batch_losses
+from lopt.tasks.batched import BatchedLosses, Loss, call_module, differentiate, find_batched
 
 Module = TypeVar("Module", bound="ModuleTask")
 RawData = tuple[Any, Any] | Dataset[Any]
 
+RECURRENT = "nn.RNN, nn.GRU and nn.LSTM cannot be batched over tasks; write the cell with nn.Linear"
+BACKWARD = "backward hooks, reentrant checkpoints and autograd.Function without setup_context and vmap must go"
+
 ADVICE = {
     r"randomness": "it draws random numbers; set dropout to p=0 or call eval() on the module",
-    r"Batching rule": "nn.RNN, nn.GRU and nn.LSTM cannot be batched over tasks; write the cell with nn.Linear",
-    r"data-dependent|dynamic shape|numpy\(\)": "its steps depend on values; use torch.where, not `if`, item() or numpy",
+    r"aten::(gru|lstm|rnn)": RECURRENT,
+    r"Batching rule": "an operator of it cannot be batched over tasks; write it with others",
+    r"autograd\.Function|have vmap support|saved tensor hooks": BACKWARD,
+    r"data-dependent|dynamic shape|numpy\(\)|have storage": "its steps depend on values; use torch.where, not `if`, "
+    "item() or numpy",
     r"in-place|broadcast shape": "it writes into a tensor; make a new one instead",
     r"to return a (scalar )?Tensor": "loss must return a scalar tensor, one number per batch",
+    r"does not require grad": "the loss does not depend on the parameters; remove detach() and no_grad()",
     r"dtype|scalar type|should be the same": "make the data float32 like the module, class targets int64",
 }
 """What to do about a failure, by a pattern of torch's message; the first one that fits is given."""
+
+TRIAL = 3
+"""Tasks that a family is tried with when it is made."""
+
+REPEAT_TOLERANCE = 1e-4
+BATCH_TOLERANCE = 2e-2
+"""How far two calls on equal numbers may be apart, and two orders of float32 sums in any module: far above rounding."""
 
 
 class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
@@ -40,8 +55,9 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
 
     Parameters that require gradients (all float32) are learned. Frozen ones and constant buffers are those of one
     build, the same for all tasks. Module and loss are batched over tasks with `torch.func.vmap`: they must not draw
-    random numbers (dropout), change buffers (batch normalisation's running statistics), branch on values or use fused
-    recurrent layers. One step of two tasks is tried at once to find out.
+    random numbers (dropout), change buffers (batch normalisation's running statistics) or what they are given, keep
+    anything from call to call, branch on values or use fused recurrent layers. One step of three tasks is tried at
+    once to find out, and compared with the module called task by task.
 
     Mini-batches are inputs x and targets y, `[T, batch_size, ...]`. Where targets are integers and outputs
     `[..., classes]`, a metric is the accuracy. Subclasses record the arguments of their own constructors as `config`.
@@ -62,7 +78,8 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
     Attributes:
         data: inputs and targets by split.
         module: one build, with the frozen parameters and the buffers of all tasks.
-        batched: the losses of many tasks as matrix products, for plain networks; None where `vmap` computes them.
+        batched: the losses of many tasks as matrix products, for plain networks where they are proven to be the
+            module's own; None where `vmap` computes them.
     """
 
     name = "module"
@@ -71,7 +88,7 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
         data: RawData | Mapping[str, RawData],
         batch_size: int = 128,
         horizon: int = 100,
@@ -88,37 +105,99 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         else:
             self.data = _divide(_as_tensors(data), seed)
         self.module = _build_seeded(build, 0)
-        # Negative classes are those that cross-entropy leaves out, which the batched form does not know.
-        whole = all(y.is_floating_point() or bool((y >= 0).all()) for _, y in self.data.values())
-        self.batched = batch_losses(self.module, loss) if whole else None
+        self.batched: BatchedLosses | None = None
+        if isinstance(loss, nn.Module) and (learned := list(_trainable(loss))):
+            raise ValueError(f"loss has parameters {learned} that no task would learn; move them to the module")
         self._try_step()
 
     def to(self: Module, device: torch.device | str) -> Module:
         self.data = {split: (x.to(device), y.to(device)) for split, (x, y) in self.data.items()}
         self.module = self.module.to(device)
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.to(device)  # class weights
         return self
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         return draw_weights(self.build, generator)
 
     def _try_step(self) -> None:
-        """What one step and one evaluation of two tasks compute, so that what they cannot is refused here."""
+        """One step and one evaluation of a few tasks, so that what cannot be batched over tasks is refused here."""
+        lazy = [k for k, p in self.module.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise ValueError(f"{lazy} have no shapes yet; use layers that are told theirs, such as nn.Linear")
         weights = _trainable(self.module)
         if {p.dtype for p in weights.values()} != {torch.float32}:
             dtypes = {k: p.dtype for k, p in weights.items()} or "none"
             raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {dtypes}")
-        # Training computes loss and gradient, evaluation the loss alone. The generator is forked, as a module may draw
-        # numbers before it is refused.
-        tasks = stack_trees([self.sample(make_generator(0))] * 2)
-        batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(2)))
-        with torch.random.fork_rng(devices=[]), _explain_failure(batch):
-            changed = _find_changed_buffers(self.module, batch["x"][0])
+        params = {k: _disturb(p, seed) for seed, (k, p) in enumerate(weights.items())}
+        tasks = stack_trees([self.sample(make_generator(0))] * TRIAL)
+        batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(TRIAL)))
+        # The generator is forked, as a module may draw numbers before it is refused.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _explain_failure(batch):
+            changed = self._find_changed(params, batch)
             if not changed:
-                params = {k: p.expand(2, *p.shape) for k, p in weights.items()}
+                # Training computes loss and gradient, evaluation the loss alone; both fail in ways of their own.
                 vmap(grad_and_value(self.loss))(params, batch)
                 vmap(self.loss)(params, batch)
+                own, again = (self._compute_one_by_one(params, batch) for _ in range(2))
+                self.batched = self._find_batched(params, batch)
+                leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+                losses = self.losses(leaves, batch)
+                together = [losses.detach(), *differentiate(losses, leaves)]
         if changed:
-            raise ValueError(f"forward changes the buffers {changed} (batch norm: set track_running_stats=False)")
+            raise ValueError(
+                f"forward or loss changes {changed}; make new tensors instead (batch norm: set "
+                "track_running_stats=False, activations: inplace=False)"
+            )
+        _check_equal(own, again, together)
+
+    def _find_changed(self, params: Params, batch: Batch) -> list[str]:
+        """Names of the buffers, parameters and entries of a batch that computing one loss changes."""
+        one, part = ({k: v[0].clone() for k, v in tensors.items()} for tensors in (params, batch))
+
+        def list_tensors() -> dict[str, Tensor]:
+            buffers = dict(self.module.named_buffers())
+            if isinstance(self.loss_fn, nn.Module):
+                buffers |= {f"loss.{k}": b for k, b in self.loss_fn.named_buffers()}
+            return buffers | one | {f"batch.{k}": b for k, b in part.items()}
+
+        before = {k: v.clone() for k, v in list_tensors().items()}
+        with suppress(Exception):  # what fails here fails under vmap as well, whose messages say more
+            self.loss(one, part)
+        after = list_tensors()
+        return [k for k, v in before.items() if k not in after or not _is_same(v, after[k])]
+
+    def _compute_one_by_one(self, params: Params, batch: Batch) -> list[Tensor]:
+        """Losses `[T]` and gradients `[T, ...]` of the module itself, a task's weights being loaded into it.
+
+        No part of torch.func is used, which is what is checked; but a subclass's loss is what it says.
+        """
+        learned: Params = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+        losses: list[Tensor] = []
+        grads: list[list[Tensor]] = []
+        for task in range(TRIAL):
+            one, part = ({k: v[task].clone() for k, v in tensors.items()} for tensors in (params, batch))
+            if self._is_supervised():
+                with _load(learned, one):
+                    loss = self.loss_fn(self.module(part["x"]), part["y"])
+                    grads.append(differentiate(loss, learned))
+            else:
+                leaves = {k: p.requires_grad_() for k, p in one.items()}
+                loss = self.loss(leaves, part)
+                grads.append(differentiate(loss, leaves))
+            losses.append(loss.detach())
+        return [torch.stack(losses), *map(torch.stack, zip(*grads, strict=True))]
+
+    def _find_batched(self, params: Params, batch: Batch) -> BatchedLosses | None:
+        # Negative classes are those that cross-entropy leaves out, which the batched form does not know.
+        whole = all(y.is_floating_point() or bool((y >= 0).all()) for _, y in self.data.values())
+        if not whole or not self._is_supervised():
+            return None
+        return find_batched(self.module, self.loss_fn, params, batch["x"], batch["y"])
+
+    def _is_supervised(self) -> bool:
+        """Whether the loss is that of this class, neither a subclass's nor an instance's."""
+        return getattr(self.loss, "__func__", None) is ModuleTask.loss
 
     def _split(self, split: str) -> Data:
         if choose("split", split, SPLITS) not in self.data:
@@ -135,23 +214,30 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         return {"x": x.expand(count, *x.shape), "y": y.expand(count, *y.shape)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.loss_fn(functional_call(self.module, params, (batch["x"],)), batch["y"])
+        return self.loss_fn(call_module(self.module, params, batch["x"]), batch["y"])
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        if self.batched is None or type(self).loss is not ModuleTask.loss:
+        batched = self.batched
+        if batched is None or not self._is_supervised():
             return super().losses(params, batch)
         x, y = batch["x"], batch["y"]
-        plain = x.ndim == 3 and y.ndim == (3 if y.is_floating_point() else 2)
-        return self.batched(params, x, y) if plain else super().losses(params, batch)
+        if not batched.fits(self.module, self.loss_fn, x, y):
+            return super().losses(params, batch)
+        try:
+            return batched(params, x, y)
+        except (IndexError, RuntimeError):
+            # Classes that this batch alone leaves out, or shapes of its own: the loss knows what they mean.
+            return super().losses(params, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         y = batch["y"]
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             return {}
-        output = functional_call(self.module, params, (batch["x"],))
+        output = call_module(self.module, params, batch["x"])
         if not isinstance(output, Tensor) or output.shape[:-1] != y.shape or output.shape[-1] < 2:
             return {}
-        return {"accuracy": (output.argmax(-1) == y).float().mean()}
+        # Negative classes are left out, as cross-entropy leaves them out.
+        return {"accuracy": (output.argmax(-1) == y).float().sum() / (y >= 0).sum()}
 
 
 def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> Params:
@@ -176,28 +262,62 @@ def _trainable(module: nn.Module) -> Params:
     return {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
 
 
-def _find_changed_buffers(module: nn.Module, x: Tensor) -> list[str]:
-    """Names of the buffers that a forward pass changes."""
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    if before:
+def _disturb(p: Tensor, seed: int) -> Tensor:
+    """Different weights `[TRIAL, ...]` around those of a build, which may all be equal."""
+    noise = torch.randn(TRIAL, *p.shape, generator=make_generator(seed), device="cpu").to(p.device)
+    return p + 0.1 * (p.abs() + 0.1) * noise
+
+
+@contextmanager
+def _load(learned: Params, weights: Params) -> Iterator[None]:
+    """Put other weights into a module's parameters for a while."""
+    kept = {k: p.detach().clone() for k, p in learned.items()}
+    try:
         with torch.no_grad():
-            module(x)
-    after = dict(module.named_buffers())
-    return [name for name, buffer in before.items() if not torch.equal(buffer, after[name])]
+            for k, p in learned.items():
+                p.copy_(weights[k])
+        yield
+    finally:
+        with torch.no_grad():
+            for k, p in learned.items():
+                p.copy_(kept[k])
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _check_equal(own: list[Tensor], again: list[Tensor], together: list[Tensor]) -> None:
+    """Refuse a module whose losses or gradients are others when they are computed again, or batched over tasks."""
+    if not torch.allclose(own[0], again[0], rtol=REPEAT_TOLERANCE, atol=1e-7, equal_nan=True):
+        raise ValueError(
+            f"calling module and loss twice gives {own[0].tolist()} and {again[0].tolist()}: they must keep nothing "
+            "from call to call and draw no random numbers (of numpy or Python)"
+        )
+    right, found = (torch.cat([g.flatten().nan_to_num(0, 0, 0) for g in grads[1:]]) for grads in (own, together))
+    far = float((right - found).norm()) > BATCH_TOLERANCE * float(right.norm()) + 1e-5
+    if far or not torch.allclose(own[0], together[0], rtol=BATCH_TOLERANCE, atol=1e-5, equal_nan=True):
+        norms = f"gradients of norm {float(right.norm()):.6g} and {float(found.norm()):.6g}"
+        raise ValueError(
+            f"the module called task by task and batched over tasks give losses {own[0].tolist()} and "
+            f"{together[0].tolist()}, {norms}: forward must read its parameters as attributes of their modules, not "
+            "from lists or closures, and hooks on gradients do not act"
+        )
 
 
 @contextmanager
 def _explain_failure(batch: Batch) -> Iterator[None]:
-    """Turn any error of a user's module or loss into a ValueError that says what was found and what to do."""
+    """Turn any error of a user's module or loss into a ValueError of one line: what was found and what to do."""
     try:
         yield
     except Exception as error:
         fitting = (advice for pattern, advice in ADVICE.items() if re.search(pattern, str(error)))
         advice = next(fitting, "it must run under torch.func.vmap and grad")
         shapes = ", ".join(f"{k} {v.dtype} {list(v.shape[1:])}" for k, v in batch.items())
+        message = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"module and loss fail on batches of two tasks: {advice} (found {shapes}; "
-            f"{type(error).__name__}: {str(error)[:200]})"
+            f"module and loss fail on batches of {TRIAL} tasks: {advice} (found {shapes}; "
+            f"{type(error).__name__}: {message})"
         ) from error
 
 

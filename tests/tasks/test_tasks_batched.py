@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lopt.core.random import derive_seeds, make_generator
 from lopt.core.tensors import stack_trees
 from lopt.tasks import ModuleTask
-from lopt.tasks.batched import batch_losses
+from lopt.tasks.batched import BatchedLosses
 
 X = torch.randn(40, 6, generator=make_generator(0))
 CLASSES = torch.randint(3, (40,), generator=make_generator(1))
@@ -47,6 +47,9 @@ def test_classes_that_are_left_out_are_left_out() -> None:
 def test_other_modules_and_losses_are_left_to_vmap() -> None:
     frozen = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3))
     frozen[0].requires_grad_(False)
-    for module in (nn.Linear(6, 3), nn.Sequential(), nn.Sequential(nn.LayerNorm(6)), frozen):
-        assert batch_losses(module, F.mse_loss) is None
-    assert batch_losses(nn.Sequential(nn.Linear(6, 3)), F.l1_loss) is None
+    nested = nn.Sequential(nn.Sequential(nn.Linear(6, 3)))
+    for module in (nn.Linear(6, 3), nn.Sequential(), nn.Sequential(nn.LayerNorm(6)), frozen, nested):
+        with pytest.raises(ValueError, match=r"no plain sequence|not learned"):
+            BatchedLosses(module, F.mse_loss)
+    with pytest.raises(ValueError, match="its loss is another"):
+        BatchedLosses(nn.Sequential(nn.Linear(6, 3)), F.l1_loss)

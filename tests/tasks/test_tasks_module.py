@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from task_cases import draw_tasks, make_classes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lopt.core.random import make_generator
@@ -37,6 +42,71 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.cell(x)[0]
         return output
+
+
+class Listed(nn.Module):
+    """A layer whose weight is also in a list, which is what forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weights[0] + 0 * self.layer.bias
+
+
+class Square(torch.autograd.Function):
+    """What autograd can do and `vmap` cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]  # type: ignore[no-any-return]
+
+
+class Temperature(nn.Module):
+    """A loss that has something to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.scale * output, y)
+
+
+class Running(nn.Module):
+    """A loss that keeps a mean of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        loss = F.mse_loss(output, y)
+        self.mean.mul_(0.9).add_(loss.detach())
+        return loss
+
+
+def count_calls() -> Callable[[Tensor], Tensor]:
+    calls = count(1)
+    return lambda h: h / next(calls)
+
+
+def hook_gradients(layer: nn.Module) -> nn.Module:
+    for p in layer.parameters():
+        p.register_hook(lambda grad: 0.5 * grad)
+    return layer
+
+
+def hook_backward(layer: nn.Module) -> nn.Module:
+    layer.register_full_backward_hook(lambda _, grads, __: tuple(0.5 * g for g in grads))
+    return layer
 
 
 def make_simple_task(
@@ -82,6 +152,7 @@ def test_frozen_parameters_and_constant_buffers_are_not_learned_and_equal_for_al
     ("outputs", "targets", "known"),
     [
         (torch.eye(3), torch.tensor([0, 1, 0]), {"accuracy": 2 / 3}),
+        (torch.eye(3), torch.tensor([0, -100, 0]), {"accuracy": 1 / 2}),  # left out, as by cross-entropy
         (torch.eye(3).expand(2, 3, 3), torch.arange(3).expand(2, 3), {"accuracy": 1.0}),
         (torch.eye(3), torch.ones(3), {}),
         (torch.eye(3), torch.ones(3, dtype=torch.bool), {}),
@@ -118,13 +189,31 @@ def test_trying_a_module_out_leaves_the_global_generator_alone() -> None:
         (lambda: make_simple_task(lambda: nn.Linear(2, 2), lambda a, b: (a - b) ** 2), "scalar tensor"),
         (lambda: make_simple_task(nn.Identity), "Identity needs trainable parameters.*none"),
         (lambda: make_simple_task(lambda: nn.Linear(3, 2)), r"vmap and grad.*x torch.float32 \[4, 2\]"),
+        (lambda: make_simple_task(Listed), "as attributes of their modules"),
+        (lambda: make_simple_task(lambda: hook_gradients(nn.Linear(2, 2))), "hooks on gradients do not act"),
+        (lambda: make_simple_task(lambda: nn.Sequential(hook_gradients(nn.Linear(2, 2)))), "hooks on gradients do not"),
+        (lambda: make_simple_task(lambda: hook_backward(nn.Linear(2, 2))), "backward hooks.*must go"),
+        (lambda: make_simple_task(lambda: Functional(Square.apply)), "autograd.Function.*must go"),
+        (lambda: make_simple_task(lambda: Functional(partial(checkpoint, torch.tanh, use_reentrant=False))), "must go"),
+        (lambda: make_simple_task(lambda: Functional(count_calls())), "keep nothing from call to call"),
+        (lambda: make_simple_task(lambda: Functional(lambda h: h * random.random())), "no random numbers"),
+        (
+            lambda: make_simple_task(lambda: nn.Sequential(nn.ELU(inplace=True), nn.Linear(2, 2))),
+            "batch.x.*inplace=False",
+        ),
+        (lambda: make_simple_task(lambda: nn.Linear(2, 2), lambda a, b: (a - b.mul_(2)).mean()), r"batch\.y"),
+        (lambda: make_simple_task(lambda: nn.Linear(2, 2), Running()), r"changes \['loss.mean'\]"),
+        (lambda: make_simple_task(lambda: nn.Linear(2, 2), Temperature()), r"\['scale'\] that no task would learn"),
+        (lambda: make_simple_task(lambda: nn.LazyLinear(2)), "have no shapes yet"),
+        (lambda: make_simple_task(lambda: Functional(torch.Tensor.detach)), "not depend on the parameters"),
     ],
 )
 def test_module_that_cannot_be_batched_over_tasks_is_refused_with_advice(
     make: Callable[[], ModuleTask], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         make()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
