@@ -33,6 +33,15 @@ def test_example_gives_what_it_shows(name: str) -> None:
     assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("name", ["lopt.tasks.base.TaskFamily", "lopt.meta.estimators.base.Estimator"])
+BASES = [
+    "lopt.meta.estimators.base.Estimator",
+    "lopt.rules.base.Rule",
+    "lopt.rules.building_blocks.elementwise.ElementwiseRule",
+    "lopt.rules.building_blocks.tensor_rule.TensorRule",
+    "lopt.tasks.base.TaskFamily",
+]
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_every_registry_has_an_example_on_its_base_class(name: str) -> None:
     assert name in EXAMPLES

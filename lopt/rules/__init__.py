@@ -1,4 +1,8 @@
-"""Rules: update policies with meta-weights. A new rule is one file here and one line in `RULES`."""
+"""Rules: update policies with meta-weights. A new rule is one file here and one line in `RULES`.
+
+It derives from `ElementwiseRule` if its step for a coordinate depends on that coordinate alone, from `TensorRule` if it
+looks at one tensor at a time, and from `Rule` for anything else. The contract tests find it by its line.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,18 @@ from lopt.rules.stages import Accumulators
 
 
 class Adam(HandDesigned):
-    """`p <- p - lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected moments."""
+    """The baseline of most comparisons, with its hyper-parameters as meta-weights: `torch.optim.Adam` step by step.
+
+    `p <- p - lr * schedule * m_hat / (sqrt(v_hat) + eps)`, with first and second moment corrected for their start at 0
+    (Kingma & Ba 2015, algorithm 1). State: two numbers per parameter.
+
+    Args:
+        lr: learning rate.
+        beta1, beta2: decays of the moments.
+        eps: added to the root of the second moment.
+        schedule: "constant" or "cosine".
+        weight_decay: decoupled, as AdamW has it.
+    """
 
     name = "adam"
 
@@ -31,7 +42,6 @@ class Adam(HandDesigned):
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, **hyper)
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """First and second moment."""
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
     def moments(self, g: Tensor, acc: Accumulators) -> tuple[Tensor, Tensor]:
@@ -44,14 +54,17 @@ class Adam(HandDesigned):
         return safe_sqrt(v / (1 - self.hyper("beta2") ** (step + 1))) + self.hyper("eps")
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """The bias-corrected momentum over its scale."""
         m, v = self.moments(g, acc)
         m_hat = m / (1 - self.hyper("beta1") ** (step + 1))
         return m_hat / self.scale(v, step), {"m": m, "v": v}
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay 0.01, torch's default."""
+    """Adam with decoupled weight decay 0.01, torch's default, and all else as for `Adam`.
+
+    Decay is multiplied by the learning rate and its schedule, but is no part of the gradient and hence of the moments
+    (Loshchilov & Hutter 2019, algorithm 2). State: two numbers per parameter.
+    """
 
     name = "adamw"
 
@@ -68,17 +81,19 @@ class AdamW(Adam):
 
 
 class NAdamW(AdamW):
-    """Nesterov Adam with decoupled weight decay: `torch.optim.NAdam(decoupled_weight_decay=True)`."""
+    """Nesterov Adam with decoupled weight decay: `torch.optim.NAdam(decoupled_weight_decay=True)` step by step.
+
+    Gradient and momentum are mixed by the schedule `mu_t = beta1 (1 - 0.96^(0.004 t) / 2)`, which looks one step ahead
+    (Dozat 2016). State: two numbers per parameter, and the running product of mu, one per tensor.
+    """
 
     name = "nadamw"
     momentum_decay = 4e-3  # torch's default
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """The moments and the running product of the momentum schedule, one number per task."""
         return super().init_flat(p) | {"product": p.new_ones(*p.shape[:-1], 1)}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """Gradient and momentum mixed by the schedule mu_t = beta1 (1 - 0.96^(0.004 t) / 2)."""
         m, v = self.moments(g, acc)
         mu = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 1) * self.momentum_decay))
         mu_next = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 2) * self.momentum_decay))

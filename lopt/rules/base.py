@@ -66,6 +66,26 @@ class Rule(Recorded, nn.Module, ABC):
         adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
         feature_names: the inputs of the policy, in their order, if they have names; for people.
         quick_config: options of a small rule that can learn to go from 1 to 0 in fifteen steps; tests build it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lopt.rules import Rule, Visit
+    >>> class Descent(Rule):  # p <- p - lr g
+    ...     name = "descent"
+    ...     def __init__(self, lr: float = 0.5):
+    ...         super().__init__()
+    ...         self.lr = nn.Parameter(torch.tensor(lr))
+    ...     def init_accumulators(self, p, layout):
+    ...         return {}
+    ...     def move(self, e, decided):
+    ...         return Visit(delta=-self.lr * e.g)
+    >>> rule, params = Descent(lr=0.25), {"w": torch.ones(2)}
+    >>> rule.describe()
+    'descent(lr=0.25)'
+    >>> with torch.no_grad():
+    ...     params, state = rule.update({"w": torch.ones(2)}, params, rule.init_state(params))
+    >>> params["w"], int(state.step)
+    (tensor([0.7500, 0.7500]), 1)
     """
 
     name: ClassVar[str]
@@ -89,10 +109,18 @@ class Rule(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """The accumulators before the first step of one parameter `[*batch, *layout.shape]`; none is called "step"."""
+        """The accumulators before the first step of one parameter `[*batch, *layout.shape]`.
+
+        Returns:
+            Contiguous tensors of their own memory, `[*batch, (features,) *shape or 1s]`, or `[*batch, features]` for
+            `tensor_keys`. None is called "step", which is the optimizer's.
+        """
 
     def measure(self, e: Elements) -> Visit:
-        """Sums that the step needs before anything is updated; their means go to the next two stages."""
+        """Sums that the step needs before anything is updated; their means go to `decide_together` and `update_lines`.
+
+        The elements may be a part of the parameter; a sum says over which axes it goes, and parts are added up.
+        """
         return Visit()
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
@@ -113,20 +141,41 @@ class Rule(Recorded, nn.Module, ABC):
         return {}
 
     def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
-        """Accumulators and fields that rows or columns share, from the means of `measure`; nothing is decided yet."""
+        """Accumulators and fields that rows or columns share, from the means of `measure`; nothing is decided yet.
+
+        Args:
+            means: `[*batch, (features,) *shape or 1s]`, with size 1 where they were taken.
+            acc: all accumulators from before the step.
+            shared: what `decide_together` and `begin_step` made.
+        """
         return Decision()
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
-        """New accumulators of the elements, and sums over them whose means go to `decide`."""
+        """New accumulators of the elements, and sums over them whose means go to `decide`.
+
+        It sees the accumulators from before the step but for those of `update_lines`; the later stages see its own.
+        With `Elements.whole` it may return fields, which spare `move` from computing them again.
+        """
         return Visit()
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        """What `move` and `finish` need of a tensor beside its elements, from the means of `update_state`."""
+        """What `move` and `finish` need of a tensor beside its elements, from the means of `update_state`.
+
+        Args:
+            means: `[*batch, (features,) *shape or 1s]`, with size 1 where they were taken.
+            acc: new accumulators.
+            clock: of this tensor, `[*batch]`.
+            shared: what `decide_together` and `begin_step` made.
+        """
         return Decision(decided=clock)
 
     @abstractmethod
     def move(self, e: Elements, decided: Any) -> Visit:
-        """The step: the new parameters are `p + delta`. It sees new accumulators, and may return newer ones."""
+        """The step: the new parameters are `p + delta`. It sees new accumulators, and may return newer ones.
+
+        A rule without `update_state` makes all its new accumulators here, in one pass over the elements. Arithmetic is
+        fp32 whatever the parameter's dtype.
+        """
 
     def finish(self, delta: Tensor, decided: Any, layout: Layout) -> tuple[Tensor, Tensor]:
         """The step of a whole tensor `[*batch, *shape]` and a factor `[*batch, *shape or 1s]` on it.
@@ -137,17 +186,29 @@ class Rule(Recorded, nn.Module, ABC):
 
     @classmethod
     def has(cls, stage: str) -> bool:
-        """Whether the rule has a stage of its own; others are not called."""
+        """Whether the rule overrides a stage, by the name of its method.
+
+        Stages that a rule does not have cost nothing: neither a pass over the elements nor a collective.
+        """
         return getattr(cls, stage) is not getattr(Rule, stage)
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
-        """Another rule for the parameter `name`, if this one is not meant for it."""
+        """Another rule for the parameter `name`, if this one is not meant for it.
+
+        Celo2 leaves vectors and embeddings to AdamW in this way. The answer must depend on name and layout alone, as
+        it is asked once for the state and again for every step.
+        """
         return None
 
     # -- whole tensors, purely -----------------------------------------------------------------------------------------
 
     def init_state(self, params: Params, batch_ndim: int = 0) -> State:
-        """The state before the first step, for parameters `[*batch, *shape]` with `batch_ndim` batch dimensions."""
+        """The state before the first step: zero steps made, and the accumulators of every parameter.
+
+        Args:
+            params: `[*batch, *shape]` by name; only their shapes, dtype and device matter to most rules.
+            batch_ndim: how many of the dimensions are tasks or particles.
+        """
         accumulators = {}
         batch: torch.Size = torch.Size()
         device = None
@@ -194,15 +255,18 @@ class Rule(Recorded, nn.Module, ABC):
         return new_params, State(state.step + 1, accumulators)
 
     def meta_weights(self) -> dict[str, nn.Parameter]:
-        """The meta-weights that are learned, by name: parameters with `requires_grad`."""
+        """What meta-training changes, by name: parameters with `requires_grad`, of this rule and of rules within it."""
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Params, State]:
-        """`update`, under the name that `torch.func.functional_call` calls."""
+        """`update`, under the name that `torch.func.functional_call` calls: it runs a rule with other meta-weights.
+
+        Slots of a population, each with weights of its own, are one such call with stacks of weights.
+        """
         return self.update(*args, **kwargs)
 
     def describe(self) -> str:
-        """One line: the rule's name and configuration."""
+        """One line with the rule's name and configuration, for logs, error messages and result tables."""
         config = ", ".join(f"{key}={value!r}" for key, value in self.config.items())
         return f"{self.name}({config})"
 
@@ -298,7 +362,16 @@ class _TensorGroup:
 
 
 class WholeTensor:
-    """A parameter `[*batch, *shape]` stepped at once; nothing is modified in place. See `Steppable`."""
+    """A parameter `[*batch, *shape]` that is stepped at once, as a new tensor: how `Rule.update` walks through a step.
+
+    It is the `Steppable` for meta-training, where autograd must see every operation and tasks come in batches. The
+    optimizer has others, which go through memory in chunks and in place; all give a rule's stages the same elements.
+
+    Args:
+        g, p: gradient and parameter `[*batch, *shape]`.
+        acc: its accumulators; the dict is copied, its tensors are not changed.
+        batch_ndim: how many dimensions are the batch.
+    """
 
     count = 1
     stacked = False
@@ -317,20 +390,17 @@ class WholeTensor:
         return visit
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
-        """See `Steppable.visit`."""
         return self._call(stage).sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
-        """See `Steppable.keep`."""
         self.acc |= acc
         self.fields |= fields
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
-        """See `Steppable.move`."""
         self.p = self.p + self.make_delta(stage, finish)
 
     def make_delta(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Tensor:
-        """The step `[*batch, *shape]`."""
+        """The step `[*batch, *shape]` that `move` would add to the parameter, for those who add it in another way."""
         delta = self._call(stage).delta
         assert delta is not None, "`move` makes the step"
         if finish is not None:

@@ -105,7 +105,6 @@ class Blend(Rule):
         self.register_buffer("momentum_decays", torch.tensor(MOMENTA), persistent=False)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Momenta, second moment; of the tensor its initial size, cosines and the losses."""
         batch = p.shape[: p.ndim - layout.ndim]
         return {
             "m": features.start_averages(p, len(MOMENTA), layout.ndim),
@@ -118,7 +117,6 @@ class Blend(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """All products of g, p and the momenta, and the mean second moment."""
         ndim, axes = e.layout.ndim, e.layout.axes
         rows = torch.cat([features.lift(_clip(e.g), ndim), features.lift(e.p, ndim), e.acc["m"]], -ndim - 1)
         rows = rows.flatten(-ndim)
@@ -126,7 +124,6 @@ class Blend(Rule):
         return Visit(sums={"products": Sum(products, axes), "power": Sum(e.acc["v"].sum(axes, keepdim=True), axes)})
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
-        """The controller."""
         tensor_state, means, layouts, loss, clock = tensors
         assert clock.num_steps is not None
         scale = tensor_state["scale"]  # [*batch, n, 1]
@@ -184,7 +181,6 @@ class Blend(Rule):
         return torch.stack([torch.cat(flags), torch.cat(sizes)], -1).expand(*like.shape[:-1], 2)
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
-        """Momenta and second moment."""
         ndim, g = e.layout.ndim, _clip(e.g)
         acc = {
             "m": features.average(e.acc["m"], features.lift(g, ndim), features.spread(self.momentum_decays, ndim)),
@@ -193,20 +189,17 @@ class Blend(Rule):
         return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        """What brings momenta and second moment to a size of about 1."""
         inverse = (means["power"] + TINY).reciprocal()
         momenta = (shared["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
         return Decision(decided=BlendTerms(shared["step"], shared["orthogonal"], momenta, shared["exponent"], inverse))
 
     def move(self, e: Elements, decided: BlendTerms) -> Visit:
-        """The preconditioned momentum, of any size."""
         ndim = e.layout.ndim
         m = (decided.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
         relative = e.acc["v"] * decided.inverse + LEAST_RELATIVE
         return Visit(delta=m * relative ** features.spread(decided.exponent, ndim))
 
     def finish(self, delta: Tensor, decided: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Orthogonalises in part, and sets the size."""
         inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
             return delta, inverse * step

@@ -26,7 +26,10 @@ STEP_MULT = 1e-3
 
 
 class CeloScheduler(Scheduler):
-    """Progress and loss -> `0.1 exp(w h + b)`, the factor on the step; the same for all tensors of a model."""
+    """The learned schedule of Celo: progress and loss -> `0.1 exp(w h + b)`, a factor on the steps of a model.
+
+    All tensors have equal inputs and so get the same factor; each keeps a row, so that tensors may join later.
+    """
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__(0, width, {"step": 1}, int(derive_seeds(seed, "celo scheduler")))
@@ -40,7 +43,10 @@ class CeloScheduler(Scheduler):
 
 
 class Scheduled(Rule):
-    """A rule whose steps the scheduler scales: its terms have `factor`, lambda `[*batch]`."""
+    """A rule whose steps Celo's scheduler scales: `decide` and `gain` find lambda `[*batch]` in `shared["factor"]`.
+
+    Its subclasses add the scheduler's row to the accumulators, and need the loss and the planned number of steps.
+    """
 
     needs_loss = True
     needs_num_steps = True
@@ -48,13 +54,15 @@ class Scheduled(Rule):
     scheduler: CeloScheduler
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
-        """The learned schedule."""
         tensor_state, factor = self.scheduler(tensors.tensor_state, tensors.loss, tensors.clock)
         return tensor_state, {"factor": factor}
 
 
 class Celo(Scheduled, FactoredMLP):
     """`p <- p - 0.001 lambda rms(p) d exp(0.001 a)`, with lambda from an LSTM on progress and loss.
+
+    For runs whose length is known in advance: the schedule is learned, too (section 4 of the paper). State: that of
+    small_fc, and one row of the scheduler per tensor.
 
     Args:
         hidden: width of the MLP's two hidden layers.
@@ -71,11 +79,9 @@ class Celo(Scheduled, FactoredMLP):
         self.scheduler = CeloScheduler(width, seed)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """The MLP's averages and the scheduler's row."""
         return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """`0.001 lambda rms(p)`."""
         return STEP_MULT * shared["factor"] * self.parameter_rms(mean_squares)
 
 
@@ -98,12 +104,10 @@ class CeloAdam(Scheduled):
         self.beta1, self.beta2 = beta1, beta2
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Adam's moments and the scheduler's row."""
         row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        """The step's size, and the two bias corrections, `[*batch, 1...]`."""
         count = clock.step.to(shared["factor"].dtype) + 1
         parts = STEP_MULT * shared["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
         return Decision(decided=[features.spread(part, layout.ndim) for part in parts])

@@ -70,12 +70,10 @@ class Celo2(FactoredMLP):
             self.adamw.decay_scale = step_mult * adamw_mult
 
     def delegate(self, name: str, layout: Layout) -> Rule | None:
-        """AdamW for vectors, scalars and embeddings."""
         embeds = "embed" in name or any(part in EMBEDDING_NAMES for part in name.split("."))
         return self.adamw if layout.factored is None or embeds else None
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
-        """Features are normalised per matrix."""
         return layout.last
 
     def find_inputs(self, layout: Layout) -> Inputs:
@@ -84,12 +82,10 @@ class Celo2(FactoredMLP):
         return inputs._replace(elements=[slice(VECTOR_FEATURES)]) if layout.factored is None else inputs
 
     def element_features(self, e: Elements) -> list[features.Piece]:
-        """See `FeatureMLP.element_features`."""
         pieces = super().element_features(e)
         return pieces[:-5] if e.layout.factored is None else pieces  # neither averages nor m F
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """1: `finish` sets the size."""
         return mean_squares.new_ones(mean_squares.shape[:-1])
 
     def finish(self, delta: Tensor, decided: TensorMLP, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -103,6 +99,8 @@ class Celo2(FactoredMLP):
 
 class Celo2Base(Celo2):
     """Celo2's MLP for every parameter, not orthogonalised: `p <- p - step_mult u`, u scaled to rms 1.
+
+    The ablation of the paper, and the cheaper choice where no matrix product per step can be afforded.
 
     Args:
         hidden, step_mult, seed: as for `Celo2`.

@@ -72,18 +72,24 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_longest_run(card: Mapping[str, Any]) -> int | None:
-    """Steps of the longest run that a rule was trained on, if its card tells; cards may be written by hand."""
+    """Steps of the longest run that a rule was trained on, if its card tells.
+
+    Optimizers warn of longer runs by it. Cards may be written by hand: what is no number of steps counts as absent.
+    """
     longest = card.get("longest_run")
     return longest if isinstance(longest, int) and longest >= 1 else None
 
 
 def list_rules() -> list[str]:
-    """The names of the shipped rules."""
+    """The names of the trained rules that come with the package, sorted; `load` takes them in place of a path."""
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
 def fingerprint(rule: Rule) -> str:
-    """16 hex digits of the sha256 of the rule's name, configuration and meta-weights."""
+    """16 hex digits of the sha256 of the rule's name, configuration and meta-weights.
+
+    Equal rules have equal fingerprints on all machines; caches and results name a rule by it.
+    """
     digest = sha256(json.dumps([rule.name, rule.config], sort_keys=True).encode())
     for name, value in sorted(rule.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())

@@ -127,7 +127,6 @@ class HierarchicalRNN(Rule):
         self.log_lr = nn.Parameter(torch.tensor(log(lr)))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Zeros: learned initial values are put in by the first step, `log_rate` is relative to `log_lr`."""
         ndim = layout.ndim
         batch = p.shape[: p.ndim - ndim]
         return {
@@ -141,7 +140,6 @@ class HierarchicalRNN(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """The mean of the rates' logarithms."""
         axes = e.layout.axes
         return Visit(sums={"log_rate": Sum(e.acc["log_rate"].sum(axes, keepdim=True), axes)})
 
@@ -176,7 +174,6 @@ class HierarchicalRNN(Rule):
         return {"tensor": tensor, "global": model.expand_as(tensor_state["global"])}, shared
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
-        """Averages and the elements' GRU."""
         ndim, shape = e.layout.ndim, e.p.shape
         h, m, v = (e.acc[key].flatten(-ndim) for key in ("hidden", "m", "v"))  # [*batch, k, N]
         h = h + shared["start"][..., None]
@@ -199,7 +196,6 @@ class HierarchicalRNN(Rule):
         )
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        """What the tensor's GRU will see, and 1 / rms of the directions."""
         pooled, squares = (means[key].flatten(-layout.ndim)[..., 0] for key in ("pooled", "squares"))
         return Decision({"pooled": pooled}, decided=(squares + 1e-16).rsqrt())
 

@@ -42,7 +42,10 @@ class Layout(NamedTuple):
 
 
 def find_layout(shape: tuple[int, ...]) -> Layout:
-    """The layout of a parameter of the given torch shape."""
+    """The layout of a parameter of the given torch shape.
+
+    Layouts are cached by shape, as every step asks for them; a scalar counts as a vector of one element.
+    """
     return _make_layout(shape) if torch.compiler.is_compiling() else _find_layout(shape)  # it traces through no cache
 
 

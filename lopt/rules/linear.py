@@ -17,6 +17,9 @@ EPS = 1e-8
 class Linear(ElementwiseRule):
     """`p <- p - weights . [g, m_1..m_k, g/rms, m_1/rms .. m_k/rms]`, bias-corrected momenta and second moment.
 
+    Use it to see whether a training set-up works at all: it trains in minutes and its weights can be read. State: one
+    number per momentum and one for the second moment.
+
     Args:
         decays: initial momentum decays b_1..b_k; learned as logits.
         second_decay: initial decay of the second moment; learned as a logit.
@@ -42,7 +45,6 @@ class Linear(ElementwiseRule):
         self.second_decay_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """Momenta `[..., k, N]` and second moment `[..., N]`."""
         k = self.decay_logits.shape[-1]
         zeros = torch.zeros_like(p)
         return {"m": zeros.unsqueeze(-2).repeat_interleave(k, -2), "v": zeros}
@@ -50,7 +52,6 @@ class Linear(ElementwiseRule):
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
     ) -> tuple[Tensor, Accumulators]:
-        """See `ElementwiseRule.policy`."""
         decay = torch.sigmoid(self.decay_logits)[..., None]
         second = torch.sigmoid(self.second_decay_logit)
         m = decay * acc["m"] + (1 - decay) * g.unsqueeze(-2)

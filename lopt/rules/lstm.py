@@ -59,7 +59,6 @@ class CoordinatewiseLSTM(ElementwiseRule):
                 bias[hidden : 2 * hidden] += 1.0
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """Hidden and cell vectors of both layers, `[*batch, hidden, N]` each."""
         zeros = torch.zeros_like(p).unsqueeze(-2)
         return {key: zeros.repeat_interleave(self.hidden, -2) for key in STATE}
 
@@ -74,7 +73,10 @@ class CoordinatewiseLSTM(ElementwiseRule):
 
 
 class LSTM(CoordinatewiseLSTM):
-    """The paper's rule: log/sign preprocessing, output times `output_scale`.
+    """The paper's rule: log/sign preprocessing (its appendix A), two LSTM layers, output times `output_scale`.
+
+    The choice where long memory per coordinate is worth its price; it sees neither tensors nor the time. State: four
+    vectors of `hidden` numbers per parameter, which may be kept in bfloat16.
 
     Args:
         hidden: width of both layers (20 in the paper: 5,141 meta-weights, 320 bytes of state per parameter).
@@ -102,6 +104,5 @@ class LSTM(CoordinatewiseLSTM):
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
     ) -> tuple[Tensor, Accumulators]:
-        """See `ElementwiseRule.policy`."""
         out, acc = self.run_lstm(self.preprocess(g), acc)
         return self.output_scale * out, acc

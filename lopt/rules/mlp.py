@@ -22,6 +22,9 @@ NUM_OWN = 2 + len(DECAYS)
 class MLPLOpt(FeatureMLP):
     """Inputs g, p, m*6 and eleven time features; `p <- p - step_mult d exp(exp_mult a)`.
 
+    An ablation of small_fc: without second moments, steps follow the scale of features normalised per tensor. State:
+    six momenta per parameter.
+
     Args:
         hidden: width of the hidden layers.
         hidden_layers: number of hidden layers.
@@ -47,27 +50,22 @@ class MLPLOpt(FeatureMLP):
         self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Six momenta."""
         return {"m": features.start_averages(p, len(DECAYS), layout.ndim)}
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
-        """Momenta, and the features' sums of squares."""
         decays = features.spread(self.decays, e.layout.ndim)  # type: ignore[arg-type]
         acc = {"m": features.average(e.acc["m"], features.lift(e.g, e.layout.ndim), decays)}
         joined, fields = self.join_features(e._replace(acc=acc))
         return Visit(acc, {"squares": features.sum_squares([joined], e.layout.axes, e)}, fields=fields)
 
     def element_features(self, e: Elements) -> list[features.Piece]:
-        """See `FeatureMLP.element_features`."""
         return [features.lift(e.g, e.layout.ndim), features.lift(e.p, e.layout.ndim), e.acc["m"]]
 
     def constant_features(self, clock: Clock) -> Tensor:
-        """The eleven time features."""
         return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
 
     def find_inputs(self, layout: Layout) -> Inputs:
         return Inputs([slice(NUM_OWN)], {}, slice(NUM_OWN, None))
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """`step_mult` for every tensor."""
         return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)

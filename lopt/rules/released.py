@@ -64,7 +64,10 @@ def build_rule(weights: Weights, name: str, options: Mapping[str, Any] | None = 
 
 
 def count_learned(rule: Rule) -> int:
-    """How many meta-weights are not frozen, of which all are imported."""
+    """How many meta-weights of a rule are learned: the number that an import must have filled.
+
+    Frozen ones, as those of Celo2's AdamW, are set by options and are not counted.
+    """
     return sum(value.numel() for value in rule.parameters() if value.requires_grad)
 
 

@@ -11,7 +11,17 @@ from lopt.rules.stages import Accumulators
 
 
 class RMSprop(HandDesigned):
-    """`v <- alpha * v + (1 - alpha) * g^2; p <- p - lr * g / (sqrt(v) + eps)`."""
+    """The gradient over its running root mean square; Adam without momentum and without bias correction.
+
+    `v <- alpha * v + (1 - alpha) * g^2; p <- p - lr * g / (sqrt(v) + eps)`. State: one number per parameter.
+
+    Args:
+        lr: learning rate.
+        alpha: decay of the second moment.
+        eps: added to its root.
+        schedule: "constant" or "cosine".
+        weight_decay: decoupled.
+    """
 
     name = "rmsprop"
 
@@ -26,11 +36,9 @@ class RMSprop(HandDesigned):
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, alpha=alpha, eps=eps)
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """The second moment."""
         return {"v": torch.zeros_like(p)}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """The gradient over its running root mean square."""
         alpha = self.hyper("alpha")
         v = alpha * acc["v"] + (1 - alpha) * g * g
         return g / (safe_sqrt(v) + self.hyper("eps")), {"v": v}

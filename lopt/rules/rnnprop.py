@@ -23,6 +23,9 @@ EPS = 1e-8
 class RNNprop(CoordinatewiseLSTM):
     """Inputs m_hat and g_hat (divided by sqrt(v_hat)), dense ELU layer, two LSTM layers, `output_scale * tanh`.
 
+    Made to generalise over scales of gradients and to longer runs than those of its training. State: the LSTM's four
+    vectors of `hidden` numbers and two moments per parameter.
+
     Args:
         hidden: width of the dense layer and of both LSTM layers.
         beta1, beta2: decays of the moments (0.95 in the paper).
@@ -51,14 +54,12 @@ class RNNprop(CoordinatewiseLSTM):
         self.b_in = nn.Parameter(torch.zeros(hidden))
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """The LSTM's vectors and Adam's moments."""
         moments = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
         return super().init_flat(p) | moments
 
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
     ) -> tuple[Tensor, Accumulators]:
-        """See `ElementwiseRule.policy`."""
         m = self.beta1 * acc["m"] + (1 - self.beta1) * g
         v = self.beta2 * acc["v"] + (1 - self.beta2) * g * g
         scale = safe_sqrt(v / (1 - self.beta2 ** (step + 1))) + EPS

@@ -10,7 +10,13 @@ from lopt.rules.stages import Accumulators
 
 
 class SGD(HandDesigned):
-    """`p <- p - lr * g`."""
+    """Plain gradient descent, `p <- p - lr * schedule * g`: the baseline without memory, and the simplest test rule.
+
+    Args:
+        lr: learning rate.
+        schedule: "constant" or "cosine".
+        weight_decay: decoupled.
+    """
 
     name = "sgd"
 
@@ -18,16 +24,23 @@ class SGD(HandDesigned):
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay)
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """No memory."""
         return {}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """The gradient."""
         return g, {}
 
 
 class Momentum(HandDesigned):
-    """`m <- momentum * m + g; p <- p - lr * m`."""
+    """Heavy-ball momentum, as `torch.optim.SGD(momentum=...)`: `m <- momentum * m + g; p <- p - lr * m`.
+
+    Gradients are summed, not averaged: the effective step is `lr / (1 - momentum)`. State: one number per parameter.
+
+    Args:
+        lr: learning rate.
+        momentum: share of the buffer that a step keeps.
+        schedule: "constant" or "cosine".
+        weight_decay: decoupled.
+    """
 
     name = "momentum"
 
@@ -41,21 +54,22 @@ class Momentum(HandDesigned):
         super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay, momentum=momentum)
 
     def init_flat(self, p: Tensor) -> Accumulators:
-        """The momentum buffer."""
         return {"m": torch.zeros_like(p)}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """The momentum buffer after this step."""
         m = self.hyper("momentum") * acc["m"] + g
         return m, {"m": m}
 
 
 class Nesterov(Momentum):
-    """`m <- momentum * m + g; p <- p - lr * (g + momentum * m)`."""
+    """Nesterov's method, as `torch.optim.SGD(nesterov=True)`: momentum that looks ahead.
+
+    `m <- momentum * m + g; p <- p - lr * (g + momentum * m)`. Options and state are those of `Momentum`: one number per
+    parameter.
+    """
 
     name = "nesterov"
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """The look-ahead momentum."""
         m, acc = super().direction(g, acc, step)
         return g + self.hyper("momentum") * m, acc

@@ -21,7 +21,8 @@ FEATURE_NAMES = (*(name for name in FAMILY_NAMES if name not in CLIPS_NAMES), *f
 class SmallFC(FactoredMLP):
     """39 inputs, `hidden_layers` hidden layers, two outputs (d, a): `p <- p - step_mult d exp(exp_mult a)`.
 
-    The decays are meta-weights, as offsets from their initial values.
+    The default choice for training a rule of one's own. The decays are meta-weights, as offsets from their initial
+    values. State: four numbers per parameter, and six for each row and column (vectors: seven per parameter).
 
     Args:
         hidden: width of the hidden layers (4 in the source, 32 in PyLO).
@@ -53,7 +54,6 @@ class SmallFC(FactoredMLP):
         self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
 
     def decays(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See `FactoredMLP.decays`."""
         momentum, second, factored = super().decays()
         return (
             features.learned_decays(self.momentum_offsets, momentum),
@@ -62,9 +62,7 @@ class SmallFC(FactoredMLP):
         )
 
     def constant_features(self, clock: Clock) -> Tensor:
-        """The eleven time features."""
         return features.time_features(clock.step, self.time_scales)  # type: ignore[arg-type]
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """`step_mult` for every tensor."""
         return mean_squares.new_full(mean_squares.shape[:-1], self.step_mult)

@@ -1,4 +1,8 @@
-"""What the stages of a rule receive and return: state, clock, elements, sums, and what is decided from these."""
+"""What the stages of a rule receive and return: state, clock, elements, sums, and what is decided from these.
+
+`lopt.rules.base` has the stages and their order. These types are between rules, which say what is computed, and
+`Steppable`s, which say where it lies: whole under autograd, in chunks, in stacks, or in shards over processes.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +49,23 @@ class Clock(NamedTuple):
     run_step: Tensor | None = None
 
     def progress(self, dtype: torch.dtype) -> Tensor | None:
-        """Share of the planned steps that the run has made (above 1 beyond the plan), or None."""
+        """Share of the planned steps that the run has made, `[*batch]`, or None where no number of steps is planned.
+
+        It is above 1 beyond the planned end; rules decide for themselves what that means.
+        """
         step = self.step if self.run_step is None else self.run_step
         return None if self.num_steps is None else step.to(dtype) / self.num_steps.to(dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Clock:
-        """`function` of all that is known."""
+        """A clock with `function` of each tensor that is known, for joining parameters or picking one of them."""
         return Clock(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
 class Elements(NamedTuple):
-    """A parameter, or a part of it, as the stages on elements see it.
+    """A parameter, or a part of it, as the stages on elements see it: they must not care which of the two it is.
+
+    Chunks that fit into a cache, shards of a DTensor, stacks of equal small tensors and whole batches of tasks all come
+    in this form.
 
     Attributes:
         g, p: gradient and parameter `[*batch, *shape]`.
@@ -72,14 +82,28 @@ class Elements(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A sum over some axes of the elements at hand, which are kept with size 1."""
+    """A sum over some axes of the elements at hand, from which the caller makes a mean over the whole parameter.
+
+    A rule sees only chunks or shards of a parameter; sums can be added up over these and over processes, means cannot.
+
+    Attributes:
+        value: `[*batch, (features,) *shape]` with size 1 in the axes.
+        axes: negative, of the parameter's layout.
+    """
 
     value: Tensor
     axes: tuple[int, ...]
 
 
 class Visit(NamedTuple):
-    """What a stage on elements makes: new accumulators, sums, the additive step, and fields where they are `whole`."""
+    """What a stage on elements makes; whatever it leaves out stays as it was.
+
+    Attributes:
+        acc: new accumulators of these elements.
+        sums: for the stage that decides next, by name.
+        delta: the additive step `[*batch, *shape]`, of `move` alone.
+        fields: tensors for the later stages of this step, if the elements are `whole`.
+    """
 
     acc: Mapping[str, Tensor] = NOTHING
     sums: Mapping[str, Sum] = NOTHING
@@ -143,17 +167,35 @@ class Steppable(Protocol):
     def acc(self) -> Mapping[str, Tensor]: ...
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
-        """Call the stage on all elements that are here and keep the new accumulators; returns the sums."""
+        """Call the stage on all elements that are here, in as many parts as suits, and keep the new accumulators.
+
+        Returns:
+            The sums over the parts, by name; over processes they are added up by the caller.
+        """
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
-        """Keep new accumulators for good, and fields for the rest of this step."""
+        """Keep new accumulators for good, and fields for the rest of this step.
+
+        Args:
+            acc: of the whole parameter, or of what it shares; tensors that are left out stay.
+            fields: found by later stages in `Elements.acc`, cut to the elements at hand.
+        """
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
-        """As `visit`, for the stage whose delta, after `finish`, is added to the parameter."""
+        """As `visit`, for the stage whose delta is added to the parameter.
+
+        Args:
+            stage: `Rule.move`, with what was decided.
+            finish: `Rule.finish`, which needs the whole tensor's delta at once; None for rules without it.
+        """
 
 
 def divide_sums(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]]) -> list[Means]:
-    """The means of tensors that are wholly here."""
+    """Means of sums for tensors that are wholly here; where processes hold parts, sums are added up first.
+
+    Returns:
+        For each tensor its means by name, of the same shapes as the sums.
+    """
     return [
         {key: total.value / count_elements(total.axes, tensor.layout) for key, total in own.items()}
         for tensor, own in zip(tensors, sums, strict=True)

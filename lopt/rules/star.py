@@ -87,7 +87,6 @@ class Star(Rule):
         self.second_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Those of the inner rule, the momenta, and the long and the recent second moment."""
         count = len(self.config["momentum_decays"])
         own = (features.start_averages(p, count, layout.ndim), torch.zeros_like(p), torch.zeros_like(p))
         return self.inner.init_accumulators(p, layout) | dict(zip(KEYS, own, strict=True))
@@ -110,12 +109,10 @@ class Star(Rule):
         return self.inner.update_state(_without_nominal(e), shared)
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        """The inner rule's terms, and the number of this step."""
         decision = self.inner.decide(means, acc, layout, clock, shared)
         return decision._replace(decided=(decision.decided, clock.step + 1))
 
     def move(self, e: Elements, decided: tuple[Any, Tensor]) -> Visit:
-        """The inner rule's step becomes the residual."""
         inner_terms, step = decided
         ndim = e.layout.ndim
         visit = self.inner.move(_without_nominal(e), inner_terms)

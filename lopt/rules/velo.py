@@ -69,7 +69,6 @@ class VeLO(FactoredMLP):
         self.scheduler = Scheduler(len(TENSOR_FEATURES), width, heads, int(derive_seeds(seed, "velo scheduler")))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """The MLP's averages and the tensor's LSTM row."""
         return super().init_accumulators(p, layout) | self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
 
     def measure(self, e: Elements) -> Visit:
@@ -82,7 +81,6 @@ class VeLO(FactoredMLP):
         return Visit(sums={**super().measure(e).sums, **sums})
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
-        """The tensors' statistics, described for the LSTM, and what it makes of them."""
         pairs = zip(tensors.means, tensors.layouts, strict=True)
         described = torch.cat([_describe_tensor(means, layout) for means, layout in pairs], -2)
         return self.schedule(tensors.tensor_state, described, tensors.loss, tensors.clock)
@@ -111,7 +109,6 @@ class VeLO(FactoredMLP):
         return [(_mix(control, weight, 2), _mix(control, bias, 1)) for weight, bias in super().layers(shared)]
 
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """`0.001 lambda rms(p)`."""
         return STEP_MULT * shared["factor"] * self.parameter_rms(mean_squares)
 
 
@@ -129,7 +126,7 @@ def _describe_tensor(means: Means, layout: Layout) -> Tensor:
 
 
 def count_large(layout: Layout) -> int:
-    """Dimensions larger than 1."""
+    """How many dimensions of a parameter are larger than 1, which VeLO's scheduler is told one-hot."""
     return sum(size > 1 for size in layout.shape)
 
 

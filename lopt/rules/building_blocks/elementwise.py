@@ -13,15 +13,42 @@ from lopt.rules.stages import Accumulators, Clock, Elements, Visit
 
 
 class ElementwiseRule(Rule):
-    """It never sees tensor boundaries, so the caller may hand it whole tensors, a flat vector of all parameters or
-    cache-sized chunks, with the same result.
+    """For steps of a coordinate that depend on that coordinate alone: write `init_flat` and `policy`, nothing else.
+
+    It never sees tensor boundaries, so the caller may hand it whole tensors, a flat vector of all parameters or
+    cache-sized chunks, with the same result. Meta-weights `[*batch, ...]` need a last dimension to meet elements.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lopt.rules import ElementwiseRule
+    >>> class SoftSign(ElementwiseRule):  # p <- p - lr tanh(m)
+    ...     name = "soft_sign"
+    ...     def __init__(self, lr: float = 0.5):
+    ...         super().__init__()
+    ...         self.lr = nn.Parameter(torch.tensor(lr))
+    ...     def init_flat(self, p):
+    ...         return {"m": torch.zeros_like(p)}
+    ...     def policy(self, g, p, acc, step, progress):
+    ...         m = torch.lerp(g, acc["m"], 0.5)
+    ...         return -self.lr[..., None] * m.tanh(), {"m": m}
+    >>> rule, params = SoftSign(), {"w": torch.zeros(2, 2)}
+    >>> with torch.no_grad():
+    ...     params, state = rule.update({"w": 100 * torch.eye(2)}, params, rule.init_state(params))
+    >>> params["w"]
+    tensor([[-0.5000,  0.0000],
+            [ 0.0000, -0.5000]])
     """
 
     elementwise = True
 
     @abstractmethod
     def init_flat(self, p: Tensor) -> Accumulators:
-        """Accumulators for flat parameters `[*batch, N]`: tensors `[*batch, (features,) N or 1]`."""
+        """Accumulators before the first step, for flat parameters `[*batch, N]`.
+
+        Returns:
+            Tensors `[*batch, (features,) N]`, or with a last dimension of 1 for one number per parameter tensor, which
+            then must not depend on the elements.
+        """
 
     @abstractmethod
     def policy(
@@ -52,12 +79,16 @@ class ElementwiseRule(Rule):
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of a non-negative tensor whose derivative is finite at 0 (a pixel that is always 0 has v = 0)."""
+    """Square root of a non-negative tensor whose derivative is finite at 0.
+
+    A second moment is exactly 0 where a gradient always is, such as that of a pixel that is never lit: a plain root
+    would make the meta-gradient NaN there. Adds 1e-30.
+    """
     return (x + 1e-30).sqrt()
 
 
 def flatten(x: Tensor, layout: Layout) -> Tensor:
-    """Merge the parameter's dimensions into one."""
+    """Merge the dimensions of a parameter into one, `[..., *shape or 1s]` -> `[..., N or 1]`; those in front stay."""
     return x.flatten(x.ndim - layout.ndim)
 
 

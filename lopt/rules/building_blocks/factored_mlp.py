@@ -66,7 +66,6 @@ class FactoredMLP(FeatureMLP):
         return self.momentum_decays, self.second_decays, self.factored_decays  # type: ignore[return-value]
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        """Momenta, second moment, and row and column averages (vectors: the averages themselves)."""
         start = {"m": features.start_averages(p, K, layout.ndim), "v": torch.zeros_like(p)}
         if layout.factored is None:
             return start | {"averages": features.start_averages(p, K, layout.ndim)}
@@ -84,18 +83,15 @@ class FactoredMLP(FeatureMLP):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def measure(self, e: Elements) -> Visit:
-        """Row and column sums of g^2."""
         if e.layout.factored is None:
             return Visit()
         return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
 
     def begin_step(self, clock: Clock) -> Means:
-        """As `FeatureMLP.begin_step`, and the decays."""
         decays = zip(("momentum_decays", "second_decays", "factored_decays"), self.decays(), strict=True)
         return super().begin_step(clock) | dict(decays)
 
     def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
-        """Row and column averages, and the factors that they make."""
         if layout.factored is None:
             return Decision()
         decays = features.spread(shared["factored_decays"], layout.ndim)
@@ -103,7 +99,6 @@ class FactoredMLP(FeatureMLP):
         return Decision(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
-        """Momenta and second moment, and the features' sums of squares."""
         ndim, g = e.layout.ndim, self.clip(e.g)
         momentum, second, factored = (
             features.spread(shared[f"{key}_decays"], ndim) for key in ("momentum", "second", "factored")
@@ -123,7 +118,6 @@ class FactoredMLP(FeatureMLP):
     # -- features ------------------------------------------------------------------------------------------------------
 
     def element_features(self, e: Elements) -> list[features.Piece]:
-        """See `FeatureMLP.element_features`."""
         ndim = e.layout.ndim
         g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
         m, rs = e.acc["m"], (v + self.rs_eps).rsqrt()
@@ -142,7 +136,6 @@ class FactoredMLP(FeatureMLP):
         return [*own, *shared, (m, factor_m)]
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """The averages and their inverse roots, of rows and of columns."""
         if layout.factored is None:
             return {}
         return {key: torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in self.line_keys}

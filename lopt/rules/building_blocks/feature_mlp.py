@@ -108,10 +108,18 @@ class FeatureMLP(Rule):
 
     @abstractmethod
     def element_features(self, e: Elements) -> list[features.Piece]:
-        """Features of the elements, in groups `[*batch, k, *shape]`, from the new accumulators."""
+        """Features of the elements, from the new accumulators.
+
+        Returns:
+            Groups `[*batch, k, *shape]`, in the order of the first layer's inputs; a pair of tensors stands for their
+            product, which is written straight to its place.
+        """
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """Features that rows or columns share, in named groups `[*batch, k, *shape or 1s]`; a vector has none."""
+        """Features that rows or columns share, in named groups `[*batch, k, *shape or 1s]`; a vector has none.
+
+        They enter the first layer through products of their own, one per row instead of one per element.
+        """
         return {}
 
     def constant_features(self, clock: Clock) -> Tensor | None:
@@ -120,10 +128,13 @@ class FeatureMLP(Rule):
 
     @abstractmethod
     def find_inputs(self, layout: Layout) -> Inputs:
-        """Which inputs of the first layer a parameter's features are; vectors may leave some out."""
+        """Which inputs of the first layer a parameter's features are.
+
+        Weights keep the published order of features, in which the groups lie scattered; vectors may leave some out.
+        """
 
     def norm_axes(self, layout: Layout) -> tuple[int, ...]:
-        """The axes over which features are normalised."""
+        """The axes over which features are normalised: all of them, unless a rule treats a tensor as many matrices."""
         return layout.axes
 
     def layers(self, shared: Means) -> list[Layer]:
@@ -132,7 +143,12 @@ class FeatureMLP(Rule):
 
     @abstractmethod
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
-        """Factor on the step `[*batch]`, given the element features' mean squares `[*batch, k]`."""
+        """Factor on the step `[*batch]`, in which a rule has its step size and its schedule.
+
+        Args:
+            mean_squares: of the element features, `[*batch, k]`; that of the parameter is among them.
+            shared: of this tensor, from the earlier stages.
+        """
 
     def join_features(self, e: Elements) -> tuple[Tensor, Accumulators]:
         """The element features `[*batch, k, *shape]`, and the fields that save `move` from making them again."""
@@ -142,7 +158,6 @@ class FeatureMLP(Rule):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def begin_step(self, clock: Clock) -> Means:
-        """The features that all elements share."""
         constant = self.constant_features(clock)
         return {} if constant is None else {"constant": constant}
 

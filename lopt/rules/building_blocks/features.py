@@ -22,12 +22,15 @@ NO_LOSS = 999999999999.0  # the minimum of no losses; the released weights expec
 
 
 def lift(x: Tensor, ndim: int) -> Tensor:
-    """`[*batch, *shape]` -> `[*batch, 1, *shape]`."""
+    """`[*batch, *shape]` -> `[*batch, 1, *shape]`: makes the dimension of features, in front of the shape."""
     return x.unsqueeze(-ndim - 1)
 
 
 def spread(x: Tensor, ndim: int) -> Tensor:
-    """`[..., features]` -> `[..., features, 1, ..., 1]`, to broadcast against `[*batch, features, *shape]`."""
+    """`[..., features]` -> `[..., features, 1, ..., 1]`, to broadcast against `[*batch, features, *shape]`.
+
+    Meta-weights and numbers of a tensor need it wherever they meet elements, as both may have batch dimensions.
+    """
     return x.reshape(*x.shape, *[1] * ndim)
 
 
@@ -36,7 +39,10 @@ Piece = Tensor | tuple[Tensor, Tensor]
 
 
 def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
-    """All groups one after the other, `[*batch, features, *shape]`, of a parameter p `[*batch, *shape]`."""
+    """All groups one after the other, `[*batch, features, *shape]`, of a parameter p `[*batch, *shape]`.
+
+    Products of two tensors are made here, so that without autograd each is written straight to its place.
+    """
     if torch.is_grad_enabled() or is_traced():
         return torch.cat([piece if isinstance(piece, Tensor) else piece[0] * piece[1] for piece in pieces], -ndim - 1)
     # Without gradients products are written where they belong, which saves a copy of everything.
@@ -56,12 +62,15 @@ def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
 
 
 def start_averages(p: Tensor, count: int, ndim: int) -> Tensor:
-    """Zeros `[*batch, count, *shape]`."""
+    """The moving averages of a parameter before the first step: contiguous zeros `[*batch, count, *shape]`."""
     return torch.zeros_like(p).unsqueeze(-ndim - 1).repeat_interleave(count, -ndim - 1)
 
 
 def average(old: Tensor, new: Tensor, decays: Tensor) -> Tensor:
-    """Exponential moving averages, `b old + (1 - b) new`, without bias correction; all broadcast."""
+    """Exponential moving averages, `b old + (1 - b) new`, without bias correction; all broadcast.
+
+    Policies that read them are told the number of steps, or learned to do without.
+    """
     return torch.lerp(new, old, decays)
 
 
@@ -84,7 +93,10 @@ def start_lines(p: Tensor, count: int, layout: Layout) -> Accumulators:
 
 
 def sum_lines(g: Tensor, layout: Layout) -> dict[str, Sum]:
-    """Sums of g^2 over the largest dimension (rows) and over the second largest (cols)."""
+    """Sums of g^2 over the largest dimension (rows) and over the second largest (cols), of a matrix or more.
+
+    1e-30 is added to every square, as in the source, so that a line of zeros has a finite inverse root.
+    """
     assert layout.factored is not None
     larger, smaller = layout.factored
     square = lift(g.square() + 1e-30, layout.ndim)
@@ -105,7 +117,10 @@ def scale_lines(rows: Tensor, cols: Tensor, layout: Layout) -> Accumulators:
 
 
 def sum_squares(pieces: list[Tensor], axes: tuple[int, ...], e: Elements) -> Sum:
-    """Sum of squares of features `[*batch, k, *shape]` over `axes`, kept with size 1."""
+    """Sum of squares of features `[*batch, k, *shape]` over `axes`, kept with size 1, for their normalisation.
+
+    Over a whole tensor it is a vector norm squared, which reads the features once and writes no squares.
+    """
     whole = len(axes) == e.layout.ndim
     squares = [
         torch.linalg.vector_norm(x, dim=axes, keepdim=True).square() if whole else x.square().sum(axes, keepdim=True)

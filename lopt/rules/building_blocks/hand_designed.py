@@ -45,7 +45,15 @@ class HandDesigned(ElementwiseRule):
 
     @abstractmethod
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        """What is subtracted, before the learning rate: flat `[*batch, N]` in and out."""
+        """What is subtracted from the parameters, before learning rate, schedule and weight decay.
+
+        Args:
+            g: gradients `[*batch, N]`.
+            acc: from `init_flat` or the previous step.
+            step: updates made so far, `[*batch, 1]`.
+        Returns:
+            The direction `[*batch, N]` and the new accumulators.
+        """
 
     def hyper(self, name: str) -> Tensor:
         """The hyper-parameter `[*batch or (), 1]`, ready to broadcast against `[*batch, N]`."""
@@ -55,7 +63,6 @@ class HandDesigned(ElementwiseRule):
     def policy(
         self, g: Tensor, p: Tensor, acc: Accumulators, step: Tensor, progress: Tensor | None
     ) -> tuple[Tensor, Accumulators]:
-        """See `ElementwiseRule.policy`."""
         direction, acc = self.direction(g, acc, step)
         lr: Any = self.hyper("lr")
         if self.schedule == "cosine":

@@ -54,7 +54,13 @@ class Scheduler(nn.Module):
         self.register_buffer("centers", torch.tensor(features.PROGRESS_CENTERS), persistent=False)
 
     def start(self, batch: tuple[int, ...], like: Tensor) -> Accumulators:
-        """A tensor's row before the first step: the loss buffer and the LSTM's vectors, `[*batch, features]`."""
+        """A tensor's row before the first step: the loss buffer and the LSTM's vectors.
+
+        Args:
+            like: gives dtype and device.
+        Returns:
+            Tensors `[*batch, features]` under the names of `ROW_KEYS`, which a rule declares as `tensor_keys`.
+        """
         vectors = {key: like.new_zeros(*batch, self.width) for key in ("lstm_h", "lstm_c")}
         return features.start_loss_buffer(batch, like) | vectors
 

@@ -58,7 +58,11 @@ class TensorRule(Rule):
 
     @abstractmethod
     def init_flat(self, p: Tensor) -> Accumulators:
-        """Accumulators of a flat parameter `[*batch, N]`: tensors `[*batch, (features,) N or 1]`."""
+        """Accumulators before the first step, for a flat parameter `[*batch, N]`.
+
+        Returns:
+            Tensors `[*batch, (features,) N]`, or with a last dimension of 1 for numbers of the whole tensor.
+        """
 
     def statistics(self, g: Tensor, p: Tensor, acc: Accumulators) -> Mapping[str, Tensor]:
         """What is averaged over the tensor, by name: `[*batch, (features,) N]`; nothing, unless a rule has this.

@@ -1,4 +1,8 @@
-"""What a program is: the launches that make one step of a rule for many parameters."""
+"""What a program is: the launches that make one step of a rule for many parameters.
+
+A program is to the kernels what the stages of a rule are to PyTorch: it computes the same step, and the rule remains
+its definition, against which tests compare it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class Program(ABC):
 
     @classmethod
     def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
-        """Whether the kernels take a parameter in this order of its axes."""
+        """Whether the kernels take a parameter in this order of its axes; if not, the step copies it."""
         return True
 
     def divide_slots(self, x: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ class Program(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Read the rule's meta-weights anew, to where the launches have them."""
+        """Read the rule's meta-weights anew, to where the launches have them: addresses stay, as graphs need."""
 
     @abstractmethod
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:

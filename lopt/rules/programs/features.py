@@ -109,13 +109,11 @@ class FeatureProgram(Program):
         return self.slots or 1
 
     def load(self) -> None:
-        """See `Program.load`."""
         for old, new in zip((self.decays, self.packed), self._read_weights(), strict=True):
             old.copy_(new)
 
     @classmethod
     def find_obstacle(cls, rule: Rule, device: torch.device) -> str | None:
-        """See `Program.find_obstacle`."""
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         widths = rule.widths[1:-1]
         if len(set(widths)) != 1 or max(widths) > tiling.MAX_HIDDEN:
@@ -127,7 +125,6 @@ class FeatureProgram(Program):
 
     @classmethod
     def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
-        """See `Program.suits`: what is normalised apart must lie together."""
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
         places = find_divided(rule, layout, order)
         return places == list(range(places[0], places[0] + len(places))) if places else True
@@ -161,7 +158,7 @@ class FeatureProgram(Program):
         )
 
     def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments | None:
-        """See `PassTables.others`."""
+        """The table of a pass that this program adds to the others; none here."""
         return None
 
     def find_tiles(self, p: Tensor) -> tuple[Tile, TileChoice]:
@@ -180,7 +177,6 @@ class FeatureProgram(Program):
         return None
 
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
-        """See `Program.run`."""
         factor = self.schedule(items, loss, clock)
         network = (self.family, self.shape, self.network, factor)
         for tables in self.passes:
@@ -212,7 +208,7 @@ class UnitProgram(FeatureProgram):
     """
 
     def divide(self, views: Sequence[ParameterView]) -> Iterator[Sequence[ParameterView]]:
-        """See `FeatureProgram.divide`: equal shapes lie one behind the other, their steps are a stack of matrices."""
+        """Equal shapes lie one behind the other, their steps are a stack of matrices."""
         together: list[ParameterView] = []
         size = 0
         for view in sorted(views, key=_name_shape):
@@ -224,13 +220,12 @@ class UnitProgram(FeatureProgram):
         yield together
 
     def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
-        """See `FeatureProgram.make_others`: `scaled_move`'s."""
+        """The table of `scaled_move`, which brings the kept steps to their size."""
         triples = zip(views, tensors, find_places(views)[:-1], strict=True)
         made = [scaled_move.make_segments(t.p, view.number, place, t.groups, t.inner) for view, t, place in triples]
         return Segments([s for own in made for s in own], by_elements(scaled_move.BLOCK))
 
     def move(self, tables: PassTables, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
-        """See `FeatureProgram.move`."""
         rule = self.rule
         assert isinstance(rule, Celo2), "which `FUSED` names"
         assert tables.others is not None, "made above"
@@ -277,7 +272,11 @@ def _name_shape(view: ParameterView) -> tuple[tuple[int, ...], Order]:
 
 
 class ScheduledProgram(FeatureProgram):
-    """celo, and what it shares with velo: a schedule that sees the rows of all tensors."""
+    """celo, and what it shares with velo: a schedule that sees the rows of all tensors.
+
+    Rows are gathered into one tensor by a launch, scheduled by the rule's own PyTorch code, and scattered again; the
+    factors that come out go to `fold`.
+    """
 
     relative = True
 
@@ -292,11 +291,9 @@ class ScheduledProgram(FeatureProgram):
         self.widths = [views[0].state[key].numel() for key in rule.tensor_keys]
 
     def describe_network(self, rule: FeatureMLP) -> Network:
-        """See `FeatureProgram.describe_network`."""
         return super().describe_network(rule)._replace(step_mult=STEP_MULT)
 
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
-        """See `FeatureProgram.schedule`."""
         gathered = map(self.divide_slots, rows.gather(self.state_table, self.widths, self.count))
         old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
         new, terms = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
@@ -309,7 +306,11 @@ class ScheduledProgram(FeatureProgram):
 
 
 class VeLOProgram(ScheduledProgram):
-    """velo."""
+    """velo: celo's passes with a network of its own for every tensor.
+
+    Before them, one launch sums moments over each tensor, the scheduler's LSTM reads them, and one matrix product mixes
+    the bank of networks by the LSTM's controls; `fold` then normalises one network per tensor.
+    """
 
     def __init__(
         self, rule: Rule, groups: Sequence[Sequence[ParameterView]], count: int, slots: int | None = None
@@ -323,20 +324,18 @@ class VeLOProgram(ScheduledProgram):
 
     @property
     def num_rows(self) -> int:
-        """See `FeatureProgram.num_rows`."""
         return self.count
 
     def slot(self, view: ParameterView) -> int:
-        """See `FeatureProgram.slot`: its own mixture."""
         return view.number
 
     def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
-        """See `FeatureProgram.make_others`: `moments`'s."""
+        """The table of `moments`, whose sums the scheduler reads."""
         made = [moments.make_segment(t, view.number) for view, t in zip(views, tensors, strict=True)]
         return Segments(made, by_elements(moments.BLOCK * moments.STEPS))
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
-        """See `ScheduledProgram.fold`; mixes the networks, too."""
+        """What it does for celo, from moments that a launch of their own sums; mixes the networks, too."""
         rule = self.rule
         assert isinstance(rule, VeLO), "which `FUSED` names"
         means = torch.cat(

@@ -108,7 +108,7 @@ class _Group:
         self.program: Program = FUSED[rule.name](rule, [views], count, slots)
 
     def step(self, step: Tensor, loss: Tensor, num_steps: Tensor) -> None:
-        """See `PopulationStep.step`; `step` int64 `[T]`."""
+        """One step of these parameters in place, given steps made, losses and horizons `[T]`."""
         steps = self.items.steps.view(self.slots, -1)
         steps.copy_(step[:, None])
         totals = num_steps[:, None].expand_as(steps).flatten() if self.needs_num_steps else None
