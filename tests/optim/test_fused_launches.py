@@ -141,7 +141,7 @@ def test_precision_of_products_is_torchs(monkeypatch: pytest.MonkeyPatch) -> Non
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *a: (used.append(read(original(*a))), original(*a))[1])
 
-    watch(lopt_kernels.feature_mlp.mlp, "_constexprs", lambda constants: constants["PRECISION"])
+    watch(lopt_kernels.feature_mlp.mlp, "_constexprs", lambda constants: constants["MLP"].PRECISION)
     watch(lopt_kernels.elementwise.driver, "_make_constants", lambda constants: constants["SIZES"].PRECISION)
 
     def change(step: int, params: list[nn.Parameter]) -> None:

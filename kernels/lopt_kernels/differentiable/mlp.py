@@ -12,8 +12,7 @@ Memory of the backward pass beside its results: 4 H (2 L - 1) bytes per coordina
 4 H more if the gradient of `base` does not hold that of the first layer.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
-# ruff: noqa: RUF005 (Triton concatenates tuples)
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -27,18 +26,10 @@ from torch.autograd import Function
 
 from lopt_kernels.differentiable import autograd
 from lopt_kernels.differentiable.autograd import DifferentiableOp, check_tensor, differentiate_once, flatten_slots
+from lopt_kernels.differentiable.mlp_kernels import mlp_backward_kernel, mlp_forward_kernel
 from lopt_kernels.feature_mlp.tiling import MAX_HIDDEN, Shape
-from lopt_kernels.launching.language import jit, tl, triton
+from lopt_kernels.launching.language import triton
 from lopt_kernels.launching.op import CompileSource, check_triton, specialize
-from lopt_kernels.launching.tiles import (
-    activate,
-    load_column,
-    load_tiles,
-    make_zeros,
-    mask_inactive,
-    multiply_tiles,
-    store_tiles,
-)
 
 NAME = "mlp"
 MAX_FEATURES, MAX_LAYERS, MAX_OUTPUTS = 128, 3, 4
@@ -66,119 +57,6 @@ def reference(x: Tensor, base: Tensor, first: Tensor, rest: Sequence[Layer]) -> 
     for weight, bias in rest:
         h = weight @ h.relu() + bias[..., None]
     return h
-
-
-@jit
-def _run_hidden(
-    x_ptr, base_ptr, first, rest, slot, stride, column, in_column, F: tl.constexpr, H: tl.constexpr,
-    LAYERS: tl.constexpr, SPREAD: tl.constexpr, FT: tl.constexpr, HT: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Activations of all hidden layers, one behind the other: LAYERS * HT tiles."""
-    x = load_tiles(x_ptr, slot * F, stride, column, in_column, F, FT, TILE)
-    if SPREAD:
-        h = make_zeros(HT, TILE, BLOCK)
-        b = ()
-        for j in tl.static_range(HT):
-            b = b + (h[j] + load_column(base_ptr + slot * H, H, j, TILE),)
-        h = b
-    else:
-        h = load_tiles(base_ptr, slot * H, stride, column, in_column, H, HT, TILE)
-    h = activate(multiply_tiles(x, h, first, H, F, F, 1, HT, FT, TILE), H, HT, TILE)
-    active = h
-    for layer in tl.static_range(LAYERS - 1):
-        w = rest + layer * (H * (H + 1))
-        b = ()
-        for j in tl.static_range(HT):
-            b = b + (tl.zeros_like(h[j]) + load_column(w + H * H, H, j, TILE),)
-        h = activate(multiply_tiles(h, b, w, H, H, H, 1, HT, HT, TILE), H, HT, TILE)
-        active = active + h
-    return active
-
-
-@jit
-def _find(num_columns, first, rest, first_stride, rest_stride, BLOCK: tl.constexpr):
-    """A program's slot, its columns and the slot's weights."""
-    blocks = tl.cdiv(num_columns, BLOCK)
-    slot = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first += slot * first_stride.to(tl.int64)
-    return slot, column, first, rest + slot * rest_stride.to(tl.int64)
-
-
-@jit(do_not_specialize=["first_stride", "rest_stride"])
-def _mlp_forward_kernel(
-    x_ptr,  # [S, F, N]
-    base_ptr,  # [S, H, N], or [S, H] with SPREAD
-    first,  # [H, F], or S of them
-    rest,  # [R], or S of them: weights and biases one behind the other
-    out_ptr,  # [S, O, N]
-    num_columns,  # N
-    stride,  # N
-    first_stride, rest_stride,  # between slots: 0 if they share the weights
-    F: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, SPREAD: tl.constexpr,
-    FT: tl.constexpr, HT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    slot, column, first, rest = _find(num_columns, first, rest, first_stride, rest_stride, BLOCK)
-    in_column = column < num_columns
-    active = _run_hidden(
-        x_ptr, base_ptr, first, rest, slot, stride, column, in_column, F, H, LAYERS, SPREAD, FT, HT, TILE, BLOCK
-    )
-    w = rest + (LAYERS - 1) * (H * (H + 1))
-    for i in tl.static_range(OUTPUTS):
-        out = tl.zeros([BLOCK], tl.float32) + tl.load(w + OUTPUTS * H + i)
-        for j in tl.static_range(HT):
-            out += tl.sum(load_column(w + i * H, H, j, TILE) * active[(LAYERS - 1) * HT + j], axis=0)
-        tl.store(out_ptr + (slot * OUTPUTS + i) * stride + column, out, in_column)
-
-
-@jit(do_not_specialize=["first_stride", "rest_stride"])
-def _mlp_backward_kernel(
-    x_ptr, base_ptr, first, rest,  # as above, from a chunk's first slot and column on
-    dout_ptr,  # [S, O, N], as they
-    dx_ptr,  # [S, F, N], as they, or None
-    active_ptr,  # [S, LAYERS * H, C]: activations, or None
-    dhidden_ptr,  # [S, (LAYERS - 1) * H, C]: gradients of later layers before their ReLU, or None
-    dfirst_ptr,  # [S, H, N or C]: those of the first, or None
-    num_columns,  # C: of the chunk
-    stride,  # N
-    dfirst_stride,  # N or C
-    first_stride, rest_stride,
-    F: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, SPREAD: tl.constexpr,
-    FT: tl.constexpr, HT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    slot, column, first, rest = _find(num_columns, first, rest, first_stride, rest_stride, BLOCK)
-    in_column = column < num_columns
-    active = _run_hidden(
-        x_ptr, base_ptr, first, rest, slot, stride, column, in_column, F, H, LAYERS, SPREAD, FT, HT, TILE, BLOCK
-    )
-    w = rest + (LAYERS - 1) * (H * (H + 1))
-    d = make_zeros(HT, TILE, BLOCK)
-    for i in tl.static_range(OUTPUTS):
-        dout = tl.load(dout_ptr + (slot * OUTPUTS + i) * stride + column, in_column, 0.0)
-        added = ()
-        for j in tl.static_range(HT):
-            added = added + (d[j] + load_column(w + i * H, H, j, TILE) * dout,)
-        d = added
-    for layer in tl.static_range(LAYERS - 1, -1, -1):
-        h = ()
-        for j in tl.static_range(HT):
-            h = h + (active[layer * HT + j],)
-        d = mask_inactive(d, h, HT)
-        if active_ptr is not None:
-            start = (slot * LAYERS + layer) * H
-            store_tiles(active_ptr, h, start, num_columns, column, in_column, H, HT, TILE)
-        if layer > 0:
-            if dhidden_ptr is not None:
-                start = (slot * (LAYERS - 1) + layer - 1) * H
-                store_tiles(dhidden_ptr, d, start, num_columns, column, in_column, H, HT, TILE)
-            w = rest + (layer - 1) * (H * (H + 1))
-            d = multiply_tiles(d, make_zeros(HT, TILE, BLOCK), w, H, H, 1, H, HT, HT, TILE)
-    if dfirst_ptr is not None:
-        store_tiles(dfirst_ptr, d, slot * H, dfirst_stride, column, in_column, H, HT, TILE)
-    if dx_ptr is not None:
-        dx = multiply_tiles(d, make_zeros(FT, TILE, BLOCK), first, F, H, 1, F, FT, HT, TILE)
-        store_tiles(dx_ptr, dx, slot * F, stride, column, in_column, F, FT, TILE)
 
 
 def can_run(x: Tensor, base: Tensor, first: Tensor, rest: Sequence[Layer]) -> bool:
@@ -235,7 +113,7 @@ class _MLP(Function):
         out = x.new_empty(slots, shape.outputs, count)
         constants = _constexprs(shape, features, base.shape[-1] != count)
         with torch.cuda.device_of(x):
-            _mlp_forward_kernel[(slots * triton.cdiv(count, constants["BLOCK"]),)](
+            mlp_forward_kernel[(slots * triton.cdiv(count, constants["BLOCK"]),)](
                 *(x, base, first, rest, out, count, count, *_strides(first, rest)), **constants, **OPTIONS
             )
         ctx.save_for_backward(x, base, first, rest)
@@ -298,7 +176,7 @@ def _differentiate(
         here = [None if t is None else t[part, :, columns] for t in (x, base if not spread else None, dout, dx)]
         sets = [w[part] if len(w) > 1 else w for w in (first, rest)]
         with torch.cuda.device_of(x):
-            _mlp_backward_kernel[(num_slots * triton.cdiv(width, constants["BLOCK"]),)](
+            mlp_backward_kernel[(num_slots * triton.cdiv(width, constants["BLOCK"]),)](
                 *(here[0], base[part] if spread else here[1], *sets, here[2], here[3]),
                 *(active, dhidden, dlayer, width, count, width if apart else count, *_strides(first, rest)),
                 **constants,
@@ -413,7 +291,7 @@ def compile_sources(
     assert dtype == torch.float32
     constants = _constexprs(shape, num_features, spread)
     types = dict.fromkeys(["num_columns", "stride", "dfirst_stride", "first_stride", "rest_stride"], "i32")
-    kernels = {"forward": _mlp_forward_kernel, "backward": _mlp_backward_kernel}
+    kernels = {"forward": mlp_forward_kernel, "backward": mlp_backward_kernel}
     sources = {}
     for name, kernel in kernels.items():
         known = {key: kind for key, kind in types.items() if key in kernel.arg_names}

@@ -43,7 +43,7 @@ from lopt_kernels.feature_mlp.table import (
     find_tile,
 )
 from lopt_kernels.launching import parameters, tuning
-from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
+from lopt_kernels.launching.language import constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items, Rates, load_gradient
 from lopt_kernels.launching.segments import ALIGNMENT, Segments, find_row, load_index, load_pointer, load_slot
@@ -246,7 +246,7 @@ def launch_segments(
         _accumulate_kernel[(segments.num_blocks,)](
             *(segments.table, segments.starts, segments.num_segments, items.grads, items.rates.grad_scale),
             *(items.live, decays, partial),
-            **_constexprs(family, dtypes, find_aligns(segments, items), kinds, sanitize, tile),
+            **_constexprs(family, tile, dtypes, find_aligns(segments, items), kinds, sanitize),
             num_warps=tile.warps,
             **OPTIONS,
         )
@@ -258,25 +258,9 @@ def sign(family: Family, p_dtype: torch.dtype) -> str:
     return tuning.sign(family, p_dtype)
 
 
-def _constexprs(
-    family: Family,
-    dtypes: Sequence[torch.dtype],
-    aligns: Sequence[int],
-    kinds: int,
-    sanitize: bool,
-    tile: Tile,
-) -> dict[str, Any]:
-    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `table.find_aligns`."""
-    return {
-        **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
-        "P_TYPE": TRITON_TYPES[dtypes[0]],
-        "G_TYPE": TRITON_TYPES[dtypes[1]],
-        "KINDS": kinds & family.kinds,
-        "FAMILY": features.choose_inputs(family),
-        "SANITIZE": sanitize,
-        "BLOCK": tile.block,
-        "STEPS": tile.steps,
-    }
+def _constexprs(family: Family, tile: Tile, *others: Any) -> dict[str, Any]:
+    """The kernel's compile-time constants; others: see `features.make_constants`."""
+    return features.make_constants(family, *others) | {"BLOCK": tile.block, "STEPS": tile.steps}
 
 
 def launch(
@@ -345,7 +329,7 @@ def compile_source(
 ) -> CompileSource:
     """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""
     family = family or Family()
-    constexprs = _constexprs(family, (p_dtype, p_dtype), (ALIGNMENT,) * 3, kinds, sanitize=False, tile=tile)
+    constexprs = _constexprs(family, tile, (p_dtype, p_dtype), (ALIGNMENT,) * 3, kinds, False)
     return specialize(_accumulate_kernel, constexprs, {"num_warps": tile.warps, **OPTIONS}, **parameters.TYPES)
 
 

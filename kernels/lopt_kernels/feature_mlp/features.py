@@ -8,14 +8,15 @@ Source: Metz et al. 2022, arXiv 2203.11860, and its descendants (VeLO 2211.09760
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lopt_kernels.feature_mlp.table import ALL_KINDS, BARE, STRIDED, VECTOR, WIDE, Tensors, divide_groups, load_several
-from lopt_kernels.launching.language import constant, jit, tl
+from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, tl
 from lopt_kernels.launching.parameters import Rates, read_gradient
 
 LINES = 3  # averages of g^2, one per decay
@@ -97,6 +98,26 @@ def choose_inputs(family: Family) -> Inputs:
     """The compile-time constants that describe a family."""
     constants = (family.rs_eps, family.vector_eps, family.bound, family.num_features, family.num_inputs)
     return Inputs(family.momenta, family.factored, family.clips, *constants)
+
+
+def make_constants(
+    family: Family, dtypes: Sequence[torch.dtype], aligns: Sequence[int], kinds: int, sanitize: bool
+) -> dict[str, Any]:
+    """Compile-time constants of the passes over elements.
+
+    Args:
+        dtypes: of parameters and gradients.
+        aligns: see `table.find_aligns`.
+        kinds: a bit for each kind of segment that there may be.
+    """
+    return {
+        **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
+        "P_TYPE": TRITON_TYPES[dtypes[0]],
+        "G_TYPE": TRITON_TYPES[dtypes[1]],
+        "KINDS": kinds & family.kinds,
+        "FAMILY": choose_inputs(family),
+        "SANITIZE": sanitize,
+    }
 
 
 # -- the formulas, on one tensor ---------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from lopt_kernels.feature_mlp.table import (
 )
 from lopt_kernels.feature_mlp.tiling import BLOCK, Shape, TileChoice, choose_sizes, choose_tiles
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
+from lopt_kernels.launching.language import constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items, Rates, load_gradient, load_rates, store_parameter
 from lopt_kernels.launching.segments import (
@@ -283,27 +283,10 @@ def launch_segments(
         )
 
 
-def _constexprs(
-    family: Family,
-    shape: Shape,
-    choice: TileChoice,
-    dtypes: Sequence[torch.dtype],
-    aligns: Sequence[int],
-    kinds: int,
-    sanitize: bool,
-) -> dict[str, Any]:
-    """The kernel's compile-time constants; dtypes are of parameters and gradients, see `table.find_aligns`."""
-    return {
-        **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
-        "P_TYPE": TRITON_TYPES[dtypes[0]],
-        "G_TYPE": TRITON_TYPES[dtypes[1]],
-        "KINDS": kinds & family.kinds,
-        "FAMILY": features.choose_inputs(family),
-        "MLP": choose_sizes(shape, choice),
-        "SANITIZE": sanitize,
-        "BLOCK": choice.block,
-        "STEPS": choice.steps,
-    }
+def _constexprs(family: Family, shape: Shape, choice: TileChoice, *others: Any) -> dict[str, Any]:
+    """The kernel's compile-time constants; others: see `features.make_constants`."""
+    constants = features.make_constants(family, *others)
+    return constants | {"MLP": choose_sizes(shape, choice), "BLOCK": choice.block, "STEPS": choice.steps}
 
 
 def launch(
@@ -393,7 +376,7 @@ def compile_source(
     """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
     family, shape = family or Family(), shape or Shape(hidden=32)
     choice, aligns = choice or choose_tiles(shape), (ALIGNMENT,) * 3
-    constexprs = _constexprs(family, shape, choice, (p_dtype, p_dtype), aligns, kinds, sanitize=False)
+    constexprs = _constexprs(family, shape, choice, (p_dtype, p_dtype), aligns, kinds, False)
     constexprs |= {"seeds": None, "out_ptr": None}
     options = {"num_warps": choice.warps, **OPTIONS}
     return specialize(_mlp_kernel, constexprs, options, **parameters.TYPES | {"rest_stride": "i32"})
