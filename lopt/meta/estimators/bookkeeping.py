@@ -111,5 +111,7 @@ def renew_sick(loop: InnerLoop, before: Slots, after: Slots, sick: Tensor) -> Sl
             a sick slot did since, so that a slot's tasks are the same whoever else is sick.
     """
     where = sick.nonzero()[:, 0]
+    if not len(where):  # as nearly always
+        return after
     old = select_slots(before, where)
     return put_slots(after, where, loop.restart(old.ids, old.episode + 1))
