@@ -344,6 +344,13 @@ def test_losses_know_hooks_on_all_modules() -> None:
         hook.remove()
 
 
+def test_plain_networks_are_batched_only_where_the_numbers_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight.tanh(), self.bias))
+    family = make_family(["relu"], "sequence", "classes")
+    assert family.batched is None
+    check(family)
+
+
 def test_loss_of_an_instance_is_the_one_that_is_computed() -> None:
     family = make_family(["relu"], "sequence", "classes")
     params, batch = draw(family)
