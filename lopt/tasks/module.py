@@ -35,7 +35,7 @@ ADVICE = {
     r"autograd\.Function|have vmap support|saved tensor hooks": BACKWARD,
     r"data-dependent|dynamic shape|numpy\(\)|have storage": "its steps depend on values; use torch.where, not `if`, "
     "item() or numpy",
-    r"in-place|broadcast shape": "it writes into a tensor; make a new one instead",
+    r"in-?place|broadcast shape": "it writes into a tensor; make a new one instead",
     r"to return a (scalar )?Tensor": "loss must return a scalar tensor, one number per batch",
     r"does not require grad": "the loss does not depend on the parameters; remove detach() and no_grad()",
     r"dtype|scalar type|should be the same": "make the data float32 like the module, class targets int64",

@@ -189,6 +189,7 @@ def test_trying_a_module_out_leaves_the_global_generator_alone() -> None:
         (lambda: make_simple_task(lambda: nn.Linear(2, 2), lambda a, b: (a - b) ** 2), "scalar tensor"),
         (lambda: make_simple_task(nn.Identity), "Identity needs trainable parameters.*none"),
         (lambda: make_simple_task(lambda: nn.Linear(3, 2)), r"vmap and grad.*x torch.float32 \[4, 2\]"),
+        (lambda: make_simple_task(lambda: Functional(lambda h: h.exp().relu_())), "make a new one"),
         (lambda: make_simple_task(Listed), "as attributes of their modules"),
         (lambda: make_simple_task(lambda: hook_gradients(nn.Linear(2, 2))), "hooks on gradients do not act"),
         (lambda: make_simple_task(lambda: nn.Sequential(hook_gradients(nn.Linear(2, 2)))), "hooks on gradients do not"),
