@@ -245,6 +245,7 @@ class Rule(Recorded, nn.Module, ABC):
         tensors = {
             name: WholeTensor(grads[name], p, state.accumulators[name], state.step.ndim) for name, p in params.items()
         }
+        # Parameters that a rule delegates are stepped by another one, with a schedule of its own.
         groups: dict[Rule, list[WholeTensor]] = {}
         for name, tensor in tensors.items():
             groups.setdefault(self.delegate(name, tensor.layout) or self, []).append(tensor)

@@ -127,6 +127,7 @@ class Blend(Rule):
         tensor_state, means, layouts, loss, clock = tensors
         assert clock.num_steps is not None
         scale = tensor_state["scale"]  # [*batch, n, 1]
+        # Groups of equal tensors come as [*batch, count, ...]; joined, every tensor is a row of the controller's input.
         products = torch.cat(
             [m["products"].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)], scale.ndim - 2
         )
@@ -142,6 +143,7 @@ class Blend(Rule):
             "cosines": torch.lerp(_find_cosines(gram, squares), tensor_state["cosines"], COSINES),
             **buffer,
         }
+        # Features are of order 1, so that one initial scale of the weights suits all of them.
         progress = clock.progress(scale.dtype)
         assert progress is not None
         decay = (1 - progress).clamp(min=0)
@@ -158,6 +160,7 @@ class Blend(Rule):
             ],
             -1,
         )
+        # One hidden layer and a linear bypass; sigmoids keep shares in (0, 1), and the size is bounded by the clamp.
         hidden = torch.tanh(x @ self.w_in.mT + self.b_in.unsqueeze(-2))
         out = hidden @ self.w_out.mT + x @ self.w_bypass.mT + self.b_out.unsqueeze(-2)
         strength, *shares = out.unbind(-1)
@@ -189,6 +192,7 @@ class Blend(Rule):
         return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        # Relative to the tensor's own mean second moment a step is of size 1 whatever the gradient's scale.
         inverse = (means["power"] + TINY).reciprocal()
         momenta = (shared["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
         return Decision(decided=BlendTerms(shared["step"], shared["orthogonal"], momenta, shared["exponent"], inverse))
@@ -203,6 +207,7 @@ class Blend(Rule):
         inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
             return delta, inverse * step
+        # Both terms get rms 1 before they are mixed: the share then says how much of each there is.
         matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
         shares = features.spread(decided.orthogonal, layout.ndim)
         return torch.lerp(delta * inverse, matrix * _find_inverse_rms(matrix, layout), shares), step

@@ -108,6 +108,7 @@ class CeloAdam(Scheduled):
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        # Numbers of the whole tensor are computed here once, not for every chunk of elements.
         count = clock.step.to(shared["factor"].dtype) + 1
         parts = STEP_MULT * shared["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
         return Decision(decided=[features.spread(part, layout.ndim) for part in parts])

@@ -65,6 +65,7 @@ class Celo2(FactoredMLP):
         self.adamw_options = {"lr": step_mult * adamw_mult, "betas": BETAS, "eps": EPS}
         self.decay_scale = step_mult
         self.adamw: AdamW | None = None
+        # AdamW is no part of what is learned: its weights are frozen and come from the options.
         if route:
             self.adamw = AdamW(step_mult * adamw_mult, *BETAS, EPS, weight_decay=0.0).requires_grad_(False)
             self.adamw.decay_scale = step_mult * adamw_mult
@@ -92,6 +93,7 @@ class Celo2(FactoredMLP):
         """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
         if self.orthogonalizes and layout.factored is not None:
             delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
+        # A factor for each matrix instead of a scaled step: the caller multiplies where it writes.
         count = count_elements(layout.last, layout)
         square = torch.linalg.vector_norm(delta, dim=layout.last, keepdim=True).square() / count
         return delta, self.step_mult * (square + STEP_EPS).rsqrt()

@@ -37,6 +37,7 @@ def save(rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | Non
         TypeError: JSON cannot hold the configuration or the card.
         OSError: the file cannot be written; what was there before is unchanged.
     """
+    # Built as `load` will: what cannot be read again must not be written.
     built = _build(rule.name, json.loads(json.dumps(rule.config)), "cannot save")
     if type(built) is not type(rule):
         raise ValueError(

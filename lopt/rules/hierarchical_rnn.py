@@ -157,13 +157,15 @@ class HierarchicalRNN(Rule):
         some = heard.any(-2, keepdim=True)  # [*batch, 1, 1]
         first_tensor, first_model = self.start2.unsqueeze(-2), self.start3.unsqueeze(-2)
 
+        # A tensor's GRU takes in what its elements pooled, then the model's takes in what the tensors' have become.
         tensor = torch.where(started[..., None], tensor_state["tensor"], first_tensor)
         model = torch.where(some, _mean(tensor_state["global"], heard), first_model)
-        told = self._cell(2, pooled.mT, tensor.mT, _project(self.w_3to2, model).mT).mT
-        tensor = torch.where(started[..., None], told, tensor)
-        told = self._cell(3, _mean(tensor, heard).mT, model.mT, None).mT
-        model = torch.where(some, told, model)
+        informed = self._cell(2, pooled.mT, tensor.mT, _project(self.w_3to2, model).mT).mT
+        tensor = torch.where(started[..., None], informed, tensor)
+        informed = self._cell(3, _mean(tensor, heard).mT, model.mT, None).mT
+        model = torch.where(some, informed, model)
 
+        # The mean over all elements of the model, so tensors count by their size.
         log_rate = (torch.cat(rates, -1) * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
         shared = {
             "bias": _project(self.w_2to1, tensor) + _project(self.w_3to1, model),
@@ -176,16 +178,19 @@ class HierarchicalRNN(Rule):
     def update_state(self, e: Elements, shared: Means) -> Visit:
         ndim, shape = e.layout.ndim, e.p.shape
         h, m, v = (e.acc[key].flatten(-ndim) for key in ("hidden", "m", "v"))  # [*batch, k, N]
+        # State starts at 0; the learned initial vector is added in the first step, and 0 in all later ones.
         h = h + shared["start"][..., None]
         started = shared["started"][..., None, None]
         log_decays = logsigmoid(self.w_decays @ h + self.b_decays[..., None])
         decays = started * torch.exp(log_decays[..., :1, :] * self.shares[:, None])
         m = features.average(m, features.lift(e.g, ndim).flatten(-ndim), decays)
         v = features.average(v, m.square() + 1e-12, started * log_decays[..., 1:, :].exp())
+        # Gradients enter by their direction and by ratios of scales only: inputs do not depend on the loss's unit.
         scaled, log_v = _scale(m, v), (v + 1e-16).log()
         log_rate = features.lift(e.acc["log_rate"], ndim).flatten(-ndim) - shared["log_rate"][..., None, None]
         products = scaled[..., 1:, :] * scaled[..., :-1, :]
         x = torch.cat([scaled, products, log_v - log_v.mean(-2, keepdim=True), log_rate], -2)
+        # What the two upper levels have to say is a bias on this level's gates.
         h = self._cell(1, x, h, shared["bias"][..., None])
         pooled = torch.cat([h, x], -2).sum(-1)
         squares = self._direction(h, scaled).square().sum(-1)

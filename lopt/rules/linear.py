@@ -59,6 +59,7 @@ class Linear(ElementwiseRule):
         count = step + 1
         m_hat = m / (1 - decay ** count[..., None])
         inverse_rms = 1 / (safe_sqrt(v / (1 - second**count)) + EPS)
+        # Each memory twice: as it is, and over the root of the second moment, as Adam has it.
         raw = torch.cat([g.unsqueeze(-2), m_hat], dim=-2)
         features = torch.cat([raw, raw * inverse_rms.unsqueeze(-2)], dim=-2)
         delta = -(self.weights[..., None] * features).sum(-2)

@@ -54,6 +54,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
         self.b2 = uniform(4 * hidden)
         self.w_out = uniform(1, hidden, bound=0.1 / sqrt(hidden))
         self.b_out = nn.Parameter(torch.zeros(1))
+        # A forget bias of 1, so that cells remember before they are trained.
         with torch.no_grad():
             for bias in (self.b1, self.b2):
                 bias[hidden : 2 * hidden] += 1.0
@@ -66,6 +67,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
         """Both layers and the output layer: `[*batch, F, N]` -> `[*batch, N]` and the new vectors."""
         weights = LSTMWeights(*(getattr(self, name) for name in LSTMWeights._fields))
         h1, c1, h2, c2 = (acc[key] for key in STATE)
+        # The kernel has its own backward pass; the reference is the definition, and serves everywhere else.
         vectors = (h1, c1, h2, c2)
         run = lstm_autograd.run_lstm if lstm_autograd.can_run(x, vectors, weights) else lstm_layers.reference
         out, state = run(x, vectors, weights)

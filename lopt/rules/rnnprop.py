@@ -63,6 +63,7 @@ class RNNprop(CoordinatewiseLSTM):
         m = self.beta1 * acc["m"] + (1 - self.beta1) * g
         v = self.beta2 * acc["v"] + (1 - self.beta2) * g * g
         scale = safe_sqrt(v / (1 - self.beta2 ** (step + 1))) + EPS
+        # Divided by the root of the second moment both inputs are of order 1, whatever the scale of gradients.
         inputs = torch.stack([m / (1 - self.beta1 ** (step + 1)) / scale, g / scale], dim=-2)
         w_in = self.w_in.expand(*inputs.shape[:-2], *self.w_in.shape[-2:])
         x = F.elu(w_in @ inputs + self.b_in[..., None])

@@ -124,10 +124,12 @@ class Star(Rule):
         v = features.average(features.lift(e.acc["nominal_v"], ndim), square, long)
         u = features.average(features.lift(e.acc["nominal_recent"], ndim), square, recent)
 
+        # Bias-corrected, the nominal term is Adam with several momenta.
         rms = safe_sqrt(v / (1 - long**counts)) + self.eps
         nominal = (m / (1 - momenta**counts)).mean(-ndim - 1, keepdim=True) / rms
         share = (safe_sqrt(u / (1 - recent**counts)) / rms).clamp(max=1)
         nominal, share, v, u = (x.squeeze(-ndim - 1) for x in (nominal, share, v, u))
+        # tanh bounds what the inner rule adds, and its share falls where gradients have become small.
         residual = share * torch.tanh(visit.delta / self.residual_unit)
         scale, lr, decay = (self._factor(key, ndim) for key in self.factors)
         delta = scale * residual - lr * nominal - decay * e.p
@@ -146,7 +148,8 @@ def _without_nominal(e: Elements) -> Elements:
 
 def _build(name: str, config: dict[str, Any]) -> Rule:
     """The inner rule; ValueError if there is none, or if its step cannot be a residual."""
-    from lopt.rules import RULES  # which lists Star
+    # At the call: the registry lists Star, and an inner rule is known by its name only when one is asked for.
+    from lopt.rules import RULES
 
     if name not in RULES:
         raise ValueError(f"star cannot wrap {name!r}: there is no such rule. {suggest(name, RULES)}.")

@@ -73,6 +73,7 @@ class VeLO(FactoredMLP):
 
     def measure(self, e: Elements) -> Visit:
         """Row and column sums of g^2, and moments of the parameter and of the averages before this step."""
+        # From before the step, as the scheduler's decision comes before the accumulators change.
         axes, parts = e.layout.axes, {"p2": e.p.square()}
         for key in ("m", "v"):  # in float64, as variances are differences of these
             x = e.acc[key].double()
@@ -95,6 +96,7 @@ class VeLO(FactoredMLP):
             described: the `TENSOR_FEATURES`, `[*batch, n, 12]`.
         """
         assert clock.num_steps is not None, "step_tensors has seen to it"
+        # Over a span of 10 steps all half-lives are 10, and the weights that were trained so rely on it.
         span = torch.full_like(clock.num_steps, BUGGED_SPAN) if self.bugged_loss_features else clock.num_steps
         z, rows = self.scheduler.observe(rows, loss, clock, span)
         z = torch.cat([z, described], -1)
@@ -140,6 +142,7 @@ def describe_moments(p2: Tensor, m: Tensor, m2: Tensor, v: Tensor, v2: Tensor, l
         m, m2: means of the momenta and of their squares, `[*batch, n, 3]`.
         large: dimensions larger than 1, `[1 or n]`.
     """
+    # Relative to the parameter's size, as the step is.
     scale = p2.clamp(min=1e-9).rsqrt()
     var_m = scale.square() * (m2 - m.square()).clamp(min=0).to(p2.dtype)
     var_v = scale.square() * (v2 - 2 * v * m + m.square()).to(p2.dtype)

@@ -99,6 +99,7 @@ class FactoredMLP(FeatureMLP):
         return Decision(lines, features.scale_lines(lines["rows"], lines["cols"], layout))
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
+        # Decays may be meta-weights with batch dimensions, and come ready from `begin_step`.
         ndim, g = e.layout.ndim, self.clip(e.g)
         momentum, second, factored = (
             features.spread(shared[f"{key}_decays"], ndim) for key in ("momentum", "second", "factored")
@@ -110,6 +111,7 @@ class FactoredMLP(FeatureMLP):
         }
         if e.layout.factored is None:
             acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
+        # Features are of the new accumulators; their sums of squares need a pass of their own before `move` can scale.
         new = e._replace(acc=e.acc | acc)
         axes = self.norm_axes(e.layout)
         joined, fields = self.join_features(new)

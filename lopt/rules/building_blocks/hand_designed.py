@@ -40,6 +40,7 @@ class HandDesigned(ElementwiseRule):
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
         self.schedule = schedule
         self.needs_num_steps = schedule == "cosine"
+        # Every number is a meta-weight: a grid of them is a population, and their gradients can be checked.
         for name, value in {"lr": lr, "weight_decay": weight_decay, **hyper}.items():
             self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
 

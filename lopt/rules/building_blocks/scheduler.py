@@ -83,9 +83,11 @@ class Scheduler(nn.Module):
     def advance(self, z: Tensor, rows: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
         """One step of the LSTM on inputs `[*batch, n, inputs]`: the output `[*batch, n, width]` and the new rows."""
         x = self.read("skip", z) + self.read("mix", z).relu().amax(-2, keepdim=True)
+        # The learned initial state counts at step 0, so that it is trained as any other weight.
         first = (step == 0)[..., None]
         h = torch.where(first, self.h0[..., None, :], rows["lstm_h"])
         c = torch.where(first, self.c0[..., None, :], rows["lstm_c"])
+        # The order of gates is the source's, and the forget gate has a bias of 1.
         i, g, f, o = self.read("lstm", torch.cat([x, h], -1)).chunk(4, -1)
         c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)

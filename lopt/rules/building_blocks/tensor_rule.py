@@ -104,11 +104,13 @@ class TensorRule(Rule):
         return {key: unflatten(a, layout) for key, a in self.init_flat(flatten(p, layout)).items()}
 
     def update_state(self, e: Elements, shared: Means) -> Visit:
+        # Sums and not means: the elements may be a part of the tensor.
         quantities = self.statistics(*_flatten_elements(e))
         sums = {key: spread(x.sum(-1), e.layout.ndim) for key, x in quantities.items()}
         return Visit(sums={key: Sum(total, e.layout.axes) for key, total in sums.items()})
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        # Without the parameter's dimensions, meta-weights [*batch, ...] broadcast against means as they are.
         numbers = self.decide_numbers({key: flatten(mean, layout)[..., 0] for key, mean in means.items()}, clock)
         return Decision(decided={key: number[..., None] for key, number in numbers.items()})
 

@@ -177,6 +177,7 @@ class FeatureProgram(Program):
         return None
 
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
+        # The schedule looks at accumulators from before this step, so it comes first.
         factor = self.schedule(items, loss, clock)
         network = (self.family, self.shape, self.network, factor)
         for tables in self.passes:
@@ -209,6 +210,7 @@ class UnitProgram(FeatureProgram):
 
     def divide(self, views: Sequence[ParameterView]) -> Iterator[Sequence[ParameterView]]:
         """Equal shapes lie one behind the other, their steps are a stack of matrices."""
+        # Sorted by shape, the steps of equal matrices are one stack, which is orthogonalised at once.
         together: list[ParameterView] = []
         size = 0
         for view in sorted(views, key=_name_shape):

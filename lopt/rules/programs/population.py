@@ -93,6 +93,7 @@ class _Group:
             for slot in range(slots)
             for i, (name, p) in enumerate(params.items())
         ]
+        # Kernels read gradients by address: these stay valid, as the slots' buffers never move.
         addresses = [grads[name][slot].data_ptr() for slot in range(slots) for name in params]
         ones, zeros = torch.ones(count, device=device), torch.zeros(count, device=device)
         self.items = Items(
