@@ -222,17 +222,17 @@ def test_program_uses_stored_tiles_and_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
     want, program = step_once(name, **options)
-    (batch,) = program.made
-    assert (batch.tile, batch.choice) == (accumulate.TILE, program.choice)
+    (tables,) = program.passes
+    assert (tables.tile, tables.choice) == (accumulate.TILE, program.choice)
     name_all(monkeypatch, "A | 9.0 | triton 3")
     tile, own = Tile(32, 2, 2), Tile(256, 4, 8)  # a smaller and a larger one than the default
     store("accumulate", accumulate.sign(program.family, torch.float32), tile, CPU)
     store("mlp", tiling.sign(program.family, program.shape, program.choice, torch.float32), own, CPU)
     got, program = step_once(name, **options)
-    (batch,) = program.made
-    assert (batch.tile, batch.choice.tile) == (tile, own)
-    assert batch.choice._replace(**program.choice.tile._asdict()) == program.choice
-    assert (batch.accumulate.num_blocks, batch.mlp.num_blocks) == (7 * 2 + 1, 1 + 1)
+    (tables,) = program.passes
+    assert (tables.tile, tables.choice.tile) == (tile, own)
+    assert tables.choice._replace(**program.choice.tile._asdict()) == program.choice
+    assert (tables.accumulate.num_blocks, tables.mlp.num_blocks) == (7 * 2 + 1, 1 + 1)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         start = torch.randn(b.shape, generator=make_generator(i)).to(DEVICE)
         moved = torch.linalg.vector_norm(b - start)
