@@ -142,11 +142,7 @@ class Rule(Recorded, nn.Module, ABC):
 
     def update_lines(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, shared: Means) -> Decision:
         """Accumulators and fields that rows or columns share, from the means of `measure`; nothing is decided yet.
-
-        Args:
-            means: `[*batch, (features,) *shape or 1s]`, with size 1 where they were taken.
-            acc: all accumulators from before the step.
-            shared: what `decide_together` and `begin_step` made.
+        Means have size 1 where they were taken; `acc` is from before the step.
         """
         return Decision()
 
@@ -261,7 +257,6 @@ class Rule(Recorded, nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Params, State]:
         """`update`, under the name that `torch.func.functional_call` calls: it runs a rule with other meta-weights.
-
         Slots of a population, each with weights of its own, are one such call with stacks of weights.
         """
         return self.update(*args, **kwargs)
@@ -367,11 +362,6 @@ class WholeTensor:
 
     It is the `Steppable` for meta-training, where autograd must see every operation and tasks come in batches. The
     optimizer has others, which go through memory in chunks and in place; all give a rule's stages the same elements.
-
-    Args:
-        g, p: gradient and parameter `[*batch, *shape]`.
-        acc: its accumulators; the dict is copied, its tensors are not changed.
-        batch_ndim: how many dimensions are the batch.
     """
 
     count = 1
