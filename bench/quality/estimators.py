@@ -55,7 +55,6 @@ class Bowl(TaskFamily):
         return {"h": self.curvature.expand(len(seeds), -1)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """See the class."""
         return 0.5 * (batch["h"] * params["x"].square()).sum()
 
 
@@ -72,12 +71,10 @@ class Variant(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """See the class."""
         return issubclass(ESTIMATORS[self.name], Full | FullES)
 
     @property
     def in_step(self) -> bool:
-        """See the class."""
         return self.whole or not getattr(ESTIMATORS[self.name], "staggered", True)
 
     @property
@@ -302,26 +299,17 @@ def estimators(
     rule = RULES["momentum"](lr=0.1, momentum=momentum, weight_decay=0.01)
     truth = find_reference(rule, horizon, objective, reference_tasks, sigma)
     size = float(truth.gradient.norm())
-    told = {
-        "rule": rule.describe(),
-        "task": Bowl().describe(),
-        "objective": objective,
-        "horizon": horizon,
-        "sigma": sigma,
-        "tasks": tasks,
-        "repeats": repeats,
-        "reference_tasks": reference_tasks,
-        "dtype": "float32",
-        "device": setting.describe_device(torch.device("cpu")),
-        "threads": threads,
-    } | setting.list_versions()
+    measured = {"rule": rule.describe(), "task": Bowl().describe(), "objective": objective, "horizon": horizon}
+    measured |= {"sigma": sigma, "tasks": tasks, "repeats": repeats, "reference_tasks": reference_tasks}
+    measured |= {"dtype": "float32", "device": setting.describe_device(torch.device("cpu")), "threads": threads}
+    measured |= setting.list_versions()
     reference = {
         "gradient": dict(zip(rule.meta_weights(), truth.gradient.tolist(), strict=True)),
         "error": truth.error / size,
         "smoothing": float(truth.shift.norm()) / size,
     }
     console = setting.make_console()
-    console.print(", ".join(f"{key} {value}" for key, value in told.items()), highlight=False, markup=False)
+    console.print(", ".join(f"{key} {value}" for key, value in measured.items()), highlight=False, markup=False)
     gradient = ", ".join(f"{key} {value:.4g}" for key, value in reference["gradient"].items())
     console.print(
         f"true meta-gradient: {gradient}; in units of its length: its standard error {reference['error']:.2g}, "
@@ -335,6 +323,6 @@ def estimators(
         console.print(f"{result['estimator']}, K = {result['steps']}: bias {result['bias']:.3g}", highlight=False)
     console.print(make_table(results))
     console.print(LEGEND, highlight=False, markup=False)
-    setting.write_json(file, {"setting": told, "reference": reference, "results": results})
+    setting.write_json(file, {"setting": measured, "reference": reference, "results": results})
     if picture is not None:
         picture.write_bytes(draw_tradeoff(results, reference["smoothing"], horizon))

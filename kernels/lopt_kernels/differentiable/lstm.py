@@ -100,6 +100,14 @@ def _store_gates(gates_ptr, gates, at, mask, num_coordinates, H: tl.constexpr):
 
 
 @jit
+def _store_pair(h_ptr, c_ptr, h, c, at, mask):
+    """Gradients of a layer's old state, where somebody wants them."""
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask)
+        tl.store(c_ptr + at, c.to(c_ptr.dtype.element_ty), mask)
+
+
+@jit
 def _lstm_backward_kernel(
     x_ptr,  # [S, F, N]
     h1_ptr, c1_ptr, h2_ptr, c2_ptr,  # [S, H, N]: the old state
@@ -148,18 +156,14 @@ def _lstm_backward_kernel(
     if dgates2_ptr is not None:
         _store_gates(dgates2_ptr, dgates, gates_at, mask, num_coordinates, H)
     dh1, dh = _multiply_back(dgates, w_ih2, w_hh2, dh1, H, H, PRECISION)
-    if dh2_ptr is not None:
-        tl.store(dh2_ptr + at, dh.to(dh2_ptr.dtype.element_ty), mask)
-        tl.store(dc2_ptr + at, dc.to(dc2_ptr.dtype.element_ty), mask)
+    _store_pair(dh2_ptr, dc2_ptr, dh, dc, at, mask)
 
     # the first layer
     dgates, dc1 = _differentiate_cell(dh1, dc1, c1, t1, i1, f1, g1, o1, in_unit)
     if dgates1_ptr is not None:
         _store_gates(dgates1_ptr, dgates, gates_at, mask, num_coordinates, H)
     dx, dh = _multiply_back(dgates, w_ih1, w_hh1, tl.zeros([PF, BLOCK], tl.float32), F, H, PRECISION)
-    if dh1_ptr is not None:
-        tl.store(dh1_ptr + at, dh.to(dh1_ptr.dtype.element_ty), mask)
-        tl.store(dc1_ptr + at, dc1.to(dc1_ptr.dtype.element_ty), mask)
+    _store_pair(dh1_ptr, dc1_ptr, dh, dc1, at, mask)
     if dx_ptr is not None:
         tl.store(dx_ptr + x_at, dx, x_mask)
 

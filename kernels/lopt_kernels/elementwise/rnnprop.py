@@ -140,7 +140,7 @@ def draw_state(scale: Tensor, hidden: int, generator: torch.Generator) -> State:
 
 
 def configure(hidden: int, dtype: torch.dtype, precision: str) -> tuple[int, Any]:
-    """See `lstm_layers.choose_sizes`: the dense layer makes as many features as the others are wide."""
+    """The sizes of the layers, as the dense one makes as many features as the others are wide."""
     return lstm_layers.choose_sizes(hidden, hidden, dtype, precision)
 
 

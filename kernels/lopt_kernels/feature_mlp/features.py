@@ -210,7 +210,7 @@ def invert_roots(a, EPS: tl.constexpr):
 
 @jit
 def make_line_features(line):
-    """See `line_features`."""
+    """A line's averages, then 1 / their roots: `line_features` of one tile."""
     return line + invert_roots(line, _LINE_EPS)
 
 
@@ -226,7 +226,7 @@ def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
 
 @jit
 def make_features(g, p, m, v, factor, factor_m, FAMILY: tl.constexpr):
-    """See `element_features`: a tuple of F vectors."""
+    """The F features of a tile's elements, a tuple of vectors: `element_features` of one tile."""
     x = (g,)
     if FAMILY.FACTORED:
         rs = tl.rsqrt(v + FAMILY.RS_EPS)

@@ -21,7 +21,7 @@ from lopt_kernels.feature_mlp.mlp import MLPWeights
 from lopt_kernels.feature_mlp.table import COLUMNS, ELEMENTS, KIND_OF, ROWS, VECTOR, Tensors, make_segments
 from lopt_kernels.feature_mlp.tiling import BLOCK, Shape
 from lopt_kernels.launching import parameters
-from lopt_kernels.launching.language import constant, table_kernel, tl, triton
+from lopt_kernels.launching.language import constant, jit, table_kernel, tl, triton
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
 from lopt_kernels.launching.parameters import Items
 from lopt_kernels.launching.segments import Segments, load_index, load_slot
@@ -108,6 +108,18 @@ LINE_FEATURES_ = constant(LINE_FEATURES)
 RMS_EPS_ = constant(RMS_EPS)
 
 
+@jit
+def _add_partials(partial_ptr, begin, end, INPUTS: tl.constexpr, IP: tl.constexpr, DEPTH: tl.constexpr):
+    """The sums `[IP]` of a segment's blocks, `DEPTH` blocks at a time."""
+    k = tl.arange(0, IP)
+    total = tl.zeros([DEPTH, IP], tl.float32)
+    for start in range(begin, end, DEPTH):
+        block = start + tl.arange(0, DEPTH).to(tl.int64)
+        mask = (block < end)[:, None] & (k < INPUTS)
+        total += tl.load(partial_ptr + (block * INPUTS)[:, None] + k, mask, 0.0)
+    return tl.sum(total, axis=0)
+
+
 @table_kernel
 def _fold_kernel(
     table,  # int64 [n, COLUMNS]: see table.make_segments
@@ -140,13 +152,8 @@ def _fold_kernel(
     index, kind = load_index(row, COLUMNS), tl.load(row + KIND_OF)
     weights = weights_ptr + load_slot(row, COLUMNS) * TOTAL
     k, j = tl.arange(0, IP), tl.arange(0, HP).to(tl.int64)
-    begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    total = tl.zeros([DEPTH, IP], tl.float32)
-    for start in range(begin, end, DEPTH):
-        block = start + tl.arange(0, DEPTH).to(tl.int64)
-        mask = (block < end)[:, None] & (k < INPUTS)
-        total += tl.load(partial_ptr + (block * INPUTS)[:, None] + k, mask, 0.0)
-    square = tl.sum(total, axis=0) / tl.maximum(tl.load(row + ELEMENTS), 1).to(tl.float32)
+    total = _add_partials(partial_ptr, tl.load(starts + segment), tl.load(starts + segment + 1), INPUTS, IP, DEPTH)
+    square = total / tl.maximum(tl.load(row + ELEMENTS), 1).to(tl.float32)
     known = INPUTS
     source = k
     if INPUTS > F:

@@ -245,7 +245,7 @@ _KEPT = constant(-(1 << HALF_BITS))
 
 @jit
 def load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr):
-    """See `Rates`."""
+    """A parameter's `Rates`: learning rate, weight decay, and the factor on its gradient."""
     return tl.load(lr_ptr + index), tl.load(decay_ptr + index), tl.load(grad_scale_ptr + index)
 
 
