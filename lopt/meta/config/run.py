@@ -137,6 +137,7 @@ class RunConfig:
             random_scaling=self.random_scaling,
             transforms=self.transforms,
         )
+        # A run without sources is one that leaves everything to the run's own sections.
         resolved = [resolve(source, defaults) for source in self.source or [SourceConfig()]]
         seed = self.trainer.seed
         return number_names([drawn for i, source in enumerate(resolved) for drawn in draw(source, seed, i)])

@@ -43,6 +43,7 @@ def draw_options(
         if not is_sampler(sampler) or get_origin(kind) is dict:
             continue
         # Latin hypercube: one value in each of `count` equal parts of the range, the parts in random order.
+        # Named by the option, so that drawing one more leaves the others as they are.
         order, within = (draw_uniform(derive_seeds(seed, f"{stream}/{option}/{use}"), count) for use in "ab")
         places = (order.argsort().argsort() + within) / count
         for own, place in zip(drawn, places.tolist(), strict=True):

@@ -120,6 +120,7 @@ def resolve(source: SourceConfig, defaults: SourceConfig) -> ResolvedSource:
     task = source.task or defaults.task
     name = conform(task.get("name"), str, "task.name")
     tasks = source.tasks or defaults.tasks
+    # 0 and [] are answers, with which a source goes without what the run has; None leaves it to the run.
     scaling = defaults.random_scaling if source.random_scaling is None else source.random_scaling
     transforms = defaults.transforms if source.transforms is None else source.transforms
     assert tasks is not None
@@ -156,6 +157,7 @@ def draw(source: ResolvedSource, seed: int, index: int) -> list[ResolvedSource]:
     # An unknown task is refused when it is built, with the known ones listed.
     kinds = list_options(TASKS[family]) if family in TASKS else {}
     drawn = draw_options(source.task, kinds, draws, seed, f"source {index}", "task")
+    # Weights go by slots, so that a slot counts the same in every family that is drawn.
     slots = [source.tasks // draws + (i < source.tasks % draws) for i in range(draws)]
     return [
         replace(source, task=options, tasks=share, weight=source.weight * share / source.tasks, draws=1)

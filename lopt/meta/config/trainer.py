@@ -82,6 +82,7 @@ class TrainerConfig:
         for name in (*at_least_one, "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        # Asked for this way round, so that NaN, which TOML can write, is refused as well.
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")

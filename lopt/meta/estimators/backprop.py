@@ -86,12 +86,14 @@ class Backprop(Estimator):
         size = self.task_chunk or count
         healthy, tally, carried = torch.ones(count, dtype=torch.bool, device=device), Tally(), []
         weights = loop.rule.meta_weights()
+        # Sums first: by how many tasks they are divided is only known when sick ones have been dropped.
         totals = [torch.zeros_like(w) for w in weights.values()]
         for begin in range(0, count, size):
             chunk = torch.arange(begin, min(begin + size, count), device=device)
             for tasks, window, gradients in self._window(loop, slots, chunk, num_steps, restart):
                 if window is None:
                     healthy[tasks] = False
+                    # Steps made in vain have been paid for, too.
                     tally.inner_steps += num_steps * len(tasks)
                     continue
                 totals = [a + g for a, g in zip(totals, gradients, strict=True)]
@@ -134,9 +136,11 @@ class Backprop(Estimator):
     def _differentiate(self, loop: InnerLoop, window: Window) -> list[Tensor]:
         """Gradient of the tasks' summed objectives in the meta-weights."""
         objective = self.weigh(window, loop.family).sum()
+        # One backward pass for all: tasks are independent, so the sum's gradient is the sum of theirs.
         total = objective + self.imitation * loop.guidance * window.imitation.mean(0).sum()
         weights = list(loop.rule.meta_weights().values())
         if not total.requires_grad:  # as where all tasks follow the teacher
             return [torch.zeros_like(w) for w in weights]
+        # Not `backward`: `.grad` is the outer optimizer's. A window need not use all meta-weights.
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]

@@ -57,6 +57,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + total)
         self.alive += int(healthy.sum())
         self.objective += float(objective.detach().sum())
+        # The members of a pair end one task together, but each one's steps have a cost.
         self.finished_tasks += float(window.finished[:, ::members].sum())
         self.inner_steps += float(window.active.sum())
 

@@ -123,6 +123,7 @@ class Evolution(Estimator):
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
         slots = self.configure(loop).start(ids.repeat_interleave(self.kept), stagger=self.staggered)
+        # The sum takes W numbers a task; without columns it still tells how many pairs there are.
         size = count_weights(loop.rule) if self.persistent else 0
         return Pairs(slots, torch.zeros(len(ids), size, dtype=torch.float64, device=ids.device))
 
@@ -133,8 +134,10 @@ class Evolution(Estimator):
         size = self.task_chunk or fit_chunk(carry, len(self.signs))
         chunks = [select_pairs(carry, begin, begin + size) for begin in range(0, count, size)]
         sums, squares, pairs = zip(*(self._run_chunk(loop, chunk, tally) for chunk in chunks), strict=True)
+        # Dropped pairs have added 0: the mean is over the others, and 0 where none is left.
         scale = 1 / max(tally.alive, 1)
         gradient = reduce(operator.add, sums) * scale
+        # Rounding may take the difference below 0 where pairs agree: its root would be NaN.
         variance = (reduce(operator.add, squares) * scale - gradient.square()).clamp(min=0) * scale  # of the mean
         # Standard error of the meta-gradient over its norm: above 1, a step is mostly noise.
         noise = {"gradient_noise": float(variance.sum().sqrt() / gradient.norm())}
@@ -145,8 +148,10 @@ class Evolution(Estimator):
         """One window of some pairs: sums `[W]` of their gradients and of the squares of these, and the pairs after."""
         window = self._run_members(loop, pairs)
         objective = self.weigh(window, loop.family)
+        # A pair is one measurement: without one of its members there is no difference, or no state to go on from.
         healthy = find_finite(window).view(len(pairs.drift), -1).all(1)
         guided = objective + self.imitation * loop.guidance * self._spread_imitation(window)
+        # Chosen and not multiplied: 0 times what a sick pair has become would be NaN.
         gradients = torch.where(healthy[:, None], self._credit(loop, pairs, window, guided), 0.0)
         tally.add(window, average_members(objective.sum(0), healthy), healthy)
         return gradients.sum(0), gradients.square().sum(0), self._go_on(loop, pairs, window, healthy)
@@ -157,12 +162,14 @@ class Evolution(Estimator):
         signs = torch.tensor(self.signs, device=pairs.drift.device)
         weights = {name: w.detach() for name, w in loop.rule.meta_weights().items()}
 
+        # Made of the slots: in `nres` a task that starts within the window has a perturbation of its own.
         def perturb_weights(slots: Slots) -> Params:
             noise = self.perturb(loop, start, slots.episode[::members]).to(torch.get_default_dtype())
             signed = (self.sigma * signs[:, None] * noise[:, None]).flatten(0, 1)
             moved = _split(signed, weights)
             return {name: w + moved[name] for name, w in weights.items()}
 
+        # Where one slot of a pair goes on (`es`), all members start the window from its state.
         return self.unroll(
             replace(loop, meta_weights=perturb_weights, members=members),
             pairs.slots if self.kept == members else repeat_slots(pairs.slots, members),
@@ -171,6 +178,7 @@ class Evolution(Estimator):
     def _credit(self, loop: InnerLoop, pairs: Pairs, window: Window, values: Tensor) -> Tensor:
         """The gradient estimate of each pair, `[T, W]`, from what each step adds to each member, `[K, T * members]`."""
         members, episode = len(self.signs), self._select_first(pairs.slots).episode
+        # Members have the same task and batches: the perturbation is all that they differ by.
         rise = (values[:, 0::members] - values[:, 1::members]).double()  # of the loss, from minus to plus
         age = window.episode[:, ::members] - episode
         gradients = pairs.drift.new_zeros(len(pairs.drift), count_weights(loop.rule))
@@ -189,6 +197,7 @@ class Evolution(Estimator):
     def _go_on(self, loop: InnerLoop, pairs: Pairs, window: Window, healthy: Tensor) -> Pairs:
         """The pairs after the window: the members that are kept, and new tasks for the pairs that are not healthy."""
         members, slots, drift = len(self.signs), window.slots, pairs.drift
+        # The last member of `es` is the unperturbed run; `full_es` starts new tasks whatever is kept.
         if self.kept < members:
             slots = select_slots(slots, slice(members - 1, None, members))
         if self.persistent:  # a task that has not made a step has not been perturbed
@@ -207,6 +216,7 @@ class Evolution(Estimator):
     def _spread_imitation(self, window: Window) -> Tensor:
         """What each step adds to the mean imitation loss of its task, `[K, T]`."""
         active = window.active.to(window.losses.dtype)
+        # Clamped as losses are, or a diverging pair would decide the estimate by its imitation.
         return torch.minimum(window.imitation, self.loss_clamp * window.first_loss.abs()) * active / active.sum(0)
 
 
@@ -236,6 +246,7 @@ def fit_chunk(pairs: Pairs, members: int) -> int:
         pairs: all of them, for their sizes and device.
         members: slots that are run for each pair.
     """
+    # Elsewhere a step takes as many launches for few slots as for all.
     if pairs.drift.device.type != "cpu":
         return len(pairs.drift)
     slot = pairs.slots
@@ -243,6 +254,7 @@ def fit_chunk(pairs: Pairs, members: int) -> int:
     numbers = sum(x[0].numel() for x in (slot.params, *accumulators))
     count = len(pairs.drift)
     chunks = math.ceil(count / max(1, CACHE_NUMBERS // (numbers * members)))
+    # As equal as can be: a step of a small last chunk would cost nearly that of a full one.
     return math.ceil(count / max(1, chunks))
 
 

@@ -59,5 +59,6 @@ class FullES(Evolution):
 
     def estimate(self, loop: InnerLoop, carry: Pairs) -> Estimate:
         estimate = super().estimate(loop, carry)
+        # All runs are over, those that were dropped among them: there is nothing to go on with.
         slots = self.configure(loop).restart(carry.slots.ids, carry.slots.episode + 1)
         return estimate._replace(carry=carry._replace(slots=slots))

@@ -37,6 +37,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
     Raises:
         ValueError: objective "log" or "baseline" and a negative loss; "baseline" and a family that is not archived.
     """
+    # Losses may be negative: it is the size of the first one that bounds and divides them.
     first, active = window.first_loss.abs(), window.active.to(window.losses.dtype)
     count = active.sum(0)
     # Clamped first: beyond the clamp a loss is a constant, to all objectives and to autograd.
@@ -77,6 +78,7 @@ def find_baseline(family: TaskFamily) -> TunedAdam:
             f"{', '.join(load_archive())}. Use one of these or objective 'log', or measure another "
             f"one of TASKS with `{COMMAND} --family NAME`"
         )
+    # The archive averages losses arithmetically only where their logarithms do not exist.
     if tuned.average != "geometric":
         raise ValueError(
             f"objective 'baseline' needs losses above 0, but tuned Adam's on {family.describe()} are not all; "

@@ -34,8 +34,10 @@ def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tup
     """
     tensors: dict[str, Tensor] = {}
 
+    # Tensors are sent apart from what `lead` returns, which has to be JSON.
     def read() -> dict[str, Any]:
         found, metadata = load_state(path)
+        # Settings first: where both differ, they say what the user has changed.
         _check_config(path, config, metadata.get("config"))
         _check_names(path, names, {name for name in found if not name.startswith(MOMENTS)})
         tensors.update(found)

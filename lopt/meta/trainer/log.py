@@ -53,6 +53,7 @@ class RunLog:
             line[key] = value if math.isfinite(value) else None
             self.board.add_scalar(f"{kind}/{key}", value, step)
         self.file.write(json.dumps(line) + "\n")
+        # A run that is killed keeps what it has logged.
         self.file.flush()
 
     def figure(self, name: str, step: int, figure: Figure) -> None:
@@ -72,6 +73,7 @@ class RunLog:
         """
         flat = {key: _plain(value) for key, value in flatten_dict(config).items()}
         metrics = {f"result/{key}": value for key, value in result.items()}
+        # In the run's own folder: by default it would be one more run, named by the time.
         self.board.add_hparams(flat, metrics, run_name=".")
 
     def __enter__(self) -> RunLog:
@@ -93,6 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: another line is damaged.
     """
     lines = []
+    # A kill may cut a character in two; what cannot be decoded is found as a line that is no JSON.
     *whole, rest = path.read_text(errors="replace").split("\n")
     for number, text in enumerate([*whole, rest], 1):
         try:

@@ -129,6 +129,7 @@ def _measure_task(loop: InnerLoop, estimator: Backprop, checkpoint: str | None) 
     for steps in SHORT:
         measured = copy(estimator)
         measured.checkpoint, measured.compile, measured.num_steps = checkpoint, False, steps
+        # Slot 0, whoever has it: all ranks measure the same task.
         slots = measured.configure(loop).start(_name_first(loop))
         with PeakMemory() as memory:
             measured.backpropagate(measured.configure(loop), slots, steps, restart=False)

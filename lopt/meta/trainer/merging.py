@@ -73,6 +73,7 @@ class Merger:
             return total
         self.counts[index] += 1
         self.squares[index] = DECAY * self.squares[index] + (1 - DECAY) * square.cpu()
+        # As in Adam: an average of few squares is too small by the share of the 0 that it began with.
         size = (self.squares[index] / (1 - DECAY ** self.counts[index].double())).sqrt()
         return total._replace(gradient=total.gradient / size.to(total.gradient.device))
 
@@ -169,6 +170,7 @@ def merge_sources(totals: Sequence[Total], weights: Sequence[float]) -> Total:
         With metrics that are means by the same weights, counts that are sums, and the noise of independent sources.
     """
     shares = [weight if total.num_tasks else 0.0 for total, weight in zip(totals, weights, strict=True)]
+    # Without a finite task anywhere this is a gradient of 0, on which no step is made.
     whole = sum(shares) or 1.0
     gradient = (
         sum((share * total.gradient for share, total in zip(shares, totals, strict=True)), torch.zeros(())) / whole
@@ -199,6 +201,7 @@ def merge_metrics(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[st
         if name in SUMS:
             merged[name] = sum(value for _, value in having)
             continue
+        # What has no weight may be NaN, as the mean of no task is: it must not get into the sum.
         whole = sum(share for share, _ in having)
         merged[name] = sum(share * value for share, value in having if share) / whole if whole else math.nan
     return merged

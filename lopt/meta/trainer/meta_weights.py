@@ -62,6 +62,7 @@ def freeze_weights(rule: Rule, patterns: Sequence[str]) -> None:
     Raises:
         ValueError: a pattern fits no meta-weight; near names are suggested.
     """
+    # Typing errors are found before anything is frozen: one alone would freeze all.
     names = list(rule.meta_weights())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -260,15 +260,18 @@ def _meet() -> tuple[Any, int, int]:
 
     store, rank, size = next(rendezvous("env://"))
     store.set_timeout(PATIENCE)
+    # A name that no other start has had: the store is older than this one.
     own = uuid4().hex
     if rank == 0:
         store.set(START, own)
         for other in range(1, size):
+            # Waits for the other one to ask, and answers the very process that did.
             asked = store.get(f"{own}/{other}").decode()
             store.set(f"{own}/{other}/{asked}", "")
         return PrefixStore(own, store), rank, size
     end = time.monotonic() + PATIENCE.total_seconds()
     while True:
+        # It may be the name of the rank 0 before, which answers no more: then ask again, maybe by a new one.
         name = store.get(START).decode()
         store.set(f"{name}/{rank}", own)
         try:

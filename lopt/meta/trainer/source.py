@@ -79,6 +79,7 @@ class Source:
         """
         if self.carry is None:
             return None
+        # A function of the step, so that there is nothing of it to save.
         loop = replace(self.loop, guidance=self.guidance(step)) if self.guidance else self.loop
         estimate = self.estimator.estimate(loop, self.carry)
         self.carry = estimate.carry

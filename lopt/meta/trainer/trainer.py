@@ -262,6 +262,7 @@ class Trainer:
         if improved:
             self.best, self.best_step = metric, self.step
             self.best_weights = {name: value.clone() for name, value in weights.items()}
+        # The untrained rule's figure is the best so far by being the first: no success to a curriculum.
         for source in self.sources:
             if source.horizon and self.step > 0:
                 source.horizon.validated(improved)
@@ -290,6 +291,7 @@ class Trainer:
             "best": self.best if math.isfinite(self.best) else None,
             "best_step": self.best_step,
             "stale": self.stale,
+            # All schedules hear of the same validations: one number is that of each.
             "horizon_improved": max((s.horizon.improved for s in self.sources if s.horizon), default=0),
             "seconds": self.seconds,
             "config": self.card.get("config"),

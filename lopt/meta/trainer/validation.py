@@ -51,6 +51,7 @@ def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConf
     for name, family in families.items():
         found = _run_tasks(rule, family, config, ranks)
         losses = found.pop("losses").T.contiguous()
+        # The loss before any step is what progress is measured from; no rule can help it.
         first, curves[name] = losses[0], losses[1:]
         figures[name] = summarize(curves[name]) | {key: float(value.mean()) for key, value in found.items()}
         relative.append(relate(first, curves[name]))

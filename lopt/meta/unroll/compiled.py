@@ -47,8 +47,10 @@ class CompiledStride:
         }
         losses: list[Tensor] = []
         while len(losses) < count:
+            # It takes several turns where batches of so many steps are too large to be drawn at once.
             batches = loop.batches(slots, count - len(losses))
             kinds = tuple((x.shape, x.dtype, x.device) for x in tree_leaves((slots, weights, batches[0])))
+            # All that compiled code holds for constant: shapes, settings of the step, and the number of threads.
             key = (loop.rule, loop.family, loop.meta_split, torch.get_num_threads(), kinds)
             if key not in self._known:
 
@@ -82,6 +84,7 @@ class Scan:
         def run(*leaves: Tensor) -> list[Tensor]:
             carry, result = step(*tree_unflatten(leaves, structure))
             after, structure_after = tree_flatten(carry)
+            # Tensors are put back by their place: in another structure they would be mixed up unnoticed.
             if structure_after != carry_structure:
                 raise TypeError(f"the carry changes from {carry_structure} to {structure_after}")
             self._moving = [i for i, x in enumerate(after) if x is not leaves[i]]
@@ -107,6 +110,7 @@ class Scan:
     @torch.no_grad()
     def __call__(self, carry: Any, constants: Any, inputs: Iterable[Any]) -> tuple[Any, list[Tensor]]:
         """The carry after all inputs, and the results."""
+        # Compiled code takes strides for granted: those of the examples, which were contiguous.
         now, structure = tree_flatten(carry)
         now = [x.contiguous() for x in now]
         fixed = [x.contiguous() for x in tree_leaves(constants)]

@@ -93,17 +93,20 @@ def run_curves(
     if seeds.ndim != 1 or len(seeds) == 0:
         raise ValueError(f"seeds must be a tensor [T] with T >= 1, got shape {tuple(seeds.shape)}")
 
+    # A loop for each chunk: weights of their own are cut as the runs are.
     def build_loop(rows: Tensor) -> InnerLoop:
         weights = None if meta_weights is None else {k: w[rows] for k, w in meta_weights.items()}
         return InnerLoop(
             rule,
             family,
+            # In the seed, so that all that the loop draws differs from stream to stream.
             int(derive_seeds(seed, stream)),
             horizon=lambda draws: torch.full_like(draws, num_steps),
             meta_weights=weights,
         )
 
     with torch.no_grad():
+        # Nothing is drawn by a run's place, so that chunks change no curve.
         rows = torch.arange(len(seeds))
         size = chunk or _fit_chunk(build_loop(rows[:1]), seeds[:1])
         parts = [_run_chunk(build_loop(r), seeds[r], num_steps, split) for r in torch.split(rows, size)]
@@ -119,6 +122,7 @@ def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Cu
     # Equal seeds are one task: it is drawn once and shared by the runs that compare weights on it.
     unique, where = torch.unique(seeds, return_inverse=True)
     slots = select_slots(loop.start(unique), where)
+    # Only steps are timed: to draw the tasks and to score them is no work of the rule.
     began = time.perf_counter()
     window = loop.unroll(slots, num_steps, restart=False)
     seconds = time.perf_counter() - began

@@ -49,6 +49,7 @@ class Draws:
         Args:
             ids, episode: of the slots, int64 `[T]`; equal pairs get the same task.
         """
+        # On the CPU, so that a run has the same tasks on any device; once for the members of a pair.
         names = list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))
         drawn = {name: self._start_task(*name) for name in dict.fromkeys(names)}
         params = torch.stack([drawn[name][1] for name in names]).to(ids.device)

@@ -40,6 +40,7 @@ def imitate(
         the two steps `[T]`, differentiable in the rule's.
     """
     assert isinstance(slots.teacher_state, State)
+    # It sees what the rule sees, delivered gradients included; nothing of it is learned, so it needs no graph.
     with torch.no_grad():
         grads, before = (view_params(teacher, spec, x) for x in (slots.grad, slots.params))
         taught, state = teacher.update(grads, before, slots.teacher_state, slots.loss, slots.horizon)

@@ -97,6 +97,7 @@ class InnerLoop:
             params: flat, `[T, P]`.
             batch: one of every slot.
         """
+        # Evolution strategies run without derivatives, but base learners are trained by theirs all the same.
         with torch.enable_grad():
             flat = params.detach().requires_grad_()
             losses = self._losses(flat, batch)
@@ -156,6 +157,7 @@ class InnerLoop:
             grad=torch.zeros_like(params),
             first_loss=empty,
         )
+        # The first batch is drawn by the slots' names and tasks: so it takes slots to measure on it.
         loss, grad = self.evaluate(params, self.batch(slots))
         return slots._replace(loss=loss, grad=grad, first_loss=loss)
 
@@ -189,6 +191,7 @@ class InnerLoop:
             slots.loss,
             slots.horizon,
         )
+        # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
         if self.checkpoint_update:
             params, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -234,6 +237,7 @@ class InnerLoop:
 
     def _attach(self, slots: Slots) -> Slots:
         """The slots with loss and gradient as functions of `slots.params`, for second order."""
+        # A window starts from constants: made leaves on a tensor of their own, since the carry is the caller's.
         params = slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
         loss = self._losses(params, self.batch(slots))
         (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=True)
@@ -243,6 +247,7 @@ class InnerLoop:
 
     def _stride(self, slots: Slots, weights: Params | None, count: int) -> tuple[Slots, Window]:
         """`count` steps of every slot, no restarts: the slots, and what the window says of these steps."""
+        # Known before the steps are made, as no slot restarts: the device need not be asked in between.
         first_loss, episode = (x.expand(count, -1) for x in (slots.first_loss, slots.episode))
         steps = slots.step + torch.arange(1, count + 1, device=slots.step.device)[:, None]
         finished = steps >= slots.horizon
@@ -277,6 +282,7 @@ class InnerLoop:
             remaining -= len(stride.losses)
             if len(stride.losses) == end and restart:
                 slots = self.renew(slots, stride.finished[-1])
+                # New tasks may come with other perturbations.
                 weights = self.find_weights(slots)
             strides.append(stride)
         return join_windows(strides, slots)

@@ -45,6 +45,7 @@ def choose_stride(rule: Rule, family: TaskFamily, device: torch.device, *, captu
         return None
     shapes = {"flat": (family.spec.size,)} if rule.elementwise else dict(zip(*_list_spec(family), strict=True))
     obstacle = find_missing([device], interpreted=False) or find_population_obstacle(rule, shapes, device)
+    # Without kernels and without a graph, copying to memory that stays would be for nothing.
     if obstacle is not None and not capture:
         return None
     return PopulationStride(kernels=obstacle is None, capture=capture_graph if capture else None)
@@ -116,6 +117,7 @@ class _Arena:
         self.slots: Slots = tree_map(_allocate, slots)
         self.loss = torch.empty_like(slots.loss)
         rule, count = loop.rule, len(slots.ids)
+        # Kernels and graphs read addresses: frozen weights, too, get a place for each slot.
         self.weights = {name: w.detach().expand(count, *w.shape).clone() for name, w in rule.named_parameters()}
         self.loaded: Params | None = None
         self.repeat: Work | None = None
