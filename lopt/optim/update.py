@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from lopt_kernels.launching.parameters import HALF_BITS
 from lopt_kernels.launching.random import draw_bits
 from torch import Tensor
-
-HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
 
 Transform = Callable[[Tensor, Tensor, dict[str, Tensor], bool], tuple[Tensor, dict[str, Tensor]]]
 """(step, gradient, accumulators, may they be overwritten?) of a whole tensor -> its final step, new accumulators."""
