@@ -297,11 +297,11 @@ def step_tensors(
         for i, tensor in enumerate(tensors):
             tensor.keep(group.take(i, state))
             shared[i] = group.take(i, together)
-    begun = [rule.begin_step(one) for one in group.distinct_clocks]
-    shared = [own | begun[i % len(begun)] for i, own in enumerate(shared)]
-    for tensor, own_means, own in zip(tensors, means, shared, strict=True):
-        tensor.keep(*rule.update_lines(own_means, tensor.acc, tensor.layout, own)[:2])
-    updates = [partial(rule.update_state, shared=own) for own in shared]
+    by_clock = [rule.begin_step(one) for one in group.distinct_clocks]
+    shared = [tensor_shared | by_clock[i % len(by_clock)] for i, tensor_shared in enumerate(shared)]
+    for tensor, tensor_means, tensor_shared in zip(tensors, means, shared, strict=True):
+        tensor.keep(*rule.update_lines(tensor_means, tensor.acc, tensor.layout, tensor_shared)[:2])
+    updates = [partial(rule.update_state, shared=tensor_shared) for tensor_shared in shared]
     means = to_means(tensors, group.visit(rule, "update_state", updates))
     for i, tensor in enumerate(tensors):
         acc, fields, decided = rule.decide(means[i], tensor.acc, tensor.layout, group.clocks[i], shared[i])

@@ -49,7 +49,7 @@ FEATURES = (
 )
 
 
-class BlendTerms(NamedTuple):
+class BlendDecision(NamedTuple):
     """What a tensor's step is made of, all `[*batch]` but `inverse`, `[*batch, 1s]`.
 
     Attributes:
@@ -177,8 +177,8 @@ class Blend(Rule):
     def _describe_shapes(means: Sequence[Means], layouts: Sequence[Layout], like: Tensor) -> Tensor:
         """Whether a tensor is a vector, and the logarithm of its size: `[*batch, n, 2]`."""
         flags, sizes = [], []
-        for own, layout in zip(means, layouts, strict=True):
-            count = own["power"].shape[like.ndim - 2]
+        for group_means, layout in zip(means, layouts, strict=True):
+            count = group_means["power"].shape[like.ndim - 2]
             flags.append(like.new_full((count,), float(layout.factored is None)))
             sizes.append(like.new_full((count,), log10(max(1, prod(layout.shape))) / 3 - 1))
         return torch.stack([torch.cat(flags), torch.cat(sizes)], -1).expand(*like.shape[:-1], 2)
@@ -195,15 +195,17 @@ class Blend(Rule):
         # Relative to the tensor's own mean second moment a step is of size 1 whatever the gradient's scale.
         inverse = (means["power"] + TINY).reciprocal()
         momenta = (shared["momenta"] * inverse.flatten(-layout.ndim).sqrt()).unsqueeze(-2)
-        return Decision(decided=BlendTerms(shared["step"], shared["orthogonal"], momenta, shared["exponent"], inverse))
+        return Decision(
+            decided=BlendDecision(shared["step"], shared["orthogonal"], momenta, shared["exponent"], inverse)
+        )
 
-    def move(self, e: Elements, decided: BlendTerms) -> Visit:
+    def move(self, e: Elements, decided: BlendDecision) -> Visit:
         ndim = e.layout.ndim
         m = (decided.momenta @ e.acc["m"].flatten(-ndim)).reshape(e.p.shape)
         relative = e.acc["v"] * decided.inverse + LEAST_RELATIVE
         return Visit(delta=m * relative ** features.spread(decided.exponent, ndim))
 
-    def finish(self, delta: Tensor, decided: BlendTerms, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, decided: BlendDecision, layout: Layout) -> tuple[Tensor, Tensor]:
         inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
             return delta, inverse * step

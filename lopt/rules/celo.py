@@ -104,14 +104,14 @@ class CeloAdam(Scheduled):
         self.beta1, self.beta2 = beta1, beta2
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
-        row = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
-        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | row
+        tensor_state = self.scheduler.start(tuple(p.shape[: p.ndim - layout.ndim]), p)
+        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} | tensor_state
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         # Numbers of the whole tensor are computed here once, not for every chunk of elements.
         count = clock.step.to(shared["factor"].dtype) + 1
-        parts = STEP_MULT * shared["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
-        return Decision(decided=[features.spread(part, layout.ndim) for part in parts])
+        numbers = STEP_MULT * shared["factor"], 1 / (1 - self.beta1**count), 1 / (1 - self.beta2**count)
+        return Decision(decided=[features.spread(number, layout.ndim) for number in numbers])
 
     def move(self, e: Elements, decided: list[Tensor]) -> Visit:
         size, correct_m, correct_v = decided

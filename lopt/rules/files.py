@@ -105,8 +105,8 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if is_name and name_or_path in list_rules():
         return PRETRAINED / f"{name_or_path}.safetensors"
     if is_name and not path.exists():
-        known = suggest(str(name_or_path), list_rules())
-        raise ValueError(f"no shipped rule is called {name_or_path!r}. {known}. To load a file, give its path.")
+        suggestion = suggest(str(name_or_path), list_rules())
+        raise ValueError(f"no shipped rule is called {name_or_path!r}. {suggestion}. To load a file, give its path.")
     return path
 
 

@@ -222,9 +222,9 @@ class HierarchicalRNN(Rule):
 
     def _cell(self, level: int, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """One GRU step, feature-major: x `[*batch, in, N]`, h `[*batch, H, N]`, bias from above `[*batch, 3 H, 1]`."""
-        w_x, w_h, own = (getattr(self, f"{key}{level}") for key in ("w_x", "w_h", "b"))
+        w_x, w_h, level_bias = (getattr(self, f"{key}{level}") for key in ("w_x", "w_h", "b"))
         size = 2 * h.shape[-2]
-        base = w_x @ x + (own[..., None] if bias is None else own[..., None] + bias)
+        base = w_x @ x + (level_bias[..., None] if bias is None else level_bias[..., None] + bias)
         reset, keep = torch.sigmoid(base[..., :size, :] + w_h[..., :size, :] @ h).chunk(2, -2)
         candidate = torch.tanh(base[..., size:, :] + w_h[..., size:, :] @ (reset * h))
         return torch.lerp(candidate, h, keep)

@@ -41,15 +41,15 @@ def build_rule(weights: Weights, name: str, options: Mapping[str, Any] | None = 
     """
     if name not in IMPORTERS:
         raise ValueError(f"cannot import {name!r}: {suggest(name, IMPORTERS)}; only these rules have released weights")
-    where, known = weights.where, list_options(RULES[name])
+    where, rule_options = weights.where, list_options(RULES[name])
     config, tensors = IMPORTERS[name](weights)
     weights.check_all_taken(name)
     for option, value in (options or {}).items():
-        if option not in known:
-            raise ValueError(f"{option} is unknown to rule {name!r}. {suggest(option, known)}")
+        if option not in rule_options:
+            raise ValueError(f"{option} is unknown to rule {name!r}. {suggest(option, rule_options)}")
         if option in config:
             raise ValueError(f"{where} decides {option}={config[option]}; leave the option out")
-        config[option] = conform(value, known[option], option)
+        config[option] = conform(value, rule_options[option], option)
     try:
         rule = RULES[name](**config)
     except (TypeError, ValueError) as error:

@@ -197,8 +197,8 @@ def divide_sums(tensors: Sequence[Steppable], sums: Sequence[Mapping[str, Sum]])
         For each tensor its means by name, of the same shapes as the sums.
     """
     return [
-        {key: total.value / count_elements(total.axes, tensor.layout) for key, total in own.items()}
-        for tensor, own in zip(tensors, sums, strict=True)
+        {key: total.value / count_elements(total.axes, tensor.layout) for key, total in tensor_sums.items()}
+        for tensor, tensor_sums in zip(tensors, sums, strict=True)
     ]
 
 

@@ -63,11 +63,11 @@ class Star(Rule):
         second_decay: float = 0.999,
         eps: float = 1e-8,
     ) -> None:
-        made = _build(inner, inner_config or {})
+        rule = _build(inner, inner_config or {})
         factors = {"residual_scale": residual_scale, "lr": lr, "weight_decay": weight_decay}
         decays = {"momentum_decays": list(momentum_decays), "second_decay": second_decay}
         super().__init__()
-        first = {"inner": inner, "inner_config": made.config, "residual_unit": residual_unit, "eps": eps}
+        first = {"inner": inner, "inner_config": rule.config, "residual_unit": residual_unit, "eps": eps}
         self.config = {**first, **factors, **decays}  # rule files have this order
         for key, factor in {**factors, "eps": eps}.items():
             if not factor >= 0:
@@ -76,11 +76,11 @@ class Star(Rule):
             raise ValueError(f"residual_unit must be above 0, got {residual_unit}")
         if not momentum_decays or not all(0 < decay < 1 for decay in (*momentum_decays, second_decay)):
             raise ValueError(f"decays must be above 0 and below 1, at least one of a momentum, got {decays}")
-        self.inner, self.factors, self.residual_unit, self.eps = made, factors, residual_unit, eps
-        self.elementwise, self.tensor_keys, self.line_keys = made.elementwise, made.tensor_keys, made.line_keys
-        self.needs_loss, self.needs_num_steps = made.needs_loss, made.needs_num_steps
-        self.feature_names = made.feature_names
-        self.temporaries = made.temporaries + 2 * len(momentum_decays) + 6
+        self.inner, self.factors, self.residual_unit, self.eps = rule, factors, residual_unit, eps
+        self.elementwise, self.tensor_keys, self.line_keys = rule.elementwise, rule.tensor_keys, rule.line_keys
+        self.needs_loss, self.needs_num_steps = rule.needs_loss, rule.needs_num_steps
+        self.feature_names = rule.feature_names
+        self.temporaries = rule.temporaries + 2 * len(momentum_decays) + 6
         for key in factors:
             self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros(())))
         self.momentum_logits = nn.Parameter(torch.logit(torch.tensor(list(momentum_decays))))
@@ -88,8 +88,8 @@ class Star(Rule):
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         count = len(self.config["momentum_decays"])
-        own = (features.start_averages(p, count, layout.ndim), torch.zeros_like(p), torch.zeros_like(p))
-        return self.inner.init_accumulators(p, layout) | dict(zip(KEYS, own, strict=True))
+        averages = (features.start_averages(p, count, layout.ndim), torch.zeros_like(p), torch.zeros_like(p))
+        return self.inner.init_accumulators(p, layout) | dict(zip(KEYS, averages, strict=True))
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -113,9 +113,9 @@ class Star(Rule):
         return decision._replace(decided=(decision.decided, clock.step + 1))
 
     def move(self, e: Elements, decided: tuple[Any, Tensor]) -> Visit:
-        inner_terms, step = decided
+        inner_decided, step = decided
         ndim = e.layout.ndim
-        visit = self.inner.move(_without_nominal(e), inner_terms)
+        visit = self.inner.move(_without_nominal(e), inner_decided)
         assert visit.delta is not None, "`move` makes the step"
         momenta, long = (features.spread(torch.sigmoid(x), ndim) for x in (self.momentum_logits, self.second_logit))
         counts = features.spread(step[..., None].to(e.p.dtype), ndim)

@@ -74,11 +74,11 @@ class VeLO(FactoredMLP):
     def measure(self, e: Elements) -> Visit:
         """Row and column sums of g^2, and moments of the parameter and of the averages before this step."""
         # From before the step, as the scheduler's decision comes before the accumulators change.
-        axes, parts = e.layout.axes, {"p2": e.p.square()}
+        axes, quantities = e.layout.axes, {"p2": e.p.square()}
         for key in ("m", "v"):  # in float64, as variances are differences of these
             x = e.acc[key].double()
-            parts |= {key: x, f"{key}2": x.square()}
-        sums = {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in parts.items()}
+            quantities |= {key: x, f"{key}2": x.square()}
+        sums = {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in quantities.items()}
         return Visit(sums={**super().measure(e).sums, **sums})
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:

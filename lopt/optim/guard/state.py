@@ -108,13 +108,13 @@ class GuardState:
         if len(numbers) != expected:
             raise ValueError(f"a guard's state has {expected} numbers, got {len(numbers)}")
         # A fresh state tells how many numbers a field has, and of which type it is.
-        rest: Iterator[float] = iter(numbers)
+        remaining: Iterator[float] = iter(numbers)
         values: dict[str, Any] = {}
         for name, default in vars(fresh).items():
             if isinstance(default, Mode):
-                values[name] = Mode(tuple(int(next(rest)) for _ in default.value))
+                values[name] = Mode(tuple(int(next(remaining)) for _ in default.value))
             elif isinstance(default, list):
-                values[name] = [next(rest) for _ in default]
+                values[name] = [next(remaining) for _ in default]
             else:
-                values[name] = type(default)(next(rest))
+                values[name] = type(default)(next(remaining))
         return cls(**values)

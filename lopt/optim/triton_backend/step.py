@@ -35,7 +35,7 @@ class FusedStep:
         self.rule, program = rule, FUSED[rule.name]
         members = [member for unit in units for member in unit.members]
         device, n = members[0].p.device, len(members)
-        self.parts = [
+        self.views = [
             make_part(i, member, rule.tensor_keys, lambda layout, order: program.suits(rule, layout, order))
             for i, member in enumerate(members)
         ]
@@ -43,23 +43,23 @@ class FusedStep:
         # A launch is compiled for one pair of dtypes: parameters are divided into batches by these.
         self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
         self._order = list(dict.fromkeys(self._kinds))
-        batches = [[part for part in self.parts if self._kinds[part.number] == kind] for kind in self._order]
+        batches = [[view for view in self.views if self._kinds[view.number] == kind] for kind in self._order]
         self.program = program(rule, batches, n)
         # What changes from step to step has its place from the start, so that graphs can address it.
         self.seeded = any(SEED in member.state for member in members)
-        self.clocks = [_make_clock(parts, members) for parts in batches]
+        self.clocks = [_make_clock(views, members) for views in batches]
         self.live = torch.empty(n, dtype=torch.bool, device=device)
         self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
         self._grads, self._num_steps = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
         self._rates = _Uploaded(torch.float32, device)
         self._grad_copies: dict[int, Tensor] = {}
         self._key = _read_key(members)  # state may have been laid out anew
-        self.parts = [part.release() for part in self.parts]
+        self.views = [view.release() for view in self.views]
 
     @property
     def copies(self) -> int:
         """How many parameters, and gradients, are copied for every step as they have gaps or lie in another order."""
-        return sum(part.source is not None for part in self.parts) + len(self._grad_copies)
+        return sum(view.source is not None for view in self.views) + len(self._grad_copies)
 
     @staticmethod
     def takes(member: Member) -> bool:
@@ -93,9 +93,9 @@ class FusedStep:
         # What the host knows is sent now, if it has changed; parameters with gaps are stepped in a copy.
         self.captured = self.captured or _is_capturing(self.live.device)
         rates = self._read_rates(units, decay_scale, amp)
-        for part in self.parts:
-            if part.source is not None:
-                part.p.copy_(part.source)
+        for view in self.views:
+            if view.source is not None:
+                view.p.copy_(view.source)
         items = self._read_items([member for unit in units for member in unit.members], rates)
         # One launch per batch looks at the gradients, advances the counters of those that are finite and derives seeds.
         for table, batch in zip(self.clocks, items, strict=True):
@@ -112,9 +112,9 @@ class FusedStep:
             totals = self._num_steps.send(num_steps)
             clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(num_steps)) == 1))
         self.program.run(items, sanitize, loss, clock)
-        for part in self.parts:
-            if part.source is not None:
-                part.source.copy_(part.p.view(part.source.shape))
+        for view in self.views:
+            if view.source is not None:
+                view.source.copy_(view.p.view(view.source.shape))
 
     def _read_rates(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Rates:
         """Rates as they are now; those in tensors on a device stay there."""
@@ -140,11 +140,11 @@ class FusedStep:
     def _read_items(self, members: Sequence[Member], rates: Rates) -> list[Items]:
         """For each batch; gradients that do not lie as their parameters are copied."""
         addresses = []
-        for part, member in zip(self.parts, members, strict=True):
+        for view, member in zip(self.views, members, strict=True):
             # Kernels walk through memory: a gradient must lie as its parameter does.
             g = member.g
-            if part.source is not None or g.stride() != member.p.stride():
-                g = self._arrange_grad(part, g.detach().reshape(part.layout.shape).permute(part.order))
+            if view.source is not None or g.stride() != member.p.stride():
+                g = self._arrange_grad(view, g.detach().reshape(view.layout.shape).permute(view.order))
             addresses.append(g.data_ptr())
         grads = self._grads.send(addresses)
         seeds = self.seeds if self.seeded else None
@@ -154,13 +154,13 @@ class FusedStep:
             items.append(Items(grads, rates, self.live, self.steps, seeds, kind[1], find_alignment(alike)))
         return items
 
-    def _arrange_grad(self, part: ParameterView, g: Tensor) -> Tensor:
+    def _arrange_grad(self, view: ParameterView, g: Tensor) -> Tensor:
         """A gradient in the order of its parameter's memory, copied if need be."""
         if g.is_contiguous():
             return g
-        if part.number not in self._grad_copies:
-            self._grad_copies[part.number] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        return self._grad_copies[part.number].copy_(g)
+        if view.number not in self._grad_copies:
+            self._grad_copies[view.number] = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        return self._grad_copies[view.number].copy_(g)
 
 
 class _Uploaded:
@@ -213,13 +213,13 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _make_clock(parts: Sequence[ParameterView], members: Sequence[Member]) -> Segments:
+def _make_clock(views: Sequence[ParameterView], members: Sequence[Member]) -> Segments:
     """The table of the kernel `clock`; a parameter that is not rounded at random has its counter for a seed."""
     segments = []
-    for part in parts:
-        state = members[part.number].state
+    for view in views:
+        state = members[view.number].state
         pair = (state[STEP], state.get(SEED, state[STEP]))
-        segments.append(Segment(pair, (part.p.numel(),), part.number))
+        segments.append(Segment(pair, (view.p.numel(),), view.number))
     return Segments(segments, by_elements(clock_op.BLOCK))
 
 

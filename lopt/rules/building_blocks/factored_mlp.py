@@ -123,19 +123,19 @@ class FactoredMLP(FeatureMLP):
         ndim = e.layout.ndim
         g, p, v = (features.lift(x, ndim) for x in (self.clip(e.g), e.p, e.acc["v"]))
         m, rs = e.acc["m"], (v + self.rs_eps).rsqrt()
-        own: list[features.Piece]
-        shared: list[features.Piece] = []
+        element_pieces: list[features.Piece]
+        line_pieces: list[features.Piece] = []
         if e.layout.factored is None:  # a vector's averages are its elements' own, and both rows and columns
             averages = e.acc["averages"]
-            shared = [averages, averages, *2 * [(averages + 1e-8).rsqrt()]]
+            line_pieces = [averages, averages, *2 * [(averages + 1e-8).rsqrt()]]
             factor, factor_m = (averages + 1e-9).rsqrt(), (averages + self.vector_eps).rsqrt()
         else:
             factor = factor_m = e.acc["row_scale"] * e.acc["col_scale"]
         if self.clips:
-            own = [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs)]
+            element_pieces = [g, g.clamp(-0.1, 0.1), p, m, v, (m, rs), rs, (g, factor), (g, rs)]
         else:
-            own = [g, p, m, v, (m, rs), rs, (g, factor)]
-        return [*own, *shared, (m, factor_m)]
+            element_pieces = [g, p, m, v, (m, rs), rs, (g, factor)]
+        return [*element_pieces, *line_pieces, (m, factor_m)]
 
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if layout.factored is None:

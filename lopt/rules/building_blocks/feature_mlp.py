@@ -138,7 +138,7 @@ class FeatureMLP(Rule):
         return layout.axes
 
     def layers(self, shared: Means) -> list[Layer]:
-        """The MLP, given the tensor's terms from `decide_together`."""
+        """The MLP, given what `decide_together` has the tensor share."""
         return [(getattr(self, f"w{i}"), getattr(self, f"b{i}")) for i in range(1, len(self.widths))]
 
     @abstractmethod

@@ -63,11 +63,11 @@ def pack_weights(rule: FeatureMLP, family: Family) -> Tensor:
     inputs = rule.find_inputs(find_layout((2, 2)))
     layers = [(getattr(rule, f"w{i}").detach(), getattr(rule, f"b{i}").detach()) for i in range(1, len(rule.widths))]
     layers = [(weight.reshape(-1, *weight.shape[-2:]), bias.reshape(-1, bias.shape[-1])) for weight, bias in layers]
-    (weight, bias), *rest = layers
+    (weight, bias), *others = layers
     pieces = [piece for group in (inputs.elements, *inputs.lines.values()) for piece in group]
     first = torch.cat([weight[..., piece] for piece in pieces], -1)
     assert first.shape[-1] == family.num_inputs, "the families' features are the rules'"
-    return fold.pack(first, bias, weight[..., inputs.constants], [x for layer in rest for x in layer])
+    return fold.pack(first, bias, weight[..., inputs.constants], [x for layer in others for x in layer])
 
 
 def find_divided(rule: FeatureMLP, layout: Layout, order: Order) -> list[int]:

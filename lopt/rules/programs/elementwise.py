@@ -62,5 +62,5 @@ class ElementwiseProgram(Program):
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:
         launch = self.op.launch_segments
         assert launch is not None, "the op steps parameters"
-        for table, own in zip(self.tables, items, strict=True):
-            launch(table, self.stacks, own, sanitize=sanitize, precision=self.precision, **self.numbers)
+        for table, group_items in zip(self.tables, items, strict=True):
+            launch(table, self.stacks, group_items, sanitize=sanitize, precision=self.precision, **self.numbers)

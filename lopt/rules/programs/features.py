@@ -81,7 +81,7 @@ class FeatureProgram(Program):
     Matrix products of MLPs from 16 units on are as precise as `torch.set_float32_matmul_precision` says.
 
     On a GPU tiles are those that `python -m bench tune` has stored (`lopt_kernels.launching.tuning`), or else the
-    kernels'     defaults. Nothing is measured here: a training step must not stall for the minutes which that takes.
+    kernels' defaults. Nothing is measured here: a training step must not stall for the minutes which that takes.
     """
 
     relative = False  # steps are relative to the parameters' rms
@@ -162,7 +162,7 @@ class FeatureProgram(Program):
         return None
 
     def find_tiles(self, p: Tensor) -> tuple[Tile, TileChoice]:
-        """How `update_state` and `mlp` divide parameters of the dtype and on the device of this one."""
+        """How `accumulate` and `mlp` divide parameters of the dtype and on the device of this one."""
         key = accumulate.sign(self.family, p.dtype)
         tile = tuning.find("accumulate", key, accumulate.TILE, p.device)
         key = tiling.sign(self.family, self.shape, self.choice, p.dtype)
@@ -224,8 +224,8 @@ class UnitProgram(FeatureProgram):
     def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
         """The table of `scaled_move`, which brings the kept steps to their size."""
         triples = zip(views, tensors, find_places(views)[:-1], strict=True)
-        made = [scaled_move.make_segments(t.p, view.number, place, t.groups, t.inner) for view, t, place in triples]
-        return Segments([s for own in made for s in own], by_elements(scaled_move.BLOCK))
+        segments = [scaled_move.make_segments(t.p, view.number, place, t.groups, t.inner) for view, t, place in triples]
+        return Segments([s for view_segments in segments for s in view_segments], by_elements(scaled_move.BLOCK))
 
     def move(self, tables: PassTables, weights: mlp.MLPWeights, items: Items, sanitize: bool) -> None:
         rule = self.rule
@@ -241,8 +241,8 @@ class UnitProgram(FeatureProgram):
 def make_table(views: Sequence[ParameterView], tensors: Sequence[Tensors], tile: Tile) -> Segments:
     """The segments of views, cut into tiles; their steps are one behind the other."""
     triples = zip(views, tensors, find_places(views)[:-1], strict=True)
-    made = [s for view, t, place in triples for s in table.make_segments(t, view.number, tile.block, place)]
-    return Segments(made, table.by_tiles(tile.block, tile.steps))
+    segments = [s for view, t, place in triples for s in table.make_segments(t, view.number, tile.block, place)]
+    return Segments(segments, table.by_tiles(tile.block, tile.steps))
 
 
 def find_kinds(tensors: Sequence[Tensors], tiles: Sequence[Tile]) -> int:
@@ -298,12 +298,12 @@ class ScheduledProgram(FeatureProgram):
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         gathered = map(self.divide_slots, rows.gather(self.state_table, self.widths, self.count))
         old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
-        new, terms = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
+        new, shared = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
         rows.scatter(self.state_table, [new[key] for key in self.rule.tensor_keys], items[0].live)
-        return terms["factor"].flatten().contiguous()
+        return shared["factor"].flatten().contiguous()
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
-        """New rows `[(slots,) n, width]`, and terms `[(slots,) n, ...]`: see `Rule.decide_together`."""
+        """New rows `[(slots,) n, width]`, and what tensors share `[(slots,) n, ...]`: see `Rule.decide_together`."""
         return self.rule.decide_together(AllTensors(old, [], [], loss, clock))
 
 
@@ -333,8 +333,8 @@ class VeLOProgram(ScheduledProgram):
 
     def make_others(self, views: Sequence[ParameterView], tensors: Sequence[Tensors]) -> Segments:
         """The table of `moments`, whose sums the scheduler reads."""
-        made = [moments.make_segment(t, view.number) for view, t in zip(views, tensors, strict=True)]
-        return Segments(made, by_elements(moments.BLOCK * moments.STEPS))
+        segments = [moments.make_segment(t, view.number) for view, t in zip(views, tensors, strict=True)]
+        return Segments(segments, by_elements(moments.BLOCK * moments.STEPS))
 
     def fold(self, old: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Means]:
         """What it does for celo, from moments that a launch of their own sums; mixes the networks, too."""
@@ -345,7 +345,7 @@ class VeLOProgram(ScheduledProgram):
         )
         p2, m, m2, v, v2 = torch.split(means[self.place], [1, 3, 3, 1, 1], 1)
         described = describe_moments(p2.float(), m, m2, v, v2, self.large)
-        new, terms = rule.schedule(old, self.divide_slots(described), loss, clock)
+        new, shared = rule.schedule(old, self.divide_slots(described), loss, clock)
         bank = self.divide_slots(self.packed)
-        self.weights = ((terms["control"] * (BANK_SCALE / bank.shape[-2])) @ bank).flatten(0, -2)
-        return new, terms
+        self.weights = ((shared["control"] * (BANK_SCALE / bank.shape[-2])) @ bank).flatten(0, -2)
+        return new, shared

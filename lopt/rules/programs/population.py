@@ -42,8 +42,8 @@ class PopulationStep:
             groups.setdefault(rule.delegate(name, find_layout(tuple(p.shape[1:]))) or rule, []).append(name)
         self.groups = self._call(
             lambda: [
-                _Group(own, {k: grads[k] for k in names}, {k: params[k] for k in names}, state)
-                for own, names in groups.items()
+                _Group(owner, {k: grads[k] for k in names}, {k: params[k] for k in names}, state)
+                for owner, names in groups.items()
             ]
         )
 
@@ -124,4 +124,6 @@ def _make_view(number: int, slot: int, p: Tensor, state: Mapping[str, Tensor]) -
 def find_population_obstacle(rule: Rule, params: Mapping[str, tuple[int, ...]], device: torch.device) -> str | None:
     """Why there is no such step for a rule on parameters of these shapes, by name, or None if there is one."""
     owners = {rule.delegate(name, find_layout(shape)) or rule for name, shape in params.items()}
-    return next(filter(None, (find_obstacle(own, device) for own in sorted(owners, key=lambda own: own.name))), None)
+    return next(
+        filter(None, (find_obstacle(owner, device) for owner in sorted(owners, key=lambda owner: owner.name))), None
+    )
