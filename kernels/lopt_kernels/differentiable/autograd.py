@@ -51,7 +51,10 @@ class DifferentiableOp:
 
 
 def can_launch(device: torch.device) -> bool:
-    """Triton is installed and compiles for `device`; its interpreter does not count: it is for tests."""
+    """Whether kernels can run for tensors on `device`: Triton is installed and it is a CUDA device.
+
+    The interpreter does not count, as it is for tests: elsewhere meta-training differentiates the references.
+    """
     return triton is not None and device.type == "cuda"
 
 
@@ -73,7 +76,10 @@ def can_differentiate(*tensors: Tensor) -> bool:
 
 @contextmanager
 def use_references() -> Iterator[None]:
-    """Inside, in all threads, rules run their references: slower, but differentiable any number of times."""
+    """Within this context rules run references instead of fused kernels, in all threads.
+
+    Slower, but differentiable any number of times, as second derivatives need. Contexts may be nested.
+    """
     global _references
     _references += 1
     try:
@@ -116,9 +122,12 @@ class _Gradient(Function):
 
 
 def flatten_slots(x: Tensor, batch: torch.Size, own: int) -> Tensor:
-    """`[*batch, ...]` -> contiguous `[S, ...]`, where the last `own` dimensions are the tensor's own.
+    """Batch dimensions as the one dimension of slots that kernels take: `[*batch, ...]` -> contiguous `[S, ...]`.
 
-    Batch dimensions that are missing or 1 are expanded.
+    Args:
+        x: any dtype; batch dimensions that are missing or 1 are expanded.
+        batch: their sizes, with the product S; empty: S is 1.
+        own: how many of the last dimensions are the tensor's own.
     """
     shape = x.shape[x.ndim - own :]
     return x.expand(*batch, *shape).reshape(prod(batch), *shape).contiguous()

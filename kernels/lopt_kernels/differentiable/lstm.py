@@ -169,7 +169,11 @@ def _lstm_backward_kernel(
 
 
 def can_run(x: Tensor, state: State, weights: LSTMWeights) -> bool:
-    """`run_lstm` is what should run: see `autograd.can_differentiate`, and the layers fit the registers."""
+    """Whether meta-training should take `run_lstm` for these tensors rather than `reference`.
+
+    It should where `autograd.can_differentiate` says so and neither features nor hidden vectors are wider than
+    `MAX_WIDTH`, what the registers of the backward kernel hold.
+    """
     widest = max(x.shape[-2], state[0].shape[-2])
     return widest <= MAX_WIDTH and autograd.can_differentiate(x, *state, *weights)
 
@@ -306,7 +310,18 @@ def sample(
     hidden: int = 20,
     per_slot: bool = False,
 ) -> tuple[Tensor, State, LSTMWeights]:
-    """x `[S, F, N]`, state and weights as `lstm.sample` draws them, for each slot anew, or the first's for all."""
+    """Arguments of `reference` and `run_lstm` for tests and benchmarks.
+
+    They are what `elementwise.lstm.sample` draws, slot by slot.
+
+    Args:
+        generator: numbers are drawn on its device.
+        dtype: of the state; x and the weights are float32.
+        num_features, hidden: F and H.
+        per_slot: every slot has weights `[S, ...]` of its own; else all have those of the first, without S.
+    Returns:
+        x `[S, F, N]`, the state (h1, c1, h2, c2), `[S, H, N]` each, and the weights.
+    """
     size = (num_coordinates, generator, dtype, device, num_features, hidden)
     drawn: list[Any] = [lstm.sample(*size) for _ in range(num_slots)]
     h1, c1, h2, c2 = (torch.stack(tensors) for tensors in zip(*(d["state"] for d in drawn), strict=True))
@@ -333,7 +348,11 @@ def bytes_moved(
 def compile_sources(
     dtype: torch.dtype, num_features: int = 2, hidden: int = 20, per_slot: bool = False
 ) -> dict[str, CompileSource]:
-    """The kernels for a state of `dtype`: forward, backward with all results, and that of a window's last step."""
+    """The kernels of one step for a state of `dtype`, to be compiled and inspected where no GPU is.
+
+    Those named `forward`, `backward` (with all its results) and `last`: the backward pass of a window's last step,
+    whose new state nobody has used and whose features need no gradient.
+    """
     forward = lstm.compile_source(dtype, num_features, hidden, per_slot)
     constants = _constexprs(num_features, hidden, dtype, per_slot)
     vectors = [f"{prefix}{name}_ptr" for prefix in ("", "dnew_", "d") for name in STATE_NAMES]

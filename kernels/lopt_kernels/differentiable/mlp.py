@@ -60,7 +60,11 @@ def reference(x: Tensor, base: Tensor, first: Tensor, rest: Sequence[Layer]) -> 
 
 
 def can_run(x: Tensor, base: Tensor, first: Tensor, rest: Sequence[Layer]) -> bool:
-    """`run_mlp` is what should run: see `autograd.can_differentiate`, and the layers fit the registers."""
+    """Whether meta-training should take `run_mlp` for these tensors rather than `reference`.
+
+    It should where `autograd.can_differentiate` says so and the layers are those the kernels take: up to `MAX_FEATURES`
+    features, up to `MAX_LAYERS` hidden layers of one width up to `MAX_HIDDEN`, and up to `MAX_OUTPUTS` outputs.
+    """
     tensors = [x, base, first, *(t for layer in rest for t in layer)]
     return _fits(x, first, rest) and autograd.can_differentiate(*tensors)
 
@@ -287,7 +291,17 @@ def bytes_moved(
 def compile_sources(
     dtype: torch.dtype = torch.float32, num_features: int = 16, shape: Shape = SHAPE, spread: bool = False
 ) -> dict[str, CompileSource]:
-    """Both kernels for an MLP; the backward pass with all its results."""
+    """Both kernels for an MLP of this shape, to be compiled and inspected where no GPU is.
+
+    The backward pass has all its results.
+
+    Args:
+        dtype: of the state, which this formula does not have: float32.
+        num_features: F.
+        spread: the base is one column `[H]` per slot.
+    Returns:
+        `forward` and `backward`.
+    """
     assert dtype == torch.float32
     constants = _constexprs(shape, num_features, spread)
     types = dict.fromkeys(["num_columns", "stride", "dfirst_stride", "first_stride", "rest_stride"], "i32")

@@ -72,6 +72,11 @@ def mlp_forward_kernel(
     F: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, SPREAD: tl.constexpr,
     FT: tl.constexpr, HT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The outputs of one block of a slot's coordinates; equal to `mlp.reference`.
+
+    A program is BLOCK columns of one slot. Hidden activations are not written: the backward pass computes them again
+    from the inputs.
+    """
     slot, column, first, rest = _find(num_columns, first, rest, first_stride, rest_stride, BLOCK)
     in_column = column < num_columns
     active = _run_hidden(
@@ -100,6 +105,11 @@ def mlp_backward_kernel(
     F: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, SPREAD: tl.constexpr,
     FT: tl.constexpr, HT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of one block of a slot's coordinates, from the outputs' gradients back to the features.
+
+    Activations are computed again; dx and, where a pointer is given, what the gradients of weights are products of, are
+    written. The products themselves are batched ones of torch, in `mlp`.
+    """
     slot, column, first, rest = _find(num_columns, first, rest, first_stride, rest_stride, BLOCK)
     in_column = column < num_columns
     active = _run_hidden(

@@ -23,7 +23,11 @@ TINY = 1e-30  # under the root, as in lopt's rule
 
 
 class AdamWWeights(NamedTuple):
-    """Meta-weights, `[]` each; for `launch_segments` `[K]`."""
+    """Meta-weights of AdamW, float32.
+
+    Numbers `[]` in `reference`, a stack `[K]` each in `launch_segments`, so that every segment may use a set of its
+    own. Named as in lopt's rules "adam" and "adamw".
+    """
 
     lr: Tensor
     weight_decay: Tensor
@@ -33,7 +37,15 @@ class AdamWWeights(NamedTuple):
 
 
 def reference(p: Tensor, g: Tensor, state: State, weights: AdamWWeights, step: Tensor) -> tuple[Tensor, State]:
-    """The step `[N]` of one flat parameter and its new moments, all float32."""
+    """One step of AdamW on one flat parameter, the definition that `update` is tested against; pure, all float32.
+
+    Args:
+        p, g: parameter and gradient `[N]`.
+        state: first and second moment, `[N]` each.
+        step: updates made so far, `[1]`: moments are corrected for `step + 1` of them.
+    Returns:
+        The step `[N]`, which is p's movement at a learning rate of 1, and the new moments.
+    """
     m = torch.lerp(g, state[0], weights.beta1)
     v = weights.beta2 * state[1] + (1 - weights.beta2) * g * g
     m_hat = m / (1 - weights.beta1 ** (step + 1))
@@ -46,14 +58,20 @@ _TINY = constant(TINY)
 
 @jit
 def prepare(weights, numbers, step, SIZES: tl.constexpr):
-    """The meta-weights and both bias corrections."""
+    """What all coordinates of a tensor share: the meta-weights as numbers, and both bias corrections.
+
+    These are 1 - beta^(step + 1), whose powers are computed once per program and not once per coordinate.
+    """
     _, _, beta1, beta2, _ = weights
     return weights, 1 - power(beta1, step + 1), 1 - power(beta2, step + 1)
 
 
 @jit
 def update(p, g, state, prepared, where, SIZES: tl.constexpr):
-    """`reference` of one tile."""
+    """`reference` of one tile `[BLOCK]`, in the same order of operations.
+
+    Reads both moments, writes them in place and returns the step in fp32.
+    """
     weights, correction1, correction2 = prepared
     lr, weight_decay, beta1, beta2, eps = weights
     m, v = load_state(state[0], where), load_state(state[1], where)

@@ -46,13 +46,20 @@ _EPS = constant(EPS)
 
 @jit
 def prepare(weights, numbers, step, SIZES: tl.constexpr):
-    """Pointers to the layers, and the numbers."""
+    """What all coordinates of a tensor share: pointers to the layers' weights, and the numbers of `expand`.
+
+    Weights are read where they are multiplied.
+    """
     return weights, numbers
 
 
 @jit
 def update(p, g, state, prepared, where, SIZES: tl.constexpr):
-    """`reference` of one tile."""
+    """`reference` of one tile; the parameter itself is no input.
+
+    Makes the two features `[PF, BLOCK]` of the gradients `[BLOCK]`, runs both layers, whose state is written in place,
+    and returns the step `[BLOCK]` in fp32.
+    """
     weights, numbers = prepared
     output_scale, log_bound, inverse_bound = numbers  # the last is e^k
     magnitude = tl.log(tl.abs(g) + _EPS) / log_bound
@@ -65,7 +72,10 @@ def update(p, g, state, prepared, where, SIZES: tl.constexpr):
 
 
 def expand(output_scale: float, log_bound: float) -> tuple[float, ...]:
-    """What the kernel gets: e^k is computed in float64."""
+    """The numbers as the kernel takes them: output scale, k = `log_bound`, and e^k.
+
+    The last is computed here in float64, as in `reference`, so that both clip the same gradients.
+    """
     return output_scale, log_bound, exp(log_bound)
 
 

@@ -26,14 +26,17 @@ from lopt_kernels.launching.segments import Segments, find_row, load_index, load
 
 @jit
 def load_state(pointer, where):
-    """The values of one tensor of the state `[N]`, in fp32."""
+    """The values of one tensor of the state `[N]` at a tile's coordinates, widened to fp32; 0 where there are none.
+
+    For updates of formulas, with the `where` that they are given.
+    """
     at, mask, _ = where
     return tl.load(pointer + at, mask, 0.0).to(tl.float32)
 
 
 @jit
 def store_state(pointer, value, where):
-    """Write one tensor of the state `[N]`, rounded once."""
+    """Write one tensor of the state `[N]` in place at a tile's coordinates, rounded once from fp32 to its dtype."""
     at, mask, _ = where
     tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask)
 
@@ -123,7 +126,11 @@ def elementwise_kernel(
     LIGHT: tl.constexpr,  # no layers
     SANITIZE: tl.constexpr,
 ):
-    """One program's coordinates of one segment; nothing is written of what is not live."""
+    """One program's coordinates of one segment; nothing is written of what is not live.
+
+    Gradient in, state in place, parameter out. The formula is PREPARE, called once per program, and UPDATE, called once
+    per tile.
+    """
     _, row, block = find_row(table, starts, num_segments, tl.program_id(0), COLUMNS)
     index = load_index(row, COLUMNS)
     if tl.load(live_ptr + index):
@@ -235,7 +242,15 @@ def compile_source(
     hidden: int | None = None,
     precision: str = "ieee",
 ) -> CompileSource:
-    """The kernel specialised to a state of `dtype`; `seeded`: with stochastic rounding."""
+    """The kernel of a formula, specialised as for a large model, to be compiled and inspected where no GPU is.
+
+    Args:
+        dtype: of the state.
+        p_dtype, g_dtype: of parameters and gradients.
+        seeded: with stochastic rounding.
+        hidden: width of layers, the formula's own by default.
+        precision: of products of matrices, "ieee" or "tf32".
+    """
     hidden = formula.find_hidden(hidden)
     constants = parameters.compile_constants((p_dtype, g_dtype, dtype), 1 + len(formula.keys) + 3, seeded)
     constants |= _make_constants(formula, hidden, dtype, precision)
@@ -248,7 +263,10 @@ def compile_source(
 
 
 def make_elementwise_op(formula: Formula) -> Op:
-    """The op of a formula, to be named in `OPS`."""
+    """The op of a formula, to be named in `OPS`: its reference, launches, samples and figures.
+
+    All are derived from the description, so that a new formula is one file and one line of `OPS`.
+    """
     launch = partial(launch_segments, formula)
     return Op(
         name=formula.name,

@@ -27,7 +27,10 @@ BLOCK = 1024  # coordinates per program of formulas without layers
 
 @jit
 def keep_weights(weights, numbers, step, SIZES: tl.constexpr):
-    """The `prepare` of formulas whose update takes the meta-weights as they are."""
+    """The `prepare` of formulas whose update takes the meta-weights as they are: nothing is made once per program.
+
+    Formulas without a `prepare` of their own have this one.
+    """
     return weights
 
 
@@ -95,24 +98,39 @@ class Formula:
 
     @property
     def block(self) -> int:
-        """Coordinates per program."""
+        """Coordinates per program: those of the layers, which take the registers, or `BLOCK` for formulas without.
+
+        Tables are cut by it, `by_elements(formula.block)`.
+        """
         return BLOCK if self.layers is None else self.layers.block
 
     @property
     def state_dtypes(self) -> tuple[torch.dtype, ...]:
-        """What the state may be."""
+        """What the state may be: float32 for formulas without layers, else what the layers say.
+
+        All tensors of a state have the same one; launches refuse others.
+        """
         return (torch.float32,) if self.layers is None else self.layers.state_dtypes
 
     def find_hidden(self, hidden: int | None = None) -> int:
-        """The width of samples unless another one is given; 0 without layers."""
+        """The width that samples and compiled kernels have: `hidden` where it is given, else the layers' own.
+
+        It is 0 for formulas without layers, whose weights are numbers.
+        """
         return 0 if self.layers is None else hidden or self.layers.hidden
 
     def list_weight_shapes(self, hidden: int) -> Sequence[tuple[int, ...]]:
-        """Shapes of one set of meta-weights."""
+        """Shapes of one set of meta-weights, in the order of the fields of `weights`, for layers of this width.
+
+        Launches check stacks `[K, *shape]` against them. Without layers each is one number, `()`.
+        """
         return ((),) * len(self.ranges) if self.layers is None else self.layers.weight_shapes(hidden)
 
     def list_state_shapes(self, hidden: int) -> Sequence[tuple[int, ...]]:
-        """Shapes of the state's tensors before the dimension of coordinates."""
+        """Shapes of the state's tensors in the order of `keys`, before the dimension of coordinates.
+
+        `()` for one number per coordinate, `(hidden,)` for a vector of a layer.
+        """
         return ((),) * len(self.keys) if self.layers is None else self.layers.state_shapes(hidden)
 
 
@@ -184,12 +202,27 @@ def sample(
 
 
 def draw_scaled(scale: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """`count` tensors like `scale [N]`, of normal numbers times it."""
+    """Normal numbers times a scale for each coordinate, so that coordinates differ by orders: for samples.
+
+    Args:
+        scale: `[N]`, on the generator's device.
+    Returns:
+        `count` tensors `[N]`.
+    """
     return (torch.randn(count, len(scale), generator=generator, device=generator.device) * scale).unbind()
 
 
 def draw_moments(scale: Tensor, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """First and second moment of gradients of this scale."""
+    """First moment m and second moment of gradients of this scale, for samples.
+
+    The second is at least m^2, as that of a real run. It is the `draw_state` of formulas with two moments.
+
+    Args:
+        scale: `[N]`, on the generator's device.
+        hidden: unused, as these formulas have no layers.
+    Returns:
+        Two tensors `[N]`.
+    """
     m, spread = draw_scaled(scale, 2, generator)
     return m, spread.square() + m.square()
 
@@ -213,9 +246,13 @@ def bytes_moved(
     grad_bytes: int = 4,
     hidden: int | None = None,
 ) -> int:
-    """Bytes one step has to move: p and the state twice, g, the weights and a segment's four numbers.
+    """Bytes one step has to move at least: p and the state twice, g, the weights and a segment's four numbers.
 
-    `state_bytes`, `param_bytes` and `grad_bytes` are the sizes of one number.
+    Benchmarks compare a kernel's time with what copying these would take.
+
+    Args:
+        state_bytes, param_bytes, grad_bytes: sizes of one number.
+        hidden: width of layers, the formula's own by default.
     """
     hidden = formula.find_hidden(hidden)
     num_states, num_weights = (

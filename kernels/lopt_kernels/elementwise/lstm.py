@@ -101,7 +101,14 @@ def launch(
 
 
 def launch_slots(num_slots: int, x: Tensor, state: State, weights: LSTMWeights, out: tuple[Tensor, State]) -> None:
-    """`reference` into `out`; tensors as `launch` takes them, but `[S, ...]`; weights may be, and are not checked."""
+    """Run `reference` for S slots in one launch and write the results into `out`: the forward pass of meta-training.
+
+    Args:
+        x: float32 `[S, F, N]`, contiguous as all others; nothing is checked here.
+        state: (h1, c1, h2, c2), `[S, H, N]` each.
+        weights: one set for all slots, or with a leading dimension S.
+        out: output `[S, N]` and new state `[S, H, N]`.
+    """
     count = x.shape[-1]
     block, sizes = choose_sizes(x.shape[-2], state[0].shape[-2], state[0].dtype)
     with torch.cuda.device_of(x):
@@ -191,9 +198,13 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, num_features: int = 2, hidden: int = 20, state_bytes: int = 4) -> int:
-    """Bytes one step has to move: x, the state twice, out, and the weights once.
+    """Bytes one step has to move at least: x, the state twice, out, and the weights once.
 
-    `state_bytes` is the size of one number of the state.
+    Benchmarks compare a launch with the time that copying these takes.
+
+    Args:
+        num_features, hidden: F and H.
+        state_bytes: the size of one number of the state.
     """
     per_coordinate = 4 * num_features + 2 * 4 * hidden * state_bytes + 4
     return num_coordinates * per_coordinate + 4 * count_weights(num_features, hidden)
@@ -202,7 +213,12 @@ def bytes_moved(num_coordinates: int, num_features: int = 2, hidden: int = 20, s
 def compile_source(
     dtype: torch.dtype, num_features: int = 2, hidden: int = 20, per_slot: bool = False
 ) -> CompileSource:
-    """The kernel specialised to a state of `dtype` and the given F and H."""
+    """The kernel specialised to a state of `dtype` and to F and H, to be compiled and inspected where no GPU is.
+
+    Args:
+        num_features, hidden: F and H.
+        per_slot: every slot has weights of its own.
+    """
     block, sizes = choose_sizes(num_features, hidden, dtype)
     vectors = ("*fp32" if dtype == torch.float32 else "*bf16",) * len(STATE_NAMES)
     types = {"state": vectors, "new_state": vectors, "weights": ("*fp32",) * len(LSTMWeights._fields)}

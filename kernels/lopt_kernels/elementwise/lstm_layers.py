@@ -26,7 +26,11 @@ MAX_WIDTH = 64  # of x and of the hidden vectors: wider tiles do not fit the reg
 
 
 class LSTMWeights(NamedTuple):
-    """Meta-weights; leading dimensions are absent (shared) or those of x (one set per slot)."""
+    """Meta-weights of both layers and the output layer, for F features and H units; gates in the order (i, f, g, o).
+
+    Leading dimensions are absent (one set for all coordinates) or those of x (one set per slot). Float32 in kernels;
+    the reference takes the dtype of x.
+    """
 
     w_ih1: Tensor  # [..., 4H, F]
     w_hh1: Tensor  # [..., 4H, H]
@@ -39,7 +43,10 @@ class LSTMWeights(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the width of both layers.
+
+        By it `Formula.list_weight_shapes` and the checks of a launch know the shapes of all other weights.
+        """
         return self.w_hh1.shape[-1]
 
 
@@ -97,7 +104,10 @@ def _matmul(w: Tensor, x: Tensor) -> Tensor:
 
 @jit
 def sigmoid(x, FAST: tl.constexpr = False):
-    """FAST: see `tanh`."""
+    """1 / (1 + exp(-x)) of a tile, without overflow on either side.
+
+    With FAST from the hardware's `tanh`, as precise as that.
+    """
     if FAST:
         return 0.5 * tanh(0.5 * x, FAST) + 0.5
     else:
@@ -107,7 +117,10 @@ def sigmoid(x, FAST: tl.constexpr = False):
 
 @jit
 def tanh(x, FAST: tl.constexpr = False):
-    """FAST: by NVIDIA's instruction, good to 2^-11; exponentials and divisions take longer than all else here."""
+    """Hyperbolic tangent of a tile, by exponentials, and by a series near 0, where they cancel.
+
+    FAST: by NVIDIA's instruction, good to 2^-11; exponentials and divisions take longer than all else here.
+    """
     if FAST:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -122,6 +135,11 @@ def tanh(x, FAST: tl.constexpr = False):
 def compute_gate(
     gate, x, h, w_ih, w_hh, b, X: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr
 ):  # x [PX, BLOCK], h [PH, BLOCK] -> [PH, BLOCK]
+    """One gate of a layer before its nonlinearity, `W_ih x + W_hh h + b`, `[PH, BLOCK]`.
+
+    x is `[PX, BLOCK]`, h `[PH, BLOCK]`; weights are pointers to `[4H, X]`, `[4H, H]` and `[4H]`, of whose rows gate 0
+    to 3 selects H. Forward and backward kernels share it.
+    """
     unit = tl.arange(0, h.shape[0])
     in_unit = unit < H
     row = gate * H + unit.to(tl.int64)
@@ -175,7 +193,10 @@ def run_layers(x, state, new_state, where, weights, SIZES: tl.constexpr):
 
 @jit
 def find_slot(num_coordinates, BLOCK: tl.constexpr):
-    """The slot of a program and its columns there: slots come one behind the other, each with its own blocks."""
+    """The slot of a program and its columns there, int64 `[BLOCK]`.
+
+    Slots come one behind the other, each with its own blocks, so that one launch takes any number of them.
+    """
     blocks = tl.cdiv(num_coordinates, BLOCK)
     slot = (tl.program_id(0) // blocks).to(tl.int64)
     return slot, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -183,7 +204,10 @@ def find_slot(num_coordinates, BLOCK: tl.constexpr):
 
 @jit
 def find_weights(weights, slot, F: tl.constexpr, H: tl.constexpr):
-    """Pointers to a slot's weights from those to the stacks, in the order of LSTMWeights."""
+    """Pointers to one slot's weights from those to the stacks `[S, ...]`, in the order of LSTMWeights.
+
+    Only where each slot has weights of its own, which kernels are told by PER_SLOT.
+    """
     w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
     later, bias = slot * (4 * H * H), slot * (4 * H)
     w_ih1 += slot * (4 * H * F)
@@ -204,37 +228,64 @@ def choose_sizes(num_features: int, hidden: int, dtype: torch.dtype, precision: 
 
 
 def weight_shapes(num_features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Of the fields of `LSTMWeights`."""
+    """Shapes of one set of `LSTMWeights`, field by field.
+
+    Launches check tensors against them, and samples are drawn in them.
+
+    Args:
+        num_features: F, inputs of the first layer.
+        hidden: H, width of both layers.
+    """
     gates = 4 * hidden
     later, bias = (gates, hidden), (gates,)
     return (gates, num_features), later, bias, later, later, bias, (1, hidden), (1,)
 
 
 def count_weights(num_features: int, hidden: int) -> int:
-    """How many numbers `LSTMWeights` has."""
+    """How many numbers one set of `LSTMWeights` has for F features and H units, all layers and biases together.
+
+    The part of a launch's bytes that does not grow with coordinates.
+    """
     return sum(prod(shape) for shape in weight_shapes(num_features, hidden))
 
 
 def state_shapes(hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Of the vectors of one coordinate."""
+    """Shapes of the state of one coordinate, in the order of `STATE_NAMES`: h and c of both layers, `(hidden,)` each.
+
+    The dimension of coordinates follows them.
+    """
     return ((hidden,),) * len(STATE_NAMES)
 
 
 def draw_weights(num_features: int, hidden: int, generator: torch.Generator) -> LSTMWeights:
-    """Random meta-weights with which some gates saturate."""
+    """Random meta-weights for tests and benchmarks, float32 on the generator's device.
+
+    Normal numbers over the root of H, with which some gates saturate. Launches on them are compared with the reference.
+    """
     shapes = weight_shapes(num_features, hidden)
     drawn = [torch.randn(shape, generator=generator, device=generator.device) for shape in shapes]
     return LSTMWeights(*(w * hidden**-0.5 for w in drawn))
 
 
 def draw_state(scale: Tensor, hidden: int, generator: torch.Generator) -> State:
-    """A state in the middle of a run, as long as `scale`; rows and columns differ in scale."""
+    """A state in the middle of a run for tests and benchmarks.
+
+    h1 and h2 within +-1, as outputs of cells are, c1 and c2 of any size; rows and columns differ in scale by orders.
+
+    Args:
+        scale: `[N]`; its length is used alone.
+    Returns:
+        (h1, c1, h2, c2), `[H, N]` each.
+    """
     h1, c1, h2, c2 = (draw_rows(hidden, len(scale), generator) for _ in STATE_NAMES)
     return h1.tanh(), c1, h2.tanh(), c2
 
 
 def draw_rows(rows: int, num_coordinates: int, generator: torch.Generator) -> Tensor:
-    """Numbers `[rows, N]`; rows and columns differ in scale by orders."""
+    """Random numbers `[rows, N]` whose rows and columns differ in scale by orders.
+
+    So a kernel that mixes up coordinates or units does not equal its reference, by far.
+    """
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)

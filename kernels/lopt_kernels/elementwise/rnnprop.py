@@ -1,6 +1,6 @@
 """RNNprop over all segments: moments, Adam-normalised features, dense ELU layer, two LSTM layers, parameter out.
 
-Source: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4. It is lopt's rule "rnnprop".
+Source: Lv, Jiang & Li 2017, arXiv 1703.03633, section 4. It is lopt's rule "rnnprop", whose step is one launch.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -25,7 +25,10 @@ TINY = 1e-30  # under the root, as in lopt's rule
 
 
 class RNNpropWeights(NamedTuple):
-    """Meta-weights; for `launch_segments` with a leading dimension K. The dense layer makes the H features."""
+    """Meta-weights of the dense layer, which makes H features of two inputs, and of the LSTM and its output layer.
+
+    Float32; one set in `reference`, stacks with a leading dimension K in `launch_segments`.
+    """
 
     w_in: Tensor  # [H, 2]
     b_in: Tensor  # [H]
@@ -40,7 +43,10 @@ class RNNpropWeights(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the width of the dense layer and of both LSTM layers.
+
+        By it `Formula.list_weight_shapes` and the checks of a launch know the shapes of all other weights.
+        """
         return self.w_hh1.shape[-1]
 
 
@@ -82,7 +88,11 @@ def _elu(x):
 
 @jit
 def prepare(weights, numbers, step, SIZES: tl.constexpr):
-    """The dense layer `[PF, 1]`, pointers to the LSTM's, the numbers, and both bias corrections."""
+    """What all coordinates of a tensor share: the dense layer, the LSTM's weights, numbers and bias corrections.
+
+    The dense layer is three tiles `[PF, 1]` (the columns of `w_in`, and the bias), the LSTM's weights are pointers, the
+    numbers those of `expand`; corrections are 1 - beta^(step + 1).
+    """
     w_in, b_in, w_ih1, w_hh1, b1, w_ih2, w_hh2, b2, w_out, b_out = weights
     feature = tl.arange(0, SIZES.PF).to(tl.int64)
     in_feature = feature < SIZES.F
@@ -95,7 +105,11 @@ def prepare(weights, numbers, step, SIZES: tl.constexpr):
 
 @jit
 def update(p, g, state, prepared, where, SIZES: tl.constexpr):
-    """`reference` of one tile."""
+    """`reference` of one tile; the parameter itself is no input.
+
+    Moments `[BLOCK]` and LSTM vectors are read and written in place; the step `[BLOCK]`, which is returned in fp32, is
+    within plus and minus the output scale.
+    """
     dense, weights, numbers, corrections = prepared  # Triton 3.6 takes nested tuples apart in steps only
     w_m, w_g, bias = dense
     correction1, correction2 = corrections
@@ -114,33 +128,54 @@ def update(p, g, state, prepared, where, SIZES: tl.constexpr):
 
 
 def expand(beta1: float, beta2: float, output_scale: float) -> tuple[float, ...]:
-    """What the kernel gets: 1 - beta is computed in float64."""
+    """The numbers as the kernel takes them: both betas, both 1 - beta, and the output scale.
+
+    Differences are computed here in float64, as in `reference`: those of betas near 1 would lose digits in fp32.
+    """
     return beta1, beta2, 1 - beta1, 1 - beta2, output_scale
 
 
 def weight_shapes(hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Of the fields of `RNNpropWeights`."""
+    """Shapes of one set of `RNNpropWeights`, field by field.
+
+    The dense layer on two inputs, then the LSTM on H features; launches check stacks against them.
+    """
     return (hidden, 2), (hidden,), *lstm_layers.weight_shapes(hidden, hidden)
 
 
 def state_shapes(hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Vectors of both layers, and the moments."""
+    """Shapes of the state of one coordinate, in the order of the op's `keys`.
+
+    `(hidden,)` for the four vectors of both layers, then `()` for both moments.
+    """
     return *lstm_layers.state_shapes(hidden), (), ()
 
 
 def draw_weights(hidden: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Random meta-weights with which some gates saturate."""
+    """Random meta-weights for tests and benchmarks, in the order of `RNNpropWeights`, float32.
+
+    They are standard normal in the dense layer; in the LSTM some gates saturate. Numbers are drawn on the generator's
+    device.
+    """
     dense = (torch.randn(shape, generator=generator, device=generator.device) for shape in weight_shapes(hidden)[:2])
     return *dense, *lstm_layers.draw_weights(hidden, hidden, generator)
 
 
 def draw_state(scale: Tensor, hidden: int, generator: torch.Generator) -> State:
-    """Vectors and moments in the middle of a run."""
+    """Vectors `[H, N]` of both layers and both moments `[N]` in the middle of a run, for tests and benchmarks.
+
+    Args:
+        scale: `[N]`, of the gradients whose moments these are.
+    """
     return *lstm_layers.draw_state(scale, hidden, generator), *draw_moments(scale, hidden, generator)
 
 
 def configure(hidden: int, dtype: torch.dtype, precision: str) -> tuple[int, Any]:
-    """The sizes of the layers, as the dense one makes as many features as the others are wide."""
+    """How many coordinates a program takes at once, and the `Sizes` that its layers are compiled for.
+
+    They are those of an LSTM with as many features as units: the dense layer makes H of them. For a state of `dtype`
+    and products of this `precision`.
+    """
     return lstm_layers.choose_sizes(hidden, hidden, dtype, precision)
 
 

@@ -56,7 +56,14 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 class Accumulated(NamedTuple):
-    """New accumulators of one parameter, and sums of squares of its inputs `[groups, I]`; see `Family.num_inputs`."""
+    """What the pass makes of one parameter: new accumulators, and the sums that `fold` normalises features by.
+
+    Attributes:
+        m: momenta `[momenta, *shape]`.
+        v: second moment `[*shape]`; None in families without.
+        averages: a vector's averages of g^2 `[3, *shape]`; None for others.
+        squares: sums of squares of its inputs `[groups, I]`, see `Family.num_inputs`.
+    """
 
     m: Tensor
     v: Tensor | None
@@ -254,7 +261,10 @@ def launch_segments(
 
 
 def sign(family: Family, p_dtype: torch.dtype) -> str:
-    """For which kernels the same tile is best, for `tuning.find`: those of this family and parameters of this dtype."""
+    """For which kernels the same tile is best: those of this family and parameters of this dtype.
+
+    It is this pass's part of the key in `tuning.find` and `tuning.store`.
+    """
     return tuning.sign(family, p_dtype)
 
 
@@ -271,7 +281,7 @@ def launch(
     sanitize: bool = False,
     tile: Tile = TILE,
 ) -> list[Accumulated]:
-    """`reference` of every parameter of a group, whose accumulators stay as they are.
+    """`reference` of every parameter of a group in Triton, on copies of accumulators; for tests and benchmarks.
 
     Args:
         decays: `[momenta + 4]`, of all.
@@ -315,7 +325,13 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, family: Family | None = None, param_bytes: int = 4, grad_bytes: int = 4) -> int:
-    """Bytes one launch has to move for a large matrix: p, g, and momenta and second moment twice."""
+    """Bytes one launch has to move for a large matrix: p, g, and momenta and second moment twice.
+
+    Rows and columns, of which there are few, and the sums are left out.
+
+    Args:
+        param_bytes, grad_bytes: sizes of one number.
+    """
     family = family or Family()
     return num_coordinates * (param_bytes + grad_bytes + 8 * (family.momenta + family.factored))
 
@@ -327,7 +343,13 @@ def compile_source(
     kinds: int = table.ALL_KINDS,
     tile: Tile = TILE,
 ) -> CompileSource:
-    """The kernel specialised to a family and to parameters and gradients of `p_dtype`."""
+    """The kernel specialised to a family and to parameters and gradients of `p_dtype`, aligned as in a large model.
+
+    Args:
+        dtype: of the accumulators, which is float32.
+        kinds: a bit for each kind of segment (`1 << kind`).
+        tile: how the work is divided.
+    """
     family = family or Family()
     constexprs = _constexprs(family, tile, (p_dtype, p_dtype), (ALIGNMENT,) * 3, kinds, False)
     return specialize(_accumulate_kernel, constexprs, {"num_warps": tile.warps, **OPTIONS}, **parameters.TYPES)

@@ -52,37 +52,59 @@ class Family(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """The gradient is clipped to plus and minus this number."""
+        """The gradient is clipped to plus and minus this number before anything is made of it.
+
+        It is the published 1000 in families with `clips`; in others with second moments what keeps the mean of v^2
+        finite; infinity in those without.
+        """
         return CLIP if self.clips else LARGEST if self.factored else inf
 
     @property
     def kinds(self) -> int:
-        """A bit for each kind of segment that there can be."""
+        """A bit, `1 << kind`, for each kind of segment that there can be, as kernels are compiled for these only.
+
+        That is BARE alone without second moments, else all others.
+        """
         return ALL_KINDS & ~(1 << BARE) if self.factored else 1 << BARE
 
     @property
     def num_features(self) -> int:
-        """F, the element features."""
+        """F, the features of each element: gradient, parameter, momenta and what second moments and lines make of them.
+
+        In a matrix kernels multiply these alone for each element, and what lines add once for a row or a column.
+        """
         return 2 + self.momenta if not self.factored else 13 + 2 * self.clips + LINES
 
     @property
     def num_inputs(self) -> int:
-        """The first layer's inputs: element features, features of the first and of the second line."""
+        """I, the inputs of the first layer: F element features and, with `factored`, 6 of either line.
+
+        It is the width of the buffer of sums and of the folded first layer.
+        """
         return self.num_features + 2 * LINE_FEATURES * self.factored
 
     @property
     def vector_inputs(self) -> int:
-        """How many of the inputs a vector has."""
+        """How many of the inputs a vector has: all, or with `bare_vectors` the element features but m F.
+
+        The weights of the others are made 0 when a vector's first layer is folded.
+        """
         return self.num_features - LINES if self.bare_vectors else self.num_inputs
 
     @property
     def p_index(self) -> int:
-        """The feature that is the parameter itself."""
+        """Which of the features is the parameter itself.
+
+        The root of its mean square is what steps are relative to, with `fold.Network.relative`.
+        """
         return 1 + (self.clips and self.factored)
 
 
 class Inputs(NamedTuple):
-    """What kernels are compiled for of a family, see there; F and INPUTS are its counts of features and inputs."""
+    """What kernels have to know of a family, as numbers and flags under the names of its fields in capitals.
+
+    F and INPUTS are its counts of element features and of inputs. Kernels get it as one compile-time constant, FAMILY.
+    """
 
     MOMENTA: int
     FACTORED: bool
@@ -95,7 +117,7 @@ class Inputs(NamedTuple):
 
 
 def choose_inputs(family: Family) -> Inputs:
-    """The compile-time constants that describe a family."""
+    """The compile-time constants that describe a family: numbers that a kernel would otherwise compute from it."""
     constants = (family.rs_eps, family.vector_eps, family.bound, family.num_features, family.num_inputs)
     return Inputs(family.momenta, family.factored, family.clips, *constants)
 
@@ -103,12 +125,15 @@ def choose_inputs(family: Family) -> Inputs:
 def make_constants(
     family: Family, dtypes: Sequence[torch.dtype], aligns: Sequence[int], kinds: int, sanitize: bool
 ) -> dict[str, Any]:
-    """Compile-time constants of the passes over elements.
+    """Compile-time constants that both passes over elements, `accumulate` and `mlp`, have.
 
     Args:
         dtypes: of parameters and gradients.
         aligns: see `table.find_aligns`.
-        kinds: a bit for each kind of segment that there may be.
+        kinds: a bit for each kind of segment that there may be; what the family has not is left out.
+        sanitize: entries of gradients that are not finite count as 0.
+    Returns:
+        By the names of the kernels' arguments.
     """
     return {
         **dict(zip(("ALIGN", "G_ALIGN", "WIDTH_ALIGN"), aligns, strict=True)),
@@ -124,12 +149,21 @@ def make_constants(
 
 
 def clip_gradient(g: Tensor, family: Family) -> Tensor:
-    """The gradient, in fp32, that everything is computed from."""
+    """The gradient that everything is computed from: within plus and minus `family.bound`; NaN stays NaN.
+
+    Args:
+        g: in fp32, as `read_gradient` returns it, of any shape.
+    """
     return g.clamp(-family.bound, family.bound)
 
 
 def element_features(g: Tensor, t: Tensors, family: Family) -> Tensor:
-    """`[F, *shape]`, of the clipped gradient and the new accumulators."""
+    """Features of each element in the order of `Family`, `[F, *shape]`, in fp32; the definition of `make_features`.
+
+    Args:
+        g: the clipped gradient `[*shape]`.
+        t: with the new accumulators; a matrix with the scales of its lines.
+    """
     p, m = t.p.float(), t.m
     if not family.factored:
         return torch.cat([g[None], p[None], m])
@@ -148,12 +182,23 @@ def element_features(g: Tensor, t: Tensors, family: Family) -> Tensor:
 
 
 def line_features(line: Tensor) -> Tensor:
-    """Averages `[3, ...]` and their inverse roots: `[6, ...]`."""
+    """Features of a row or column average: averages `[3, ...]` and their inverse roots, together `[6, ...]`.
+
+    The definition of `make_line_features`.
+    """
     return torch.cat([line, (line + LINE_EPS).rsqrt()])
 
 
 def all_features(t: Tensors, rates: Rates, family: Family, sanitize: bool = False) -> Tensor:
-    """Element features and, where there are lines, those of both lines: `[F or I, groups, count]`."""
+    """Inputs of the network for every element, in groups that are normalised together: `[F or I, groups, count]`.
+
+    These are the element features and, where there are lines, those of both lines, broadcast.
+
+    Args:
+        t: with the new accumulators.
+        rates: `[1]` each; the gradient's factor is used.
+        sanitize: entries of g that are not finite count as 0.
+    """
     g = clip_gradient(read_gradient(t.g, rates, sanitize), family)
     x = element_features(g, t, family)
     if t.first is not None and t.second is not None:
@@ -171,19 +216,22 @@ _AVERAGE_EPS, _LINE_EPS = constant(AVERAGE_EPS), constant(LINE_EPS)
 
 @jit
 def clip(x, BOUND: tl.constexpr):
-    """x within +-BOUND; NaN stays NaN."""
+    """x within +-BOUND, of any shape; NaN stays NaN, unlike with `tl.minimum` and `tl.maximum`."""
     return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
 
 @jit
 def average(old, new, decay):
-    """torch.lerp(new, old, decay)."""
+    """An accumulator moved towards a new value: torch.lerp(new, old, decay), by the same two formulas as torch.
+
+    Torch goes from one to the other at a decay of 0.5; roundings are the same.
+    """
     return tl.where(decay < 0.5, new + decay * (old - new), old - (old - new) * (1 - decay))
 
 
 @jit
 def multiply_pairs(a, b, COUNT: tl.constexpr):
-    """a[i] * b[i]."""
+    """a[i] * b[i] for i < COUNT: tuples of COUNT tiles or numbers, as features of several decays are kept."""
     result = ()
     for i in tl.static_range(COUNT):
         result = result + (a[i] * b[i],)
@@ -192,7 +240,7 @@ def multiply_pairs(a, b, COUNT: tl.constexpr):
 
 @jit
 def scale_all(a, x, COUNT: tl.constexpr):
-    """a[i] * x."""
+    """a[i] * x for i < COUNT: a tuple of COUNT tiles, each times the same tile or number."""
     result = ()
     for i in tl.static_range(COUNT):
         result = result + (a[i] * x,)
@@ -201,7 +249,7 @@ def scale_all(a, x, COUNT: tl.constexpr):
 
 @jit
 def invert_roots(a, EPS: tl.constexpr):
-    """1 / sqrt(a[i] + EPS), of lines."""
+    """1 / sqrt(a[i] + EPS) of a line's three averages, one per decay: a tuple of as many tiles or numbers."""
     result = ()
     for i in tl.static_range(_LINES):
         result = result + (tl.rsqrt(a[i] + EPS),)
@@ -210,13 +258,16 @@ def invert_roots(a, EPS: tl.constexpr):
 
 @jit
 def make_line_features(line):
-    """A line's averages, then 1 / their roots: `line_features` of one tile."""
+    """A line's averages, then 1 / their roots: `line_features` of one tile, as a tuple of 6."""
     return line + invert_roots(line, _LINE_EPS)
 
 
 @jit
 def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
-    """Factors of g and of m; of vectors from their averages `first`, else from the scales of the lines."""
+    """Factors of g and of m in the factored features, a tuple of 3 each, one per decay.
+
+    Those of vectors are made of their averages `first`; else both are the product of the scales of the lines.
+    """
     if KIND == _VECTOR:
         return invert_roots(first, _AVERAGE_EPS), invert_roots(first, VECTOR_EPS)
     else:
@@ -226,7 +277,10 @@ def make_factors(first, second, KIND: tl.constexpr, VECTOR_EPS: tl.constexpr):
 
 @jit
 def make_features(g, p, m, v, factor, factor_m, FAMILY: tl.constexpr):
-    """The F features of a tile's elements, a tuple of vectors: `element_features` of one tile."""
+    """The F features of a tile's elements, a tuple of vectors `[BLOCK]`: `element_features` of one tile.
+
+    m, factor and factor_m are tuples, one entry per decay; with FACTORED off only g, p and m are read.
+    """
     x = (g,)
     if FAMILY.FACTORED:
         rs = tl.rsqrt(v + FAMILY.RS_EPS)
@@ -243,7 +297,10 @@ def make_features(g, p, m, v, factor, factor_m, FAMILY: tl.constexpr):
 
 @jit
 def load_columns(pointers, lane, lengths):
-    """What a matrix's columns bring, the same for all its rows: their scales, and the features of their line."""
+    """What a matrix's columns bring, the same for all its rows: their scales, and the features of their line.
+
+    A program of a WIDE segment loads both once, as tuples of 3 and of 6 vectors `[BLOCK]`, and walks down the rows.
+    """
     _, _, _, _, second_ptr, _, scale_ptr = pointers
     _, _, length = lengths
     inside = lane < length
@@ -253,14 +310,17 @@ def load_columns(pointers, lane, lengths):
 
 @jit
 def load_row_features(pointers, where, lengths):
-    """The features of the line of a matrix's row: numbers."""
+    """The features of the line of a matrix's row: 6 numbers, which all elements of the row share."""
     at = where[1]
     return make_line_features(load_several(pointers[3], at, at < lengths[1], lengths[1], _LINES))
 
 
 @jit
 def load_scales(pointers, columns, where, lengths, KIND: tl.constexpr):
-    """Scales of both lines at the elements; of a matrix those of its columns are at hand."""
+    """Scales of both lines at the elements, tuples of 3; of a matrix those of its columns are at hand.
+
+    In WIDE segments those of the first line are numbers, else each is a vector `[BLOCK]`.
+    """
     _, first_at, second_at, mask = where
     _, first_length, second_length = lengths
     first_ptr, second_ptr = pointers[5], pointers[6]
@@ -273,7 +333,10 @@ def load_scales(pointers, columns, where, lengths, KIND: tl.constexpr):
 
 @jit
 def append_lines(x, averages, pointers, where, lengths, KIND: tl.constexpr):
-    """The features with those of both lines behind them, where these are an element's own: not in a matrix."""
+    """The features with those of both lines behind them, 6 each, where these are an element's own.
+
+    In a matrix they are not: rows and columns come in through the first layer's bias.
+    """
     _, first_at, second_at, mask = where
     _, first_length, second_length = lengths
     if KIND == _VECTOR:

@@ -61,7 +61,10 @@ def pack(first: Tensor, bias: Tensor, constant: Tensor, rest: Sequence[Tensor]) 
 
 
 def count_first(family: Family, shape: Shape, network: Network) -> int:
-    """Numbers of a packed row before the further layers."""
+    """Numbers of a packed row before the further layers: first layer, its bias, and its weights on constant features.
+
+    By it a row `[T]` of `pack` is taken apart.
+    """
     return shape.hidden * (family.num_inputs + 1 + len(network.time_scales))
 
 
@@ -245,7 +248,14 @@ def launch(
     shape: Shape,
     network: Network,
 ) -> list[MLPWeights]:
-    """`reference` of every parameter of a group; `weights` `[1, T]`, `steps` int64 and `factor` one number for each."""
+    """`reference` of every parameter of a group in one Triton launch; for tests and benchmarks.
+
+    Args:
+        group: of them kinds, counts and addresses are used.
+        sums: of squares, `[groups, I]` for each parameter.
+        weights: one packed row for all, `[1, T]`.
+        steps: int64, one number for each parameter, as is `factor` in float32.
+    """
     parts = [part for i, t in enumerate(group) for part in make_segments(t, i, 1)]
     segments = Segments(parts, lambda sizes: 1)
     rates = parameters.Rates(*[torch.ones_like(factor)] * 3)
@@ -264,11 +274,12 @@ def sample(
     family: Family | None = None,
     shape: Shape | None = None,
 ) -> dict[str, object]:
-    """Arguments of `launch`: a matrix and a vector which have so many elements together.
+    """Arguments of `launch`: a matrix and a vector which have so many elements together, and the sums that they have.
 
     Args:
         generator: numbers are drawn on its device.
         dtype: of parameters and gradients.
+        shape: of the MLP; 32 hidden units by default.
     """
     family, shape = family or Family(), shape or Shape(hidden=32)
     group = samples.draw_group(samples.divide_coordinates(num_coordinates), family, generator, dtype, device)
@@ -289,13 +300,22 @@ def sample(
 
 
 def bytes_moved(num_segments: int, family: Family | None = None, shape: Shape | None = None) -> int:
-    """Bytes one launch has to write: the first layer of every segment; sums and meta-weights come from the cache."""
+    """Bytes one launch has to write: the first layer of every segment, its bias and gain.
+
+    What it reads, sums and meta-weights, comes from the cache.
+    """
     family, shape = family or Family(), shape or Shape(hidden=32)
     return 4 * num_segments * (shape.hidden * (family.num_inputs + 1) + 1)
 
 
 def compile_source(dtype: torch.dtype, family: Family | None = None, shape: Shape | None = None) -> CompileSource:
-    """The kernel specialised to a family and an MLP with eleven constant features."""
+    """The kernel specialised to a family and an MLP with eleven constant features; 32 hidden units by default.
+
+    It can be compiled and inspected where no GPU is.
+
+    Args:
+        dtype: of the accumulators, which is float32.
+    """
     constexprs = _constexprs(family or Family(), shape or Shape(hidden=32), Network(torch.ones(11)))
     types = parameters.TYPES | {"norm_eps": "fp32", "step_mult": "fp32"}
     return specialize(_fold_kernel, constexprs, OPTIONS, **types)

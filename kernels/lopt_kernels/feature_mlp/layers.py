@@ -18,6 +18,7 @@ INTERPRETED_ = constant(INTERPRETED)
 
 @jit
 def relu(x):
+    """max(x, 0) of any shape; NaN stays NaN, as in torch, so that it stays in its tensor and is seen there."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -26,7 +27,10 @@ def relu(x):
 
 @jit
 def multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-    """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH."""
+    """base[j] + sum over k < COUNT of w[j, k] x[k], for j < WIDTH: a tuple of WIDTH vectors `[BLOCK]`.
+
+    w points to rows STRIDE apart, and x may be a tuple of vectors or of numbers.
+    """
     out = ()
     for j in tl.static_range(WIDTH):
         acc = base[j]
@@ -38,7 +42,7 @@ def multiply(x, base, w, COUNT: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.co
 
 @jit
 def load_numbers(b, COUNT: tl.constexpr):
-    """COUNT numbers as a tuple."""
+    """COUNT numbers one behind the other as a tuple: biases, which plain multiplications start from."""
     out = ()
     for j in tl.static_range(COUNT):
         out = out + (tl.load(b + j),)
@@ -47,7 +51,10 @@ def load_numbers(b, COUNT: tl.constexpr):
 
 @jit
 def finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr):
-    """The layers after the first product: a tuple of outputs."""
+    """The layers after the first product, by plain multiplications: H vectors `[BLOCK]` -> a tuple of OUTPUTS of them.
+
+    `rest` points to weights and biases one behind the other, as in `mlp.MLPWeights`.
+    """
     for layer in tl.static_range(LAYERS):
         active = ()
         for j in tl.static_range(H):
@@ -65,7 +72,10 @@ def finish_plain(h, rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.con
 
 @jit
 def stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
-    """COUNT vectors [BLOCK] as [BLOCK, PADDED], zeros behind them."""
+    """COUNT vectors [BLOCK] as one operand [BLOCK, PADDED] of a product, zeros behind them.
+
+    PADDED is a power of two: pairs are joined until one is left.
+    """
     y = x
     for _ in tl.static_range(PADDED - COUNT):
         y = y + (tl.zeros_like(x[0]),)
@@ -80,6 +90,10 @@ def stack(x, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 @jit
 def dot(x, w, acc, PRECISION: tl.constexpr):
+    """x w + acc by `tl.dot`, accumulated in fp32: x [BLOCK, K], w [K, HP], inputs rounded as PRECISION says.
+
+    PRECISION is "bf16", or what `tl.dot` calls its input precision ("ieee", "tf32").
+    """
     if PRECISION == "bf16":
         x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
         if INTERPRETED_:  # its tl.dot takes the bits of bf16 for integers
@@ -92,20 +106,30 @@ def dot(x, w, acc, PRECISION: tl.constexpr):
 
 @jit
 def load_tile(w, ROWS: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, HP: tl.constexpr):
-    """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded: [PADDED, HP]."""
+    """`[ROWS, COUNT]` of a matrix with STRIDE numbers per row, transposed and padded by zeros: [PADDED, HP].
+
+    It is the right operand of `dot`: units are its columns.
+    """
     k, j = tl.arange(0, PADDED), tl.arange(0, HP).to(tl.int64)
     return tl.load(w + j * STRIDE + k[:, None], (j < ROWS) & (k < COUNT)[:, None], 0.0)
 
 
 @jit
 def load_column(w, ROWS: tl.constexpr, STRIDE: tl.constexpr, HP: tl.constexpr):
+    """ROWS numbers, STRIDE apart, as a vector [HP] with zeros behind them.
+
+    Such are biases, and the weights of all units on one input.
+    """
     j = tl.arange(0, HP).to(tl.int64)
     return tl.load(w + j * STRIDE, j < ROWS, 0.0)
 
 
 @jit
 def load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, HP: tl.constexpr):
-    """Tiles and biases of the hidden layers after the first, then weights and bias of each output."""
+    """What all elements share of the layers after the first, for `finish_dot`.
+
+    A tuple: tile [HP, HP] and bias [HP] of each further hidden layer, then weights [HP] and bias of each output.
+    """
     tiles = ()
     for _ in tl.static_range(LAYERS - 1):
         tiles = tiles + (load_tile(rest, H, H, H, HP, HP), load_column(rest + H * H, H, 1, HP))
@@ -117,7 +141,10 @@ def load_rest(rest, H: tl.constexpr, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr
 
 @jit
 def finish_dot(h, tiles, LAYERS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
-    """The layers after the first product: a tuple of outputs [BLOCK]."""
+    """The layers after the first product, on tensor cores: h [BLOCK, HP] -> a tuple of outputs [BLOCK].
+
+    `tiles` are those of `load_rest`; the few outputs are sums over units and not products of tiles.
+    """
     for layer in tl.static_range(LAYERS - 1):
         base = tl.zeros_like(h) + tiles[2 * layer + 1][None, :]
         h = dot(relu(h), tiles[2 * layer], base, PRECISION)
@@ -139,7 +166,11 @@ _LINE_FEATURES = constant(LINE_FEATURES)
 def load_network(
     network, lane, columns, COUNT: tl.constexpr, KIND: tl.constexpr, FAMILY: tl.constexpr, MLP: tl.constexpr
 ):
-    """What all of a program's elements share: tiles of the layers, and the first layer's bias with what columns add."""
+    """What all of a program's elements share: the first layer's bias with what columns add, and tiles of the layers.
+
+    Returns base, [BLOCK, HP] or a tuple of H vectors or numbers, and, on tensor cores, the first layer's tile [PADDED,
+    HP] and those of `load_rest`.
+    """
     first, bias, rest, _ = network
     PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
     w = first + FAMILY.F + _LINE_FEATURES  # the weights of the columns' features
@@ -161,7 +192,10 @@ def load_network(
 
 @jit
 def add_row(base, row, w, FAMILY: tl.constexpr, MLP: tl.constexpr):
-    """What is shared, with what a matrix's row adds: its features are numbers."""
+    """What is shared, with what a matrix's row adds: its 6 features are numbers, once for all columns.
+
+    base is that of `load_network`; w points to the first layer's weights on rows.
+    """
     if MLP.DOT:
         total = tl.zeros([MLP.HP], tl.float32)
         for k in tl.static_range(_LINE_FEATURES):
@@ -173,7 +207,10 @@ def add_row(base, row, w, FAMILY: tl.constexpr, MLP: tl.constexpr):
 
 @jit
 def run_network(x, shared, network, first_tile, tiles, COUNT: tl.constexpr, FAMILY: tl.constexpr, MLP: tl.constexpr):
-    """All layers: the step of an element before the gain."""
+    """All layers for one tile: a tuple of outputs [BLOCK], of which the first is the step before the gain.
+
+    x are COUNT vectors [BLOCK]; `shared` is the base of `load_network`, in a matrix with its row added.
+    """
     first, _, rest, _ = network
     PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
     if MLP.DOT:

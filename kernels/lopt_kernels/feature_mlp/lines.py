@@ -48,7 +48,13 @@ MEAN_EPS, SMALLEST = 1e-9, 1e-9  # added to the rows' mean, and the least that h
 
 
 class LineAverages(NamedTuple):
-    """New averages `[3, *shape with 1]` of both lines of a parameter, and their scales."""
+    """What the pass makes of one parameter with two factored axes.
+
+    Attributes:
+        first, second: new averages of g^2 `[3, *shape with 1]`, over D2 and over D1 (see `table`).
+        first_scale, second_scale: inverse roots of the same shapes, whose product is the factor F; those of rows are
+            relative to the rows' mean.
+    """
 
     first: Tensor
     second: Tensor
@@ -57,7 +63,13 @@ class LineAverages(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The tables of the three launches, of two segments per parameter; numbers in the buffer between the first two."""
+    """The tables of the three launches, made once and kept as long as tensors stay where they are.
+
+    Attributes:
+        sums, averages, scales: two segments per parameter in each, cut as the launch needs it; in the last, rows alone
+            have programs.
+        buffer: numbers in the buffer of partial sums between the first two.
+    """
 
     sums: Segments
     averages: Segments
@@ -90,7 +102,11 @@ def reference(t: Tensors, decays: Tensor, rates: Rates, family: Family, sanitize
 
 
 def make_lines(group: Sequence[tuple[int, Tensors]]) -> Lines:
-    """Tables for parameters with `axes` and `first` to `second_scale`, each with its number among the items."""
+    """Tables of the three launches, for parameters with two factored axes.
+
+    Args:
+        group: each parameter with its number among the items; `axes` and `first` to `second_scale` are set.
+    """
     segments, start = [], 0
     for index, t in group:
         assert t.axes is not None, "a vector has no lines"
@@ -273,9 +289,10 @@ def _constexprs(family: Family, g_dtype: torch.dtype, align: int, sanitize: bool
 def launch(
     group: Sequence[Tensors], decays: Tensor, rates: Rates, family: Family, sanitize: bool = False
 ) -> list[LineAverages]:
-    """`reference` of every parameter of a group, which stays as it is.
+    """`reference` of every parameter of a group in Triton, which stays as it is; for tests and benchmarks.
 
     Args:
+        group: of parameters with lines.
         decays: `[momenta + 4]`, of all.
         rates: `[1]` each, of all.
     """
@@ -310,12 +327,21 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, grad_bytes: int = 4) -> int:
-    """Bytes one launch has to move for a large matrix: g twice, of which the second time may come from the cache."""
+    """Bytes one launch has to move for a large matrix: g twice, of which the second time may come from the cache.
+
+    Averages and scales, of which there are few, are left out.
+
+    Args:
+        grad_bytes: the size of one number of g.
+    """
     return 2 * num_coordinates * grad_bytes
 
 
 def compile_source(dtype: torch.dtype) -> CompileSource:
-    """The first kernel, specialised to gradients of `dtype`."""
+    """The first kernel, which reads all gradients, specialised to these of `dtype`, aligned as in a large model.
+
+    The other two run over rows and columns only, and are left out.
+    """
     constexprs = _constexprs(Family(), dtype, ALIGNMENT, sanitize=False)
     return specialize(_sums_kernel, constexprs, OPTIONS, **parameters.TYPES)
 

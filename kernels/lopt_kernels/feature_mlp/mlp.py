@@ -323,7 +323,10 @@ def launch(
 def draw_weights(
     group: Sequence[Tensors], rates: Rates, family: Family, shape: Shape, generator: torch.Generator
 ) -> MLPWeights:
-    """Random weights of the group's segments, the features' normalisation folded in."""
+    """Random weights of the group's segments for samples, the features' normalisation folded in as `fold` does it.
+
+    Numbers are drawn on the generator's device, and go to that of the rates.
+    """
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=generator.device).to(rates.lr.device)
@@ -360,7 +363,11 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, family: Family | None = None, param_bytes: int = 4, grad_bytes: int = 4) -> int:
-    """Bytes one launch has to move for a large matrix: p twice, g, momenta and second moment."""
+    """Bytes one launch has to move for a large matrix: p twice, g, momenta and second moment.
+
+    Args:
+        param_bytes, grad_bytes: sizes of one number.
+    """
     family = family or Family()
     return num_coordinates * (2 * param_bytes + grad_bytes + 4 * (family.momenta + family.factored))
 
@@ -373,7 +380,12 @@ def compile_source(
     p_dtype: torch.dtype = torch.float32,
     kinds: int = table.ALL_KINDS,
 ) -> CompileSource:
-    """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`."""
+    """The kernel specialised to a family, an MLP and parameters and gradients of `p_dtype`, which are moved.
+
+    Args:
+        dtype: of the accumulators, which is float32.
+        kinds: a bit for each kind of segment (`1 << kind`).
+    """
     family, shape = family or Family(), shape or Shape(hidden=32)
     choice, aligns = choice or choose_tiles(shape), (ALIGNMENT,) * 3
     constexprs = _constexprs(family, shape, choice, (p_dtype, p_dtype), aligns, kinds, False)

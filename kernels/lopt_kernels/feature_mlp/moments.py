@@ -32,7 +32,10 @@ COLUMNS = 6  # p, m, v | elements | index, slot
 
 
 def reference(t: Tensors) -> Tensor:
-    """Means `[9]` of p^2, the three momenta, their squares, the second moment and its square; float64."""
+    """Means `[9]` of p^2, the three momenta, their squares, the second moment and its square, in this order; float64.
+
+    Of an empty parameter they are 0. The definition of both kernels; pure.
+    """
     assert t.v is not None, "there are second moments"
     p, m, v = t.p.double().flatten(), t.m.double().flatten(1), t.v.double().flatten()
     rows = torch.stack([p.square(), *m, *m.square(), v, v.square()])
@@ -40,7 +43,12 @@ def reference(t: Tensors) -> Tensor:
 
 
 def make_segment(t: Tensors, index: int) -> Segment:
-    """A parameter's segment."""
+    """A parameter's segment for `launch_segments`: pointers to p, momenta and second moment, and their length.
+
+    Args:
+        t: of a family with second moments.
+        index: the parameter's number.
+    """
     assert t.v is not None, "there are second moments"
     return Segment((t.p, t.m, t.v), (t.p.numel(),), index)
 
@@ -130,7 +138,13 @@ def _constexprs(p_dtype: torch.dtype, align: int) -> dict[str, Any]:
 
 
 def launch(group: Sequence[Tensors]) -> list[Tensor]:
-    """`reference` of every parameter of a group."""
+    """`reference` of every parameter of a group in Triton: a row `[9]` in float64 for each; for tests and benchmarks.
+
+    Args:
+        group: at least one, all parameters of one dtype.
+    Raises:
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
     segments = Segments([make_segment(t, i) for i, t in enumerate(group)], by_elements(BLOCK * STEPS))
     return list(launch_segments(segments).unbind())
 
@@ -149,12 +163,21 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, param_bytes: int = 4) -> int:
-    """Bytes one launch has to read: the parameter, three momenta and the second moment."""
+    """Bytes one launch has to read: the parameter, three momenta and the second moment.
+
+    Partial sums, nine numbers per program, are left out.
+
+    Args:
+        param_bytes: the size of one number of the parameter.
+    """
     return num_coordinates * (param_bytes + 4 * (MOMENTA + 1))
 
 
 def compile_source(dtype: torch.dtype) -> CompileSource:
-    """The first kernel, specialised to parameters of `dtype`."""
+    """The first kernel, which reads all elements, specialised to parameters of `dtype`, aligned as in a large model.
+
+    The second one adds up its sums, and is left out.
+    """
     return specialize(_moments_kernel, _constexprs(dtype, ALIGNMENT), OPTIONS, **parameters.TYPES, partial_ptr="*fp64")
 
 

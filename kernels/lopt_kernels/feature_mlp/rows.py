@@ -26,12 +26,20 @@ Rows = tuple[Tensor, ...]
 
 
 def reference(rows: Sequence[Rows]) -> Rows:
-    """Each parameter's rows `[width]` of several kinds -> each kind's `[n, width]`."""
+    """Each parameter's rows `[width]` of several kinds, put together: each kind's `[n, width]`, float32; pure.
+
+    The definition of `gather`; `scatter` is its inverse.
+    """
     return tuple(torch.stack(kind) for kind in zip(*rows, strict=True))
 
 
 def make_table(rows: Sequence[tuple[int, Rows]]) -> Segments:
-    """The table of parameters' rows, float32 and contiguous, each with its number among the items."""
+    """The table of parameters' rows, for `gather` and `scatter`: one program per parameter.
+
+    Args:
+        rows: each parameter's number among the items, and its row of each kind: float32, contiguous, and as wide in
+            all.
+    """
     made = [Segment(own, tuple(x.numel() for x in own), index) for index, own in rows]
     return Segments(made, lambda sizes: 1)
 
@@ -79,12 +87,16 @@ def gather(table: Segments, widths: Sequence[int], num_items: int) -> Rows:
 
 
 def scatter(table: Segments, rows: Sequence[Tensor], live: Tensor) -> None:
-    """Write each kind's `[n, width]` back, in one launch and a concatenation; rows that are not live stay.
+    """Write each kind's `[n, width]` back into the parameters' own rows, in one launch and a concatenation.
+
+    Rows of parameters that are not live stay as they are.
 
     Args:
         table: of `make_table`.
-        rows: float32.
+        rows: float32, one tensor per kind.
         live: bool `[n]`.
+    Raises:
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
     """
     _launch(table, live, torch.cat([x.flatten() for x in rows]), len(live))
 
@@ -102,7 +114,11 @@ def _constexprs(kinds: int) -> dict[str, Any]:
 
 
 def launch(rows: Sequence[Rows]) -> Rows:
-    """`reference`, in one launch."""
+    """`reference` in one Triton launch, for rows that have no table yet; for tests and benchmarks.
+
+    Raises:
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
     return gather(make_table(list(enumerate(rows))), [x.numel() for x in rows[0]], len(rows))
 
 
@@ -122,12 +138,19 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int) -> int:
-    """Bytes one launch has to move: each number twice."""
+    """Bytes one launch has to move: each of so many float32 numbers is read once and written once.
+
+    The table's pointers and widths are left out.
+    """
     return 8 * num_coordinates
 
 
 def compile_source(dtype: torch.dtype) -> CompileSource:
-    """The kernel that reads five kinds of rows."""
+    """The kernel that reads five kinds of rows, as VeLO has them, to be compiled and inspected where no GPU is.
+
+    Args:
+        dtype: of the rows, which is float32.
+    """
     constexprs = _constexprs(5) | {"live_ptr": None}
     return specialize(_rows_kernel, constexprs, OPTIONS, **parameters.TYPES, num_items="i32")
 

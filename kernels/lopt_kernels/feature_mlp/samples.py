@@ -1,4 +1,7 @@
-"""Inputs for tests and benchmarks of the passes: parameters in the middle of a run, which differ in scale by orders."""
+"""Inputs for tests and benchmarks of the passes: parameters in the middle of a run, which differ in scale by orders.
+
+Rows and columns differ in scale, too: a kernel that mixes them up does not equal its reference.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +55,17 @@ def draw_group(
 
 
 def draw_decays(family: Family, device: torch.device) -> Tensor:
-    """`[momenta + 4]`, on both sides of the two formulas that `torch.lerp` has."""
+    """Decays of momenta, second moment and factored moments, `[momenta + 4]`, for samples of a family.
+
+    With six momenta they are on both sides of 0.5, where `torch.lerp` goes from one of its two formulas to the other.
+    """
     momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
     return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
 
 
 def divide_coordinates(num_coordinates: int, width: int = 64) -> list[tuple[int, ...]]:
-    """Shapes of a matrix and a vector that have so many elements together."""
+    """Shapes of a matrix, `width` columns wide, and of a vector that have so many elements together.
+
+    Either may be empty, so that samples reach the sizes where kernels go wrong.
+    """
     return [(num_coordinates // width, width), (num_coordinates % width,)]

@@ -58,7 +58,13 @@ def reference(
 
 
 def make_segments(p: Tensor, index: int, place: int, groups: int = 1, inner: int = 1) -> list[Segment]:
-    """A parameter's segments, one per group; its step is at `place` of the buffer."""
+    """A parameter's segments for `launch_segments`, one for each group whose step is scaled to unit size.
+
+    Args:
+        index: the parameter's number among the items.
+        place: where its step begins in the buffer of steps.
+        groups, inner: see `table.Tensors`; groups 1: the tensor is scaled as a whole.
+    """
     return [Segment((p,), (p.numel() // groups, groups, group, inner, place), index) for group in range(groups)]
 
 
@@ -164,7 +170,14 @@ def launch_segments(segments: Segments, steps: Tensor, items: Items, scale: floa
 def launch(
     p: Tensor, delta: Tensor, rates: Rates, scale: float, groups: int = 1, inner: int = 1, out: Tensor | None = None
 ) -> Tensor:
-    """`reference`; contiguous tensors, and p stays as it is unless it is `out`."""
+    """`reference` in three Triton launches, for one parameter; p stays as it is unless it is `out`.
+
+    Args:
+        p: contiguous, as are `delta` and `out`.
+        rates: `[1]` each.
+        groups, inner: see `table.Tensors`.
+        out: what the new parameter is written to, a new tensor by default.
+    """
     out = p.clone() if out is None else out.copy_(p)
     segments = Segments(make_segments(out, 0, 0, groups, inner), by_elements(BLOCK))
     launch_segments(segments, delta, parameters.make_items([out], rates), scale)
@@ -174,7 +187,7 @@ def launch(
 def sample(
     num_coordinates: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
 ) -> dict[str, object]:
-    """Arguments of `reference` and `launch`.
+    """Arguments of `reference` and `launch`: a parameter and a step `[num_coordinates]`, both float32.
 
     Args:
         generator: numbers are drawn on its device.
@@ -185,12 +198,24 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, param_bytes: int = 4) -> int:
-    """Bytes one launch has to move: the step, twice, and the parameter, twice."""
+    """Bytes one launch has to move: the step, twice, and the parameter, twice.
+
+    The step's size must be known before it is applied, so it is read by two passes.
+
+    Args:
+        param_bytes: the size of one number of the parameter.
+    """
     return num_coordinates * (8 + 2 * param_bytes)
 
 
 def compile_source(dtype: torch.dtype, p_dtype: torch.dtype = torch.float32) -> CompileSource:
-    """The last kernel, specialised to parameters of `p_dtype`, rounded to nearest."""
+    """The last kernel, which writes, specialised to parameters of `p_dtype`, rounded to nearest.
+
+    The two that find the steps' sizes are left out.
+
+    Args:
+        dtype: of the step, which is float32.
+    """
     constants: dict[str, Any] = {"P_TYPE": TRITON_TYPES[p_dtype], "ALIGN": ALIGNMENT, "COLUMNS": COLUMNS}
     return specialize(_scaled_move_kernel, constants | {"BLOCK": BLOCK, "seeds": None}, OPTIONS, **parameters.TYPES)
 

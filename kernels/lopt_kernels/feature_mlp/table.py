@@ -60,7 +60,10 @@ class Tensors(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """Elements that are normalised together."""
+        """Elements that are normalised together: all, or those of one of the groups.
+
+        Sums of squares are divided by it to make mean squares.
+        """
         return self.p.numel() // self.groups
 
 
@@ -102,13 +105,22 @@ COLUMNS = constant(NUM_COLUMNS)
 
 
 def split_shape(shape: tuple[int, ...], axes: tuple[int, int]) -> tuple[int, int, int, int, int]:
-    """(A, D1, B, D2, C) of the module's docstring."""
+    """(A, D1, B, D2, C) of the module's docstring: a shape, read with its two factored axes apart.
+
+    Args:
+        shape: of the parameter, in memory order.
+        axes: D1 before D2, as indices of the shape.
+    """
     one, two = axes
     return prod(shape[:one]), shape[one], prod(shape[one + 1 : two]), shape[two], prod(shape[two + 1 :])
 
 
 def find_kind(tensors: Tensors, block: int) -> int:
-    """How a parameter is walked through: WIDE where one tile of columns is kept while walking down the rows."""
+    """How a parameter is walked through by programs that take `block` elements at once.
+
+    WIDE: down the rows of a matrix, with one tile of columns kept, where rows fill more than half a tile; STRIDED:
+    other parameters with lines; VECTOR: those with averages of their own; BARE: those without second moments.
+    """
     if tensors.first is None:
         return BARE
     if tensors.axes is None:
@@ -133,7 +145,7 @@ def make_segments(tensors: Tensors, index: int, block: int, place: int = 0) -> l
 
 
 def find_aligns(segments: Segments, items: Items) -> tuple[int, int, int]:
-    """What divides the addresses of parameters and state, those of gradients, and the lengths of rows.
+    """What divides the addresses of parameters and state, those of gradients, and the lengths of rows: for wide loads.
 
     The width of a vector says nothing: it is a multiple of everything.
     """
@@ -141,7 +153,10 @@ def find_aligns(segments: Segments, items: Items) -> tuple[int, int, int]:
 
 
 def by_tiles(block: int, steps: int) -> Callable[[Sizes], int]:
-    """A `count_blocks`: a program takes `steps` times `block` elements, in WIDE segments one below the other."""
+    """A `count_blocks` for tables of `make_segments`: a program takes `steps` times `block` elements.
+
+    In WIDE segments it takes `steps` rows of a tile of `block` columns, one below the other.
+    """
 
     def count_blocks(sizes: Sizes) -> int:
         if sizes.kind == WIDE and sizes.elements:
@@ -152,12 +167,15 @@ def by_tiles(block: int, steps: int) -> Callable[[Sizes], int]:
 
 
 def divide_groups(x: Tensor, t: Tensors) -> Tensor:
-    """`[k, *shape]` -> `[k, groups, count]`."""
+    """Elements in groups that are normalised together: `[k, *shape]` -> `[k, groups, count]`, any dtype.
+
+    Group i has the elements at position i of `groups`, with any index before and behind it.
+    """
     return x.reshape(len(x), -1, t.groups, t.inner).transpose(1, 2).flatten(2)
 
 
 def join_groups(x: Tensor, t: Tensors) -> Tensor:
-    """`[groups, count]` -> `[*shape]`."""
+    """Undo `divide_groups` for one tensor: `[groups, count]` -> `[*shape]`, the shape of the parameter."""
     return x.reshape(t.groups, -1, t.inner).transpose(0, 1).reshape(t.p.shape)
 
 
@@ -168,7 +186,10 @@ _WIDE, _STRIDED, _NUM_POINTERS = constant(WIDE), constant(STRIDED), constant(NUM
 
 @jit
 def find_pointers(row, P_TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """Of a row, in the order of its columns: parameter, momenta, second moment, lines, and their scales."""
+    """Of a row, in the order of its columns: parameter, momenta, second moment, lines, and their scales.
+
+    A tuple of pointers; all but the parameter's, P_TYPE, are to fp32.
+    """
     pointers = (load_pointer(row, P, P_TYPE, ALIGN),)
     for column in tl.static_range(1, _NUM_POINTERS):
         pointers = pointers + (load_pointer(row, column, tl.float32, ALIGN),)
@@ -180,7 +201,10 @@ def find_tile(
     row, local, KIND: tl.constexpr, WIDTH_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """A program's first and last row + 1, and its columns; not WIDE: its blocks, and the lanes."""
+    """What a program walks through: its first step, its last + 1, and its lanes, int64 `[BLOCK]`.
+
+    WIDE: steps are rows of the matrix and lanes are columns; else steps are blocks and lanes are elements of one.
+    """
     lane = tl.arange(0, BLOCK).to(tl.int64)
     if KIND == _WIDE:
         width = load_size(row, WIDTH, WIDTH_ALIGN)
@@ -226,7 +250,10 @@ def find_elements(row, start, lane, live, KIND: tl.constexpr, WIDTH_ALIGN: tl.co
 
 @jit
 def find_lengths(row, KIND: tl.constexpr, WIDTH_ALIGN: tl.constexpr):
-    """Numbers of the parameter, of its first line and of its second line."""
+    """Numbers of the parameter, of its first line and of its second line.
+
+    Accumulators of one decay lie so far behind those of another.
+    """
     numel = load_size(row, ELEMENTS, 1) * load_size(row, GROUPS, 1)
     width = load_size(row, WIDTH, WIDTH_ALIGN)
     first, second = numel // width * load_size(row, C, 1), numel // load_size(row, D1, 1)
@@ -237,7 +264,10 @@ def find_lengths(row, KIND: tl.constexpr, WIDTH_ALIGN: tl.constexpr):
 
 @jit
 def load_several(pointer, at, mask, stride, COUNT: tl.constexpr):
-    """A tuple of COUNT loads, `stride` apart; 1 where nothing is: its root can be inverted."""
+    """A tuple of COUNT loads at the same offsets, `stride` apart: one per decay.
+
+    1 where nothing is: its root can be inverted.
+    """
     result = ()
     for i in tl.static_range(COUNT):
         result = result + (tl.load(pointer + i * stride + at, mask, 1.0),)

@@ -1,4 +1,7 @@
-"""The shape of the element's MLP, and how its kernel divides the work: what both of them are compiled for."""
+"""The shape of the element's MLP, and how its kernel divides the work: what both of them are compiled for.
+
+Limits and defaults are what fits registers and shared memory; `python -m bench tune` may find better tiles.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ class Shape(NamedTuple):
 
     @property
     def num_rest(self) -> int:
-        """R, the numbers of all layers but the first."""
+        """R, the numbers of all layers but the first, weights and biases one behind the other.
+
+        It is the width of `MLPWeights.rest`, and of the end of a row of `fold.pack`.
+        """
         return (self.layers - 1) * self.hidden * (self.hidden + 1) + self.outputs * (self.hidden + 1)
 
 
@@ -59,19 +65,28 @@ class TileChoice(NamedTuple):
 
     @property
     def tile(self) -> Tile:
-        """Block, steps and warps: what does not change the formula."""
+        """Block, steps and warps: what does not change the formula.
+
+        `tuning.find` may replace them by what was measured to be best.
+        """
         return Tile(self.block, self.steps, self.warps)
 
 
 def count_shared(shape: Shape) -> int:
-    """Bytes of shared memory that a program takes at most, where tensor cores multiply; compiled ones take less."""
+    """Bytes of shared memory that a program takes at most, where tensor cores multiply; compiled ones take less.
+
+    An MLP for which the device has less is not run by the kernel, but by PyTorch; see `op.find_shared_memory`.
+    """
     padded = max(DOT_HIDDEN, 1 << (shape.hidden - 1).bit_length())
     return 4 * padded**2 * (shape.layers - 1) + 680 * padded + 20_000
 
 
 def choose_tiles(shape: Shape, precision: str = "ieee", dot: bool | None = None) -> TileChoice:
-    """The choice for a shape: tensor cores from `DOT_HIDDEN` on, unless `dot` says otherwise.
+    """The default choice for a shape: tensor cores from `DOT_HIDDEN` units on, unless `dot` says otherwise.
 
+    Args:
+        precision: of the inputs of their products, one of `PRECISIONS`.
+        dot: on tensor cores, or by plain multiplications.
     Raises:
         ValueError: the MLP is not one the kernel takes, or there is no such precision.
     """
@@ -89,12 +104,20 @@ def choose_tiles(shape: Shape, precision: str = "ieee", dot: bool | None = None)
 
 
 def sign(family: Family, shape: Shape, choice: TileChoice, p_dtype: torch.dtype) -> str:
-    """For which kernels the same tile is best, for `tuning.find`; of a choice only how it multiplies."""
+    """For which kernels the same tile is best: those of this family, shape, way to multiply and dtype of parameters.
+
+    It is the MLP's part of the key in `tuning.find` and `tuning.store`; block, steps and warps of the choice are not in
+    it.
+    """
     return tuning.sign(family, shape, choice.precision if choice.dot else "fma", p_dtype)
 
 
 class MLPSizes(NamedTuple):
-    """What the kernel is compiled for of both; HP is H padded to a power of two that `tl.dot` takes."""
+    """What the kernel is compiled for of shape and choice, as one compile-time constant, MLP.
+
+    HP is H padded to a power of two that `tl.dot` takes; DOT says whether it is used, PRECISION how its inputs are
+    rounded.
+    """
 
     H: int
     LAYERS: int
@@ -106,6 +129,9 @@ class MLPSizes(NamedTuple):
 
 
 def choose_sizes(shape: Shape, choice: TileChoice) -> MLPSizes:
-    """The compile-time constants of an MLP that is multiplied in one way or the other."""
+    """The compile-time constants of an MLP that is multiplied in one way or the other.
+
+    Block, steps and warps of the choice are none of them: they are the launch's.
+    """
     padded = max(DOT_HIDDEN, 1 << (shape.hidden - 1).bit_length())
     return MLPSizes(*shape, choice.dot, choice.precision, padded)

@@ -57,7 +57,7 @@ class Clock(NamedTuple):
 
 
 def reference(grads: Sequence[Tensor], counters: Tensor, seeds: Tensor, found_inf: Tensor | None = None) -> Clock:
-    """The specification.
+    """Which parameters are live, and their counters and seeds: the definition of both kernels in plain PyTorch; pure.
 
     Args:
         grads: of any floating dtype.
@@ -177,7 +177,15 @@ def _constexprs(g_dtype: torch.dtype, align: int) -> dict[str, object]:
 
 
 def launch(grads: Sequence[Tensor], counters: Tensor, seeds: Tensor, found_inf: Tensor | None = None) -> Clock:
-    """`reference`; gradients are contiguous and of one dtype."""
+    """`reference` in Triton for a list of gradients, as tests and benchmarks call it; arguments stay as they are.
+
+    Args:
+        grads: at least one, contiguous and of one dtype.
+        counters, seeds: int64 `[n]`, as in `reference`.
+        found_inf: float32 `[1]` of a gradient scaler, or None: the gradients are looked at.
+    Raises:
+        RuntimeError: Triton is missing, or it has neither a GPU nor its interpreter to run on.
+    """
     counted, device = counters.clone(), counters.device
     pairs = zip(counted.unbind(), seeds.unbind(), strict=True)
     made = [Segment(pair, (g.numel(),), i) for i, (pair, g) in enumerate(zip(pairs, grads, strict=True))]
@@ -207,12 +215,21 @@ def sample(
 
 
 def bytes_moved(num_coordinates: int, grad_bytes: int = 4) -> int:
-    """Bytes one launch has to read: the gradients."""
+    """Bytes one launch has to read: all gradients, once.
+
+    Counters, flags and seeds are a few numbers per tensor and are left out.
+
+    Args:
+        grad_bytes: the size of one number.
+    """
     return num_coordinates * grad_bytes
 
 
 def compile_source(dtype: torch.dtype) -> CompileSource:
-    """The kernel that looks at gradients of `dtype`."""
+    """The kernel that looks at gradients of `dtype`, aligned as in a large model.
+
+    It can be compiled and inspected where no GPU is. The second kernel, of one program per parameter, is left out.
+    """
     return specialize(_finite_kernel, _constexprs(dtype, ALIGNMENT), OPTIONS, **TYPES, flags_ptr="*i8")
 
 

@@ -1,4 +1,7 @@
-"""What a kernel takes of a GPU, known from its compilation alone: registers, spills, shared memory."""
+"""What a kernel takes of a GPU, known from its compilation alone: registers, spills, shared memory.
+
+`python -m bench compile` prints these figures, and tests look for spills in them, on machines without a GPU.
+"""
 
 # mypy: disable-error-code="no-untyped-call"
 

@@ -38,13 +38,20 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def constant(value: Any) -> Any:
-    """A module's number as kernels may read it: `tl.constexpr`, or the number itself where there is no Triton."""
+    """A module's number as kernels may read it: `tl.constexpr`, which Triton wants of globals.
+
+    Where there is no Triton, and only references run, it is the number itself.
+    """
     return value if triton is None else tl.constexpr(value)
 
 
 @jit
 def probe() -> None:
-    """A kernel that does nothing: compiled for a GPU or, in the interpreter, not."""
+    """A kernel that does nothing, to find out what Triton does with others.
+
+    Its type tells whether kernels are compiled or interpreted, and its launch, by `op.try_triton`, whether this machine
+    can compile at all.
+    """
 
 
 INTERPRETED = triton is not None and not isinstance(probe, triton.JITFunction)

@@ -1,4 +1,7 @@
-"""What a fused formula is: its definition, its kernel, and what tests and benchmarks need to know."""
+"""What a fused formula is: its definition, its kernel, and what tests and benchmarks need to know of both.
+
+Also whether Triton can run on this machine, how much shared memory it has, and how many kernels were launched.
+"""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -34,7 +37,14 @@ class CompileSource:
 
 
 def specialize(kernel: Any, constexprs: dict[str, Any], options: dict[str, Any], **types: Any) -> CompileSource:
-    """A kernel with these compile-time constants; arguments without a type are pointers to fp32."""
+    """A kernel with these compile-time constants, to be compiled without arguments at hand and without a GPU.
+
+    Args:
+        kernel: a `triton.jit` function.
+        constexprs: by name; an argument that is None the kernel does without.
+        options: of the compiler, `num_warps` among them.
+        types: Triton types of other arguments by name; those without one are pointers to fp32.
+    """
     types |= dict.fromkeys(constexprs, "constexpr")
     return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constexprs, options)
 
@@ -73,7 +83,10 @@ def try_triton(device: torch.device) -> str | None:
 
 
 def find_shared_memory(device: torch.device) -> int | None:
-    """Bytes that a program may take, or None if that is not limited: by the interpreter."""
+    """Bytes of shared memory that a program on this device may take; None: they are not limited, by the interpreter.
+
+    Networks are run by a kernel only if `tiling.count_shared` of them is not more; else the step falls back to PyTorch.
+    """
     if triton is None or device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -126,14 +139,23 @@ def make_op(module: str, **others: Any) -> Op:
 
 
 class LaunchCounter:
-    """Attributes: launches: kernels of Triton that were launched while it counted."""
+    """What `count_launches` counts.
+
+    Attributes:
+        launches: kernels of Triton, compiled or interpreted, that were launched while it counted; operations of torch
+            are none of them.
+    """
 
     launches = 0
 
 
 @contextmanager
 def count_launches() -> Iterator[LaunchCounter]:
-    """Count launches of kernels, compiled or interpreted."""
+    """Count launches of Triton's kernels within this context, compiled or interpreted.
+
+    Tests hold by it that a step's launches do not grow with the number of tensors. Yields a counter that goes on
+    counting until the end; without Triton it stays 0.
+    """
     counter = LaunchCounter()
     if triton is None:
         yield counter

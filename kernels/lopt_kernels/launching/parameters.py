@@ -67,12 +67,19 @@ class Items(NamedTuple):
     align: int = 1
 
     def arguments(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """What every kernel that updates parameters of `dtype` takes, in this order."""
+        """What every kernel that updates parameters of `dtype` takes of these, in this order.
+
+        Gradients' addresses, rate, decay, factor on the gradient, live, steps, and seeds, None unless parameters are
+        bfloat16.
+        """
         seeds = self.seeds if dtype == torch.bfloat16 else None
         return (self.grads, *self.rates, self.live, self.steps, seeds)
 
     def constexprs(self) -> dict[str, Any]:
-        """Compile-time constants G_TYPE and G_ALIGN."""
+        """Compile-time constants of a kernel that reads these gradients: their Triton type G_TYPE, and G_ALIGN.
+
+        By the latter, loads of them may be wide.
+        """
         return {"G_TYPE": TRITON_TYPES[self.dtype], "G_ALIGN": self.align}
 
 
@@ -83,7 +90,15 @@ def make_items(
     steps: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> Items:
-    """Items of these gradients, whose memory must outlive them; by default all are live and at step 0."""
+    """Items of these gradients for one launch, as an op's `launch`, tests and benchmarks need them.
+
+    Args:
+        grads: at least one, dense and all of one dtype; their memory must outlive the items, which hold addresses.
+        rates: `[n]` each.
+        live: bool `[n]`, by default all.
+        steps: int64 `[n]`, by default 0.
+        seeds: int64 `[n]`, or None: bfloat16 parameters are rounded to nearest.
+    """
     device, addresses = rates.lr.device, [g.data_ptr() for g in grads]
     live = torch.ones(len(grads), dtype=torch.bool, device=device) if live is None else live
     steps = torch.zeros(len(grads), dtype=torch.int64, device=device) if steps is None else steps
@@ -92,13 +107,29 @@ def make_items(
 
 
 def read_gradient(g: Tensor, rates: Rates, sanitize: bool = False) -> Tensor:
-    """The gradient `[N]` as rules see it, in fp32; `sanitize`: what is not finite counts as 0."""
+    """The gradient `[N]` as rules see it, in fp32 and times `rates.grad_scale`.
+
+    What references begin with, and the definition of `load_gradient`.
+
+    Args:
+        g: of any floating dtype.
+        sanitize: entries that are not finite count as 0.
+    """
     g = g.float() * rates.grad_scale
     return torch.where(g.isfinite(), g, 0.0) if sanitize else g
 
 
 def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None = None) -> Tensor:
-    """The parameter `[N]` after the step: in fp32, rounded once: at random if bf16 with `seeds`, int64 `[1]`."""
+    """The parameter after the step, `p + lr * delta - lr * decay * p`, in fp32 and rounded once.
+
+    What references end with, and the definition of `store_parameter`.
+
+    Args:
+        p: `[N]`, float32, bfloat16 or float16.
+        delta: the step, float32 `[N]`.
+        rates: `[1]` each; with an `lr` of 0 not a bit of p changes.
+        seeds: int64 `[1]`: a bfloat16 p is rounded at random; None: to nearest.
+    """
     base = p.float()
     rate = rates.lr * rates.decay
     new = torch.where(rate == 0, base, base - rate * base) + rates.lr * delta
@@ -110,7 +141,10 @@ def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None 
 
 
 def sample_rates(device: torch.device) -> Rates:
-    """Rates of one segment, none of them neutral."""
+    """Rates of one parameter, `[1]` each, for samples: none of them is neutral.
+
+    So a kernel that leaves out learning rate, decay or sign does not equal its reference.
+    """
     return Rates(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
 
 
@@ -165,8 +199,13 @@ def check_launch(
 def check_stacks(op: str, stacks: Mapping[str, Tensor], device: torch.device, count: int) -> None:
     """Each tensor is a contiguous float32 stack of at least `count` on this device.
 
+    Programs read a slot's meta-weights by offsets, so that any other layout would give them other numbers.
+
+    Args:
+        op: its name, for messages.
+        stacks: by name.
     Raises:
-        ValueError: it is not.
+        ValueError: one is not; it names dtype, device and strides, or the slot that is missing.
     """
     for name, stack in stacks.items():
         if stack.dtype != torch.float32 or stack.device != device or not stack.is_contiguous():
@@ -184,8 +223,11 @@ def check_stacks(op: str, stacks: Mapping[str, Tensor], device: torch.device, co
 def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = True) -> None:
     """There is one number for each parameter of the table, of the right dtype and on its device.
 
+    Args:
+        op: its name, for messages.
+        check_dtype: the gradients must be of the dtype of the table's first tensors, or float32.
     Raises:
-        ValueError: there is not.
+        ValueError: it is not so; programs would read beyond the tensors, or other numbers.
     """
     device, size = segments.table.device, len(items.grads)
     numbers = [(name, x, torch.float32) for name, x in items.rates._asdict().items()]
@@ -207,7 +249,10 @@ def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = T
 
 
 def check_dtypes(op: str, segments: Segments, state_dtypes: tuple[torch.dtype, ...], num_states: int) -> None:
-    """The segments' tensors are a parameter and `num_states` tensors of one dtype.
+    """The segments' tensors are a parameter and `num_states` tensors of state, of dtypes that the kernel takes.
+
+    Parameters are of one of `PARAMETER_DTYPES`, the state is all of one of `state_dtypes`: kernels read a table's
+    addresses as pointers to them.
 
     Raises:
         ValueError: they are not.
@@ -222,16 +267,22 @@ def check_dtypes(op: str, segments: Segments, state_dtypes: tuple[torch.dtype, .
 
 
 def type_constexprs(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
-    """Compile-time constants P_TYPE and S_TYPE from the dtypes of parameter and state."""
+    """Compile-time constants P_TYPE and S_TYPE from the dtypes of parameter and state, the first two of `dtypes`.
+
+    By them kernels read a table's addresses as pointers.
+    """
     return dict(zip(("P_TYPE", "S_TYPE"), (TRITON_TYPES[dtype] for dtype in dtypes[:2]), strict=True))
 
 
 def compile_constants(dtypes: tuple[torch.dtype, ...], columns: int, seeded: bool) -> dict[str, Any]:
-    """Compile-time constants for parameter, gradient and state of these dtypes, aligned, as in a large model.
+    """Compile-time constants of table, dtypes and rounding as in a large model, where all is aligned.
+
+    An op's `compile_source` adds those of its own.
 
     Args:
+        dtypes: of parameter, gradient and state.
         columns: of the table.
-        seeded: with stochastic rounding.
+        seeded: with stochastic rounding; else the argument `seeds` is None.
     """
     p_dtype, g_dtype, s_dtype = dtypes
     table = {"COLUMNS": columns, "ALIGN": ALIGNMENT, "MULTIPLE": ALIGNMENT, "SANITIZE": False}
@@ -245,13 +296,19 @@ _KEPT = constant(-(1 << HALF_BITS))
 
 @jit
 def load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr):
-    """A parameter's `Rates`: learning rate, weight decay, and the factor on its gradient."""
+    """One parameter's `Rates` as numbers in fp32: learning rate, weight decay, and the factor on its gradient.
+
+    Each is read from an array `[n]` at the parameter's index.
+    """
     return tl.load(lr_ptr + index), tl.load(decay_ptr + index), tl.load(grad_scale_ptr + index)
 
 
 @jit
 def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
-    """`read_gradient` of the elements `at`."""
+    """`read_gradient` of the elements `at`, in fp32; 0 where `mask` is not.
+
+    `scale` is the parameter's `Rates.grad_scale`; with SANITIZE what is not finite counts as 0.
+    """
     x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
     if SANITIZE:
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
@@ -260,7 +317,12 @@ def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
 
 @jit
 def store_parameter(p, at, mask, base, delta, lr, decay, seeds, index):
-    """`move_parameter` of the elements `at`, whose values were `base`; `seeds` int64 `[n]` or None."""
+    """`move_parameter` of the elements `at`, whose values were `base`, written in place and rounded once.
+
+    Nothing is written with a learning rate of 0.
+
+    `seeds`: int64 `[n]`, by which bfloat16 is rounded at random, or None.
+    """
     rate = lr * decay
     new = tl.where(rate == 0, base, base - rate * base) + lr * delta
     if seeds is not None:

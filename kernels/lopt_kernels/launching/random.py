@@ -27,6 +27,8 @@ which a compiler sees nothing."""
 def shift_right(x: Words, bits: int) -> Words:
     """Logical (zero-filling) right shift, which neither torch nor numpy has for signed integers.
 
+    The generator is defined on unsigned words.
+
     Args:
         x: int64 of any shape.
         bits: from 1 to 63.
@@ -36,6 +38,8 @@ def shift_right(x: Words, bits: int) -> Words:
 
 def mix(x: Words) -> Words:
     """The finaliser of splitmix64: a bijection of 64-bit words that turns neighbouring ones into unrelated ones.
+
+    Counters and lanes are neighbours before it, and random bits behind it.
 
     Args:
         x: int64 of any shape.
@@ -47,6 +51,8 @@ def mix(x: Words) -> Words:
 
 def fold(seeds: Words, counters: Words) -> Words:
     """Independent seeds for every counter: the outputs number `counters` of the generators that start at `seeds`.
+
+    A step's seeds are those of its parameters folded with their counters.
 
     Args:
         seeds, counters: int64, broadcast.
@@ -76,7 +82,10 @@ _GOLDEN, _MIX_1, _MIX_2 = constant(GOLDEN), constant(MIX_1), constant(MIX_2)
 
 @jit
 def fold_seed(seed, counter):
-    """`fold` of an int64 seed with int64 counters, in a kernel."""
+    """`fold` of an int64 seed with int64 counters, in a kernel.
+
+    It makes a step's seed of a parameter's, and a lane's bits of a step's seed.
+    """
     x = seed + _GOLDEN * (counter + 1)
     x = (x ^ shift_seed(x, 30)) * _MIX_1
     x = (x ^ shift_seed(x, 27)) * _MIX_2
@@ -85,5 +94,5 @@ def fold_seed(seed, counter):
 
 @jit
 def shift_seed(x, BITS: tl.constexpr):
-    """`shift_right`, in a kernel."""
+    """`shift_right` in a kernel, by a cast to unsigned words: int64 of any shape, zeros from above."""
     return (x.to(tl.uint64, bitcast=True) >> BITS).to(tl.int64, bitcast=True)

@@ -6,7 +6,7 @@ Programs are numbered through; each finds its segment by binary search over the 
 
     row of the table, int64:  pointers ... | sizes ... | index | slot of the meta-weights
 
-What may change from step to step (gradients' addresses, rates, counters) is not in the table: see `apply.Items`.
+What may change from step to step (gradients' addresses, rates, counters) is not in the table: see `parameters.Items`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -34,7 +34,7 @@ class Segment:
     Attributes:
         tensors: contiguous, or dense with the same strides: column `i` has one dtype and one device in all segments.
         sizes: what the kernel has to know of their shapes; the first is usually the number of coordinates.
-        index: the number of its parameter, for `apply.Items`; a parameter may have several segments.
+        index: the number of its parameter, for `parameters.Items`; a parameter may have several segments.
         slot: its row of the stacks of meta-weights.
     """
 
@@ -92,23 +92,35 @@ class Segments:
         self.starts = flat[-len(starts) :]
 
     def constexprs(self) -> dict[str, Any]:
-        """Compile-time constants of a kernel on this table: COLUMNS, ALIGN and MULTIPLE (of its first size)."""
+        """Compile-time constants of a kernel on this table: COLUMNS, ALIGN and MULTIPLE (of its first size).
+
+        By the last two, loads through the table's addresses may be wide.
+        """
         return {"COLUMNS": self.columns, "ALIGN": self.align, "MULTIPLE": self.multiples[0]}
 
 
 def by_elements(block: int) -> Callable[[tuple[int, ...]], int]:
-    """A `count_blocks` where the first size is a number of elements and a program takes `block` of them."""
+    """A `count_blocks` for tables whose first size is a number of elements, of which a program takes `block`.
+
+    The last program of a segment may have fewer, an empty segment has none.
+    """
     return lambda sizes: -(-sizes[0] // block)
 
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor `[len(numbers)]` on a device, which is not waited for."""
+    """A tensor `[len(numbers)]` on a device, which is not waited for.
+
+    On a GPU it is copied from pinned memory, so that tables and rates can be sent while earlier launches run.
+    """
     host = torch.tensor(numbers, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def find_alignment(numbers: Iterable[int]) -> int:
-    """The largest power of two, up to `ALIGNMENT`, that divides all."""
+    """The largest power of two, up to `ALIGNMENT`, that divides all numbers, which are addresses or sizes.
+
+    Kernels are specialised to it and may load as wide as it says. `ALIGNMENT` if there are none.
+    """
     return gcd(ALIGNMENT, *numbers)
 
 
@@ -129,7 +141,10 @@ def _check_alike(i: int, segment: Segment, dtypes: tuple[Any, ...], device: torc
 
 @jit
 def find_segment(starts, num_segments, block):
-    """The segment of a block: the last that starts at or before it (empty ones start where the next does)."""
+    """The segment of a block: the last that starts at or before it (empty ones start where the next does).
+
+    A binary search in `starts`, int64 `[n + 1]`, which is ascending; the result is int64.
+    """
     low = tl.cast(num_segments, tl.int32) * 0  # not a constant: the loop carries it
     high = tl.cast(num_segments, tl.int32)
     while high - low > 1:
@@ -142,30 +157,42 @@ def find_segment(starts, num_segments, block):
 
 @jit
 def find_row(table, starts, num_segments, block, COLUMNS: tl.constexpr):
-    """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64."""
+    """For a block: its segment, that segment's row of the table, and the block's number in the segment; int64.
+
+    The row is a pointer to its first column. Nearly all programs over a table begin with it.
+    """
     segment = find_segment(starts, num_segments, block)
     return segment, table + segment * COLUMNS, block.to(tl.int64) - tl.load(starts + segment)
 
 
 @jit
 def load_index(row, COLUMNS: tl.constexpr):
-    """The number of a row's parameter."""
+    """The number of a row's parameter, int64.
+
+    It is where the parameter's gradient, rates and counter are in the arrays `[n]` of `parameters.Items`.
+    """
     return tl.load(row + COLUMNS - 2)
 
 
 @jit
 def load_slot(row, COLUMNS: tl.constexpr):
-    """The row of the stacks of meta-weights."""
+    """A row's slot, int64: which set of a stack `[K, ...]` of meta-weights its tensor is stepped with."""
     return tl.load(row + COLUMNS - 1)
 
 
 @jit
 def load_pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The address in a column of the row, as a pointer to DTYPE; ALIGN is `Segments.align`."""
+    """The address in a column of the row, as a pointer to DTYPE.
+
+    ALIGN, of `Segments.align`, divides it, so that loads may be wide.
+    """
     return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
 
 
 @jit
 def load_size(row, COLUMN: tl.constexpr, MULTIPLE: tl.constexpr):
-    """The number in a column of the row, int64; MULTIPLE is its entry of `Segments.multiples`."""
+    """The number in a column of the row, int64.
+
+    MULTIPLE, its entry of `Segments.multiples`, divides it, so that rows of such a length may be loaded wide.
+    """
     return tl.multiple_of(tl.load(row + COLUMN), MULTIPLE)

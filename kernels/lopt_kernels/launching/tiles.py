@@ -17,7 +17,11 @@ def multiply_tiles(
     ROWS: tl.constexpr, COLS: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
     OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """acc + W x for W `[ROWS, COLS]` with strides ROW and COL; OUT and IN tiles."""
+    """acc + W x: x is IN tiles `[TILE, BLOCK]`, acc and the result are OUT tiles.
+
+    W `[ROWS, COLS]` is read through strides ROW and COL, so that the backward pass multiplies by its transpose. Exact
+    products in fp32.
+    """
     out = ()
     for j in tl.static_range(OUT):
         y = acc[j]
@@ -32,7 +36,10 @@ def multiply_tiles(
 
 @jit
 def load_tiles(x_ptr, start, stride, column, in_column, ROWS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
-    """ROWS rows of a matrix from its row `start` on, some columns."""
+    """ROWS rows of a matrix from its row `start` on, at some columns `[BLOCK]`.
+
+    TILES tiles `[TILE, BLOCK]`, zeros where no row or column is. Rows are `stride` apart.
+    """
     out = ()
     for j in tl.static_range(TILES):
         row = j * TILE + tl.arange(0, TILE)[:, None]
@@ -44,6 +51,10 @@ def load_tiles(x_ptr, start, stride, column, in_column, ROWS: tl.constexpr, TILE
 def store_tiles(
     x_ptr, x, start, stride, column, in_column, ROWS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr
 ):
+    """Write ROWS rows of a matrix from its row `start` on, at some columns, from TILES tiles `[TILE, BLOCK]`.
+
+    Padded rows and columns are left out. The counterpart of `load_tiles`.
+    """
     for j in tl.static_range(TILES):
         row = j * TILE + tl.arange(0, TILE)[:, None]
         tl.store(x_ptr + (start + row) * stride + column, x[j], (row < ROWS) & in_column)
@@ -51,7 +62,10 @@ def store_tiles(
 
 @jit
 def load_column(x_ptr, ROWS: tl.constexpr, j: tl.constexpr, TILE: tl.constexpr):
-    """A tile `[TILE, 1]` of a vector."""
+    """Tile number j, `[TILE, 1]`, of a vector of ROWS numbers; zeros behind them.
+
+    Biases and output weights are such vectors, and are broadcast over coordinates.
+    """
     row = j * TILE + tl.arange(0, TILE)
     return tl.load(x_ptr + row, row < ROWS, 0.0)[:, None]
 
@@ -68,7 +82,10 @@ def activate(h, ROWS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
 
 @jit
 def mask_inactive(d, active, TILES: tl.constexpr):
-    """The gradient before a ReLU from that behind it; 0 in padded rows, as they are never active."""
+    """The gradient before a ReLU from that behind it, tile by tile, given its results `active`.
+
+    0 in padded rows, as they are never active.
+    """
     out = ()
     for j in tl.static_range(TILES):
         out = out + (tl.where(active[j] <= 0, 0.0, d[j]),)
@@ -77,6 +94,10 @@ def mask_inactive(d, active, TILES: tl.constexpr):
 
 @jit
 def make_zeros(TILES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """A vector of zeros for each of BLOCK coordinates: TILES tiles `[TILE, BLOCK]` in fp32.
+
+    Products without a bias, as those of the backward pass, are added to it.
+    """
     out = ()
     for _ in tl.static_range(TILES):
         out = out + (tl.zeros([TILE, BLOCK], tl.float32),)

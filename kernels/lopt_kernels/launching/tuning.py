@@ -43,7 +43,11 @@ class Tile(NamedTuple):
 
 
 def sign(*parts: object) -> str:
-    """What a kernel is specialised to, as text: that of each part."""
+    """What a kernel is specialised to, as one line of text: that of each part.
+
+    It is in the key under which `store` keeps a tile and `find` looks for it: kernels that need tiles of their own must
+    print differently.
+    """
     return "; ".join(map(str, parts))
 
 
@@ -103,13 +107,19 @@ def store(op: str, signature: str, tile: Tile, device: torch.device, **figures: 
 
 
 def find_file() -> Path:
-    """Where tiles are kept; see the module."""
+    """The file that `find` reads and `store` writes.
+
+    `tiles.json` in `$LOPT_CACHE`, else in `lopt` below `$XDG_CACHE_HOME` or `~/.cache`. It need not exist.
+    """
     own, shared = os.environ.get("LOPT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own or Path(shared or os.path.expanduser("~/.cache"), "lopt"), NAME)
 
 
 def name_gpu(device: torch.device) -> str | None:
-    """What a measurement is true of beside the kernel: GPU, capability and Triton's version; None: it is no GPU."""
+    """What a measurement is true of beside the kernel: name and capability of the GPU, and Triton's version.
+
+    It is the first part of a tile's key. None where nothing can be measured: no GPU, or no Triton.
+    """
     if device.type != "cuda" or triton is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
