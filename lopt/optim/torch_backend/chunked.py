@@ -87,6 +87,11 @@ class ChunkedTensor:
         return [(*index, one) for index in before for one in slices]
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
+        """Call a stage on one chunk after the other, and write the accumulators of its elements back at once.
+
+        Returns:
+            Sums over the elements that this process has. Those that keep an axis are as long as the part is along it.
+        """
         sums: dict[str, Sum] = {}
         for cut, visit in self._walk(stage):
             for key, (value, axes) in visit.sums.items():
@@ -99,12 +104,23 @@ class ChunkedTensor:
         return sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """Write accumulators in place, where the gradient is live, and have fields at hand for the rest of this step.
+
+        Args:
+            acc: for this process's part, or for the rows or columns of the whole parameter.
+            fields: for the whole parameter, also where it is sharded: chunks find their place in them.
+        """
         for key, value in acc.items():
             self.acc[key].copy_(self.update.merge(value, self.acc[key]))
         self.fields |= fields
         self.whole |= fields.keys()
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+        """Add the step to the parameter in place, chunk by chunk.
+
+        A rule with `finish`, and an update with a transform, need the step of the whole parameter at once: 4 bytes per
+        element for this call, and for `finish` on a shard a collective that gathers it.
+        """
         if finish is None and self.update.transform is None:
             for cut, visit in self._walk(stage):
                 self._write(cut, visit.delta)

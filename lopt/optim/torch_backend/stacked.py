@@ -47,16 +47,32 @@ class StackedTensors:
         self.fields: Accumulators = {}
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
+        """Call a stage once on all k parameters, stacked in fp32, and write its new accumulators back.
+
+        Returns:
+            Sums `[k, ...]`, which are over the whole parameters, as these are never sharded.
+        """
         visit, _ = self._call(stage)
         return visit.sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """Write accumulators `[k, ...]` back into the k states, where gradients are live; keep fields for this step.
+
+        Args:
+            acc: by name; tensors that are left out stay.
+            fields: of this step alone: no state has them.
+        """
         # Where all are live, the old state is not even stacked.
         for key, value in acc.items():
             self.acc.write(key, value if self.update.live is None else self.update.merge(value, self.acc[key]))
         self.fields |= fields
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+        """Add the steps to the k parameters in place, by the operations of one step on a stack of them.
+
+        Args:
+            finish: called once for all of them, with the steps `[k, *shape]`.
+        """
         visit, e = self._call(stage)
         delta = visit.delta
         assert delta is not None, "`move` makes the step"
