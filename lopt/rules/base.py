@@ -227,7 +227,6 @@ class Rule(Recorded, nn.Module, ABC):
 
         Args:
             grads: dL/dparams, one tensor `[*batch, *shape]` per name, same shape and dtype as `params`.
-            params: the current parameters.
             state: from `init_state` or the previous call; `state.step` counts from 0.
             loss: training-batch loss `[*batch]`, for rules that read it.
             num_steps: planned number of steps, int64 `[*batch]`, for rules that read it.
@@ -238,9 +237,8 @@ class Rule(Recorded, nn.Module, ABC):
             ValueError: the rule needs `num_steps` and there is none.
         """
         clock = Clock(state.step, num_steps)
-        tensors = {
-            name: WholeTensor(grads[name], p, state.accumulators[name], state.step.ndim) for name, p in params.items()
-        }
+        acc, ndim = state.accumulators, state.step.ndim
+        tensors = {name: WholeTensor(grads[name], p, acc[name], ndim) for name, p in params.items()}
         # Parameters that a rule delegates are stepped by another one, with a schedule of its own.
         groups: dict[Rule, list[WholeTensor]] = {}
         for name, tensor in tensors.items():
@@ -352,8 +350,7 @@ class _TensorGroup:
         return x if self.tensors[i].stacked else x.unsqueeze(self.dim)
 
     def _take(self, i: int, x: Tensor) -> Tensor:
-        tensor = self.tensors[i]
-        start = self.starts[i]
+        tensor, start = self.tensors[i], self.starts[i]
         return x.narrow(self.dim, start, tensor.count) if tensor.stacked else x.select(self.dim, start)
 
 
@@ -381,13 +378,16 @@ class WholeTensor:
         return visit
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
+        """The sums of a stage that is called once, on the whole tensor; what it makes is kept for the later stages."""
         return self._call(stage).sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
+        """Take new accumulators and fields in place of those of their names; the tensors stay as autograd saw them."""
         self.acc |= acc
         self.fields |= fields
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+        """Put a new tensor in the place of `p`, so that meta-gradients flow from it through the step to the rule."""
         self.p = self.p + self.make_delta(stage, finish)
 
     def make_delta(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Tensor:

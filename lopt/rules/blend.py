@@ -120,6 +120,7 @@ class Blend(Rule):
         ndim, axes = e.layout.ndim, e.layout.axes
         rows = torch.cat([features.lift(_clip(e.g), ndim), features.lift(e.p, ndim), e.acc["m"]], -ndim - 1)
         rows = rows.flatten(-ndim)
+        # One product of g, p and the momenta with themselves has all norms and cosines; chunks of it can be added up.
         products = features.spread((rows @ rows.mT).flatten(-2), ndim)
         return Visit(sums={"products": Sum(products, axes), "power": Sum(e.acc["v"].sum(axes, keepdim=True), axes)})
 
@@ -166,6 +167,7 @@ class Blend(Rule):
         strength, *shares = out.unbind(-1)
         orthogonal, fast, adapt = torch.sigmoid(torch.stack(shares)).unbind()
         correction = 1 - self.momentum_decays ** (clock.step + 1)[..., None]
+        # The sign and the bias correction are in the weights of the momenta, by which elements are multiplied anyway.
         return new, {
             "step": self.lr * new["scale"][..., 0] * decay * torch.exp(strength.clamp(-5, 5)),
             "orthogonal": orthogonal,
@@ -189,6 +191,7 @@ class Blend(Rule):
             "m": features.average(e.acc["m"], features.lift(g, ndim), features.spread(self.momentum_decays, ndim)),
             "v": torch.lerp(g.square(), e.acc["v"], SECOND),
         }
+        # Summed a second time: `measure` saw the old v, and `move` divides by the mean of the new one.
         return Visit(acc, {"power": Sum(acc["v"].sum(e.layout.axes, keepdim=True), e.layout.axes)})
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
@@ -208,6 +211,7 @@ class Blend(Rule):
     def finish(self, delta: Tensor, decided: BlendDecision, layout: Layout) -> tuple[Tensor, Tensor]:
         inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
+            # A factor instead of a scaled step: the caller multiplies where it writes.
             return delta, inverse * step
         # Both terms get rms 1 before they are mixed: the share then says how much of each there is.
         matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)

@@ -35,10 +35,17 @@ class CeloScheduler(Scheduler):
         super().__init__(0, width, {"step": 1}, int(derive_seeds(seed, "celo scheduler")))
 
     def forward(self, rows: Accumulators, loss: Tensor | None, clock: Clock) -> tuple[Accumulators, Tensor]:
-        """The new rows and the factors `[*batch, n]`."""
+        """One step of the schedule for all n tensors: their new rows, and the factors `[*batch, n]` on their steps.
+
+        Args:
+            rows: the tensors' `ROW_KEYS`, `[*batch, n, features]`.
+            loss: `[*batch, 1]`, or None, with which the loss buffer stays as it was.
+            clock: `[*batch, 1 or n]`, with the planned number of steps.
+        """
         assert clock.num_steps is not None, "step_tensors has seen to it"
         z, rows = self.observe(rows, loss, clock, clock.num_steps)
         h, rows = self.advance(z, rows, clock.step)
+        # Unlike VeLO's factor, which is linear, an exponential cannot turn a step around.
         return rows, 0.1 * torch.exp(self.read("step", h)[..., 0])
 
 
@@ -114,6 +121,7 @@ class CeloAdam(Scheduled):
         return Decision(decided=[features.spread(number, layout.ndim) for number in numbers])
 
     def move(self, e: Elements, decided: list[Tensor]) -> Visit:
+        # One eps is within the root and one outside, as in the source; the inner one keeps derivatives finite at v = 0.
         size, correct_m, correct_v = decided
         m = torch.lerp(e.g, e.acc["m"], self.beta1)
         v = torch.lerp(e.g.square(), e.acc["v"], self.beta2)

@@ -181,6 +181,8 @@ class HierarchicalRNN(Rule):
         # State starts at 0; the learned initial vector is added in the first step, and 0 in all later ones.
         h = h + shared["start"][..., None]
         started = shared["started"][..., None, None]
+        # A tensor's first decays are 0: averages begin at its first gradient, and need no bias correction.
+        # The root of a decay has twice its time scale, so that one number per element gives all the scales.
         log_decays = logsigmoid(self.w_decays @ h + self.b_decays[..., None])
         decays = started * torch.exp(log_decays[..., :1, :] * self.shares[:, None])
         m = features.average(m, features.lift(e.g, ndim).flatten(-ndim), decays)
@@ -208,6 +210,7 @@ class HierarchicalRNN(Rule):
         ndim = e.layout.ndim
         h, m, v = (e.acc[key].flatten(-ndim) for key in ("hidden", "m", "v"))
         old, lr = e.acc["log_rate"].flatten(-ndim), self.log_lr[..., None]
+        # The state is relative to the learned lr: it starts at 0, and follows where meta-training moves lr.
         change = (self.w_rate @ h)[..., 0, :] + self.b_rate
         log_rate = _limit(lr + old + change)
         kept = features.average(old, log_rate - lr, torch.sigmoid(self.rate_momentum)[..., None])

@@ -43,6 +43,7 @@ def build_rule(weights: Weights, name: str, options: Mapping[str, Any] | None = 
         raise ValueError(f"cannot import {name!r}: {suggest(name, IMPORTERS)}; only these rules have released weights")
     where, rule_options = weights.where, list_options(RULES[name])
     config, tensors = IMPORTERS[name](weights)
+    # Weights that nothing uses mean another rule than the one that was named.
     weights.check_all_taken(name)
     for option, value in (options or {}).items():
         if option not in rule_options:
@@ -59,6 +60,7 @@ def build_rule(weights: Weights, name: str, options: Mapping[str, Any] | None = 
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise ValueError(f"{where}: {key} of rule {name!r} has shape {expected.get(key)}, found {found.get(key)}")
+    # Not strict, as files lack frozen weights; those that are learned were compared above.
     rule.load_state_dict(tensors, strict=False)
     return rule
 
@@ -103,6 +105,7 @@ def _import_scheduler(
         heads: by our name, the source's name and the number of outputs.
     """
     width = weights.take("rnn_params/linear/w", inputs, None).shape[1]
+    # Taken and dropped: a file must not hold anything that is not accounted for.
     weights.take("rnn_params/linear/b", width)
     layers = {
         "mix": ("linear_1", inputs, width),

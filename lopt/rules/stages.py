@@ -53,6 +53,7 @@ class Clock(NamedTuple):
 
         It is above 1 beyond the planned end; rules decide for themselves what that means.
         """
+        # A schedule follows the run, though a tensor may have had fewer updates: it ends with the run.
         step = self.step if self.run_step is None else self.run_step
         return None if self.num_steps is None else step.to(dtype) / self.num_steps.to(dtype)
 

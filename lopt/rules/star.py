@@ -77,10 +77,12 @@ class Star(Rule):
         if not momentum_decays or not all(0 < decay < 1 for decay in (*momentum_decays, second_decay)):
             raise ValueError(f"decays must be above 0 and below 1, at least one of a momentum, got {decays}")
         self.inner, self.factors, self.residual_unit, self.eps = rule, factors, residual_unit, eps
+        # Callers choose passes and chunks by these: as the inner rule needs them, with memory for the nominal term.
         self.elementwise, self.tensor_keys, self.line_keys = rule.elementwise, rule.tensor_keys, rule.line_keys
         self.needs_loss, self.needs_num_steps = rule.needs_loss, rule.needs_num_steps
         self.feature_names = rule.feature_names
         self.temporaries = rule.temporaries + 2 * len(momentum_decays) + 6
+        # As logarithms and logits meta-weights may take any value: factors keep their sign, decays stay in (0, 1).
         for key in factors:
             self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros(())))
         self.momentum_logits = nn.Parameter(torch.logit(torch.tensor(list(momentum_decays))))
@@ -110,6 +112,7 @@ class Star(Rule):
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         decision = self.inner.decide(means, acc, layout, clock, shared)
+        # `move` has no clock; bias correction counts the step that is being made.
         return decision._replace(decided=(decision.decided, clock.step + 1))
 
     def move(self, e: Elements, decided: tuple[Any, Tensor]) -> Visit:

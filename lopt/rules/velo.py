@@ -21,9 +21,9 @@ from lopt.rules.stages import Accumulators, AllTensors, Clock, Elements, Means, 
 
 STEP_MULT = 1e-3
 BANK_SCALE = 100.0
-MAX_BANK = 4096
+MAX_BANK = 4096  # a foreign file must not make us allocate gigabytes before its shapes are compared
 NUM_DIMS = 5  # 0 to 4 dimensions larger than 1, one-hot
-BUGGED_SPAN = 10
+BUGGED_SPAN = 10  # steps for which the source creates its loss buffer, whatever the length of the run
 TENSOR_FEATURES = (
     "log mean v",
     *(f"{i} dimensions > 1" for i in range(NUM_DIMS)),
@@ -100,13 +100,21 @@ class VeLO(FactoredMLP):
         span = torch.full_like(clock.num_steps, BUGGED_SPAN) if self.bugged_loss_features else clock.num_steps
         z, rows = self.scheduler.observe(rows, loss, clock, span)
         z = torch.cat([z, described], -1)
+        # The LSTM takes its learned initial state at step 0: a clock that stays there starts it afresh every time.
         step = clock.step if self.carry_state else torch.zeros_like(clock.step)
         h, rows = self.scheduler.advance(z, rows, step)
         read = self.scheduler.read
         return rows, {"control": read("control", h), "factor": read("step", h)[..., 0]}
 
     def layers(self, shared: Means) -> list[Layer]:
-        """The bank's weights averaged under the tensor's controls, times 100."""
+        """The bank's MLPs averaged under the tensor's controls, times 100: one MLP for each tensor and step.
+
+        Args:
+            shared: with "control" of `decide_together`, `[*batch, bank]`.
+        Returns:
+            Weights `[*batch, out, in]` and biases `[*batch, out]`.
+        """
+        # Weights are mixed, not outputs: the elements of a tensor see one small MLP, whatever the size of the bank.
         control = shared["control"] * (BANK_SCALE / shared["control"].shape[-1])
         return [(_mix(control, weight, 2), _mix(control, bias, 1)) for weight, bias in super().layers(shared)]
 
@@ -144,6 +152,8 @@ def describe_moments(p2: Tensor, m: Tensor, m2: Tensor, v: Tensor, v2: Tensor, l
     """
     # Relative to the parameter's size, as the step is.
     scale = p2.clamp(min=1e-9).rsqrt()
+    # Squares around a mean, multiplied out, need only sums that one pass makes. The means come in float64, as such
+    # differences are small against them; rounding may leave the first below 0 all the same.
     var_m = scale.square() * (m2 - m.square()).clamp(min=0).to(p2.dtype)
     var_v = scale.square() * (v2 - 2 * v * m + m.square()).to(p2.dtype)
     v = v.to(p2.dtype)

@@ -70,6 +70,7 @@ class ElementwiseRule(Rule):
         return {key: unflatten(a, layout) for key, a in flat.items()}
 
     def move(self, e: Elements, decided: Clock) -> Visit:
+        # Flat, so that whole tensors, chunks and shards are alike; numbers of a task get a dimension to meet elements.
         acc = {key: flatten(a, e.layout) for key, a in e.acc.items()}
         progress = decided.progress(e.p.dtype)
         progress = None if progress is None else progress[..., None]
@@ -94,5 +95,6 @@ def flatten(x: Tensor, layout: Layout) -> Tensor:
 
 def unflatten(x: Tensor, layout: Layout) -> Tensor:
     """Undo `flatten`; a last dimension of 1 (one number per parameter) becomes ones."""
+    # In a tensor of one element both readings are the same shape.
     shape = layout.shape if x.shape[-1] == prod(layout.shape) else (1,) * layout.ndim
     return x.reshape(*x.shape[:-1], *shape)

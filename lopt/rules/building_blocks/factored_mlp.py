@@ -88,6 +88,7 @@ class FactoredMLP(FeatureMLP):
         return Visit(sums=features.sum_lines(self.clip(e.g), e.layout))
 
     def begin_step(self, clock: Clock) -> Means:
+        # Once per step: learned decays are functions of meta-weights, and elements may come in many chunks.
         decays = zip(("momentum_decays", "second_decays", "factored_decays"), self.decays(), strict=True)
         return super().begin_step(clock) | dict(decays)
 
@@ -140,6 +141,7 @@ class FactoredMLP(FeatureMLP):
     def line_features(self, acc: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if layout.factored is None:
             return {}
+        # The source adds another eps in each root: 1e-8 in these features, 1e-9 in F, `rs_eps` in rs.
         return {key: torch.cat([acc[key], (acc[key] + 1e-8).rsqrt()], -layout.ndim - 1) for key in self.line_keys}
 
     def find_inputs(self, layout: Layout) -> Inputs:

@@ -172,6 +172,7 @@ class FeatureMLP(Rule):
         # Line features are fields, so that a chunk gets the rows and columns that are its own.
         lines = self.line_features(acc, layout)
         fields = {_name_line(key): line for key, line in lines.items()}
+        # All rows have equally many elements, so the mean over rows is that over elements, without a pass over these.
         squares = {FEATURES: means["squares"]}
         squares |= {_name_line(key): line.square().mean(axes, keepdim=True) for key, line in lines.items()}
         widths = [square.shape[-ndim - 1] for square in squares.values()]
@@ -207,6 +208,7 @@ class FeatureMLP(Rule):
             # Without lines the base is the bias, seen once per element.
             hidden = run_layers(x, base, first.weight, others, owns_base=bool(first.line_weights))
         step = hidden[..., 0, :]
+        # Where exp_mult is 0 the network may lack the second output.
         if self.exp_mult:
             step = step * torch.exp(self.exp_mult * hidden[..., 1, :])
         return Visit(delta=(step * -gain[..., None]).reshape(e.p.shape))

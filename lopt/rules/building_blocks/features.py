@@ -63,6 +63,7 @@ def join_pieces(pieces: list[Piece], p: Tensor, ndim: int) -> Tensor:
 
 def start_averages(p: Tensor, count: int, ndim: int) -> Tensor:
     """The moving averages of a parameter before the first step: contiguous zeros `[*batch, count, *shape]`."""
+    # Copies, not an expanded view: every average is updated in place, in memory of its own.
     return torch.zeros_like(p).unsqueeze(-ndim - 1).repeat_interleave(count, -ndim - 1)
 
 
@@ -107,8 +108,15 @@ def sum_lines(g: Tensor, layout: Layout) -> dict[str, Sum]:
 
 
 def scale_lines(rows: Tensor, cols: Tensor, layout: Layout) -> Accumulators:
-    """Row and column factors whose product replaces 1 / sqrt(second moment)."""
+    """Row and column factors whose product replaces 1 / sqrt(second moment) of a matrix or more.
+
+    Args:
+        rows, cols: averages of the means of `sum_lines`, `[*batch, k, *shape]` with size 1 where the mean is taken.
+    Returns:
+        Fields "row_scale" and "col_scale" of the same shapes.
+    """
     assert layout.factored is not None
+    # Rows count relative to their mean, as the scale of the gradient is in the columns' factor already.
     relative = rows / (rows.mean(layout.factored[1], keepdim=True) + 1e-9)
     return {"row_scale": relative.clamp(min=1e-9).rsqrt(), "col_scale": cols.clamp(min=1e-9).rsqrt()}
 
@@ -169,6 +177,7 @@ def update_loss_buffer(buffer: Accumulators, loss: Tensor | None, decays: Tensor
     count = buffer["loss_count"]
     loss = loss[..., None]
     largest = _correct(buffer["loss_mean"], decays, count + 1).amax(-1, keepdim=True)
+    # Nothing can be compared with the first loss, which is its own cap.
     cap = 2 * torch.where(count == 0, loss, largest).abs()
     mean = average(buffer["loss_mean"], torch.minimum(loss, cap), decays)
     lowest = torch.minimum(buffer["loss_min"], _correct(mean, decays, count + 1))

@@ -68,5 +68,6 @@ class HandDesigned(ElementwiseRule):
         lr: Any = self.hyper("lr")
         if self.schedule == "cosine":
             assert progress is not None, "step_tensors has seen to it"
+            # Beyond the planned steps the cosine would rise again; it stays at 0.
             lr = lr * (0.5 * (1 + torch.cos(pi * progress.clamp(max=1))))
         return -lr * (direction + self.hyper("weight_decay") * p), acc

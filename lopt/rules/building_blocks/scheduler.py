@@ -16,7 +16,7 @@ from lopt.core.random import make_generator
 from lopt.rules.building_blocks import features
 from lopt.rules.stages import Accumulators, Clock
 
-MAX_WIDTH = 4096
+MAX_WIDTH = 4096  # a foreign file must not make us allocate gigabytes before its shapes are compared
 LOSS_KEYS = ("loss_mean", "loss_min", "loss_count")
 ROW_KEYS = (*LOSS_KEYS, "lstm_h", "lstm_c")
 NUM_FEATURES = len(features.PROGRESS_CENTERS) + features.NUM_LOSS_FEATURES
@@ -82,6 +82,7 @@ class Scheduler(nn.Module):
 
     def advance(self, z: Tensor, rows: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
         """One step of the LSTM on inputs `[*batch, n, inputs]`: the output `[*batch, n, width]` and the new rows."""
+        # Tensors meet in this maximum alone, which does not depend on their order.
         x = self.read("skip", z) + self.read("mix", z).relu().amax(-2, keepdim=True)
         # The learned initial state counts at step 0, so that it is trained as any other weight.
         first = (step == 0)[..., None]

@@ -47,6 +47,7 @@ def describe_view(rule: FeatureMLP, view: ParameterView, slot: int) -> Tensors:
     larger, smaller = (view.place(axis) for axis in layout.factored)
     keys = ("rows", "cols") if larger > smaller else ("cols", "rows")  # the first line is of means over the later axis
     first, second = (state[key] for key in keys)
+    # The launches on lines write these before others read them, in every step.
     scales = torch.empty_like(first), torch.empty_like(second)
     return t._replace(
         first=first,
@@ -60,6 +61,7 @@ def describe_view(rule: FeatureMLP, view: ParameterView, slot: int) -> Tensors:
 
 def pack_weights(rule: FeatureMLP, family: Family) -> Tensor:
     """The meta-weights as `lopt_kernels.feature_mlp.fold` wants them, `[1 or slots or bank or slots bank, T]`."""
+    # A matrix has every feature that there is; vectors lack some.
     inputs = rule.find_inputs(find_layout((2, 2)))
     layers = [(getattr(rule, f"w{i}").detach(), getattr(rule, f"b{i}").detach()) for i in range(1, len(rule.widths))]
     layers = [(weight.reshape(-1, *weight.shape[-2:]), bias.reshape(-1, bias.shape[-1])) for weight, bias in layers]

@@ -53,10 +53,12 @@ class ElementwiseProgram(Program):
 
     def _read_stacks(self) -> list[Tensor]:
         weights = [getattr(self.rule, name).detach() for name in self.op.formula.weights._fields]
+        # Kernels always read stacks: a rule's own weights are a stack of one.
         return [(x[None] if self.slots is None else x).contiguous() for x in weights]
 
     def load(self) -> None:
         for old, new in zip(self.stacks, self._read_stacks(), strict=True):
+            # Into the memory that launches and captured graphs address.
             old.copy_(new)
 
     def run(self, items: Sequence[Items], sanitize: bool, loss: Tensor | None, clock: Clock) -> None:

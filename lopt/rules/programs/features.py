@@ -101,6 +101,7 @@ class FeatureProgram(Program):
 
     def _read_weights(self) -> tuple[Tensor, Tensor]:
         decays, packed = join_decays(self.mlp).detach(), pack_weights(self.mlp, self.family)
+        # Kernels find decays by the index of the weights, so there is a row for each even where all are equal.
         return decays.expand(self.num_rows, -1).contiguous(), packed
 
     @property
@@ -118,6 +119,7 @@ class FeatureProgram(Program):
         widths = rule.widths[1:-1]
         if len(set(widths)) != 1 or max(widths) > tiling.MAX_HIDDEN:
             return f"the fused MLP has hidden layers of one width, at most {tiling.MAX_HIDDEN}, not {widths}"
+        # Narrower layers are multiplied without tensor cores, whose operands are what takes shared memory.
         wanted, there = tiling.count_shared(describe_shape(rule)), find_shared_memory(device)
         if widths[0] >= tiling.DOT_HIDDEN and there is not None and wanted > there:
             return f"the fused MLP may take {wanted} bytes of shared memory with layers {widths}, there are {there}"
@@ -126,6 +128,7 @@ class FeatureProgram(Program):
     @classmethod
     def suits(cls, rule: Rule, layout: Layout, order: Order) -> bool:
         assert isinstance(rule, FeatureMLP), "which `FUSED` names"
+        # Kernels know these axes by two sizes, their positions and what lies behind: they must be next to each other.
         places = find_divided(rule, layout, order)
         return places == list(range(places[0], places[0] + len(places))) if places else True
 
@@ -136,11 +139,22 @@ class FeatureProgram(Program):
         return Network(rule.get_buffer("momentum_decays").new_empty(0), rule.norm_eps, 1.0, self.relative)
 
     def divide(self, views: Sequence[ParameterView]) -> Iterator[Sequence[ParameterView]]:
-        """The views that go through all passes together."""
+        """The views that go through all passes together: all, unless a program has to hold their steps in between.
+
+        Args:
+            views: of equal dtypes of parameter and gradient, in any order.
+        Returns:
+            Parts that have every view once, each for tables of its own.
+        """
         yield views
 
     def make_tables(self, group: int, views: Sequence[ParameterView]) -> PassTables:
-        """The tables of some views, whose numbers are in the items of this index."""
+        """The tables of some views, for as long as their tensors stay where they are.
+
+        Args:
+            group: index of the items in which the views' numbers are.
+            views: of equal dtypes, as `divide` yields them; only tables and the scales that these address are kept.
+        """
         tensors = [describe_view(self.mlp, view, self.slot(view)) for view in views]
         factored = [(view.number, t) for view, t in zip(views, tensors, strict=True) if t.axes and t.p.numel()]
         tile, choice = self.find_tiles(views[0].p)
@@ -180,6 +194,7 @@ class FeatureProgram(Program):
         # The schedule looks at accumulators from before this step, so it comes first.
         factor = self.schedule(items, loss, clock)
         network = (self.family, self.shape, self.network, factor)
+        # Each pass needs sums over whole tensors from the one before: they cannot be one launch.
         for tables in self.passes:
             group_items = items[tables.group]
             if tables.lines is not None:
@@ -231,6 +246,7 @@ class UnitProgram(FeatureProgram):
         rule = self.rule
         assert isinstance(rule, Celo2), "which `FUSED` names"
         assert tables.others is not None, "made above"
+        # Steps are kept, as their size and their orthogonalisation need the whole tensor.
         steps = weights.gain.new_empty(find_places(tables.views)[-1])
         self.launch_mlp(tables, weights, items, sanitize, steps)
         if rule.orthogonalizes:
@@ -299,6 +315,7 @@ class ScheduledProgram(FeatureProgram):
         gathered = map(self.divide_slots, rows.gather(self.state_table, self.widths, self.count))
         old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
         new, shared = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
+        # Rows of parameters whose gradient is not finite stay as they were, like the rest of their state.
         rows.scatter(self.state_table, [new[key] for key in self.rule.tensor_keys], items[0].live)
         return shared["factor"].flatten().contiguous()
 
@@ -343,6 +360,7 @@ class VeLOProgram(ScheduledProgram):
         means = torch.cat(
             [moments.launch_segments(tables.others) for tables in self.passes if tables.others is not None]
         )
+        # Sums come in the order of the passes, rows in that of the parameters' numbers.
         p2, m, m2, v, v2 = torch.split(means[self.place], [1, 3, 3, 1, 1], 1)
         described = describe_moments(p2.float(), m, m2, v, v2, self.large)
         new, shared = rule.schedule(old, self.divide_slots(described), loss, clock)

@@ -48,7 +48,10 @@ class PopulationStep:
         )
 
     def load(self) -> None:
-        """Read the stacks, which have other values now."""
+        """Read the stacks of meta-weights, whose values have changed, to where the launches have them.
+
+        To be called after every such change, before the next step; a step that was captured in a graph stays valid.
+        """
 
         def load_groups() -> None:
             for group in self.groups:

@@ -37,6 +37,7 @@ def find_missing(devices: Iterable[torch.device], interpreted: bool) -> str | No
         interpreted: its interpreter, which is for tests, counts.
     """
     obstacle: str | None = "there are no parameters"
+    # In a fixed order, as the last obstacle is the one that users are told.
     for device in sorted(set(devices), key=str):
         if device.type == "cpu" and not interpreted:
             obstacle = "no parameter is on a GPU"

@@ -49,6 +49,7 @@ def find_order(x: Tensor) -> Order | None:
     """The order of axes in which a tensor is contiguous, or None if it has gaps or overlaps."""
     if x.is_contiguous():
         return tuple(range(x.ndim))
+    # The stride of a dimension of size 1 says nothing: such dimensions come first.
     strides = [stride if size > 1 else 2**62 for size, stride in zip(x.shape, x.stride(), strict=True)]
     order = tuple(sorted(range(x.ndim), key=lambda axis: (-strides[axis], axis)))
     return order if x.permute(order).is_contiguous() else None
