@@ -141,6 +141,7 @@ def check_tensor(op: str, name: str, tensor: Tensor, shape: Sequence[int], dtype
     """
     own, batch = len(shape), x.shape[:-2]
     lead = tensor.shape[: tensor.ndim - own]
+    # leading dimensions are broadcast from behind, as torch does it
     pairs = zip(reversed(lead), reversed(batch), strict=False)
     if tensor.ndim < own or tuple(tensor.shape[tensor.ndim - own :]) != tuple(shape):
         raise ValueError(

@@ -236,6 +236,7 @@ def _differentiate(needs: tuple[bool, ...], x: Tensor, *rest: Any) -> list[Tenso
     slots, features, count = x.shape
     hidden, dtype = state[0].shape[1], state[0].dtype
     dout = x.new_zeros(slots, count) if dout is None else dout.contiguous()
+    # kernels without these inputs load less and compute less
     if all(d is None for d in dnew):  # the last step of a window
         dnew = [None] * 4
     else:
@@ -250,6 +251,7 @@ def _differentiate(needs: tuple[bool, ...], x: Tensor, *rest: Any) -> list[Tenso
                 *(x, *state, *weights, dout, *dnew, *dgates, dx, *dstate, count), **constants, **OPTIONS
             )
     first, second = dgates
+    # in the order of LSTMWeights: gradients of gates, and what the gates were products with
     pairs = [(first, x), (first, state[0]), (first, None), (second, new_h1), (second, state[2]), (second, None)]
     pairs += [(dout[:, None], new_h2), (dout[:, None], None)]
     dweights = [

@@ -100,6 +100,7 @@ def run_mlp(x: Tensor, base: Tensor, first: Tensor, rest: Sequence[Layer]) -> Te
     weights = [flatten_slots(first, batch if first.ndim > 2 else none, 2)]
     per_slot = any(w.ndim > 2 or b.ndim > 1 for w, b in rest)
     pairs = [(t, own) for layer in rest for t, own in zip(layer, (2, 1), strict=True)]
+    # one set or one per slot for all of them: kernels step through `rest` by a single stride
     flat = [flatten_slots(t, batch if per_slot else none, own).flatten(1) for t, own in pairs]
     shape = Shape(first.shape[-2], len(rest), rest[-1][0].shape[-2], 0.0)
     out: Tensor = _MLP.apply(
@@ -137,6 +138,7 @@ def _strides(first: Tensor, rest: Tensor) -> tuple[int, int]:
 
 def _constexprs(shape: Shape, features: int, spread: bool) -> dict[str, Any]:
     """Compile-time constants of both kernels."""
+    # the wider the layers, the fewer coordinates the registers hold at once
     widest = max(shape.hidden, features)
     tile, block = min(TILE, max(16, triton.next_power_of_2(widest))), next(b for w, b in BLOCKS.items() if widest <= w)
     sizes = {"F": features, "H": shape.hidden, "LAYERS": shape.layers, "OUTPUTS": shape.outputs, "SPREAD": spread}
@@ -146,6 +148,7 @@ def _constexprs(shape: Shape, features: int, spread: bool) -> dict[str, Any]:
 
 def _divide(num_slots: int, count: int, block: int, bytes_each: int) -> Iterator[tuple[slice, slice]]:
     """Chunks of slots and columns whose buffers, of `bytes_each` per coordinate, are at most `BUFFER` bytes."""
+    # whole slots while one fits the buffer, else blocks of columns of one slot at a time
     budget = max(BUFFER // max(1, bytes_each), block)
     slots = max(1, min(num_slots, budget // max(1, count)))
     columns = count if count <= budget else budget // block * block
@@ -186,6 +189,7 @@ def _differentiate(
                 **constants,
                 **OPTIONS,
             )
+        # a base of one column per slot gets the sum over the slot's coordinates
         if dbase is not None and spread:
             assert dlayer is not None
             dbase[part] += dlayer.sum(-1, keepdim=True)

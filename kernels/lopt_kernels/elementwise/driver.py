@@ -202,6 +202,7 @@ def _check_weights(formula: Formula, weights: Any, hidden: int) -> None:
     Raises:
         ValueError: they are not.
     """
+    # a wider layer would compile, but spill
     limit = 0 if formula.layers is None else formula.layers.max_hidden
     if limit and not 1 <= hidden <= limit:
         raise ValueError(f"{formula.name} kernel: H must be 1 to {limit}, got {hidden}. Use the reference.")
@@ -257,6 +258,7 @@ def compile_source(
     options = {key: constants.pop(key) for key in ("num_warps", "enable_fp_fusion")}
     numbers = formula.expand(**formula.numbers)
     types = {"weights": ("*fp32",) * len(constants["STRIDES"]), "numbers": ("fp32",) * len(numbers)}
+    # a formula without numbers gets None, as in `launch_segments`
     if not numbers:
         constants["numbers"] = None
     return specialize(elementwise_kernel, constants, options, **{**parameters.TYPES, **types})

@@ -161,6 +161,7 @@ def reference(
     Returns:
         The new p and state, each rounded once.
     """
+    # as kernels do it: everything to fp32 first, and each result rounded once
     g = parameters.read_gradient(g, rates, sanitize)
     old = tuple(s.float() for s in state)
     delta, new = formula.reference(p.float(), g, old, weights, step, **{**formula.numbers, **numbers})
@@ -187,6 +188,7 @@ def sample(
     """
     hidden = formula.find_hidden(hidden)
     p = torch.randn(num_coordinates, generator=generator, device=generator.device)
+    # over orders of magnitude, so that coordinates mixed up by a kernel are seen
     scale = 10 ** (2 * torch.randn(num_coordinates, generator=generator, device=generator.device) - 2)
     (g,) = draw_scaled(scale, 1, generator)
     draw_state = formula.draw_state or partial(_draw_state, len(formula.keys))
@@ -258,5 +260,6 @@ def bytes_moved(
     num_states, num_weights = (
         sum(map(prod, shapes)) for shapes in (formula.list_state_shapes(hidden), formula.list_weight_shapes(hidden))
     )
+    # p and the state are read and written, g is read
     per_coordinate = 2 * param_bytes + grad_bytes + 2 * num_states * state_bytes
     return num_coordinates * per_coordinate + 4 * (num_weights + 4)

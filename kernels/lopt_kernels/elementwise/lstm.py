@@ -140,6 +140,7 @@ def _check_inputs(x: Tensor, state: State, weights: LSTMWeights) -> None:
         _check_tensor(name, tensor, (hidden, count), state[0].dtype, x)
     for name, tensor, shape in zip(LSTMWeights._fields, weights, weight_shapes(features, hidden), strict=True):
         _check_tensor(name, tensor, shape, torch.float32, x)
+    # results would be detached without a word
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *weights)):
         raise ValueError(
             "lstm kernel: an input requires a gradient and the kernel has no backward. "

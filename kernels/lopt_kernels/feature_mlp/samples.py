@@ -37,6 +37,7 @@ def draw_group(
     group = []
     for shape in shapes:
         scale = draw(*shape)
+        # a scale per index of every axis: factored averages of equal rows would hide mistakes
         for axis, size in enumerate(shape):
             scale = scale * 10 ** draw(*[size if i == axis else 1 for i in range(len(shape))])
         p, g = draw(*shape).to(device, dtype), scale.to(device, dtype)
@@ -59,6 +60,7 @@ def draw_decays(family: Family, device: torch.device) -> Tensor:
 
     With six momenta they are on both sides of 0.5, where `torch.lerp` goes from one of its two formulas to the other.
     """
+    # 0.5 itself, where the formulas change, and one below it
     momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
     return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
 

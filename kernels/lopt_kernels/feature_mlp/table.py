@@ -138,6 +138,7 @@ def make_segments(tensors: Tensors, index: int, block: int, place: int = 0) -> l
         place: of the parameter's step in a buffer, if steps are kept.
     """
     t = tensors
+    # a column must hold an address even where there is no tensor: m's, which is not read from there
     pointers = (t.p, t.m, *(t.m if x is None else x for x in t[3:8]))
     _, d1, b, d2, c = (1, 1, 1, ALIGNMENT, 1) if t.axes is None else split_shape(tuple(t.p.shape), t.axes)
     sizes = Sizes(t.group_size, find_kind(t, block), t.groups, d1, b, d2 * c, c, 0, t.inner, t.rows, place)
@@ -159,6 +160,7 @@ def by_tiles(block: int, steps: int) -> Callable[[Sizes], int]:
     """
 
     def count_blocks(sizes: Sizes) -> int:
+        # rounded up in both directions: the last tiles may have fewer rows or columns
         if sizes.kind == WIDE and sizes.elements:
             return -(-(sizes.elements // sizes.width) // steps) * -(-sizes.width // block)
         return -(-sizes.elements // (block * steps))

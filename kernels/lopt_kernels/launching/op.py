@@ -45,6 +45,7 @@ def specialize(kernel: Any, constexprs: dict[str, Any], options: dict[str, Any],
         options: of the compiler, `num_warps` among them.
         types: Triton types of other arguments by name; those without one are pointers to fp32.
     """
+    # an argument that is constant here wins over a type that callers give for all kernels (`parameters.TYPES`)
     types |= dict.fromkeys(constexprs, "constexpr")
     return CompileSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constexprs, options)
 
@@ -89,6 +90,7 @@ def find_shared_memory(device: torch.device) -> int | None:
     """
     if triton is None or device.type != "cuda":
         return None
+    # "cuda" without a number is whichever device is current
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
@@ -134,6 +136,7 @@ def make_op(module: str, **others: Any) -> Op:
     names, functions = vars(sys.modules[module]), ("reference", "launch", "sample", "bytes_moved", "compile_source")
     places = {name: name for name in (*functions, "launch_segments")}
     places |= {"state_dtypes": "STATE_DTYPES", "block": "BLOCK"}
+    # a file need not have all of them: ops without a table have no `launch_segments`
     fields = {field: names[name] for field, name in places.items() if name in names}
     return Op(**{"name": module.rpartition(".")[2], **fields, **others})
 
@@ -160,6 +163,7 @@ def count_launches() -> Iterator[LaunchCounter]:
     if triton is None:
         yield counter
         return
+    # all kernels are of probe's class, whether compiled or interpreted, and every launch goes through its `run`
     kind = type(probe)
     original = kind.run
 

@@ -72,6 +72,7 @@ class Items(NamedTuple):
         Gradients' addresses, rate, decay, factor on the gradient, live, steps, and seeds, None unless parameters are
         bfloat16.
         """
+        # None is compiled out: kernels of other dtypes have no code for rounding at random
         seeds = self.seeds if dtype == torch.bfloat16 else None
         return (self.grads, *self.rates, self.live, self.steps, seeds)
 
@@ -130,13 +131,16 @@ def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None 
         rates: `[1]` each; with an `lr` of 0 not a bit of p changes.
         seeds: int64 `[1]`: a bfloat16 p is rounded at random; None: to nearest.
     """
+    # all in fp32: p is rounded once, at the end
     base = p.float()
     rate = rates.lr * rates.decay
     new = torch.where(rate == 0, base, base - rate * base) + rates.lr * delta
     if seeds is not None and p.dtype == torch.bfloat16:
+        # a random number below bf16's last bit is added, and the bits behind it cut off: rounded up in proportion
         noise = draw_bits(seeds, 0, p.numel(), HALF_BITS)[0].to(torch.int32)
         bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
         new = torch.where(new.isfinite(), bits.view(torch.float32), new)
+    # not `new`: 0 times a step that is not finite is NaN, and -0 + 0 is +0
     return torch.where(rates.lr == 0, p, new.to(p.dtype))
 
 
@@ -170,6 +174,7 @@ def launch_flat(
     if out is None:
         out = torch.empty_like(p), tuple(torch.empty_like(s) for s in state)
     new_p, new_state = out
+    # `launch_segments` works in place: on the results, which begin as copies
     for new, old in zip((new_p, *new_state), (p, *state), strict=True):
         new.copy_(old)
     segments = Segments([Segment((new_p, *new_state), (p.numel(),))], by_elements(block))
@@ -229,6 +234,7 @@ def check_items(op: str, segments: Segments, items: Items, check_dtype: bool = T
     Raises:
         ValueError: it is not so; programs would read beyond the tensors, or other numbers.
     """
+    # names for the message, and what programs read each of them as
     device, size = segments.table.device, len(items.grads)
     numbers = [(name, x, torch.float32) for name, x in items.rates._asdict().items()]
     numbers += [("grads", items.grads, torch.int64), ("live", items.live, torch.bool)]

@@ -78,6 +78,7 @@ class Segments:
         self.columns = self.num_pointers + len(first.sizes) + 2
         self.num_items = 1 + max(segment.index for segment in segments)
         self.num_slots = 1 + max(segment.slot for segment in segments)
+        # cumulative numbers of blocks, which programs search for their own
         starts = [0]
         for segment in segments:
             starts.append(starts[-1] + count_blocks(segment.sizes))
@@ -85,8 +86,10 @@ class Segments:
         if self.num_blocks > MAX_BLOCKS:
             raise ValueError(f"{self.num_blocks} blocks are more than a launch takes ({MAX_BLOCKS}). Divide the group.")
         rows = [(*(t.data_ptr() for t in s.tensors), *s.sizes, s.index, s.slot) for s in segments]
+        # the kernel is specialised to what divides all addresses and sizes, so that its loads may be wide
         self.align = find_alignment([pointer for row in rows for pointer in row[: self.num_pointers]])
         self.multiples = tuple(find_alignment(column) for column in zip(*(s.sizes for s in segments), strict=True))
+        # table and starts are views of one tensor: one transfer to the device
         flat = upload([number for row in rows for number in row] + starts, torch.int64, device)
         self.table = flat[: -len(starts)].view(self.num_segments, self.columns)
         self.starts = flat[-len(starts) :]
@@ -112,6 +115,7 @@ def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -
 
     On a GPU it is copied from pinned memory, so that tables and rates can be sent while earlier launches run.
     """
+    # only pinned memory is copied without waiting
     host = torch.tensor(numbers, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 

@@ -83,15 +83,18 @@ def store(op: str, signature: str, tile: Tile, device: torch.device, **figures: 
     gpu, file = name_gpu(device), find_file()
     if gpu is None:
         raise ValueError(f"a tile is stored for a CUDA device, got {device}. Tune on a GPU.")
+    # what others have stored is kept; a file that is not ours to read is kept, too, under another name
     try:
         known = _read(file)
     except ValueError:
         os.replace(file, file.with_name(f"{NAME}.unusable"))
         known = {}
+    # checked before anything is written: a file that `_read` refuses would lose all its tiles
     new = tile._asdict() | figures
     _check(new)
     known[_join(gpu, op, signature)] = new
     text = json.dumps({"format": FORMAT, "tiles": dict(sorted(known.items()))}, indent=1)
+    # in the same folder, so that the rename stays on one file system and is atomic
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{NAME}.")
     try:
@@ -102,6 +105,7 @@ def store(op: str, signature: str, tile: Tile, device: torch.device, **figures: 
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
+    # kernels launched from now on in this process find the new tile
     _load.cache_clear()
     return file
 
@@ -111,6 +115,7 @@ def find_file() -> Path:
 
     `tiles.json` in `$LOPT_CACHE`, else in `lopt` below `$XDG_CACHE_HOME` or `~/.cache`. It need not exist.
     """
+    # read at every call, not at import: they may be set later
     own, shared = os.environ.get("LOPT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own or Path(shared or os.path.expanduser("~/.cache"), "lopt"), NAME)
 
@@ -165,6 +170,7 @@ def _check(entry: Any) -> None:
     Raises:
         ValueError: it has not.
     """
+    # bools are ints to Python, and a file may hold anything: types are compared exactly
     numbers: list[Any] = [entry.get(name) for name in Tile._fields] if isinstance(entry, dict) else [None]
     counts = all(type(n) is int and n > 0 for n in numbers)
     if not counts or any(n & (n - 1) for n in numbers[::2]):
