@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rule_cases import make_quick
 from task_cases import FAMILIES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -79,13 +80,18 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_steps_of_every_rule_can_be_recorded(name: str, traced: list[int]) -> None:
-    rule, family = RULES[name](), TASKS["mlp"](width=3, batch_size=4)
+    rule, family = make_quick(name), TASKS["mlp"](width=3, batch_size=4)
     found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
     assert len(traced) == 1
     assert_near(found, expected)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+VARIANTS = ("vanilla rnn", "lstm", "deep transformer", "vae of patches")  # of families that are recorded as they are
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in sorted(FAMILIES)]
+)
 def test_steps_on_every_family_can_be_recorded(name: str, traced: list[int]) -> None:
     rule, family = RULES["momentum"](lr=0.01), FAMILIES[name]()
     found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
@@ -169,7 +175,7 @@ def test_compiled_steps_are_plain_steps() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_compiled_steps_of_every_rule_are_plain_steps(name: str) -> None:
-    rule, family = RULES[name](), TASKS["mlp"](width=3, batch_size=4)
+    rule, family = make_quick(name), TASKS["mlp"](width=3, batch_size=4)
     found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
     assert_near(found, expected, 1e-2)  # steps of celo are so small that pairs differ in the losses' last bits
 

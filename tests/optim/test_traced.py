@@ -75,7 +75,11 @@ def test_compiled_step_is_one_graph_and_does_as_the_plain_one(name: str) -> None
 FUSED = ["adamw", "lstm", "small_fc", "celo2", "velo"]
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    "name",
+    # One program of each kind, and the rule that looks at all tensors: the others are traced by the same lines.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("small_fc", "celo2"))) for name in FUSED],
+)
 def test_kernels_stay_one_node_of_a_compiled_step(name: str) -> None:
     pytest.importorskip("triton")
     torch._dynamo.reset()

@@ -121,7 +121,9 @@ def test_progress_is_the_fall_of_the_log_loss_over_the_curve_and_never_too_littl
 # -- the objective -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["truncated", "full", pytest.param("full_es", marks=pytest.mark.slow), "pes"])
+@pytest.mark.parametrize(
+    "name", ["truncated", "pes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "full_es"))]
+)
 def test_objective_of_tuned_adam_is_zero_in_every_phase_of_training(name: str) -> None:
     family, tuned = TASKS["quadratic"](), load_archive()["quadratic"]
     whole, options = name in ("full", "full_es"), {"sigma": 1e-4} if "es" in name else {}
