@@ -177,7 +177,8 @@ def load_network(
     if MLP.DOT:
         first_tile = load_tile(first, MLP.H, COUNT, FAMILY.INPUTS, PADDED, MLP.HP)
         tiles = load_rest(rest, MLP.H, MLP.LAYERS, MLP.OUTPUTS, MLP.HP)
-        base = tl.zeros([lane.shape[0], MLP.HP], tl.float32)
+        HP: tl.constexpr = MLP.HP  # Triton 3.6 takes sizes and texts out of a tuple by a name only
+        base = tl.zeros([lane.shape[0], HP], tl.float32)
         base += load_column(bias, MLP.H, 1, MLP.HP)[None, :]
         if KIND == _WIDE:
             for k in tl.static_range(_LINE_FEATURES):
@@ -187,7 +188,7 @@ def load_network(
         base = load_numbers(bias, MLP.H)
         if KIND == _WIDE:
             base = multiply(columns, base, w, _LINE_FEATURES, FAMILY.INPUTS, MLP.H)
-        return base, None, None
+        return base, (), ()  # Triton 3.6 returns no None
 
 
 @jit
@@ -197,7 +198,8 @@ def add_row(base, row, w, FAMILY: tl.constexpr, MLP: tl.constexpr):
     base is that of `load_network`; w points to the first layer's weights on rows.
     """
     if MLP.DOT:
-        total = tl.zeros([MLP.HP], tl.float32)
+        HP: tl.constexpr = MLP.HP
+        total = tl.zeros([HP], tl.float32)
         for k in tl.static_range(_LINE_FEATURES):
             total += row[k] * load_column(w + k, MLP.H, FAMILY.INPUTS, MLP.HP)
         return base + total[None, :]
@@ -214,8 +216,9 @@ def run_network(x, shared, network, first_tile, tiles, COUNT: tl.constexpr, FAMI
     first, _, rest, _ = network
     PADDED: tl.constexpr = 16 if COUNT <= 16 else 32
     if MLP.DOT:
-        h = dot(stack(x, COUNT, PADDED), first_tile, shared, MLP.PRECISION)
-        out = finish_dot(h, tiles, MLP.LAYERS, MLP.OUTPUTS, MLP.PRECISION)
+        PRECISION: tl.constexpr = MLP.PRECISION
+        h = dot(stack(x, COUNT, PADDED), first_tile, shared, PRECISION)
+        out = finish_dot(h, tiles, MLP.LAYERS, MLP.OUTPUTS, PRECISION)
     else:
         h = multiply(x, shared, first, COUNT, FAMILY.INPUTS, MLP.H)
         out = finish_plain(h, rest, MLP.H, MLP.LAYERS, MLP.OUTPUTS)
