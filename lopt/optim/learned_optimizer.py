@@ -26,10 +26,10 @@ from lopt.optim.guard.decisions import Guard, GuardOptions, read_guard
 from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import hear_loss
 from lopt.optim.loss import average_loss, check_loss, is_skipped_on_host
-from lopt.optim.options import ADAMW, check_gradients, check_num_steps, check_options, check_state_dtype
+from lopt.optim.options import ADAMW, check_gradients, check_group, check_state_dtype, find_direction
 from lopt.optim.report import Counts, Report
 from lopt.optim.rule_replicas import RuleReplicas
-from lopt.optim.state_dict import check_rule, derive_seed, init_state, list_names, match_state, read_states
+from lopt.optim.state_dict import derive_seed, init_state, list_names, match_state, read_states
 from lopt.optim.torch_backend.step import check_finite
 from lopt.optim.units import Record, Unit, make_members
 from lopt.rules import Rule
@@ -66,7 +66,8 @@ class LearnedOptimizer(Optimizer):
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned; rules that adapt to the share of training done need it.
         betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
-        maximize: ascend instead of descending.
+        maximize: ascend, which is to descend on the negative loss: rules and the guard are told that one. Groups may
+            differ, but not under a guard.
         foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together (they
             must not overlap in memory).
         capturable: GradScaler leaves unscaling and skipping to the optimizer, which waits for nothing, so that such a
@@ -158,10 +159,9 @@ class LearnedOptimizer(Optimizer):
                 param_group = {"lr": self.defaults["lr"] * self.rule.adamw_options["lr"]} | param_group
             # What the group leaves out is as in the constructor; the check sees what will be used.
             options = self.defaults | param_group
-            check_options(options)
-            if options["rule"] != ADAMW:
-                check_rule(options, expected=self.defaults["rule"])
-            check_num_steps(options, self.rule)
+            check_group(options, self.rule, self.defaults["rule"])
+            if self.guard is not None:
+                find_direction([*self.param_groups, options])
         super().add_param_group(param_group)
 
     @overload
@@ -184,6 +184,7 @@ class LearnedOptimizer(Optimizer):
             What the closure returns.
         Raises:
             RuntimeError: a sparse gradient or a complex parameter; nothing has changed.
+            ValueError: the loss is not one number, or groups ascend and descend under a guard.
         """
         # The closure makes the gradients that all the rest is about.
         result = None

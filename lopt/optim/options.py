@@ -39,6 +39,22 @@ def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:
     return dtype
 
 
+def check_group(options: Mapping[str, Any], rule: Rule, identity: str) -> None:
+    """Check all that a group says, before anything is done with it.
+
+    Args:
+        options: a group's own, over the defaults; or a saved group's.
+        rule: the optimizer's.
+        identity: the rule's name and fingerprint.
+    Raises:
+        ValueError: an option out of range or missing, or the rule of another optimizer.
+    """
+    check_options(options)
+    if options["rule"] != ADAMW:
+        check_rule(options, expected=identity)
+    check_num_steps(options, rule)
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Check a group's options, its own over the defaults, before torch takes the group.
 
@@ -64,6 +80,23 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
 
 
+def check_rule(group: Mapping[str, Any], expected: str) -> None:
+    """Refuse a group that another rule, or other meta-weights of the same one, has stepped.
+
+    Args:
+        group: a saved or a new one.
+        expected: the identity of the rule here, its name and fingerprint, or "adamw".
+    Raises:
+        ValueError: the group's rule is another one, or it has none: then another kind of optimizer made it.
+    """
+    rule = group.get("rule")
+    if rule != expected:
+        raise ValueError(
+            f"this optimizer runs rule {expected}, but its state or group was made by "
+            f"{rule or 'another kind of optimizer'}. Construct it with the same rule file."
+        )
+
+
 def check_num_steps(options: Mapping[str, Any], rule: Rule) -> None:
     """Refuse a group of a rule that follows a schedule over the whole training, if it does not say how long that is.
 
@@ -78,6 +111,21 @@ def check_num_steps(options: Mapping[str, Any], rule: Rule) -> None:
             f"rule {rule.name!r} follows a schedule over the whole training: pass num_steps, "
             "the number of steps that you are going to make"
         )
+
+
+def find_direction(groups: Iterable[Mapping[str, Any]]) -> float:
+    """The factor on the training loss with which a guard hears it: -1 where all groups are maximised, 1 where none is.
+
+    Raises:
+        ValueError: some are and some are not: then no rise of the loss is a failure, and no fall of it a success.
+    """
+    directions = {-1.0 if group["maximize"] else 1.0 for group in groups}
+    if len(directions) > 1:
+        raise ValueError(
+            "the guard judges all groups by one loss, but some have maximize=True and some have not. "
+            "Give those that ascend an optimizer of their own, or leave out the guard."
+        )
+    return directions.pop()
 
 
 def _is_number(value: Any) -> bool:

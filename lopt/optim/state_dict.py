@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lopt.core.random import derive_seeds
 from lopt.optim.guard.steps import init_guard
+from lopt.optim.options import check_rule
 from lopt.optim.units import SEED, STEP, import_sharding, is_sharded
 from lopt.rules import Rule, find_layout
 
@@ -70,23 +71,6 @@ def fill_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[
         for saved, group in zip(saved_groups, groups, strict=False)
     ]
     return filled + list(saved_groups[len(filled) :])
-
-
-def check_rule(group: Mapping[str, Any], expected: str) -> None:
-    """Refuse a group that another rule, or other meta-weights of the same one, has stepped.
-
-    Args:
-        group: a saved or a new one.
-        expected: the identity of the rule here, its name and fingerprint, or "adamw".
-    Raises:
-        ValueError: the group's rule is another one, or it has none: then another kind of optimizer made it.
-    """
-    rule = group.get("rule")
-    if rule != expected:
-        raise ValueError(
-            f"this optimizer runs rule {expected}, but its state or group was made by "
-            f"{rule or 'another kind of optimizer'}. Construct it with the same rule file."
-        )
 
 
 def match_names(saved: Group, group: Mapping[str, Any]) -> None:

@@ -151,6 +151,22 @@ def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
     return float(lr) if is_readable(lr) else lr.detach().reshape(()).to(device)
 
 
+def mirror_loss(loss: Tensor | None, units: Sequence[Unit]) -> Tensor | None:
+    """The loss as a rule is told it: negated for parameters that ascend, as these descend on the negative of it.
+
+    Args:
+        loss: `[]` or None.
+    Returns:
+        `[1]`, or `[n]` of the members of all units where some ascend and some descend.
+    """
+    if loss is None:
+        return None
+    ascends = [bool(unit.group["maximize"]) for unit in units for _ in unit.members]
+    if len(set(ascends)) == 1:  # the usual case, with fewer operations
+        return (-loss if ascends[0] else loss).reshape(1)
+    return torch.stack([-loss if ascend else loss for ascend in ascends])
+
+
 def list_num_steps(units: Sequence[Unit]) -> list[int]:
     """The planned steps of every member, in order.
 

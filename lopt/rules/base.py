@@ -244,7 +244,7 @@ class Rule(Recorded, nn.Module, ABC):
         for name, tensor in tensors.items():
             groups.setdefault(self.delegate(name, tensor.layout) or self, []).append(tensor)
         for rule, members in groups.items():
-            step_tensors(rule, members, loss, clock)
+            step_tensors(rule, members, None if loss is None else loss[..., None], clock)
         new_params = {name: tensor.p.reshape(params[name].shape) for name, tensor in tensors.items()}
         accumulators = {name: tensor.acc for name, tensor in tensors.items()}
         return new_params, State(state.step + 1, accumulators)
@@ -275,7 +275,7 @@ def step_tensors(
     """One step of `tensors` under `rule`: all its stages, in their order.
 
     Args:
-        loss: `[*batch]` or None.
+        loss: `[*batch, 1 or n]` or None.
         clock: `[*batch]`, or `[*batch, n]` where each of the n parameters has its own.
         to_means: makes means of the sums; twice per step, so that sums over processes are two collectives.
     Raises:
@@ -338,7 +338,7 @@ class _TensorGroup:
             },
             [{key: self._lift(i, value) for key, value in means[i].items()} for i in indices],
             [tensor.layout for tensor in self.tensors],
-            None if loss is None else loss[..., None],
+            loss,
             self.clock,
         )
 

@@ -134,7 +134,7 @@ class AllTensors(NamedTuple):
         tensor_state: the accumulators of `Rule.tensor_keys`, `[*batch, n, features]`.
         means: of `measure`, `[*batch, count, ...]` for each tensor or group of `count` equal ones; n in all.
         layouts: of these groups.
-        loss: training-batch loss `[*batch, 1]`, or None.
+        loss: training-batch loss `[*batch, 1 or n]`, or None; negated for tensors that are to ascend.
         clock: `[*batch, 1 or n]`.
     """
 

@@ -7,7 +7,7 @@ from which AdamW recovers in time. Who steps is decided in `lopt.optim.guard.dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt.optim.guard.decisions import Guard, GuardOptions
-from lopt.optim.options import ADAMW
+from lopt.optim.options import ADAMW, find_direction
 from lopt.optim.units import STEP, Unit, add_up, make_member
 from lopt.optim.update import Transform
 from lopt.rules import Rule
@@ -181,18 +181,21 @@ def _clip(
 
 
 def hear_loss(
-    guard: Guard, loss: Tensor | float | None, groups: Iterable[dict[str, Any]], states: Mapping[Tensor, Accumulators]
+    guard: Guard, loss: Tensor | float | None, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Accumulators]
 ) -> bool:
     """Tell the guard the loss before a step, and save every parameter's snapshot, or put it back, as it decides.
 
     Args:
-        loss: at the current parameters; a tensor is waited for.
+        loss: at the current parameters; a tensor is waited for. The guard hears the negative where groups ascend.
         groups: an optimizer's `param_groups`; all of them keep the guard's memory, of which loading reads the first.
         states: of the parameters; those without one have never moved. Of DTensors, every process moves its own part.
     Returns:
         Whether the parameters were put back: then no step is to be made.
+    Raises:
+        ValueError: some groups ascend and some descend; nothing has changed.
     """
-    guard.observe(None if loss is None else float(loss))
+    direction = find_direction(groups)
+    guard.observe(None if loss is None else direction * float(loss))
     for group in groups:
         group["guard_memory"] = guard.now.to_numbers()
         for p in group["params"] if guard.save or guard.restore else ():

@@ -23,6 +23,7 @@ from lopt.optim.units import (
     import_sharding,
     is_readable,
     list_num_steps,
+    mirror_loss,
     read_lr,
     read_num_steps,
 )
@@ -116,6 +117,7 @@ def step_units(
     if rule.needs_num_steps:
         clock = Clock(steps, *read_num_steps(steps, list_num_steps(live.units)))
     sharded = any(unit.members[0].shard is not None for unit in live.units)
+    loss = mirror_loss(loss, live.units)
     step_tensors(rule, tensors, loss, clock, import_sharding().to_means if sharded else divide_sums)
     advance_counters(counters, steps, live.mask)
     return live.skipped

@@ -15,7 +15,7 @@ from lopt_kernels.launching.segments import Segment, Segments, by_elements, find
 from torch import Tensor
 
 from lopt.optim.triton_backend.parts import make_part
-from lopt.optim.units import SEED, STEP, Member, Scaled, Unit, find_run_steps, list_num_steps, read_lr
+from lopt.optim.units import SEED, STEP, Member, Scaled, Unit, find_run_steps, list_num_steps, mirror_loss, read_lr
 from lopt.rules import Clock, Rule
 from lopt.rules.programs.registry import FUSED
 from lopt.rules.programs.views import ParameterView
@@ -111,7 +111,7 @@ class FusedStep:
             num_steps = list_num_steps(units)
             totals = self._num_steps.send(num_steps)
             clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(num_steps)) == 1))
-        self.program.run(items, sanitize, loss, clock)
+        self.program.run(items, sanitize, mirror_loss(loss, units), clock)
         for view in self.views:
             if view.source is not None:
                 view.source.copy_(view.p.view(view.source.shape))

@@ -59,6 +59,6 @@ class Program(ABC):
         Args:
             items: for each batch; their tensors are numbers of all parameters.
             sanitize: entries of gradients that are not finite count as 0.
-            loss: `[]`, or `[slots]`, or None.
+            loss: `[1 or count]`, or `[slots, 1]`, or None.
             clock: int64 `[count]`.
         """

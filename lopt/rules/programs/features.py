@@ -314,7 +314,7 @@ class ScheduledProgram(FeatureProgram):
     def schedule(self, items: Sequence[Items], loss: Tensor | None, clock: Clock) -> Tensor:
         gathered = map(self.divide_slots, rows.gather(self.state_table, self.widths, self.count))
         old = dict(zip(self.rule.tensor_keys, gathered, strict=True))
-        new, shared = self.fold(old, None if loss is None else loss[..., None], clock.map(self.divide_slots))
+        new, shared = self.fold(old, loss, clock.map(self.divide_slots))
         # Rows of parameters whose gradient is not finite stay as they were, like the rest of their state.
         rows.scatter(self.state_table, [new[key] for key in self.rule.tensor_keys], items[0].live)
         return shared["factor"].flatten().contiguous()

@@ -116,7 +116,7 @@ class _Group:
         steps = self.items.steps.view(self.slots, -1)
         steps.copy_(step[:, None])
         totals = num_steps[:, None].expand_as(steps).flatten() if self.needs_num_steps else None
-        self.program.run([self.items], False, loss, Clock(self.items.steps, totals))
+        self.program.run([self.items], False, loss[:, None], Clock(self.items.steps, totals))
 
 
 def _make_view(number: int, slot: int, p: Tensor, state: Mapping[str, Tensor]) -> ParameterView:
