@@ -121,7 +121,7 @@ def step_replica(replica: Replica, units: list[Unit], options: StepOptions) -> N
 
 def divide_groups(rule: Rule, units: Iterable[Unit]) -> list[Unit]:
     """The units of groups as those that torch steps as one tensor; see `make_units`."""
-    return [one for unit in units for one in make_units(rule, unit.members, unit.group)]
+    return list(make_units(rule, units))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

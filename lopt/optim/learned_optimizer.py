@@ -286,7 +286,7 @@ class LearnedOptimizer(Optimizer):
             records: list[Record] = []
             self._init_group(group, params, grads, values, records)
             for index, members in make_members(params, grads, values, records).items():
-                units.setdefault(index, []).append(Unit(members, group))
+                units.setdefault(index, []).append(Unit(members, [group]))
         return units
 
     def _init_group(

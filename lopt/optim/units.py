@@ -1,15 +1,17 @@
 """What both backends step: the parameters of an optimizer that have a gradient, with their state and options.
 
-A member is one parameter, a unit are members with one group's options. Here is also what both backends read in the same
-way: learning rates, planned steps, and what a gradient scaler has left.
+A member is one parameter, a unit are members whose groups differ in numbers at most. Here is also what both backends
+read in the same way: these numbers, planned steps, and what a gradient scaler has left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lopt_kernels.launching.segments import upload
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -68,20 +70,53 @@ class Member(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Parameters that are stepped under one group's options: k equal ones as one tensor, or a single one.
+    """Parameters that are stepped alike: k equal ones as one tensor, or a single one.
 
     Attributes:
         members: at least one; of one shape, dtypes and device where they are stepped together.
-        group: of the optimizer's `param_groups`; its options are read at every step.
+        groups: of the optimizer's `param_groups`, one for each member or a single one for all. They differ in numbers
+            only; these are read at every step.
     """
 
     members: Sequence[Member]
-    group: Mapping[str, Any]
+    groups: Sequence[Mapping[str, Any]]
 
     @property
     def together(self) -> bool:
         """Whether its tensors have a dimension for the members; the compiler, which fuses, sees one in every unit."""
         return len(self.members) > 1 or torch.compiler.is_compiling()
+
+    @property
+    def group(self) -> Mapping[str, Any]:
+        """The first member's, for options in which all agree."""
+        return self.groups[0]
+
+    def pick(self, indices: Sequence[int]) -> Unit:
+        """A unit of some of the members, with their groups."""
+        groups = self.groups if len(self.groups) == 1 else [self.groups[i] for i in indices]
+        return Unit([self.members[i] for i in indices], groups)
+
+    def read_number(self, name: str, index: int | None = None) -> float | Tensor:
+        """An option as it is now: a number where all members agree in one that is not to be waited for.
+
+        Args:
+            index: of the number, in an option that has several.
+        Returns:
+            The number; else a tensor `[]`, or `[k]` with an entry for each member, in at least fp32 and on the device
+            of the members.
+        """
+        p = self.members[0].p
+        values = [group[name] if index is None else group[name][index] for group in self.groups]
+        # One tensor in all groups, and numbers that are equal, cost as little as a single group.
+        if all(value is values[0] for value in values):
+            return read_number(values[0], p.device)
+        numbers = [read_number(value, p.device) for value in values]
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        known = [x for x in numbers if isinstance(x, float)]
+        if len(known) < len(numbers):
+            tensors = (x if isinstance(x, Tensor) else torch.full((), x, device=p.device) for x in numbers)
+            return torch.stack([x.to(dtype) for x in tensors])
+        return known[0] if known.count(known[0]) == len(known) else make_column(known, dtype, p.device)
 
 
 class Scaled(NamedTuple):
@@ -140,15 +175,31 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """A group's learning rate as it is now: a number where it can be had without waiting for a device.
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device is recorded in a CUDA graph instead."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def read_number(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A group's option as it is now: a number where it can be had without waiting for a device.
 
     Returns:
         The number, or a tensor `[]` on `device`.
     """
-    if not isinstance(lr, Tensor):
-        return float(lr)
-    return float(lr) if is_readable(lr) else lr.detach().reshape(()).to(device)
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value) if is_readable(value) else value.detach().reshape(()).to(device)
+
+
+def make_column(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor `[n]` on a device, which is not waited for."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    # A CUDA graph must hold the numbers: a copy would be made again in every replay, of memory that is gone.
+    if is_capturing(device):
+        runs = [(value, len(list(run))) for value, run in groupby(numbers)]
+        return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
+    return upload(numbers, dtype, device)
 
 
 def mirror_loss(loss: Tensor | None, units: Sequence[Unit]) -> Tensor | None:
@@ -172,7 +223,11 @@ def list_num_steps(units: Sequence[Unit]) -> list[int]:
 
     For rules with a schedule, whose groups all have the option `num_steps` (`check_num_steps`); those of AdamW may not.
     """
-    return [unit.group["num_steps"] for unit in units for _ in unit.members]
+    num_steps: list[int] = []
+    for unit in units:
+        planned = [group["num_steps"] for group in unit.groups]
+        num_steps += planned * len(unit.members) if len(planned) == 1 else planned
+    return num_steps
 
 
 def read_num_steps(steps: Tensor, num_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -184,22 +239,34 @@ def read_num_steps(steps: Tensor, num_steps: Sequence[int]) -> tuple[Tensor, Ten
     Returns:
         Planned steps and the run's steps so far, int64 `[n]` each.
     """
-    if len(set(num_steps)) == 1:  # the usual case, with fewer operations
-        return torch.full_like(steps, num_steps[0]), find_run_steps(steps, steps, alike=True)
-    totals = torch.cat([steps.new_full((1,), number) for number in num_steps])
-    return totals, find_run_steps(steps, totals, alike=False)
+    plans, places = number_plans(num_steps)
+    if len(plans) == 1:  # the usual case, with fewer operations
+        return torch.full_like(steps, plans[0]), find_run_steps(steps)
+    column = make_column([*places, *plans], torch.int64, steps.device)
+    on_device, totals = column[: len(places)], column[len(places) :]
+    return totals[on_device], find_run_steps(steps, on_device, len(plans))
 
 
-def find_run_steps(steps: Tensor, totals: Tensor, alike: bool) -> Tensor:
+def number_plans(num_steps: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The different plans of n parameters, and for each parameter which of them is its own."""
+    plans = list(dict.fromkeys(num_steps))
+    numbers = {plan: number for number, plan in enumerate(plans)}
+    return plans, [numbers[plan] for plan in num_steps]
+
+
+def find_run_steps(steps: Tensor, places: Tensor | None = None, count: int = 1) -> Tensor:
     """The run's steps so far, int64 `[n]`.
 
     A tensor that had no gradient at times is as far in the run as the others with as many planned steps.
 
     Args:
-        steps, totals: updates made and planned, int64 `[n]`.
-        alike: all have the same total; then `totals` is not looked at.
+        steps: updates made, int64 `[n]`.
+        places: which of `count` plans each parameter follows, int64 `[n]`; None: there is one for all.
     """
-    return steps.amax().expand_as(steps) if alike else ((totals[:, None] == totals) * steps).amax(-1)
+    if places is None:
+        return steps.amax().expand_as(steps)
+    latest = steps.new_zeros(count).scatter_reduce(0, places, steps, "amax")
+    return latest[places]
 
 
 def add_up(x: Tensor, shard: Shard | None) -> Tensor:

@@ -23,8 +23,8 @@ class ParameterUpdate(NamedTuple):
     One is made for every unit of every step, of a parameter or of `k` equal ones; both kinds of `Steppable` use it.
 
     Attributes:
-        lr: the parameter becomes `p + lr * delta - lr * decay * p`; a number or a tensor of one element.
-        decay: see above.
+        lr: the parameter becomes `p + lr * delta - lr * decay * p`; a number, or a tensor `[]` or `[k]`.
+        decay: see above; likewise.
         maximize: the gradient is negated.
         unscale: factor on the gradient, `[]`: what takes a gradient scaler's factor out.
         sanitize: NaN and infinite entries of the gradient count as 0.
@@ -34,7 +34,7 @@ class ParameterUpdate(NamedTuple):
     """
 
     lr: float | Tensor
-    decay: float
+    decay: float | Tensor
     maximize: bool = False
     unscale: Tensor | None = None
     sanitize: bool = False
@@ -77,14 +77,17 @@ class ParameterUpdate(NamedTuple):
         """
         if isinstance(self.lr, float) and self.lr == 0:
             return p
-        base = p.to(torch.promote_types(p.dtype, torch.float32))
-        # A number for lr can be compared here, and saves the operations of a decay of 0.
-        if isinstance(self.lr, float):
-            if self.decay:
-                base = base - self.lr * self.decay * base
-            new = torch.add(base, delta, alpha=self.lr)
-        else:  # it may be on a device, which is not waited for; 0 changes nothing even where delta is not finite
-            new = torch.where(self.lr == 0, base, base - self.lr * self.decay * base + self.lr * delta)
+        base = new = p.to(torch.promote_types(p.dtype, torch.float32))
+        # Numbers can be compared here, which saves operations; tensors may be on a device, which is not waited for.
+        lr, decay = (_spread(x, base) if isinstance(x, Tensor) else x for x in (self.lr, self.decay))
+        if isinstance(decay, Tensor):  # 0 leaves even an infinite number as it is
+            new = torch.where(decay == 0, base, base - lr * decay * base)
+        elif decay:
+            new = base - lr * decay * base
+        if isinstance(lr, Tensor):  # 0 changes nothing even where delta is not finite
+            new = torch.where(lr == 0, base, new + lr * delta)
+        else:
+            new = torch.add(new, delta, alpha=lr)
         return self.merge(self._round(new, p.dtype, first), p)
 
     def _round(self, x: Tensor, dtype: torch.dtype, first: int) -> Tensor:
@@ -97,6 +100,6 @@ class ParameterUpdate(NamedTuple):
         return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
 
 
-def _spread(mask: Tensor, like: Tensor) -> Tensor:
-    """`[]` or `[k]` -> `[1...]` or `[k, 1...]`."""
-    return mask.reshape((*mask.shape, *[1] * (like.ndim - mask.ndim)))
+def _spread(x: Tensor, like: Tensor) -> Tensor:
+    """`[]` or `[k]` -> `[1...]` or `[k, 1...]`, of any dtype."""
+    return x.reshape((*x.shape, *[1] * (like.ndim - x.ndim)))

@@ -75,7 +75,7 @@ def _guard_unit(
     lr_adamw: float,
     clipped: Tensor,
 ) -> tuple[Tensor, Accumulators]:
-    betas, eps = unit.group["betas"], unit.group["eps"]
+    betas, eps = (unit.read_number("betas", 0), unit.read_number("betas", 1)), unit.read_number("eps")
     reduce = partial(add_up, shard=unit.members[0].shard)
     delta, state, count = guard_step(
         delta, g, state, steps, guard.share, lr_adamw, betas, eps, guard.options, reduce, in_place
@@ -102,8 +102,8 @@ def guard_step(
     step: Tensor,
     share: float | Tensor,
     lr_adamw: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float | Tensor,
     options: GuardOptions,
     reduce: Reduce | None = None,
     in_place: bool = False,
@@ -117,7 +117,7 @@ def guard_step(
         step: updates made so far, int64 `[]` or `[k]`.
         share: of the learned rule, see `Guard.share`; a number, or a tensor `[]` or `[k]`.
         lr_adamw: AdamW's learning rate, also the unit of `GuardOptions.seed_norm`.
-        betas, eps: AdamW's.
+        betas, eps: AdamW's; numbers, or tensors `[]` or `[k]`.
         reduce: sums a tensor over the shards of the parameter, where it is sharded.
         in_place: AdamW's moments and `delta` may be overwritten, which saves a third of the time; else it is pure.
     Returns:
@@ -125,17 +125,18 @@ def guard_step(
     """
     axes = tuple(range(step.ndim, delta.ndim))
     wide = (*step.shape, *[1] * len(axes))
-    beta1, beta2 = betas
+    beta1, beta2, eps = (x.view(wide) if isinstance(x, Tensor) and x.ndim else x for x in (*betas, eps))
     # The moments follow the gradients even where the rule steps alone, so that AdamW can take over at any step.
     m, v = state["guard_m"], state["guard_v"]
     m = m.lerp_(g, 1 - beta1) if in_place else torch.lerp(m, g, 1 - beta1)
-    v = (v.mul_(beta2) if in_place else v * beta2).addcmul_(g, g, value=1 - beta2)
+    v = v.mul_(beta2) if in_place else v * beta2
+    v = v + (1 - beta2) * g * g if isinstance(beta2, Tensor) else v.addcmul_(g, g, value=1 - beta2)
 
     clipped_step, new_norm, clipped = _clip(delta, state["guard_norm"], wide, lr_adamw, options, reduce, in_place)
     # With the rule alone, which is the usual case, AdamW's step is not even computed.
     if not (isinstance(share, float) and share == 1.0):
-        age = step - state["guard_start"] + 1
-        correction1, correction2 = (1 - beta1**age).view(wide), (1 - beta2**age).sqrt().view(wide)
+        age = (step - state["guard_start"] + 1).view(wide)
+        correction1, correction2 = 1 - beta1**age, (1 - beta2**age).sqrt()
         adamw_step = m / (v.sqrt() / correction2 + eps) * (-lr_adamw / correction1)
         weight = share.view(wide) if isinstance(share, Tensor) and share.ndim else share
         if isinstance(weight, Tensor):
@@ -196,8 +197,9 @@ def hear_loss(
     """
     direction = find_direction(groups)
     guard.observe(None if loss is None else direction * float(loss))
+    memory = guard.now.to_numbers()
     for group in groups:
-        group["guard_memory"] = guard.now.to_numbers()
+        group["guard_memory"] = memory
         for p in group["params"] if guard.save or guard.restore else ():
             if p not in states:
                 continue

@@ -24,7 +24,6 @@ from lopt.optim.units import (
     is_readable,
     list_num_steps,
     mirror_loss,
-    read_lr,
     read_num_steps,
 )
 from lopt.optim.update import ParameterUpdate, Transform
@@ -46,28 +45,38 @@ class Live(NamedTuple):
     skipped: Tensor | int = 0
 
 
-def make_units(rule: Rule, members: Iterable[Member], group: Mapping[str, Any]) -> Iterator[Unit]:
-    """Divide the members of a group into units: equal small tensors together, as many as make a chunk.
+def make_units(rule: Rule, units: Iterable[Unit]) -> Iterator[Unit]:
+    """Divide the members of groups into units: equal small tensors together, as many as make a chunk.
+
+    Groups that differ in numbers only do not come between them.
 
     Args:
         rule: that steps them; its temporaries count in the size of a chunk.
-        group: their options. With `foreach` False every member is a unit, and so are always parts of DTensors.
+        units: one for each group. With `foreach` False every member is a unit, and so are always parts of DTensors.
     """
     compiling = torch.compiler.is_compiling()  # the compiler fuses: no chunks
     # Tensors can be stacked if shapes and dtypes agree; parts of DTensors have places of their own in the whole.
-    alike: dict[tuple[object, ...], list[Member]] = {}
-    for member in members:
-        if member.shard is not None or (group["foreach"] is False and not compiling):
-            yield Unit([member], group)
-        else:
-            alike.setdefault((member.p.shape, member.p.dtype, member.g.dtype), []).append(member)
+    alike: dict[tuple[object, ...], tuple[list[Member], list[Mapping[str, Any]]]] = {}
+    for members, (group,) in units:
+        apart, maximize = group["foreach"] is False and not compiling, bool(group["maximize"])
+        for member in members:
+            if apart or member.shard is not None:
+                yield Unit([member], [group])
+                continue
+            key = (member.p.shape, member.p.dtype, member.g.dtype, maximize)
+            if key not in alike:
+                alike[key] = [], []
+            alike[key][0].append(member)
+            alike[key][1].append(group)
     # A stack is copied in every stage: it must not outgrow the cache, or the memory that chunks are bounded to.
-    for equal in alike.values():
+    for equal, groups in alike.values():
         first, size = equal[0], len(equal)
         if not compiling:
             size = chunk_length(first.p, first.pick_accumulators(), rule.temporaries) // max(1, first.p.numel())
-        for start in range(0, len(equal), max(1, size)):
-            yield Unit(equal[start : start + max(1, size)], group)
+        size = max(1, size)
+        one_group = all(group is groups[0] for group in groups)
+        for start in range(0, len(equal), size):
+            yield Unit(equal[start : start + size], groups[:1] if one_group else groups[start : start + size])
 
 
 def step_units(
@@ -102,8 +111,8 @@ def step_units(
     tensors: list[Steppable] = []
     for unit, place in _find_places(live.units):
         update = ParameterUpdate(
-            lr=read_lr(unit.group["lr"], steps.device),
-            decay=float(unit.group["weight_decay"]) * decay_scale(unit),
+            lr=unit.read_number("lr"),
+            decay=unit.read_number("weight_decay") * decay_scale(unit),
             maximize=unit.group["maximize"],
             unscale=unscale,
             sanitize=sanitize,
@@ -236,7 +245,7 @@ def _keep_live(units: Sequence[Unit], flags: Sequence[bool]) -> list[Unit]:
         indices = [i for i in range(len(unit.members)) if flags[start + i]]
         start += len(unit.members)
         if indices:
-            kept.append(unit._replace(members=[unit.members[i] for i in indices]))
+            kept.append(unit.pick(indices))
     return kept
 
 

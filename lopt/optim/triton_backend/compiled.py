@@ -97,7 +97,7 @@ def fused_step(
         options, numbers = integers[HEAD + UNIT * i :], floats[RATES * i :]
         lr = rates[i] if rates else numbers[RATE]
         group = {"lr": lr, "weight_decay": numbers[DECAY], "maximize": bool(options[MAXIMIZE])}
-        units.append(Unit(members[start : start + options[COUNT]], group))
+        units.append(Unit(members[start : start + options[COUNT]], [group]))
         start += options[COUNT]
     amp = None if found_inf is None else Scaled(unscale, found_inf)
     kernels.step(units, None, bool(integers[SANITIZE]), lambda unit: 1.0, tally, amp)

@@ -15,7 +15,19 @@ from lopt_kernels.launching.segments import Segment, Segments, by_elements, find
 from torch import Tensor
 
 from lopt.optim.triton_backend.parts import make_part
-from lopt.optim.units import SEED, STEP, Member, Scaled, Unit, find_run_steps, list_num_steps, mirror_loss, read_lr
+from lopt.optim.units import (
+    SEED,
+    STEP,
+    Member,
+    Scaled,
+    Unit,
+    find_run_steps,
+    is_capturing,
+    list_num_steps,
+    mirror_loss,
+    number_plans,
+    read_number,
+)
 from lopt.rules import Clock, Rule
 from lopt.rules.programs.registry import FUSED
 from lopt.rules.programs.views import ParameterView
@@ -50,7 +62,7 @@ class FusedStep:
         self.clocks = [_make_clock(views, members) for views in batches]
         self.live = torch.empty(n, dtype=torch.bool, device=device)
         self.steps, self.seeds = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-        self._grads, self._num_steps = _Uploaded(torch.int64, device), _Uploaded(torch.int64, device)
+        self._grads, self._num_steps, self._places = (_Uploaded(torch.int64, device) for _ in range(3))
         self._rates = _Uploaded(torch.float32, device)
         self._grad_copies: dict[int, Tensor] = {}
         self._key = _read_key(members)  # state may have been laid out anew
@@ -91,7 +103,7 @@ class FusedStep:
             skipped: int64; its first number grows by the parameters whose gradients are not finite.
         """
         # What the host knows is sent now, if it has changed; parameters with gaps are stepped in a copy.
-        self.captured = self.captured or _is_capturing(self.live.device)
+        self.captured = self.captured or is_capturing(self.live.device)
         rates = self._read_rates(units, decay_scale, amp)
         for view in self.views:
             if view.source is not None:
@@ -109,8 +121,10 @@ class FusedStep:
         clock = Clock(self.steps, None)
         if self.rule.needs_num_steps:
             num_steps = list_num_steps(units)
-            totals = self._num_steps.send(num_steps)
-            clock = Clock(self.steps, totals, find_run_steps(self.steps, totals, alike=len(set(num_steps)) == 1))
+            plans, places = number_plans(num_steps)
+            where = None if len(plans) == 1 else self._places.send(places)
+            run_steps = find_run_steps(self.steps, where, len(plans))
+            clock = Clock(self.steps, self._num_steps.send(num_steps), run_steps)
         self.program.run(items, sanitize, mirror_loss(loss, units), clock)
         for view in self.views:
             if view.source is not None:
@@ -119,7 +133,7 @@ class FusedStep:
     def _read_rates(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Rates:
         """Rates as they are now; those in tensors on a device stay there."""
         device = self.live.device
-        rates = [read_lr(unit.group["lr"], device) for unit in units]
+        rates = [read_number(unit.group["lr"], device) for unit in units]
         decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
         signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
         counts = [len(unit.members) for unit in units]
@@ -183,7 +197,7 @@ class _Uploaded:
         Raises:
             RuntimeError: a CUDA graph is captured, and no step was made outside of one before.
         """
-        capturing = _is_capturing(self.device)
+        capturing = is_capturing(self.device)
         if self.tensor is None or numbers != self.numbers:
             if capturing:
                 return self._record(numbers)
@@ -206,11 +220,6 @@ class _Uploaded:
         tensor = host.to(self.device, non_blocking=True)
         self.kept += [host, tensor]
         return tensor
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on a device is recorded in a CUDA graph instead."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _make_clock(views: Sequence[ParameterView], members: Sequence[Member]) -> Segments:
