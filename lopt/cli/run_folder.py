@@ -2,13 +2,12 @@
 
     config.json  environment.json  checkpoint.safetensors  rule.safetensors  metrics.jsonl  tensorboard/  report.html
 
-`config.json` is what was asked for, `environment.json` where and by which command. A run goes on from its checkpoint;
-the rule file is the best rule so far.
+`config.json` is what was asked for, `environment.json` where and by which command. A run goes on from its checkpoint,
+or from the one before, `checkpoint.previous.safetensors`; the rule file is the best rule so far.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +25,15 @@ import numpy
 import torch
 
 import lopt
+from lopt.cli.folder_lock import hold_folder
+from lopt.core.documents import read_json, to_json
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.core.version import VERSION
 from lopt.evaluation.settings import check_label, list_settings
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
-from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
+from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart
 from lopt.meta.trainer.source import Source
@@ -108,30 +110,38 @@ def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> 
     }
 
 
-def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Trainer:
+def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None, held: ExitStack | None = None) -> Trainer:
     """Make the folder of a new run and its trainer, once all that the configuration asks for is known to exist.
 
+    Args:
+        held: rank 0 keeps other processes out of the folder until this is closed.
     Raises:
         FileExistsError: the folder holds a run already.
-        ValueError: the configuration cannot be built, or its rule not be judged.
+        ValueError: the configuration cannot be built, its rule not be judged, or another process has the folder.
         OSError: the folder cannot be written.
         FailedLead: one of these on rank 0.
     """
     ranks = ranks or Ranks()
     built: list[Trainer] = []
 
-    def prepare() -> str:
+    def refuse_taken() -> None:
         if (folder / CONFIG).exists():
             raise FileExistsError(
                 f"{folder} holds a run already: go on with `{resume_command(folder)}`, or choose another folder "
                 "with --out"
             )
+
+    def prepare() -> str:
+        refuse_taken()
         check_label(config.name)
         list_settings(config)
         environment = describe_environment() | {"processes": ranks.size}
         command: str = environment["command"]
         built.append(build_trainer(config, folder, command, ranks))
         folder.mkdir(parents=True, exist_ok=True)
+        if held is not None:
+            held.enter_context(hold_folder(folder, patient=is_restart()))
+            refuse_taken()  # another process may have been faster
         write_atomic(folder / ENVIRONMENT, to_json(environment))
         write_atomic(folder / CONFIG, to_json(config.to_dict()))
         return command
@@ -141,7 +151,7 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None) -> Tr
     return built[0] if built else build_trainer(config, folder, command, ranks)
 
 
-def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
+def open_run(config: RunConfig, folder: Path, ranks: Ranks, held: ExitStack) -> Trainer:
     """The trainer of a new run, or, where torchrun has started its processes again, of that run where it was left.
 
     A restart begins with the same command, which would otherwise be refused as the folder is taken.
@@ -157,20 +167,24 @@ def open_run(config: RunConfig, folder: Path, ranks: Ranks) -> Trainer:
         return (folder / CONFIG).exists() and parse_config(read_json(folder / CONFIG)) == config
 
     if ranks.find_largest(is_restart()) and ranks.lead(is_begun):
-        return resume_run(folder, ranks)[1]
-    return start_run(config, folder, ranks)
+        return resume_run(folder, ranks, held=held)[1]
+    return start_run(config, folder, ranks, held)
 
 
-def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = None) -> tuple[RunConfig, Trainer]:
+def resume_run(
+    folder: Path, ranks: Ranks | None = None, device: str | None = None, held: ExitStack | None = None
+) -> tuple[RunConfig, Trainer]:
     """Configuration and trainer of an interrupted run, where its last checkpoint left it.
 
     Rank 0 reads the folder for all; their number need not be that of before.
 
     Args:
         device: to go on there, instead of where the run was.
+        held: rank 0 keeps other processes out of the folder until this is closed; None: the run is only read.
     Raises:
         FileNotFoundError: there is no run in the folder.
-        ValueError: its configuration or checkpoint is damaged, or the checkpoint is gone.
+        ValueError: its configuration or checkpoint is damaged, the checkpoint is gone, or another process has the
+            folder.
         FailedLead: one of these on rank 0.
     """
     ranks = ranks or Ranks()
@@ -180,10 +194,12 @@ def resume_run(folder: Path, ranks: Ranks | None = None, device: str | None = No
         path = folder / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"there is no run in {folder} (no {CONFIG})")
+        if held is not None:
+            held.enter_context(hold_folder(folder, patient=is_restart()))
         # Everything is checked before the trainer is built: a damaged folder is left as it is.
         raw, environment = read_json(path), read_json(folder / ENVIRONMENT)
         command = conform(environment.get("command"), str, f"{folder / ENVIRONMENT} is damaged: command")
-        saved = (folder / CHECKPOINT).exists()
+        saved = (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
         if not saved and _has_trained(folder):  # otherwise killed before the first checkpoint: start again
             raise ValueError(
                 f"{folder} was trained but lacks {CHECKPOINT}: restore that file, or start anew with --out"
@@ -269,26 +285,3 @@ def describe_environment() -> dict[str, Any]:
         "git": revision or None,
         "command": read_command(),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a run or a sweep.
-
-    Raises:
-        ValueError: it is no JSON, or no object; the message says that the file is damaged.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, found {content!r}")
-    return content
-
-
-def to_json(tree: Any) -> bytes:
-    """The bytes of a JSON file that people may read, too: indented, with a newline at its end; the inverse of
-    `read_json`.
-    """
-    return (json.dumps(tree, indent=2) + "\n").encode()

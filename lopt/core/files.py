@@ -37,18 +37,25 @@ _BLANK = "0" * 64
 # -- training checkpoints ----------------------------------------------------------------------------------------------
 
 
-def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+def save_state(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    previous: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write a training checkpoint: named tensors of any shape and dtype, and JSON metadata.
 
     The old file at the path stays whole until the new one is; equal content gives equal bytes.
 
+    Args:
+        previous: where the old file goes instead of being replaced.
     Returns:
         The path.
     Raises:
         ValueError: names and metadata exceed `MAX_HEADER` bytes.
         OSError: the file cannot be written.
     """
-    return write_atomic(path, encode_file("state", tensors, {"metadata": dict(metadata)}))
+    return write_atomic(path, encode_file("state", tensors, {"metadata": dict(metadata)}), previous)
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -175,12 +182,15 @@ def _guess_kind(start: bytes) -> str:
     return f"something else (it starts with {start!r})"
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+def write_atomic(path: str | os.PathLike[str], data: bytes, previous: str | os.PathLike[str] | None = None) -> Path:
     """Replace the file at `path` by `data`; after a kill at any time it is the old or the new one, whole.
 
     Written under a temporary name in the same folder, synchronised, then renamed. What killed processes left behind
     is removed by the next write to the same path. Two threads must not write one path at the same time.
 
+    Args:
+        previous: of the same folder; the old file is renamed to it when the new one is whole. A kill between the two
+            renames leaves no file at `path`.
     Returns:
         The path.
     Raises:
@@ -195,6 +205,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and target.exists():
+            os.replace(target, previous)
         os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}; nothing was changed", str(path)) from error

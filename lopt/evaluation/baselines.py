@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lopt.core.documents import read_json
 from lopt.core.files import write_atomic
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds
@@ -244,7 +245,7 @@ def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         candidates = [Candidate(**candidate) for candidate in content.pop("trials")]
         tuned = Tuned(trials=candidates, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lopt.core.documents import read_json
 from lopt.core.schema import conform
 from lopt.evaluation.baselines import Tuned
 from lopt.evaluation.statistics import Ratio, Summary, summarize
@@ -286,10 +287,8 @@ def load_evaluation(path: Path) -> tuple[list[Comparison], str]:
         FileNotFoundError: there is none.
         ValueError: it is not such a file.
     """
+    data = read_json(path)
     try:
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict):
-            raise ValueError(f"expected an object, found {type(data).__name__}")
         entries = conform(data.get("comparisons"), list[Any], "comparisons")
         return [Comparison.from_json(entry) for entry in entries], conform(data.get("command", ""), str, "command")
     except ValueError as error:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from lopt.core.documents import parse_toml
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
@@ -45,9 +46,9 @@ threads = 1
 
 
 def make_config(**trainer: object) -> RunConfig:
-    from lopt.meta.config.load import merge, tomllib
+    from lopt.meta.config.load import merge
 
-    raw = tomllib.loads(TINY) | {"name": "tiny"}
+    raw = parse_toml(TINY) | {"name": "tiny"}
     merge(raw, {"trainer": trainer})
     return parse_config(raw)
 

@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from filelock import FileLock
 from training_cases import TINY, hash_state, make_config
 
+from lopt.cli.folder_lock import LOCK
 from lopt.cli.run_folder import start_run
 from lopt.cli.sweep import sweep as sweeping
-from lopt.cli.sweep.sweep import Outcome, Sweep, lock_folder, resume_sweep, run_trial, start_sweep
+from lopt.cli.sweep import workers
+from lopt.cli.sweep.sweep import Sweep, resume_sweep, start_sweep
 from lopt.cli.sweep.trials import Trial, draw_settings, parse_range
+from lopt.cli.sweep.workers import Outcome, run_trial
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
 from lopt.meta.trainer.trainer import Interrupted
+from lopt.rules import RULES
+from lopt.rules.files import save
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and process groups")
 RATES = "trainer.learning_rate=1e-3,1e-2,0.1"
@@ -47,6 +53,7 @@ class InProcess:
     def begin(self, trial: Trial, config: Any, folder: Path, until: int) -> None:
         self.trial = trial
         self.begun.append(trial.name)
+        folder.mkdir(exist_ok=True)
         if config.trainer.learning_rate in self.broken:
             self.outcome = Outcome(False, "ValueError: broken")
             return
@@ -60,7 +67,7 @@ class InProcess:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
-    monkeypatch.setattr(sweeping, "Worker", InProcess)
+    monkeypatch.setattr(workers, "Worker", InProcess)
     monkeypatch.setattr(InProcess, "begun", [])
     monkeypatch.setattr(RunLog, "figure", lambda *_: None)  # drawing takes longer than the trials
     monkeypatch.setattr(RunLog, "hparams", lambda *_: None)
@@ -198,6 +205,41 @@ def test_a_trial_that_fails_is_told_does_not_stop_the_rest_and_is_tried_again(
     assert in_process.begun == ["trial-0", "trial-1", "trial-2", "trial-1"]
 
 
+def test_a_trial_whose_rule_cannot_be_read_fails_alone(
+    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, told = make_sweep(tmp_path / "s"), []
+    finish = in_process.finish
+
+    def damage(self: InProcess) -> tuple[Trial, Outcome]:
+        trial, outcome = finish(self)
+        path = tmp_path / "s" / trial.name / RULE
+        if trial.name == "trial-0":
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        if trial.name == "trial-1":  # whole, but of something else than a run
+            save(RULES["linear"](), path, {"training": {"best_step": 3}})
+        return trial, outcome
+
+    monkeypatch.setattr(in_process, "finish", damage)
+    assert sweep.run(1, told.append).name == "trial-2"
+    assert [trial.status for trial in told] == ["failed", "failed", "done"]
+    assert "trial-0/rule.safetensors is damaged" in told[0].error
+    assert "training.trained_steps is missing" in told[1].error
+
+
+def test_the_best_rule_that_can_still_be_read_is_kept(tmp_path: Path, in_process: type[InProcess]) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    first = sweep.run(1)
+    second = min((t for t in sweep.state.trials if t is not first), key=lambda t: t.best or 0)
+    path = tmp_path / "s" / first.name / RULE
+    path.write_bytes(path.read_bytes()[:-9])
+    told: list[Trial] = []
+    again = resume_sweep(tmp_path / "s")
+    assert again.run(1, told.append).name == second.name
+    assert [(trial.name, trial.status) for trial in told] == [(first.name, "failed")]
+    assert again.rule_path.read_bytes() == (tmp_path / "s" / second.name / RULE).read_bytes()
+
+
 def test_a_sweep_of_failures_says_why(tmp_path: Path, in_process: type[InProcess], monkeypatch: Any) -> None:
     monkeypatch.setattr(in_process, "broken", {1e-3, 1e-2, 0.1})
     with pytest.raises(ValueError, match=r"no trial.*trial-0: ValueError: broken"):
@@ -247,7 +289,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_trials_that_are_left(
 
 def test_a_second_process_on_a_sweep_is_refused(tmp_path: Path, in_process: type[InProcess]) -> None:
     sweep = make_sweep(tmp_path / "s", "trainer.learning_rate=1e-3")
-    with lock_folder(tmp_path / "s", patient=False), pytest.raises(ValueError, match="another process runs the sweep"):
+    with FileLock(tmp_path / "s" / LOCK), pytest.raises(ValueError, match="s is in use by process"):
         sweep.run(1)
     sweep.run(1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,19 +34,20 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> None:
     from lopt.meta.config.load import load_config
 
     console = Console()
-    if (out / CONFIG).exists():
-        if overrides:
-            raise click.UsageError(f"{out} holds a run already: remove the folder, give another --out or no --set")
-        config, trainer = resume_run(out)
-        say(console, f"going on with the run in {out} (remove the folder to start afresh)")
-    else:
-        config = load_config("demo", list(overrides))
-        trainer = start_run(config, out)
-    make_folder(ARCHIVE)
-    console.print("[bold]1. Meta-training:[/] an LSTM learns to train small networks on digits")
-    run_trainer(trainer, console)
-    console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
-    judge_run(config, trainer, console)
+    with ExitStack() as held:
+        if (out / CONFIG).exists():
+            if overrides:
+                raise click.UsageError(f"{out} holds a run already: remove the folder, give another --out or no --set")
+            config, trainer = resume_run(out, held=held)
+            say(console, f"going on with the run in {out} (remove the folder to start afresh)")
+        else:
+            config = load_config("demo", list(overrides))
+            trainer = start_run(config, out, held=held)
+        make_folder(ARCHIVE)
+        console.print("[bold]1. Meta-training:[/] an LSTM learns to train small networks on digits")
+        run_trainer(trainer, console)
+        console.print("\n[bold]2. Judging:[/] the learned rule against baselines with tuned learning rates")
+        judge_run(config, trainer, console)
     console.print("\n[bold]3. Using it:[/] another network (64-40-40-10 ReLU), twice the steps, one line changed")
     for line in train_classifier(trainer.rule_path):
         say(console, f"   {line}")

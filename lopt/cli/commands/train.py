@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +72,29 @@ def train_rule(
     given = {"seed": seed, "device": device}
     changes = [*overrides, *(f"trainer.{key}={value}" for key, value in given.items() if value is not None)]
 
-    with join_ranks() as ranks:
-        if resume is not None:
-            config, trainer = resume_run(resume, ranks, device)
-        else:
-            # Rank 0 reads the files for all: other hosts may not have them.
-            config = parse_config(ranks.lead(lambda: load_config(str(preset), changes).to_dict()))
-            trainer = open_run(config, out or RUNS / slugify(config.name), ranks)
-        if evaluate:
-            ranks.lead(lambda: make_folder(ARCHIVE))
-        console = Console(stderr=as_json, quiet=not ranks.leads)
-        run_trainer(trainer, console, seconds)
+    # The folder is this run's alone until the rule is judged.
+    with ExitStack() as held:
+        with join_ranks() as ranks:
+            if resume is not None:
+                config, trainer = resume_run(resume, ranks, device, held)
+            else:
+                # Rank 0 reads the files for all: other hosts may not have them.
+                config = parse_config(ranks.lead(lambda: load_config(str(preset), changes).to_dict()))
+                trainer = open_run(config, out or RUNS / slugify(config.name), ranks, held)
+            if evaluate:
+                ranks.lead(lambda: make_folder(ARCHIVE))
+            console = Console(stderr=as_json, quiet=not ranks.leads)
+            run_trainer(trainer, console, seconds)
 
-    # Judging needs one process; with --json the only thing on the standard output is the result.
-    if not ranks.leads:
-        return
-    best = trainer.best if math.isfinite(trainer.best) else None
-    result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": best}
-    if evaluate:
-        result["results"] = judge_run(config, trainer, console)
-    if as_json:
-        click.echo(json.dumps(result))
+        # Judging needs one process; with --json the only thing on the standard output is the result.
+        if not ranks.leads:
+            return
+        best = trainer.best if math.isfinite(trainer.best) else None
+        result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": best}
+        if evaluate:
+            result["results"] = judge_run(config, trainer, console)
+        if as_json:
+            click.echo(json.dumps(result))
 
 
 def parse_duration(text: str) -> float:

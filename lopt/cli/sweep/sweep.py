@@ -7,22 +7,18 @@ goes on from there when the sweep does.
 
 from __future__ import annotations
 
-import fcntl
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lopt.cli.run_folder import CONFIG, read_command, read_json, resume_run, start_run, to_json
-from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range
+from lopt.cli.folder_lock import hold_folder
+from lopt.cli.run_folder import read_command
+from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range, read_outcome
+from lopt.cli.sweep.workers import Outcome, Worker, start_workers
+from lopt.core.documents import read_json, to_json
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.meta.config.load import parse_config
@@ -30,13 +26,12 @@ from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.stop import Stop
 from lopt.meta.trainer.trainer import Interrupted
-from lopt.rules.files import load_card
+from lopt.rules.files import load
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SWEEP = "sweep.json"
-OUTPUT = "output.txt"
 
 
 @dataclass
@@ -94,7 +89,7 @@ class Sweep:
         for trial in self.state.trials:
             if trial.status == "failed":
                 trial.status, trial.error = "waiting", ""
-        with lock_folder(self.folder, patient=False), stop.on_signals(), start_workers(workers) as idle:
+        with hold_folder(self.folder), stop.on_signals(), start_workers(workers) as idle:
             while waiting := [trial for trial in self.state.trials if trial.status == "waiting"]:
                 # All trials come to the next halving before any goes beyond it; the last one left runs to its end.
                 until = self.state.halve_every * (self.state.halvings + 1) if len(waiting) > 1 else 0
@@ -105,7 +100,7 @@ class Sweep:
                     self._halve(waiting)
                 if stop.asked:
                     raise Interrupted
-            return self._keep_best()
+            return self._keep_best(on_end)
 
     def _run_round(
         self, queue: list[Trial], until: int, idle: list[Worker], stop: Stop, on_end: Callable[[Trial], None] | None
@@ -116,7 +111,6 @@ class Sweep:
         while busy or (queue and not stop.asked):
             while queue and idle and not stop.asked:
                 worker, trial = idle.pop(), queue.pop(0)
-                (self.folder / trial.name).mkdir(exist_ok=True)
                 worker.begin(trial, make_config(self.state.config, trial), self.folder / trial.name, until)
                 busy[worker.connection] = worker
             for connection in wait(list(busy), timeout=0.2):
@@ -127,19 +121,20 @@ class Sweep:
                 if on_end and (trial.status != "waiting" or trial.step == until):
                     on_end(trial)
                 if not stop.asked:
-                    idle.append(worker if worker.process.is_alive() else Worker())
+                    idle.append(worker)
             if stop.asked and not terminated:
                 terminated = True  # once: a second signal would end them without saving
                 for worker in busy.values():
                     worker.process.terminate()
 
     def _take_result(self, trial: Trial, outcome: Outcome, until: int, asked: bool) -> None:
-        """Record how far a trial got, and how it ended."""
-        folder = self.folder / trial.name
-        if (folder / RULE).exists():
-            card = load_card(folder / RULE)["training"]
-            trial.step, trial.best_step = card["trained_steps"], card["best_step"]
-            (trial.best,) = card["validation"].values()
+        """Record how far a trial got, and how it ended; one whose rule cannot be read has failed."""
+        path = self.folder / trial.name / RULE
+        if path.exists():
+            try:
+                read_outcome(trial, path)
+            except (ValueError, OSError) as error:
+                outcome = Outcome(False, f"{outcome.error}; {error}".removeprefix("; "))
         if outcome.arrived:
             trial.status = "waiting" if trial.step == until else "done"
         elif outcome.error and not asked:
@@ -153,16 +148,25 @@ class Sweep:
         self.state.halvings += 1
         self._write()
 
-    def _keep_best(self) -> Trial:
+    def _keep_best(self, on_end: Callable[[Trial], None] | None) -> Trial:
+        """Copy the best rule that can be read."""
         ended = [trial for trial in self.state.trials if trial.status != "failed" and trial.best is not None]
-        if not ended:
-            first = next((f"; {trial.name}: {trial.error}" for trial in self.state.trials if trial.error), "")
-            raise ValueError(f"no trial of {self.folder} came to a rule that can be validated{first}")
-        best = min(ended, key=_rank)
-        self.state.best = best.name
-        write_atomic(self.rule_path, (self.folder / best.name / RULE).read_bytes())
+        for best in sorted(ended, key=_rank):
+            path = self.folder / best.name / RULE
+            try:
+                load(path)
+            except (ValueError, OSError) as error:  # damaged since its trial has ended
+                best.status, best.error = "failed", str(error)
+                if on_end:
+                    on_end(best)
+                continue
+            self.state.best = best.name
+            write_atomic(self.rule_path, path.read_bytes())
+            self._write()
+            return best
         self._write()
-        return best
+        first = next((f"; {trial.name}: {trial.error}" for trial in self.state.trials if trial.error), "")
+        raise ValueError(f"no trial of {self.folder} came to a rule that can be validated{first}")
 
     def _write(self) -> None:
         write_atomic(self.folder / SWEEP, to_json(asdict(self.state)))
@@ -184,8 +188,14 @@ def start_sweep(
         FileExistsError: the folder holds a sweep already.
         ValueError: a text is not understood, or a setting is unknown, impossible, or one that trials must share.
     """
-    if (folder / SWEEP).exists():
-        raise FileExistsError(f"{folder} holds a sweep already: go on with --resume {folder}, or choose another --out")
+
+    def refuse_taken() -> None:
+        if (folder / SWEEP).exists():
+            raise FileExistsError(
+                f"{folder} holds a sweep already: go on with --resume {folder}, or choose another --out"
+            )
+
+    refuse_taken()
     if halve_every % config.trainer.validate_every:
         raise ValueError(
             f"halving every {halve_every} steps needs validations at these steps: give a multiple of "
@@ -199,7 +209,9 @@ def start_sweep(
     for trial in trials:
         check_config(make_config(sweep.state.config, trial))
     folder.mkdir(parents=True, exist_ok=True)
-    sweep._write()
+    with hold_folder(folder):
+        refuse_taken()  # another process may have been faster
+        sweep._write()
     return sweep
 
 
@@ -215,143 +227,6 @@ def resume_sweep(folder: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"there is no sweep in {folder} (no {SWEEP})")
     return Sweep(folder, conform(read_json(path), SweepState, ""))
-
-
-class Outcome(NamedTuple):
-    """How a trial's stretch of running ended: neither arrived nor with an error if it was stopped by a signal.
-
-    Attributes:
-        arrived: at the step that it was to come to, or at its end.
-        error: in one line; "" for none.
-    """
-
-    arrived: bool
-    error: str
-
-
-class Worker:
-    """A process that runs trials one after the other, so that torch is imported once for all of them, and that ends
-    with the process that made it. It talks through a pipe, in dicts and texts.
-
-    Attributes:
-        trial: the one that it runs now, or ran last.
-        process, connection: its process, and this end of the pipe.
-    """
-
-    trial: Trial
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve_trials, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def begin(self, trial: Trial, config: RunConfig, folder: Path, until: int) -> None:
-        """Have the worker begin a trial, or go on with it; returns at once.
-
-        Args:
-            trial: whose configuration is `config` and whose run is in `folder`.
-            until: outer step at which it pauses; 0: runs to its end.
-        """
-        self.trial = trial
-        self.connection.send((config.to_dict(), str(folder), until))
-
-    def finish(self) -> tuple[Trial, Outcome]:
-        """Take the result of a trial, once there is something to read from the connection.
-
-        Returns:
-            The trial, and how it ended; a process that died counts as an error that names the signal or status.
-        """
-        try:
-            return self.trial, Outcome(*self.connection.recv())
-        except (EOFError, OSError):
-            self.process.join()
-            status = self.process.exitcode or 0
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            return self.trial, Outcome(False, f"its process {how}")
-
-
-@contextmanager
-def start_workers(count: int) -> Iterator[list[Worker]]:
-    """Workers that are idle, for as long as the context lasts.
-
-    Their pipes are closed at its end; a worker that still runs a trial has it save its state and ends with this
-    process.
-
-    Args:
-        count: of processes.
-    """
-    workers = [Worker() for _ in range(count)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.connection.close()
-
-
-def serve_trials(connection: Connection) -> None:
-    """What a worker process does: run the trials that are asked for, until the pipe is closed.
-
-    What they print is left in `OUTPUT` in the trial's folder. An exception ends the trial, not the worker.
-
-    Args:
-        connection: receives configuration, folder and last step, answers with an `Outcome`.
-    """
-    os.setpgid(0, 0)  # Ctrl-C in a terminal is for the parent, which passes it on
-    while True:
-        try:
-            raw, folder, until = connection.recv()
-        except EOFError:
-            return
-        with (Path(folder) / OUTPUT).open("a") as output:
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(output.fileno(), stream.fileno())
-        try:
-            outcome = Outcome(run_trial(parse_config(raw), Path(folder), until), "")
-        except Exception as error:
-            traceback.print_exc()
-            outcome = Outcome(False, f"{type(error).__name__}: {error}".splitlines()[0])
-        connection.send(tuple(outcome))
-
-
-def run_trial(config: RunConfig, folder: Path, until: int) -> bool:
-    """Begin the run in `folder`, or go on with it, to step `until` or (0) to its end; returns whether it came there.
-
-    If not, a signal stopped it, or the parent of this process is gone; its state is saved.
-    """
-    parent = multiprocessing.parent_process()
-    with lock_folder(folder, patient=True):  # the process of a sweep that was killed may not have ended yet
-        trainer = resume_run(folder)[1] if (folder / CONFIG).exists() else start_run(config, folder)
-        if 0 < until <= trainer.step:
-            return True
-
-        def watch(_: object) -> None:
-            if 0 < trainer.step == until or (parent is not None and not parent.is_alive()):
-                signal.raise_signal(signal.SIGTERM)
-
-        try:
-            trainer.run(watch)
-        except Interrupted:
-            return 0 < trainer.step == until
-        return True
-
-
-@contextmanager
-def lock_folder(folder: Path, *, patient: bool) -> Iterator[None]:
-    """Keep others out of a folder, as long as this process lives at most.
-
-    Args:
-        patient: wait for another one to end.
-    Raises:
-        ValueError: another process is there, and `patient` is false.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(f"another process runs the sweep in {folder}; wait for it, or stop it") from error
-        yield
 
 
 def print_trials(state: SweepState, console: Console) -> None:

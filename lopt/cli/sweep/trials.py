@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lopt.core.schema import conform
 from lopt.meta.config.load import merge, parse_config, parse_override
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.samplers import draw_options
+from lopt.rules.files import load_card
 
 FIXED = ("name", "description", "task", "source", "evaluation", "trainer.threads", "trainer.validation_")
 """What trials have in common, so that their validations can be compared."""
@@ -39,6 +42,30 @@ class Trial:
     best: float | None = None
     best_step: int = 0
     error: str = ""
+
+
+@dataclass
+class Trained:
+    """How far a run got, as the card of its rule file says: see `Trainer.save_rule`."""
+
+    trained_steps: int
+    best_step: int
+    validation: dict[str, float | None]
+    seconds: float
+
+
+def read_outcome(trial: Trial, path: Path) -> None:
+    """Take how far a trial got, and how good it is, from its rule file.
+
+    Raises:
+        ValueError: the file is damaged, or no rule that a run has left; the trial is as it was.
+        OSError: it cannot be read.
+    """
+    trained: Trained = conform(load_card(path).get("training"), Trained, f"{path}: training")
+    if len(trained.validation) != 1:
+        raise ValueError(f"{path}: training.validation must have one entry, got {trained.validation!r}")
+    trial.step, trial.best_step = trained.trained_steps, trained.best_step
+    (trial.best,) = trained.validation.values()
 
 
 def parse_range(text: str) -> tuple[str, dict[str, Any]]:

@@ -6,19 +6,14 @@ override may name any entry, whether or not the preset has it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lopt.core.documents import parse_toml, read_toml
 from lopt.core.names import suggest
 from lopt.core.schema import conform
 from lopt.meta.config.run import RunConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -30,7 +25,7 @@ def list_presets() -> dict[str, str]:
     """
     descriptions = {}
     for path in sorted(PRESETS.glob("*.toml")):
-        descriptions[path.stem] = str(tomllib.loads(path.read_text()).get("description", ""))
+        descriptions[path.stem] = str(read_toml(path).get("description", ""))
     return descriptions
 
 
@@ -51,10 +46,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
             raise ValueError(f"no preset is called {preset!r}. {suggest(preset, list_presets())}; or give a .toml file")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {preset}")
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    raw = read_toml(path)
     raw.setdefault("name", path.stem)
     # The last one wins, as on any command line.
     for override in overrides or []:
@@ -89,9 +81,8 @@ def parse_override(text: str) -> dict[str, Any]:
     # A shell eats quotes: `rule.name=lstm` is what people type.
     for written in (value, _quote(value.strip())):
         try:
-            parsed: dict[str, Any] = tomllib.loads(f"{key} = {written}")
-            return parsed
-        except tomllib.TOMLDecodeError:
+            return parse_toml(f"{key} = {written}")
+        except ValueError:
             continue
     raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
 

@@ -1,5 +1,7 @@
 """Snapshots of a run: what rank 0 reads for all ranks, once it is known to belong to the run's configuration.
 
+The last two are kept, as disks and copies damage files: from either a run goes on to the same end.
+
 Resuming under other settings would give a run that no configuration describes; so all that differs is named and
 refused, but for the device. What a snapshot holds is said by the `gather_state` of the parts of a run.
 """
@@ -7,23 +9,42 @@ refused, but for the device. What a snapshot holds is said by the `gather_state`
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lopt.core.files import load_state
+from lopt.core.files import load_state, save_state
 from lopt.meta.trainer.log import list_changes
 from lopt.meta.trainer.outer_optimizer import MOMENTS
 from lopt.meta.trainer.ranks import Ranks
 
 CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 RULE = "rule.safetensors"
+
+
+def write_snapshot(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a run's checkpoint; the one before is kept beside it, if it is whole.
+
+    Raises:
+        OSError: it cannot be written; those that were there before are unchanged.
+    """
+    path = folder / CHECKPOINT
+    try:
+        load_state(path)
+        previous = folder / PREVIOUS
+    except (ValueError, OSError):  # damaged: it must not take the place of one from which the run goes on
+        previous = None
+    save_state(path, tensors, metadata, previous)
 
 
 def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of a checkpoint, on all ranks.
+
+    Where the file is damaged or missing, the one before it is taken, with a warning.
 
     Args:
         config: that the run has, as in its card; its device may be another.
@@ -36,7 +57,7 @@ def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tup
 
     # Tensors are sent apart from what `lead` returns, which has to be JSON.
     def read() -> dict[str, Any]:
-        found, metadata = load_state(path)
+        found, metadata = _load_newest(path)
         # Settings first: where both differ, they say what the user has changed.
         _check_config(path, config, metadata.get("config"))
         _check_names(path, names, {name for name in found if not name.startswith(MOMENTS)})
@@ -55,6 +76,23 @@ def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         prefix: such as "weights.", with its dot.
     """
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The last checkpoint that is whole, of the two that are kept."""
+    try:
+        return load_state(path)
+    except (ValueError, OSError) as error:
+        previous, reason = path.with_name(PREVIOUS), str(error).rstrip(".")
+        if not previous.exists():
+            raise
+        try:
+            tensors, metadata = load_state(previous)
+        except (ValueError, OSError) as older:
+            raise ValueError(f"no checkpoint can be read: {reason}; {older}") from error
+        step = metadata.get("step")
+        warnings.warn(f"{reason}; the run goes on from the one before, {previous}, at step {step}", stacklevel=2)
+        return tensors, metadata
 
 
 def _check_config(path: Path, expected: Any, found: Any) -> None:

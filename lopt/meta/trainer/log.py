@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate([*whole, rest], 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number > len(whole):  # empty, or cut off
                 break
             line = None

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from lopt.core.devices import find_device
-from lopt.core.files import save_state
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
-from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE, read_snapshot, select
+from lopt.meta.trainer.checkpoint import RULE, read_snapshot, select, write_snapshot
 from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.memory_plan import fit_all
 from lopt.meta.trainer.merging import Merger, Total, merge_ranks
@@ -296,7 +295,7 @@ class Trainer:
             "seconds": self.seconds,
             "config": self.card.get("config"),
         }
-        save_state(self.folder / CHECKPOINT, tensors, metadata)
+        write_snapshot(self.folder, tensors, metadata)
         self.save_rule()
 
     @property
