@@ -79,7 +79,7 @@ class StepOptions(NamedTuple):
         guard: mixes AdamW's steps with the rule's, if there is one.
         lr_adamw: AdamW's learning rate, for the guard.
         found_inf, grad_scale: what a gradient scaler has left in the optimizer, if one steps it.
-        counts: of the optimizer; skipped and clipped parameters are added.
+        counts: of the optimizer; skipped, limited and clipped parameters are added.
     """
 
     loss: Tensor | float | None
@@ -115,8 +115,11 @@ def step_replica(replica: Replica, units: list[Unit], options: StepOptions) -> N
             # Users who have asked for kernels are told once why some parameters are slower.
             if kernels is not None and (kind := kernels.describe_first(others)) is not None:
                 options.counts.warn_once(f"kernels do not step {kind}: torch does.")
-            transforms = partial(make_transform, options.guard, lr_adamw=options.lr_adamw, clipped=tally[1])
-            tally[0].add_(step_units(rule, divide_groups(rule, others), loss, sanitize, transforms, decay, amp))
+            transforms = partial(make_transform, options.guard, lr_adamw=options.lr_adamw, clipped=tally[2])
+            counts = step_units(rule, divide_groups(rule, others), loss, sanitize, transforms, decay, amp)
+            for place, count in enumerate(counts):
+                if isinstance(count, Tensor) or count:  # 0 as a rule, known to the host
+                    tally[place].add_(count)
 
 
 def divide_groups(rule: Rule, units: Iterable[Unit]) -> list[Unit]:

@@ -74,8 +74,8 @@ class LearnedOptimizer(Optimizer):
             step can be captured, too (Lightning refuses to clip then). Else it has no effect: all state is on the
             parameters' device, and `step` never waits for it.
         nonfinite: what becomes of a gradient with NaN or infinite entries. "skip": its parameter and state stay as they
-            are, bit for bit, and `report` counts it; "sanitize": such entries count as 0; "raise": RuntimeError. (On a
-            GPU, which is not waited for, a skipped tensor counts as one with gradient 0 in rules that look at all.)
+            are, bit for bit, and `report` counts it (on a GPU its gradient is 0 for rules that look at all tensors);
+            "sanitize": such entries count as 0; "raise": RuntimeError. Finite ones beyond +-2^30 always count as that.
         guard: True, `GuardOptions` or a dictionary of them: clips steps, and falls back to AdamW where the loss, passed
             to `step`, shows that the rule fails; see its options. 12 bytes per parameter. Reads the loss on the host.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.

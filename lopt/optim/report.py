@@ -20,6 +20,7 @@ class Report(NamedTuple):
         steps: updates of the parameter that has had the most, with those before a resume.
         skipped: steps of single parameters that were left out because their gradients were not finite, since the
             optimizer was made.
+        limited: gradients of single parameters that had entries beyond +-2^30, which counted as that, likewise.
         clipped: steps of single parameters that the guard shortened, likewise.
         failures: losses that made the guard undo steps of the rule.
         fallbacks: times that AdamW took over.
@@ -29,6 +30,7 @@ class Report(NamedTuple):
 
     steps: int
     skipped: int
+    limited: int
     clipped: int
     failures: int
     fallbacks: int
@@ -37,9 +39,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps; skipped for gradients that are not finite: {self.skipped}; clipped: {self.clipped}; "
-            f"undone: {self.failures}; AdamW took over {self.fallbacks} times for {self.adamw_steps} steps in all and "
-            f"gave back {self.returns} times"
+            f"{self.steps} steps; skipped for gradients that are not finite: {self.skipped}; gradients limited: "
+            f"{self.limited}; clipped: {self.clipped}; undone: {self.failures}; AdamW took over {self.fallbacks} times "
+            f"for {self.adamw_steps} steps in all and gave back {self.returns} times"
         )
 
 
@@ -50,7 +52,8 @@ class Counts:
         name: of the rule, for a warning.
         horizon: steps of the longest run on which the rule was trained, if its card tells; longer ones are warned of.
     Attributes:
-        tally: on each device the parameters that were skipped and those that the guard clipped, int64 `[2]`.
+        tally: on each device, of single parameters: those that were skipped, whose gradients were limited, and whose
+            steps the guard clipped, int64 `[3]`.
         steps: of the run so far; None: to be read from the parameters' state, as after loading.
     """
 
@@ -67,7 +70,7 @@ class Counts:
             device: of a parameter that is going to be stepped.
         """
         if device not in self.tally:
-            self.tally[device] = torch.zeros(2, dtype=torch.int64, device=device)
+            self.tally[device] = torch.zeros(3, dtype=torch.int64, device=device)
 
     def count_step(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Count one more step, and warn where the run goes beyond the rule's horizon.
@@ -101,9 +104,10 @@ class Counts:
             states: of all parameters.
             guard: a fresh one where there is no guard.
         """
-        skipped, clipped = torch.stack([tally.cpu() for tally in self.tally.values()] or [torch.zeros(2)]).sum(0)
+        tallies = [tally.tolist() for tally in self.tally.values()]
+        skipped, limited, clipped = (sum(counts) for counts in zip([0, 0, 0], *tallies, strict=True))
         decided = (guard.failures, guard.fallbacks, guard.returns, guard.adamw_steps)
-        return Report(read_steps(states), int(skipped), int(clipped), *decided)
+        return Report(read_steps(states), skipped, limited, clipped, *decided)
 
 
 def read_steps(states: Iterable[Mapping[str, Any]]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from lopt_kernels.launching.parameters import HALF_BITS
+from lopt_kernels.launching.parameters import BOUND, HALF_BITS, HALF_MAX
 from lopt_kernels.launching.random import draw_bits
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class ParameterUpdate(NamedTuple):
         maximize: the gradient is negated.
         unscale: factor on the gradient, `[]`: what takes a gradient scaler's factor out.
         sanitize: NaN and infinite entries of the gradient count as 0.
+        limit: entries beyond +-`BOUND` count as that; False where all are known to be within.
         live: bool `[]` or `[k]`: False leaves parameter and state as they are, bit for bit. None: all live.
         seeds: int64 `[]` or `[k]`: bf16 parameters are rounded up or down at random, with these seeds for this step.
         transform: what is made of the whole step before it is added, if anything.
@@ -38,23 +39,28 @@ class ParameterUpdate(NamedTuple):
     maximize: bool = False
     unscale: Tensor | None = None
     sanitize: bool = False
+    limit: bool = True
     live: Tensor | None = None
     seeds: Tensor | None = None
     transform: Transform | None = None
 
     def read(self, g: Tensor) -> Tensor:
-        """The gradient as a rule shall see it: unscaled, sanitized, signed.
+        """The gradient as a rule shall see it: sanitized, unscaled, limited, signed.
 
         Args:
             g: `[*shape]` or `[k, *shape]` of any floating dtype, or a part of it.
         Returns:
             fp32 of the same shape; 0 where it is not live, so that no NaN spreads through sums over all tensors.
         """
-        g = g.float()
-        if self.unscale is not None:
-            g = g * self.unscale
+        # fp64 is cast last: what is finite there, and infinite in fp32, is limited before.
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
         if self.sanitize:
             g = g.nan_to_num(0.0, 0.0, 0.0)
+        if self.unscale is not None:
+            g = g * self.unscale
+        if self.limit:
+            g = g.clamp(-BOUND, BOUND)
+        g = g.float()
         if self.live is not None:  # a product with the mask would keep NaN
             g = torch.where(_spread(self.live, g), g, 0.0)
         return -g if self.maximize else g
@@ -68,7 +74,9 @@ class ParameterUpdate(NamedTuple):
         return new if self.live is None else torch.where(_spread(self.live, new), new, old)
 
     def move(self, p: Tensor, delta: Tensor, first: int = 0) -> Tensor:
-        """The parameter after the step, computed in at least fp32 and rounded once; with lr 0 not a bit changes.
+        """The parameter after the step, computed in at least fp32 and rounded once, in fp16 to a finite number.
+
+        With lr 0 not a bit changes.
 
         Args:
             p, delta: `[*shape]` or `[k, *shape]`, or a part of the first, from element `first` on.
@@ -91,6 +99,8 @@ class ParameterUpdate(NamedTuple):
         return self.merge(self._round(new, p.dtype, first), p)
 
     def _round(self, x: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+        if dtype == torch.float16:  # beyond its range it stays at the end of it: what is infinite never comes back
+            x = x.clamp(-HALF_MAX, HALF_MAX)
         if self.seeds is None or dtype != torch.bfloat16:
             return x.to(dtype)
         # The bits that bf16 lacks are a fraction; a uniform number of as many bits carries with that probability.

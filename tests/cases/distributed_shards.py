@@ -281,6 +281,27 @@ def nan_in_the_shard_of_one_rank_skips_the_tensor_on_all(world: World) -> None:
 
 
 @check("small_fc", "velo", also=("lstm", "celo2", *REST))
+def huge_entry_in_the_shard_of_one_rank_is_limited_and_counted_on_all(world: World) -> None:
+    mesh = init_device_mesh("cpu", (world.size,))
+    plain, sharded = make_pair(mesh, lambda ndim: [Shard(0) if ndim else Replicate()])
+    start = {name: gather(p).clone() for name, p in plain.items()}
+    optimizers = [make_optimizer(world.optimizer, list(params.items())) for params in (plain, sharded)]
+    for step, size in enumerate((1.0, 1e25, 3e38, 1.0)):
+        for index, (name, p) in enumerate(plain.items()):
+            p.grad, other = draw(100 * step + index, *p.shape), sharded[name]
+            assert isinstance(other, DTensor)
+            p.grad.view(-1)[0] *= size
+            other.grad = place_alike(p.grad, other)
+        for optimizer in optimizers:
+            assert isinstance(optimizer, LearnedOptimizer)
+            step_with(optimizer, 1.0)
+            assert optimizer.report().limited == min(step, 2) * len(SHAPES)
+            tensors = [value for state in optimizer.state.values() for value in state.values()]
+            assert all(bool(gather(value).isfinite().all()) for value in tensors)
+    assert_moved_alike(*({name: gather(p) for name, p in params.items()} for params in (sharded, plain)), start)
+
+
+@check("small_fc", "velo", also=("lstm", "celo2", *REST))
 def nan_in_the_shard_of_one_rank_raises_on_all(world: World) -> None:
     """nonfinite="raise": no rank is left waiting for one that has raised, and nothing has changed."""
     model = make_sharded(init_device_mesh("cpu", (world.size,)))

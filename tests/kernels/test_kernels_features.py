@@ -218,9 +218,10 @@ def test_fold_equals_reference(name: str) -> None:
 def test_clock_equals_reference(dtype: torch.dtype) -> None:
     for size in (0, 1, 4 * clock.BLOCK + 5):
         given = clock.sample(size, torch.Generator().manual_seed(0), dtype, DEVICE)
-        for found_inf in (None, 0.0, 1.0):
+        for found_inf, sanitize in ((None, False), (None, True), (0.0, False), (1.0, False)):
             scaler = None if found_inf is None else torch.tensor([found_inf], device=DEVICE)
-            got, want = clock.launch(**given, found_inf=scaler), clock.reference(**given, found_inf=scaler)
+            told = given | {"found_inf": scaler, "sanitize": sanitize}
+            got, want = clock.launch(**told), clock.reference(**told)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

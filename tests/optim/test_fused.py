@@ -37,11 +37,13 @@ def test_fused_steps_equal_torchs(name: str) -> None:
     def spoil(step: int, params: list[nn.Parameter]) -> None:
         if step == 1:  # of the next, whose counters then differ
             params[2].grad[0, 0] = torch.nan  # type: ignore[index]
+            params[4].grad[1, 0] = -1e38  # type: ignore[index]
 
     start = draw_start()
     start[4] = start[4].to(memory_format=torch.channels_last)
     optimizer = assert_same(start, name, change=spoil)
     assert optimizer.report().skipped == 1
+    assert optimizer.report().limited == 1
 
 
 @few_rules

@@ -21,7 +21,6 @@ from lopt_kernels.feature_mlp.features import (
     Family,
     append_lines,
     average,
-    clip,
     load_columns,
     load_row_features,
     load_scales,
@@ -45,7 +44,7 @@ from lopt_kernels.feature_mlp.table import (
 from lopt_kernels.launching import parameters, tuning
 from lopt_kernels.launching.language import constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
-from lopt_kernels.launching.parameters import Items, Rates, load_gradient
+from lopt_kernels.launching.parameters import Items, Rates, clip, load_gradient
 from lopt_kernels.launching.segments import ALIGNMENT, Segments, find_row, load_index, load_pointer, load_slot
 from lopt_kernels.launching.tuning import Tile
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt_kernels.feature_mlp.table import ALL_KINDS, BARE, STRIDED, VECTOR, WIDE, Tensors, divide_groups, load_several
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, tl
-from lopt_kernels.launching.parameters import Rates, read_gradient
+from lopt_kernels.launching.parameters import Rates, clip, read_gradient
 
 LINES = 3  # averages of g^2, one per decay
 LINE_FEATURES = 2 * LINES  # they and their inverse roots
@@ -212,12 +212,6 @@ _WIDE, _STRIDED, _VECTOR = constant(WIDE), constant(STRIDED), constant(VECTOR)
 _LINES = constant(LINES)
 _SMALL_CLIP = constant(SMALL_CLIP)
 _AVERAGE_EPS, _LINE_EPS = constant(AVERAGE_EPS), constant(LINE_EPS)
-
-
-@jit
-def clip(x, BOUND: tl.constexpr):
-    """x within +-BOUND, of any shape; NaN stays NaN, unlike with `tl.minimum` and `tl.maximum`."""
-    return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
 
 @jit

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from lopt_kernels.feature_mlp import features, samples
-from lopt_kernels.feature_mlp.features import LINES, Family, average, clip
+from lopt_kernels.feature_mlp.features import LINES, Family, average
 from lopt_kernels.feature_mlp.table import Tensors
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import TRITON_TYPES, constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
-from lopt_kernels.launching.parameters import Items, Rates, load_gradient
+from lopt_kernels.launching.parameters import Items, Rates, clip, load_gradient
 from lopt_kernels.launching.segments import (
     ALIGNMENT,
     Segment,

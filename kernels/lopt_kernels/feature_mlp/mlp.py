@@ -23,7 +23,6 @@ from lopt_kernels.feature_mlp.features import (
     LINE_FEATURES,
     Family,
     append_lines,
-    clip,
     load_columns,
     load_row_features,
     load_scales,
@@ -51,7 +50,7 @@ from lopt_kernels.feature_mlp.tiling import BLOCK, Shape, TileChoice, choose_siz
 from lopt_kernels.launching import parameters
 from lopt_kernels.launching.language import constant, jit, table_kernel, tl
 from lopt_kernels.launching.op import CompileSource, make_op, specialize
-from lopt_kernels.launching.parameters import Items, Rates, load_gradient, load_rates, store_parameter
+from lopt_kernels.launching.parameters import Items, Rates, clip, load_gradient, load_rates, store_parameter
 from lopt_kernels.launching.segments import (
     ALIGNMENT,
     Segments,

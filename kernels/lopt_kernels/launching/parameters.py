@@ -29,6 +29,10 @@ TYPES = {  # of the arguments of kernels that are not pointers to fp32
     **dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "output_scale", "log_bound", "inverse_bound"), "fp32"),
 }
 HALF_BITS = 16  # of fp32's mantissa that bf16 lacks
+HALF_MAX = 65504.0  # the largest number of fp16
+# Of a gradient's entries, whatever its dtype. A rule squares gradients, sums the squares over a tensor and multiplies
+# second moments: in fp32 products of four entries, and sums of squares over 2^67 of them, are finite.
+BOUND = 2.0**30
 
 
 class Rates(NamedTuple):
@@ -108,22 +112,23 @@ def make_items(
 
 
 def read_gradient(g: Tensor, rates: Rates, sanitize: bool = False) -> Tensor:
-    """The gradient `[N]` as rules see it, in fp32 and times `rates.grad_scale`.
+    """The gradient `[N]` as rules see it, in fp32, times `rates.grad_scale`, and within +-`BOUND`.
 
-    What references begin with, and the definition of `load_gradient`.
+    What references begin with, and the definition of `load_gradient`; NaN stays NaN.
 
     Args:
         g: of any floating dtype.
         sanitize: entries that are not finite count as 0.
     """
-    g = g.float() * rates.grad_scale
-    return torch.where(g.isfinite(), g, 0.0) if sanitize else g
+    g = g.float()
+    g = torch.where(g.isfinite(), g, 0.0) if sanitize else g
+    return (g * rates.grad_scale).clamp(-BOUND, BOUND)
 
 
 def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None = None) -> Tensor:
     """The parameter after the step, `p + lr * delta - lr * decay * p`, in fp32 and rounded once.
 
-    What references end with, and the definition of `store_parameter`.
+    What references end with, and the definition of `store_parameter`; fp16 is rounded to a finite number.
 
     Args:
         p: `[N]`, float32, bfloat16 or float16.
@@ -140,6 +145,8 @@ def move_parameter(p: Tensor, delta: Tensor, rates: Rates, seeds: Tensor | None 
         noise = draw_bits(seeds, 0, p.numel(), HALF_BITS)[0].to(torch.int32)
         bits = (new.view(torch.int32) + noise) & -(1 << HALF_BITS)
         new = torch.where(new.isfinite(), bits.view(torch.float32), new)
+    if p.dtype == torch.float16:
+        new = new.clamp(-HALF_MAX, HALF_MAX)
     # not `new`: 0 times a step that is not finite is NaN, and -0 + 0 is +0
     return torch.where(rates.lr == 0, p, new.to(p.dtype))
 
@@ -296,6 +303,7 @@ def compile_constants(dtypes: tuple[torch.dtype, ...], columns: int, seeded: boo
     return table | type_constexprs((p_dtype, s_dtype)) | ({} if seeded else {"seeds": None})
 
 
+_BOUND, _HALF_MAX = constant(BOUND), constant(HALF_MAX)
 _TOP_BITS = constant(64 - HALF_BITS)
 _KEPT = constant(-(1 << HALF_BITS))
 
@@ -310,15 +318,21 @@ def load_rates(index, lr_ptr, decay_ptr, grad_scale_ptr):
 
 
 @jit
+def clip(x, BOUND: tl.constexpr):
+    """x within +-BOUND, of any shape; NaN stays NaN, unlike with `tl.minimum` and `tl.maximum`."""
+    return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
+
+
+@jit
 def load_gradient(g, at, mask, scale, SANITIZE: tl.constexpr):
     """`read_gradient` of the elements `at`, in fp32; 0 where `mask` is not.
 
     `scale` is the parameter's `Rates.grad_scale`; with SANITIZE what is not finite counts as 0.
     """
-    x = tl.load(g + at, mask, 0.0).to(tl.float32) * scale
+    x = tl.load(g + at, mask, 0.0).to(tl.float32)
     if SANITIZE:
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-    return x
+    return clip(x * scale, _BOUND)
 
 
 @jit
@@ -335,6 +349,8 @@ def store_parameter(p, at, mask, base, delta, lr, decay, seeds, index):
         noise = shift_seed(fold_seed(tl.load(seeds + index), at), _TOP_BITS).to(tl.int32)  # at: int64
         bits = (new.to(tl.int32, bitcast=True) + noise) & _KEPT
         new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
+    if p.dtype.element_ty == tl.float16:
+        new = clip(new, _HALF_MAX)
     if lr != 0:
         tl.store(p + at, new.to(p.dtype.element_ty), mask)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lopt_kernels.launching.parameters import BOUND
 from torch import Tensor
 
 from lopt.core.random import fold_in
@@ -32,17 +33,33 @@ from lopt.rules.stages import Steppable, divide_sums
 
 
 class Live(NamedTuple):
-    """Which parameters a step moves: those whose gradients are finite.
+    """Which parameters a step moves: those whose gradients are finite; how many others, or very large ones, there are.
 
     Attributes:
         units: what is stepped; members that are known to be left out are not among them.
         mask: bool `[n]` of the members of all `units`, where only the device knows; None: all of them are live.
+        limit: there may be entries of gradients beyond `BOUND`.
         skipped: how many parameters are left out, a number or int64 `[]` on their device.
+        limited: how many of the others have entries beyond `BOUND`, likewise.
     """
 
     units: Sequence[Unit]
     mask: Tensor | None
+    limit: bool = False
     skipped: Tensor | int = 0
+    limited: Tensor | int = 0
+
+
+class _Flags(NamedTuple):
+    """Of n gradients, bool `[n]` each.
+
+    Attributes:
+        finite: all entries are.
+        large: likewise, and some are beyond `BOUND` once they are unscaled.
+    """
+
+    finite: Tensor
+    large: Tensor
 
 
 def make_units(rule: Rule, units: Iterable[Unit]) -> Iterator[Unit]:
@@ -87,7 +104,7 @@ def step_units(
     transforms: Callable[[Unit, Tensor], Transform | None],
     decay_scale: Callable[[Unit], float],
     amp: Scaled | None = None,
-) -> Tensor | int:
+) -> tuple[Tensor | int, Tensor | int]:
     """One step of all units under one rule, in place: parameters, accumulators and counters.
 
     Args:
@@ -96,14 +113,14 @@ def step_units(
         sanitize: NaN and infinite entries of gradients count as 0; otherwise such gradients are skipped.
         transforms: makes `ParameterUpdate.transform` for a unit, given its updates so far, int64 `[]` or `[k]`.
         decay_scale: factor on a unit's weight decay.
-        amp: what a gradient scaler says of the gradients, which then are not looked at here.
+        amp: what a gradient scaler says of the gradients: whether they are finite is not asked again then.
     Returns:
-        How many parameters were skipped for gradients that are not finite.
+        How many parameters were skipped for gradients that are not finite, and how many gradients were limited.
     """
     # Which gradients count comes first: it decides what the rule sees of all tensors together.
     live = find_live(units, sanitize, amp)
     if not live.units:
-        return live.skipped
+        return live.skipped, live.limited
     counters = [member.state[STEP] for unit in live.units for member in unit.members]
     steps = torch.stack(counters)
     # Options are read now, as schedulers may have changed them since the last step.
@@ -116,6 +133,7 @@ def step_units(
             maximize=unit.group["maximize"],
             unscale=unscale,
             sanitize=sanitize,
+            limit=live.limit,
             live=None if live.mask is None else live.mask[place],
             seeds=_make_seeds(unit, steps[place]),
             transform=transforms(unit, steps[place]),
@@ -129,7 +147,7 @@ def step_units(
     loss = mirror_loss(loss, live.units)
     step_tensors(rule, tensors, loss, clock, import_sharding().to_means if sharded else divide_sums)
     advance_counters(counters, steps, live.mask)
-    return live.skipped
+    return live.skipped, live.limited
 
 
 def find_live(units: Sequence[Unit], sanitize: bool, amp: Scaled | None) -> Live:
@@ -141,16 +159,19 @@ def find_live(units: Sequence[Unit], sanitize: bool, amp: Scaled | None) -> Live
         sanitize: all are live, as entries that are not finite will count as 0.
         amp: a gradient scaler that has looked at all gradients together: all are live or none.
     """
+    flags = _find_flags(units, sanitize, None if amp is None else amp.unscale)
     if amp is not None:
         mask = (amp.found_inf == 0).reshape(()).expand(sum(len(unit.members) for unit in units))
-        return Live(units, mask, (~mask).sum())
-    finite = None if sanitize else _find_finite(units)
-    if finite is None:
+        limited = 0 if flags is None else (mask & flags.large).sum()
+        return Live(units, mask, flags is not None, (~mask).sum(), limited)
+    if flags is None:
         return Live(units, None)
-    if not is_readable(finite):
-        return Live(units, finite, (~finite).sum())
-    flags = finite.tolist()
-    return Live(_keep_live(units, flags), None, len(flags) - sum(flags))
+    if sanitize:
+        return Live(units, None, True, 0, flags.large.sum())
+    if not is_readable(flags.finite):
+        return Live(units, flags.finite, True, (~flags.finite).sum(), flags.large.sum())
+    finite = flags.finite.tolist()
+    return Live(_keep_live(units, finite), None, True, len(finite) - sum(finite), flags.large.sum())
 
 
 def make_steppable(rule: Rule, unit: Unit, update: ParameterUpdate) -> Steppable:
@@ -194,12 +215,12 @@ def check_finite(units: Iterable[Unit]) -> None:
     for unit in units:
         by_device.setdefault(unit.members[0].p.device, []).append(unit)
     for alike in by_device.values():
-        finite = _find_finite(alike)
-        if finite is None or bool(finite.all()):
+        flags = _find_flags(alike, sanitize=False)
+        if flags is None or bool(flags.finite.all()):
             continue
         members = [member for unit in alike for member in unit.members]
         names = [member.name or f"of shape {list(member.p.shape)}" for member in members]
-        bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
+        bad = [name for name, fine in zip(names, flags.finite.tolist(), strict=True) if not fine]
         raise RuntimeError(
             f"the gradient of {len(bad)} parameters has NaN or infinite entries, the first is {bad[0]}; "
             "nothing was changed (nonfinite='raise')"
@@ -214,27 +235,42 @@ def _find_places(units: Sequence[Unit]) -> Iterator[tuple[Unit, slice | int]]:
         start += len(unit.members)
 
 
-def _find_finite(units: Sequence[Unit]) -> Tensor | None:
-    """Which gradients are finite on all processes, bool `[n]`; None where all are known to be."""
-    finite = torch.cat([_are_finite(unit) for unit in units])
-    # A process may not skip a parameter of which another one sees only finite gradients.
+def _find_flags(units: Sequence[Unit], sanitize: bool, unscale: Tensor | None = None) -> _Flags | None:
+    """What is to be known of all gradients on all processes; None where all are known to be finite and within bounds.
+
+    Args:
+        sanitize, unscale: of `ParameterUpdate`.
+    """
+    largest = torch.cat([_find_largest(unit, sanitize) for unit in units])
+    beyond = ~((largest if unscale is None else largest * unscale) <= BOUND)  # of NaN, too
     shards = [member.shard for unit in units for member in unit.members]
-    if any(shards):
-        bad = list((~finite).float().unbind(0))
-        finite = torch.stack(import_sharding().add_up(bad, shards)) == 0
-    return None if is_readable(finite) and bool(finite.all()) else finite
+    sharded = any(shards)
+    # The usual case is known by one number; where there are shards, all processes have to hear of it.
+    if not sharded and is_readable(beyond) and not bool(beyond.any()):
+        return None
+    finite = largest.isfinite()
+    if sharded:  # a process may not skip a parameter of which another one sees only finite gradients
+        counts = torch.stack([~finite, beyond], -1).float()
+        found = torch.stack(import_sharding().add_up(list(counts.unbind(0)), shards)) > 0
+        finite, beyond = ~found[:, 0], found[:, 1]
+        if is_readable(beyond) and not bool(beyond.any()):
+            return None
+    return _Flags(finite, finite & beyond)
 
 
-def _are_finite(unit: Unit) -> Tensor:
-    """Bool `[k]`; a maximum needs no temporary memory of the gradient's size."""
-    grads = [member.g for member in unit.members]
-    if grads[0].numel() == 0:
-        return torch.ones(len(grads), dtype=torch.bool, device=grads[0].device)
-    if unit.together:
-        largest: Tensor = torch.linalg.vector_norm(torch.stack(grads).view(len(grads), -1), float("inf"), dim=1)
-    else:
-        largest = torch.linalg.vector_norm(grads[0], float("inf")).reshape(1)
-    return largest.isfinite()
+def _find_largest(unit: Unit, sanitize: bool) -> Tensor:
+    """The size of the largest entry of each gradient, `[k]`, at least fp32: what is finite in fp64 stays so.
+
+    A maximum needs no temporary memory of the gradient's size, unless entries that are not finite count as 0.
+    """
+    count, first = len(unit.members), unit.members[0].g
+    if first.numel() == 0:
+        return torch.zeros(count, dtype=torch.float32, device=first.device)
+    g = torch.stack([member.g for member in unit.members]).view(count, -1) if unit.together else first
+    if sanitize:
+        g = g.nan_to_num(0.0, 0.0, 0.0)
+    largest: Tensor = torch.linalg.vector_norm(g, float("inf"), dim=1 if unit.together else None).reshape(count)
+    return largest.to(torch.promote_types(largest.dtype, torch.float32))
 
 
 def _keep_live(units: Sequence[Unit], flags: Sequence[bool]) -> list[Unit]:

@@ -89,7 +89,7 @@ class FusedStep:
         loss: Tensor | None,
         sanitize: bool,
         decay_scale: Callable[[Unit], float],
-        skipped: Tensor,
+        tally: Tensor,
         amp: Scaled | None = None,
     ) -> None:
         """One step of all members, in place.
@@ -100,7 +100,8 @@ class FusedStep:
             sanitize: NaN and infinite entries of gradients count as 0; otherwise such gradients are skipped.
             decay_scale: factor on a unit's weight decay.
             amp: what a gradient scaler says of the gradients.
-            skipped: int64; its first number grows by the parameters whose gradients are not finite.
+            tally: int64; its first number grows by the parameters whose gradients are not finite, its second by those
+                whose gradients are limited.
         """
         # What the host knows is sent now, if it has changed; parameters with gaps are stepped in a copy.
         self.captured = self.captured or is_capturing(self.live.device)
@@ -109,12 +110,13 @@ class FusedStep:
             if view.source is not None:
                 view.p.copy_(view.source)
         items = self._read_items([member for unit in units for member in unit.members], rates)
-        # One launch per batch looks at the gradients, advances the counters of those that are finite and derives seeds.
+        # Two launches per batch look at the gradients, advance the counters of those that are finite and derive seeds.
         for table, batch in zip(self.clocks, items, strict=True):
             clock_op.launch_segments(
-                *(table, batch.grads, batch.dtype, self.live, self.steps, self.seeds if self.seeded else None, skipped),
+                *(table, batch.grads, batch.dtype, self.live, self.steps, self.seeds if self.seeded else None, tally),
+                scales=rates.grad_scale,
                 found_inf=None if amp is None else amp.found_inf,
-                look=not sanitize,
+                sanitize=sanitize,
                 align=batch.align,
             )
         # The program's launches read what that one has left, on the device.
