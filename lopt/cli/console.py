@@ -68,8 +68,8 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
         hint = resume_command(trainer.rule_path.parent)
         say(console, f"the time is over at step {trainer.step} of {steps}; go on with: {hint}")
     elif trainer.step < steps:
-        say(console, f"ended at step {trainer.step} of {steps}: {trainer.stale} validations without a better one")
-    say(console, f"best on held-out tasks: {trainer.best:.4g} at step {trainer.best_step}; {trainer.rule_path}")
+        say(console, f"ended at step {trainer.step} of {steps}: {trainer.best.stale} validations without a better one")
+    say(console, f"best on held-out tasks: {trainer.best.value:.4g} at step {trainer.best.step}; {trainer.rule_path}")
 
 
 def say(console: Console, text: str) -> None:

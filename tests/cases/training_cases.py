@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from lopt.core.documents import parse_toml
 from lopt.core.files import load_state
@@ -12,10 +13,11 @@ from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
-from lopt.meta.trainer.checkpoint import CHECKPOINT
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.trainer import Trainer
 from lopt.rules import RULES
+from lopt.rules.files import fingerprint, load, load_card
 from lopt.tasks import TASKS
 
 TINY = """
@@ -73,3 +75,17 @@ def make_trainer(estimator: str = "truncated", folder: Path | str | None = None,
     config = {"tasks": 2, "steps": 20, "validation_tasks": 1, "validation_steps": 1} | options
     built = ESTIMATORS[estimator](num_steps=2) if isinstance(estimator, str) else estimator
     return Trainer(RULES["linear"](), TASKS["quadratic"](dim=2), built, TrainerConfig(**config), folder=folder)  # type: ignore[arg-type]
+
+
+def describe_result(folder: Path) -> dict[str, Any]:
+    """All that a run leaves behind and that wall-clock time is no part of: two equal ones are of equal runs."""
+    metadata, card = load_state(folder / CHECKPOINT)[1], load_card(folder / RULE)
+    for timed in (metadata, card["training"]):
+        timed.pop("seconds")
+    return {
+        "checkpoint": metadata,
+        "state": hash_state(folder),
+        "card": card,
+        "rule": fingerprint(load(folder / RULE)),
+        "lines": timeless(folder),
+    }

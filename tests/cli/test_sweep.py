@@ -177,7 +177,7 @@ def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(
     assert sweep.rule_path.read_bytes() == (tmp_path / "s" / best.name / RULE).read_bytes()
     alone = start_run(make_config(steps=8, validate_every=4, learning_rate=1e-2), tmp_path / "alone")
     alone.run()
-    assert figures["trial-1"] == alone.best
+    assert figures["trial-1"] == alone.best.value
     again = resume_sweep(tmp_path / "s")
     assert again.state == sweep.state
     assert again.run(2).name == best.name

@@ -154,7 +154,7 @@ def test_several_families_are_compared_by_logs_relative_to_the_first_losses() ->
         losses = run_curves(one.rule, family, torch.arange(3), 4, stream="validation", split="outer_valid").losses
         logs.append((losses[1:].mean(0) / losses[0]).log().mean())
     assert found["mean"] == pytest.approx(float(sum(logs) / 2), rel=1e-5)
-    assert found["best"] == trainer.best == found["mean"]
+    assert found["best"] == trainer.best.value == found["mean"]
 
 
 def test_relative_figures_do_not_depend_on_a_tasks_scale() -> None:

@@ -43,9 +43,9 @@ def test_a_short_run_learns_and_keeps_the_best_weights(tmp_path: Path) -> None:
     validations = [m for m in read_metrics(tmp_path / "metrics.jsonl") if m["kind"] == "validation"]
     finals = [m["final"] for m in validations]
     assert min(finals) < 0.7 * finals[0]
-    assert trainer.best == min(finals)
+    assert trainer.best.value == min(finals)
     again = Trainer(load(tmp_path / RULE), trainer.sources, None, trainer.config)
-    assert again.validate()["final"] == pytest.approx(trainer.best, rel=1e-6)
+    assert again.validate()["final"] == pytest.approx(trainer.best.value, rel=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(rule.parameters(), load(tmp_path / RULE).parameters(), strict=True))
 
 

@@ -42,7 +42,7 @@ def test_a_run_out_of_time_leaves_a_validated_rule_and_can_go_on_bitwise(tmp_pat
     assert (trainer.step, trainer.finished) == (8, False)
     lines = read_metrics(tmp_path / "short" / "metrics.jsonl")
     assert [m["step"] for m in lines if m["kind"] == "validation"] == [0, 6, 8]
-    assert lopt.load_card(tmp_path / "short" / RULE)["training"]["best_step"] == trainer.best_step == 8
+    assert lopt.load_card(tmp_path / "short" / RULE)["training"]["best_step"] == trainer.best.step == 8
     assert load_state(tmp_path / "short" / CHECKPOINT)[1]["best_step"] == 6  # as it will have been in the whole run
     _, resumed = resume_run(tmp_path / "short")
     run_for(resumed, 13)  # a limit of its own
@@ -85,9 +85,9 @@ def test_a_run_ends_after_validations_without_a_better_one_also_across_a_resume(
     with pytest.raises(KeyboardInterrupt):
         trainer.run(stop)
     _, resumed = resume_run(tmp_path)
-    assert (resumed.step, resumed.stale) == (4, 2)
+    assert (resumed.step, resumed.best.stale) == (4, 2)
     resumed.run()
-    assert (resumed.step, resumed.stale, resumed.best_step, resumed.finished) == (6, 3, 0, True)
+    assert (resumed.step, resumed.best.stale, resumed.best.step, resumed.finished) == (6, 3, 0, True)
     _, again = resume_run(tmp_path)
     again.run()
     assert again.step == 6
@@ -115,7 +115,7 @@ def test_the_average_is_validated_and_saved_and_resumes_bitwise(tmp_path: Path) 
     assert len(heard) == 5
     assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in heard)
     saved = lopt.load(tmp_path / "whole" / RULE).state_dict()
-    assert trainer.best_step == 24
+    assert trainer.best.step == 24
     assert all(torch.allclose(saved[name], value, rtol=1e-4, atol=1e-6) for name, value in expected.items())
     assert not all(torch.equal(saved[name], w) for name, w in trainer.rule.state_dict().items())
 

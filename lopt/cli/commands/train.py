@@ -89,8 +89,8 @@ def train_rule(
         # Judging needs one process; with --json the only thing on the standard output is the result.
         if not ranks.leads:
             return
-        best = trainer.best if math.isfinite(trainer.best) else None
-        result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best_step, "best": best}
+        best = trainer.best.value if math.isfinite(trainer.best.value) else None
+        result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best.step, "best": best}
         if evaluate:
             result["results"] = judge_run(config, trainer, console)
         if as_json:

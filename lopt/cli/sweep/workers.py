@@ -151,6 +151,7 @@ def run_trial(config: RunConfig, folder: Path, until: int) -> bool:
     with hold_folder(folder, patient=True):  # the process of a sweep that was killed may not have ended yet
         trainer = resume_run(folder)[1] if (folder / CONFIG).exists() else start_run(config, folder)
         if 0 < until <= trainer.step:
+            trainer.mend_rule()  # trials are ranked by the cards of their rules
             return True
 
         def watch(_: object) -> None:

@@ -27,16 +27,15 @@ class RunLog:
 
     Args:
         folder: the run's folder, which exists.
-        start: outer step to go on from; anything logged beyond it is dropped.
+        start: outer step to go on from, -1 for a run that begins; anything logged beyond it is dropped.
     """
 
-    def __init__(self, folder: Path, start: int = 0) -> None:
+    def __init__(self, folder: Path, start: int = -1) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / METRICS
         if self.path.exists():
-            # A run that starts at 0 logs step 0 again.
-            kept = [line for line in read_metrics(self.path) if 0 < start >= line["step"]]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

@@ -1,13 +1,11 @@
 """The outer loop: meta-gradients into AdamW, validation on held-out tasks, checkpoints, exact resume.
 
-A run is a pure function of its configuration. Its checkpoint holds meta-weights and their average, outer optimizer, the
-estimators' carries, horizon stage and the best weights so far; there is no other state, because random draws are named
-(see `lopt.core.tensors`). Every rank has all of it but the carries, which are of its own slots.
+A run is a pure function of its configuration. All that it goes on from is in `lopt.meta.trainer.state.RunState`, which
+its checkpoint holds; random draws are named (see `lopt.core.random`).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lopt.core.devices import find_device
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
-from lopt.meta.trainer.checkpoint import RULE, read_snapshot, select, write_snapshot
+from lopt.meta.trainer.best import Best, holds_rule
+from lopt.meta.trainer.checkpoint import RULE, read_snapshot, write_snapshot
 from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.memory_plan import fit_all
 from lopt.meta.trainer.merging import Merger, Total, merge_ranks
@@ -29,7 +27,8 @@ from lopt.meta.trainer.meta_weights import copy_rule, copy_weights, freeze_weigh
 from lopt.meta.trainer.outer_optimizer import OuterOptimizer
 from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.source import Source, list_families
-from lopt.meta.trainer.stop import MAX_DEAD_STEPS, DeadSteps, Reason, Stop
+from lopt.meta.trainer.state import RunState
+from lopt.meta.trainer.stop import MAX_DEAD_STEPS, Reason, Stop
 from lopt.meta.trainer.validation import log_validation, validate
 from lopt.meta.unroll.horizons import HorizonSchedule
 from lopt.meta.unroll.on_gpu import choose_stride
@@ -110,10 +109,9 @@ class Trainer:
         if config.warm_start:
             load_weights(rule, config.warm_start)
         freeze_weights(rule.to(self.device), config.train_only)
-        self.step, self.best, self.best_step, self.stale = 0, math.inf, 0, 0
-        self.best_weights = copy_weights(rule)
-        self.outer = OuterOptimizer(rule, config)
+        self.outer, self.best = OuterOptimizer(rule, config), Best(rule)
         self.merger = Merger(config.merge, [source.weight for source in self.sources])
+        self.state = RunState(rule, self.sources, self.outer, self.merger, self.best)
         # Slots are numbered through all sources: a number names a slot's draws in the whole run.
         first = 0
         for source in self.sources:
@@ -123,9 +121,14 @@ class Trainer:
             first += source.tasks
         # After the slots have started: what a task takes is measured on them.
         self.plans = fit_all(self.sources, config.memory_mib)
-        self.seconds, self._stop, self._dead = 0.0, Stop(), DeadSteps()
+        self._stop = Stop()
 
     # -- the loop ----------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Outer steps made so far, those before a resume included."""
+        return self.state.step
 
     @property
     def finished(self) -> bool:
@@ -133,7 +136,7 @@ class Trainer:
 
         A finished run is not gone on with: `run` then returns its best rule at once.
         """
-        return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
+        return self.step >= self.config.steps or 0 < self.config.patience <= self.best.stale
 
     def run(self, on_step: Callable[[Progress], None] | None = None, time_limit: float | None = None) -> Rule:
         """Train to the end and return the rule with the best weights found.
@@ -149,7 +152,7 @@ class Trainer:
             LostRank: another process is gone.
             ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
         """
-        self._stop, self._dead = Stop(time_limit), DeadSteps()
+        self._stop = Stop(time_limit)
         writes = self.folder is not None and self.ranks.leads
         if self.folder and writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,25 +160,24 @@ class Trainer:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         try:
-            with RunLog(self.folder, self.step) if self.folder and writes else nullcontext() as log:
+            start = self.step if self.state.begun else -1
+            with RunLog(self.folder, start) if self.folder and writes else nullcontext() as log:
                 with self._stop.on_signals():
                     self._loop(log, on_step)
                 if log:
-                    log.hparams(self.card.get("config", {}), {"best": self.best, "best_step": float(self.best_step)})
+                    result = {"best": self.best.value, "best_step": float(self.best.step)}
+                    log.hparams(self.card.get("config", {}), result)
         finally:
             torch.set_num_threads(threads)
         return self.build_best()
 
     def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
         # What the rule can do before training is the first point of every curve.
-        if self.step == 0:
+        if not self.state.begun:
             self._after_step(log, on_step, {}, {})
-        while not self.finished:
+        while not self._is_over():
             metrics, parts = self._step_sources()
-            validated = self._after_step(log, on_step, metrics, parts)
-            if self._dead.count(metrics, self.slots) >= MAX_DEAD_STEPS:
-                # Every rank sees the same metrics and gives up by itself; rank 0 is the one that explains.
-                raise (ValueError if self.ranks.leads else FailedLead)(self._dead.explain(self.step, self.best_step))
+            self._after_step(log, on_step, metrics, parts)
             # All ranks stop after the same step, or some would wait for others in the next one.
             reason = Reason(self.ranks.find_largest(self._stop.reason))
             if reason == Reason.NONE or self.finished:
@@ -184,18 +186,29 @@ class Trainer:
                 self.save()
             if reason == Reason.SIGNAL:
                 raise Interrupted
-            if not validated:  # not in the checkpoint, from which the run goes on as if it had not ended
+            if self.best.validated < self.step:  # not in the checkpoint: the run goes on as if it had not ended
                 self.validate(log)
                 if self.folder:
                     self.ranks.lead(self.save_rule)
             return
+        self.mend_rule()
+
+    def _is_over(self) -> bool:
+        """Whether the run is finished; an error where it has learned nothing for long.
+
+        Both follow from what a checkpoint holds, so that a resumed run ends where an uninterrupted one does.
+        """
+        if self.state.dead.in_a_row >= MAX_DEAD_STEPS:
+            # Every rank sees the same metrics and gives up by itself; rank 0 is the one that explains.
+            raise (ValueError if self.ranks.leads else FailedLead)(self.state.dead.explain(self.step, self.best.step))
+        return self.finished
 
     def build_best(self) -> Rule:
         """A rule with the best weights that validation has found so far; a copy, which training does not touch.
 
         Before the first validation these are the weights that training started from.
         """
-        return copy_rule(self.rule, self.best_weights)
+        return self.best.build(self.rule)
 
     def _after_step(
         self,
@@ -203,8 +216,8 @@ class Trainer:
         on_step: Callable[[Progress], None] | None,
         metrics: Mapping[str, float],
         parts: Mapping[str, Mapping[str, float]],
-    ) -> bool:
-        """Validate, log, save and tell, where it is time to; returns whether it has validated."""
+    ) -> None:
+        """Validate, log, save and tell, where it is time to."""
         config = self.config
         # The order matters for a resume: a checkpoint must know the validation of its own step.
         if log and metrics:
@@ -218,7 +231,6 @@ class Trainer:
             self.save()
         if on_step:
             on_step(Progress(self.step, config.steps, metrics, validation))
-        return validation is not None
 
     def train_step(self) -> dict[str, float]:
         """One outer step, for those who drive the loop themselves: no validation, no log, no checkpoint.
@@ -236,9 +248,10 @@ class Trainer:
         totals = merge_ranks(estimates, self.rule.meta_weights(), self.ranks)
         total = self.merger(totals)
         stepped = self.outer.apply(total.gradient, self.step)
-        self.step += 1
         seconds = time.perf_counter() - begin
-        self.seconds += seconds
+        self.state.step += 1
+        self.state.seconds += seconds
+        self.state.dead.count(total.metrics | stepped, self.slots)
         speed, stage = total.metrics["inner_steps"] / seconds, max(map(_find_stage, self.sources))
         whole = total.metrics | stepped | {"inner_steps_per_second": speed, "horizon_stage": stage}
         return whole, _describe_sources(self.sources, totals)
@@ -255,19 +268,14 @@ class Trainer:
         weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
         rule = copy_rule(self.rule, weights) if self.config.average else self.rule
         found = validate(rule, list_families(self.sources), self.config, self.ranks)
-        metric = found.figures[self.config.validation_metric]
-        improved = metric < self.best  # false for NaN
-        self.stale = 0 if improved else self.stale + 1
-        if improved:
-            self.best, self.best_step = metric, self.step
-            self.best_weights = {name: value.clone() for name, value in weights.items()}
+        improved = self.best.hear(found.figures[self.config.validation_metric], self.step, weights)
         # The untrained rule's figure is the best so far by being the first: no success to a curriculum.
         for source in self.sources:
             if source.horizon and self.step > 0:
                 source.horizon.validated(improved)
         if log:
-            log_validation(log, self.step, found, self.best)
-        return found.figures | {"best": self.best}
+            log_validation(log, self.step, found, self.best.value)
+        return found.figures | {"best": self.best.value}
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -278,25 +286,15 @@ class Trainer:
             OSError: one of them cannot be written; the file that was there before is unchanged.
             FailedLead: this on rank 0.
         """
-        # Carries are on all ranks: they gather them together, and rank 0 alone writes.
-        tensors = self._tensors()
-        self.ranks.lead(lambda: self._write(tensors))
+        # All ranks gather, as each has its own carries, and rank 0 alone writes.
+        tensors, metadata = self.state.gather()
 
-    def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        assert self.folder is not None
-        metadata = {
-            "step": self.step,
-            # JSON has no infinity: none is best before the first validation that is finite.
-            "best": self.best if math.isfinite(self.best) else None,
-            "best_step": self.best_step,
-            "stale": self.stale,
-            # All schedules hear of the same validations: one number is that of each.
-            "horizon_improved": max((s.horizon.improved for s in self.sources if s.horizon), default=0),
-            "seconds": self.seconds,
-            "config": self.card.get("config"),
-        }
-        write_snapshot(self.folder, tensors, metadata)
-        self.save_rule()
+        def write() -> None:
+            assert self.folder is not None
+            write_snapshot(self.folder, tensors, metadata | {"config": self.card.get("config")})
+            self.save_rule()
+
+        self.ranks.lead(write)
 
     @property
     def rule_path(self) -> Path:
@@ -313,28 +311,29 @@ class Trainer:
         Raises:
             OSError: it cannot be written; the file that was there before is unchanged.
         """
-        trained = {
+        save(self.build_best(), self.rule_path, self.card | {"training": self._describe_training()})
+
+    def mend_rule(self) -> None:
+        """Write the rule file, where there is a folder, unless it is that of the present state already.
+
+        A kill between the writes of a checkpoint and of its rule file leaves an older rule, and people may lose one.
+        """
+
+        def mend() -> None:
+            if self.folder and not holds_rule(self.rule_path, self.build_best(), self._describe_training()):
+                self.save_rule()
+
+        self.ranks.lead(mend)
+
+    def _describe_training(self) -> dict[str, Any]:
+        """What the rule's card says of how it was trained and how good it is."""
+        figure = self.best.gather_state()[1]["best"]
+        return {
             "trained_steps": self.step,
-            "best_step": self.best_step,
-            "validation": {self.config.validation_metric: self.best if math.isfinite(self.best) else None},
-            "seconds": round(self.seconds, 1),
+            "best_step": self.best.step,
+            "validation": {self.config.validation_metric: figure},
+            "seconds": round(self.state.seconds, 1),
         }
-        save(self.build_best(), self.rule_path, self.card | {"training": trained})
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; on other ranks than 0 without the carries."""
-        tensors = {f"weights.{k}": v for k, v in copy_weights(self.rule).items()}
-        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
-        tensors |= self.outer.gather_state() | self.merger.gather_state()
-        for i, source in enumerate(self.sources):
-            tensors |= {f"carry.{i}.{key}": value for key, value in source.gather_carry().items()}
-        return tensors
-
-    def _list_tensors(self) -> set[str]:
-        """The names of what a checkpoint holds, but for the outer optimizer's moments."""
-        names = {f"{kind}.{name}" for kind in ("weights", "best") for name in self.rule.state_dict()}
-        names |= {f"carry.{i}.{name}" for i, source in enumerate(self.sources) for name in source.list_carry()}
-        return names | set(self.outer.list_average()) | set(self.merger.gather_state())
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.
@@ -345,19 +344,9 @@ class Trainer:
             ValueError: not a checkpoint of this configuration, or a damaged one.
             FailedLead: this on rank 0.
         """
-        tensors, metadata = read_snapshot(path, self.card.get("config"), self._list_tensors(), self.ranks)
-        # All is known to fit by now: nothing is changed before the whole file is checked.
-        self.rule.load_state_dict(select(tensors, "weights."))
-        self.best_weights = select(tensors, "best.")
-        self.outer.restore_state(tensors)
-        self.merger.restore_state(tensors)
-        for i, source in enumerate(self.sources):
-            source.restore_carry(select(tensors, f"carry.{i}."))
-            if source.horizon:
-                source.horizon.improved = metadata["horizon_improved"]
-        self.step, self.best_step, self.stale = metadata["step"], metadata["best_step"], metadata["stale"]
-        self.best = math.inf if metadata["best"] is None else metadata["best"]
-        self.seconds = metadata["seconds"]
+        names = self.state.list_tensors()
+        # All is known to fit before anything is changed.
+        self.state.restore(*read_snapshot(path, self.card.get("config"), names, self.ranks))
 
 
 def _find_stage(source: Source) -> float:

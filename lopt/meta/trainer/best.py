@@ -1,0 +1,90 @@
+"""The best meta-weights that validation has found so far: what a run hands back, and what its rule file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lopt.meta.trainer.meta_weights import copy_rule, copy_weights
+from lopt.rules import Rule
+from lopt.rules.files import fingerprint, load, load_card
+
+WEIGHTS = "best."
+
+
+class Best:
+    """What validations have come to, which the end of a run, its curricula and its rule file go by.
+
+    Args:
+        rule: before training; its weights are the best ones until a validation has spoken.
+
+    Attributes:
+        value: the best figure, of which lower is better; infinity before the first validation.
+        step: outer steps after which it was reached.
+        stale: validations since then.
+        validated: outer steps before the last validation; -1 before the first.
+        weights: all of the rule's, by name.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.value, self.step, self.stale, self.validated = math.inf, 0, 0, -1
+        self.weights = copy_weights(rule)
+
+    def hear(self, value: float, step: int, weights: Mapping[str, Tensor]) -> bool:
+        """Keep what was validated if it is better than all before it; returns whether it is.
+
+        Args:
+            value: of the weights; one that is not finite is never better.
+            step: outer steps that led to them.
+            weights: all of the rule's, which are copied.
+        """
+        improved = value < self.value  # false for NaN
+        self.validated, self.stale = step, 0 if improved else self.stale + 1
+        if improved:
+            self.value, self.step = value, step
+            self.weights = {name: weight.clone() for name, weight in weights.items()}
+        return improved
+
+    def build(self, rule: Rule) -> Rule:
+        """A rule like the given one with the best weights; a copy, which training does not touch."""
+        return copy_rule(rule, self.weights)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def gather_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds of it: tensors by name, and entries of its metadata."""
+        tensors = {f"{WEIGHTS}{name}": value for name, value in self.weights.items()}
+        # JSON has no infinity: none is best before the first validation that is finite.
+        value = self.value if math.isfinite(self.value) else None
+        return tensors, {"best": value, "best_step": self.step, "stale": self.stale, "validated": self.validated}
+
+    def restore_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Take back what `gather_state` returned.
+
+        Args:
+            tensors, metadata: all of the checkpoint; what is not this class's is left alone.
+        """
+        self.weights = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
+        self.value = math.inf if metadata["best"] is None else metadata["best"]
+        self.step, self.stale, self.validated = (metadata[key] for key in ("best_step", "stale", "validated"))
+
+
+def holds_rule(path: Path, rule: Rule, training: Mapping[str, Any]) -> bool:
+    """Whether a rule file is that of a run's present state: not missing, not damaged, and not one that a kill has left
+    from before.
+
+    Args:
+        rule: with the weights that it should have.
+        training: what its card should say under this name, wall-clock time aside.
+    """
+    try:
+        found, card = load(path), load_card(path)
+    except (OSError, ValueError):
+        return False
+    told = card.get("training")
+    same = isinstance(told, dict) and {**told, "seconds": None} == {**training, "seconds": None}
+    return same and fingerprint(found) == fingerprint(rule)
