@@ -64,7 +64,8 @@ class LearnedOptimizer(Optimizer):
         rule: a `Rule` (copied), the name of a shipped rule (`lopt.list_rules()`) or the path of a rule file.
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
-        num_steps: how many steps are planned; rules that adapt to the share of training done need it.
+        num_steps: how many steps are planned, those before a resume included; rules that adapt to the share of training
+            done need it, and the guard goes by it. A step beyond is warned of, once.
         betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
         maximize: ascend, which is to descend on the negative loss: rules and the guard are told that one. Groups may
             differ, but not under a guard.
@@ -124,8 +125,8 @@ class LearnedOptimizer(Optimizer):
         choose("backend", backend, BACKENDS)
         self.state_dtype = check_state_dtype(state_dtype, self.rule)
         guard_options = read_guard(guard)
-        self.guard = None if guard_options is None else Guard(guard_options, num_steps)
-        self.counts = Counts(self.rule.name, self.horizon)
+        self.guard = None if guard_options is None else Guard(guard_options)
+        self.counts = Counts(self.rule, self.horizon, guarded=self.guard is not None)
         # The rule is an option, so that a saved state tells which one made it; so is what the guard remembers.
         options = {
             "lr": lr,
@@ -204,7 +205,7 @@ class LearnedOptimizer(Optimizer):
             pairs = ((self.replicas[index].rule, alike) for index, alike in units.items())
             check_finite(unit for rule, alike in pairs for unit in divide_groups(rule, alike))
         # The loss is averaged here, before the guard: all processes must decide alike.
-        self.counts.count_step(self.state.values())
+        self.counts.count_step(self.param_groups, self.state)
         loss = self._read_loss(result if loss is None else loss, units)
         # The guard may put the snapshot back; the gradients then belong to other parameters.
         if self.guard is not None and hear_loss(self.guard, loss, self.param_groups, self.state):
@@ -231,6 +232,8 @@ class LearnedOptimizer(Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
 
         Where both sides have names, a group's state is given to the parameters of the same names, in whatever order.
+        A plan, `num_steps`, is this optimizer's own where it has one, so that a run may be made longer or shorter; the
+        other options are the saved ones.
 
         Raises:
             ValueError: the state was made under other meta-weights, for other groups or for other parameters; nothing

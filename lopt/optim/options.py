@@ -128,6 +128,18 @@ def find_direction(groups: Iterable[Mapping[str, Any]]) -> float:
     return directions.pop()
 
 
+def find_plan(groups: Iterable[Mapping[str, Any]]) -> int | None:
+    """The steps that are planned for the whole training: those of the longest plan among the rule's own groups.
+
+    Args:
+        groups: an optimizer's `param_groups`.
+    Returns:
+        The guard's plan, which hears one loss for all groups; None if none of them has one.
+    """
+    plans = [group["num_steps"] for group in groups if group["rule"] != ADAMW and group["num_steps"] is not None]
+    return max(plans, default=None)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real | Tensor)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lopt.optim.guard.state import GuardState
+from lopt.optim.options import ADAMW, find_plan
 from lopt.optim.units import STEP
+from lopt.rules import Rule
 
 
 class Report(NamedTuple):
@@ -49,18 +51,19 @@ class Counts:
     """What an optimizer counts while it steps, without waiting for a device, and what it warns of, once each.
 
     Args:
-        name: of the rule, for a warning.
+        rule: the optimizer's.
         horizon: steps of the longest run on which the rule was trained, if its card tells; longer ones are warned of.
+        guarded: with the guard, which follows the plan of the training, as some rules do.
     Attributes:
         tally: on each device, of single parameters: those that were skipped, whose gradients were limited, and whose
             steps the guard clipped, int64 `[3]`.
-        steps: of the run so far; None: to be read from the parameters' state, as after loading.
+        steps: of each group so far; None: to be read from the parameters' state, as after loading.
     """
 
-    def __init__(self, name: str, horizon: int | None) -> None:
-        self.name, self.horizon = name, horizon
+    def __init__(self, rule: Rule, horizon: int | None, guarded: bool) -> None:
+        self.rule, self.horizon, self.guarded = rule, horizon, guarded
         self.tally: dict[torch.device, Tensor] = {}
-        self.steps: int | None = 0
+        self.steps: list[int] | None = []
         self._warned: set[str] = set()
 
     def start_tally(self, device: torch.device) -> None:
@@ -72,21 +75,49 @@ class Counts:
         if device not in self.tally:
             self.tally[device] = torch.zeros(3, dtype=torch.int64, device=device)
 
-    def count_step(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Count one more step, and warn where the run goes beyond the rule's horizon.
+    def count_step(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Count one more step, and warn where the run goes beyond the rule's horizon, or beyond what was planned.
 
         Args:
+            groups: the optimizer's `param_groups`.
             states: of all parameters; looked at, which waits for the device, in the first step after loading only.
         """
         # A graph would hold the count of the moment at which it was traced.
         if torch.compiler.is_compiling():
             return
-        self.steps = (read_steps(states) if self.steps is None else self.steps) + 1
-        if self.horizon is not None and self.steps > self.horizon:
+        if self.steps is None:
+            self.steps = [read_steps(states[p] for p in group["params"] if p in states) for group in groups]
+        self.steps += [0] * (len(groups) - len(self.steps))
+        # A group without gradients stands still in its plan, as the rule sees it.
+        for i, group in enumerate(groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.steps[i] += 1
+                    break
+        if self.horizon is not None and max(self.steps) > self.horizon:
+            advice = "" if self.guarded else ", or use guard=True, which falls back to AdamW where that is better"
             self.warn_once(
-                f"this run goes beyond the {self.horizon} steps on which rule {self.name!r} was trained (its "
-                "card's horizon): watch the loss, or use guard=True, which falls back to AdamW where that is better."
+                f"this run goes beyond the {self.horizon} steps on which rule {self.rule.name!r} was trained (its "
+                f"card's horizon): watch the loss{advice}."
             )
+        if (plan := self._find_overrun(groups, self.steps)) is not None:
+            rule = [f"rule {self.rule.name!r}"] if self.rule.needs_num_steps else []
+            followers = " and ".join(rule + ["the guard"] * self.guarded)
+            self.warn_once(
+                f"this run goes beyond the plan of {followers}, num_steps={plan}. Construct the optimizer with the "
+                "number of steps of the whole training; those before a resume count."
+            )
+
+    def _find_overrun(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> int | None:
+        """The plan that this step goes beyond, if one is followed by the rule in its own groups, or by the guard."""
+        plan = find_plan(groups) if self.guarded else None
+        if plan is not None and max(steps) > plan:
+            return plan
+        if self.rule.needs_num_steps:
+            for group, count in zip(groups, steps, strict=True):
+                if group["rule"] != ADAMW and count > group["num_steps"]:
+                    return int(group["num_steps"])
+        return None
 
     def warn_once(self, message: str) -> None:
         """Warn, the first time that this is to be said; to be called by a function that `step` calls.

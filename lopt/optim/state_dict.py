@@ -62,12 +62,15 @@ def derive_seed(name: str, p: Tensor, groups: Iterable[Mapping[str, Any]]) -> in
 
 
 def fill_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The saved groups, with the optimizer's own value of every option that they lack.
+    """The saved groups, with the optimizer's own value of every option that they lack, and its own plan if it has one.
 
     So a state that was saved before an option existed can still be loaded. A group too many stays, for torch to refuse.
     """
+    # A run is resumed to go on for as long as is planned now; the saved plan may be that of a shorter one.
     filled = [
-        {key: group[key] for key in group if key not in ("rule", "param_names")} | saved
+        {key: group[key] for key in group if key not in ("rule", "param_names")}
+        | saved
+        | ({} if group["num_steps"] is None else {"num_steps": group["num_steps"]})
         for saved, group in zip(saved_groups, groups, strict=False)
     ]
     return filled + list(saved_groups[len(filled) :])

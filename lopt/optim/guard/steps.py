@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt.optim.guard.decisions import Guard, GuardOptions
-from lopt.optim.options import ADAMW, find_direction
+from lopt.optim.options import ADAMW, find_direction, find_plan
 from lopt.optim.units import STEP, Unit, add_up, make_member
 from lopt.optim.update import Transform
 from lopt.rules import Rule
@@ -195,7 +195,7 @@ def hear_loss(
     Raises:
         ValueError: some groups ascend and some descend; nothing has changed.
     """
-    direction = find_direction(groups)
+    direction, guard.num_steps = find_direction(groups), find_plan(groups)
     guard.observe(None if loss is None else direction * float(loss))
     memory = guard.now.to_numbers()
     for group in groups:
