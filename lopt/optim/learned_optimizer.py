@@ -25,7 +25,7 @@ from lopt.optim.backend import BACKENDS, Backend, StepOptions, choose_backend, d
 from lopt.optim.guard.decisions import Guard, GuardOptions, read_guard
 from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import hear_loss
-from lopt.optim.loss import average_loss, check_loss, is_skipped_on_host
+from lopt.optim.loss import is_skipped_on_host, read_loss
 from lopt.optim.options import ADAMW, check_gradients, check_group, check_state_dtype, find_direction
 from lopt.optim.report import Counts, Report
 from lopt.optim.rule_replicas import RuleReplicas
@@ -206,7 +206,8 @@ class LearnedOptimizer(Optimizer):
             check_finite(unit for rule, alike in pairs for unit in divide_groups(rule, alike))
         # The loss is averaged here, before the guard: all processes must decide alike.
         self.counts.count_step(self.param_groups, self.state)
-        loss = self._read_loss(result if loss is None else loss, units)
+        devices = [*(self.replicas[index].device for index in units), self.param_groups[0]["params"][0].device]
+        loss = read_loss(result if loss is None else loss, self.counts, devices[0] if self.reduce_loss else None)
         # The guard may put the snapshot back; the gradients then belong to other parameters.
         if self.guard is not None and hear_loss(self.guard, loss, self.param_groups, self.state):
             return result
@@ -327,21 +328,6 @@ class LearnedOptimizer(Optimizer):
         seed = derive_seed(name, p, self.param_groups) if rounded else None
         with torch.no_grad():
             return init_state(rule, p.detach(), seed, self.guard is not None, self.state_dtype)
-
-    def _read_loss(self, loss: Tensor | float | None, units: Mapping[int, list[Unit]]) -> Tensor | float | None:
-        """The loss that rules and the guard read, the mean over all processes; None if nothing reads it."""
-        if not (self.rule.needs_loss or self.guard):
-            return None
-        if loss is None:
-            reader = "the guard" if self.guard else f"rule {self.rule.name!r}"
-            self.counts.warn_once(
-                f"{reader} reads the training loss, but step() was called without one: what it knows of the loss stays "
-                "as it was. Call step(loss=loss) or step(closure)."
-            )
-            return None
-        loss = check_loss(loss)
-        devices = [self.replicas[index].device for index in units] + [self.param_groups[0]["params"][0].device]
-        return average_loss(loss, devices[0]) if self.reduce_loss else loss
 
 
 def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:

@@ -7,7 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.optim.report import Counts
 from lopt.optim.units import Scaled
+
+
+def read_loss(loss: Tensor | float | None, counts: Counts, device: torch.device | None) -> Tensor | float | None:
+    """The loss that a rule or the guard reads, and a warning, once, where `step`, which calls this, has none for them.
+
+    Args:
+        counts: of the optimizer, whose rule and guard are meant.
+        device: where the mean over all processes is taken (`average_loss`); None: every process has its own loss.
+    Returns:
+        None if nothing reads it.
+    Raises:
+        ValueError: it is not one number.
+    """
+    if not (counts.rule.needs_loss or counts.guarded):
+        return None
+    if loss is None:
+        reader = "the guard" if counts.guarded else f"rule {counts.rule.name!r}"
+        counts.warn_once(
+            f"{reader} reads the training loss, but step() was called without one: what it knows of the loss stays "
+            "as it was. Call step(loss=loss) or step(closure)."
+        )
+        return None
+    loss = check_loss(loss)
+    return loss if device is None else average_loss(loss, device)
 
 
 def check_loss(loss: Any) -> Tensor | float:
