@@ -25,8 +25,8 @@ from lopt.optim.backend import BACKENDS, Backend, StepOptions, choose_backend, d
 from lopt.optim.guard.decisions import Guard, GuardOptions, read_guard
 from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import hear_loss
-from lopt.optim.loss import is_skipped_on_host, read_loss
-from lopt.optim.options import ADAMW, check_gradients, check_group, check_state_dtype, find_direction
+from lopt.optim.loss import call_closure, is_skipped_on_host, read_loss
+from lopt.optim.options import ADAMW, check_gradients, check_group, check_params, check_state_dtype, find_direction
 from lopt.optim.report import Counts, Report
 from lopt.optim.rule_replicas import RuleReplicas
 from lopt.optim.state_dict import derive_seed, init_state, list_names, match_state, read_states
@@ -87,6 +87,7 @@ class LearnedOptimizer(Optimizer):
         reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it
             and the guard; then all processes have to call `step`, all with a loss or all without.
     Raises:
+        TypeError: `params` or `rule` are something else.
         ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
         FileNotFoundError: there is no such rule file.
     """
@@ -111,6 +112,7 @@ class LearnedOptimizer(Optimizer):
         backend: str = "auto",
         reduce_loss: bool = True,
     ) -> None:
+        check_params(params)
         self.horizon: int | None = None
         self._given = rule
         if not isinstance(rule, Rule):
@@ -184,14 +186,12 @@ class LearnedOptimizer(Optimizer):
         Returns:
             What the closure returns.
         Raises:
+            TypeError: the closure cannot be called, as a loss that was passed by position; nothing has changed.
             RuntimeError: a sparse gradient or a complex parameter; nothing has changed.
             ValueError: the loss is not one number, or groups ascend and descend under a guard.
         """
         # The closure makes the gradients that all the rest is about.
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = None if closure is None else call_closure(closure)
         # Units are gathered, and their state is made, even for a step that will move nothing.
         check_gradients(self.param_groups)
         if is_skipped_on_host(getattr(self, "found_inf", None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def read_loss(loss: Tensor | float | None, counts: Counts, device: torch.device 
     return loss if device is None else average_loss(loss, device)
 
 
+def call_closure(closure: Callable[[], float]) -> float:
+    """What a user passed to `step` by position computes, where gradients are recorded.
+
+    Raises:
+        TypeError: it cannot be called; mostly it is the loss.
+    """
+    if not callable(closure):
+        raise TypeError(
+            f"step takes a closure that computes the loss, got a {type(closure).__name__}; pass the loss by its name, "
+            "step(loss=loss)"
+        )
+    with torch.enable_grad():
+        return closure()
+
+
 def check_loss(loss: Any) -> Tensor | float:
     """Check what a user passed as the training loss, or what a closure returned.
 
@@ -49,7 +65,7 @@ def check_loss(loss: Any) -> Tensor | float:
         return loss
     try:
         return float(loss)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(f"the loss must be one number, got a {type(loss).__name__}; pass step(loss=...)") from None
 
 

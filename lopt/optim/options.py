@@ -12,13 +12,25 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lopt.core.names import choose
 from lopt.rules import Rule
 
 ADAMW = "adamw"  # the option `rule` of groups that AdamW steps, and the name of the rule that does it
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_params(params: Any) -> None:
+    """Check for what people give in place of parameters; the rest is torch's to refuse.
+
+    Raises:
+        TypeError: a module, its method `parameters` itself, or a state dict.
+    """
+    method = getattr(params, "__func__", None) in (nn.Module.parameters, nn.Module.named_parameters)
+    if isinstance(params, (nn.Module, Mapping)) or method:
+        found = f"the method {params.__name__}" if method else f"a {type(params).__name__}"
+        raise TypeError(f"params must be parameters or groups of them, got {found}: give model.parameters()")
 
 
 def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:

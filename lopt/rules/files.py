@@ -100,6 +100,10 @@ def fingerprint(rule: Rule) -> str:
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a shipped name or a path."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        is_class = isinstance(name_or_path, type)
+        found = f"the class {name_or_path.__name__}: make one of it" if is_class else f"a {type(name_or_path).__name__}"
+        raise TypeError(f"a rule is a Rule, a shipped name or the path of a rule file, got {found}")
     path = Path(name_or_path)
     is_name = path.name == name_or_path and path.suffix != ".safetensors"
     if is_name and name_or_path in list_rules():

@@ -6,24 +6,23 @@ family = ModuleTask(lambda: nn.Linear(64, 10), F.cross_entropy, (images, labels)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.parameter import is_lazy
-from torch.utils.data import Dataset
 
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds, draw_indices, make_generator
 from lopt.core.tensors import Params, stack_trees
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily
 from lopt.tasks.batched import BatchedLosses, Loss, call_module, differentiate, find_batched
+from lopt.tasks.data.pairs import RawData, find_not_finite, read_splits
 
 Module = TypeVar("Module", bound="ModuleTask")
-RawData = tuple[Any, Any] | Dataset[Any]
 
 RECURRENT = "nn.RNN, nn.GRU and nn.LSTM cannot be batched over tasks; write the cell with nn.Linear"
 BACKWARD = "backward hooks, reentrant checkpoints and autograd.Function without setup_context and vmap must go"
@@ -38,7 +37,12 @@ ADVICE = {
     r"in-?place|broadcast shape": "it writes into a tensor; make a new one instead",
     r"to return a (scalar )?Tensor": "loss must return a scalar tensor, one number per batch",
     r"does not require grad": "the loss does not depend on the parameters; remove detach() and no_grad()",
+    r"same device|expected device|meta tensor": "module and data must be on one device; make both on the CPU",
     r"dtype|scalar type|should be the same": "make the data float32 like the module, class targets int64",
+    r"out of (bounds|range)": "class targets go from 0 to the number of outputs minus 1",
+    r"positional argument|missing .* argument|unexpected keyword": "they are called as loss(module(inputs), targets)",
+    r"must be Tensor, not|has no attribute": "the module must return the one tensor that the loss takes",
+    r"shape|[Ss]izes? |size mismatch|dimension": "the layers must fit the inputs, and the outputs the targets",
 }
 """What to do about a failure, by a pattern of torch's message; the first one that fits is given."""
 
@@ -73,6 +77,7 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         seed: of the division into splits.
         config: further names and values for `config`, by which descriptions tell this family from others.
     Raises:
+        TypeError: `build`, `loss` or `data` are not what they should be.
         ValueError: the data cannot be divided, or the module cannot be trained on many tasks at once.
 
     Attributes:
@@ -89,22 +94,20 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         self,
         build: Callable[[], nn.Module],
         loss: Loss,
-        data: RawData | Mapping[str, RawData],
+        data: RawData,
         batch_size: int = 128,
         horizon: int = 100,
         seed: int = 0,
         **config: Any,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 and whole, got {batch_size}")
+        _check_callables(build, loss)
         self.build, self.loss_fn, self.batch_size, self.horizon = build, loss, batch_size, horizon
-        if isinstance(data, Mapping):
-            self.data = {choose("data's split", split, SPLITS): _as_tensors(pairs) for split, pairs in data.items()}
-            if "train" not in self.data:
-                raise ValueError(f"data has splits {sorted(self.data)} but no 'train'")
-        else:
-            self.data = _divide(_as_tensors(data), seed)
+        self.data = read_splits(data, seed)
         self.module = _build_seeded(build, 0)
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"ModuleTask: build must return an nn.Module, got a {type(self.module).__name__}")
         self.batched: BatchedLosses | None = None
         if isinstance(loss, nn.Module) and (learned := list(_trainable(loss))):
             raise ValueError(f"loss has parameters {learned} that no task would learn; move them to the module")
@@ -124,7 +127,9 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         """One step and one evaluation of a few tasks, so that what cannot be batched over tasks is refused here."""
         lazy = [k for k, p in self.module.named_parameters() if is_lazy(p)]
         if lazy:
-            raise ValueError(f"{lazy} have no shapes yet; use layers that are told theirs, such as nn.Linear")
+            raise ValueError(
+                f"ModuleTask: {lazy} of lazy layers have no shapes yet; use layers that are told theirs (nn.Linear)"
+            )
         weights = _trainable(self.module)
         if {p.dtype for p in weights.values()} != {torch.float32}:
             dtypes = {k: p.dtype for k, p in weights.items()} or "none"
@@ -133,9 +138,9 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
         tasks = stack_trees([self.sample(make_generator(0))] * TRIAL)
         batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(TRIAL)))
         # The generator is forked, as a module may draw numbers before it is refused.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _explain_failure(batch):
-            changed = self._find_changed(params, batch)
-            if not changed:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            self._try_once(params, batch)
+            with _explain_failure(batch, f"batches of {TRIAL} tasks", "it must run under torch.func.vmap and grad"):
                 # Training computes loss and gradient, evaluation the loss alone; both fail in ways of their own.
                 vmap(grad_and_value(self.loss))(params, batch)
                 vmap(self.loss)(params, batch)
@@ -144,15 +149,10 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
                 leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
                 losses = self.losses(leaves, batch)
                 together = [losses.detach(), *differentiate(losses, leaves)]
-        if changed:
-            raise ValueError(
-                f"forward or loss changes {changed}; make new tensors instead (batch norm: set "
-                "track_running_stats=False, activations: inplace=False)"
-            )
         _check_equal(own, again, together)
 
-    def _find_changed(self, params: Params, batch: Batch) -> list[str]:
-        """Names of the buffers, parameters and entries of a batch that computing one loss changes."""
+    def _try_once(self, params: Params, batch: Batch) -> None:
+        """One loss of one task, as anybody computes it: it must work, be finite and change nothing."""
         one, part = ({k: v[0].clone() for k, v in tensors.items()} for tensors in (params, batch))
 
         def list_tensors() -> dict[str, Tensor]:
@@ -162,10 +162,24 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
             return buffers | one | {f"batch.{k}": b for k, b in part.items()}
 
         before = {k: v.clone() for k, v in list_tensors().items()}
-        with suppress(Exception):  # what fails here fails under vmap as well, whose messages say more
+        with _explain_failure(batch, "one batch", "check loss(build()(inputs), targets)"):
             self.loss(one, part)
         after = list_tensors()
-        return [k for k, v in before.items() if k not in after or not _is_same(v, after[k])]
+        changed = [k for k, v in before.items() if k not in after or not _is_same(v, after[k])]
+        if changed:
+            raise ValueError(
+                f"forward or loss changes {changed}; make new tensors instead (batch norm: set "
+                "track_running_stats=False, activations: inplace=False)"
+            )
+        # One such example among many spoils all the runs that draw it; but a loss may know what NaN means.
+        for split, (x, y) in self.data.items():
+            found = find_not_finite((x, y))
+            rows = found[: self.batch_size]
+            if len(rows) and not self.loss(one, {"x": x[rows], "y": y[rows]}).isfinite():
+                raise ValueError(
+                    f"data has NaN or infinity in {len(found)} of {len(x)} examples of {split!r}, for which the loss "
+                    "is not finite: leave them out or replace these numbers"
+                )
 
     def _compute_one_by_one(self, params: Params, batch: Batch) -> list[Tensor]:
         """Losses `[T]` and gradients `[T, ...]` of the module itself, a task's weights being loaded into it.
@@ -305,41 +319,33 @@ def _check_equal(own: list[Tensor], again: list[Tensor], together: list[Tensor])
         )
 
 
+def _check_callables(build: Any, loss: Any) -> None:
+    """Refuse what cannot be meant as a function that builds, or as a loss."""
+    if isinstance(build, nn.Module) or not callable(build):
+        raise TypeError(
+            f"ModuleTask: build must be a function that makes a new module, such as lambda: nn.Linear(64, 10), got a "
+            f"{type(build).__name__}"
+        )
+    if isinstance(loss, type) or not callable(loss):
+        found = f"the class {loss.__name__}: make one of it" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise TypeError(f"ModuleTask: loss must be a function of outputs and targets, got {found}")
+
+
 @contextmanager
-def _explain_failure(batch: Batch) -> Iterator[None]:
-    """Turn any error of a user's module or loss into a ValueError of one line: what was found and what to do."""
+def _explain_failure(batch: Batch, where: str, advice: str) -> Iterator[None]:
+    """Turn any error of a user's module or loss into a ValueError of one line: what was found and what to do.
+
+    Args:
+        where: it failed.
+        advice: what to do, where torch's message is not a known one.
+    """
     try:
         yield
     except Exception as error:
         fitting = (advice for pattern, advice in ADVICE.items() if re.search(pattern, str(error)))
-        advice = next(fitting, "it must run under torch.func.vmap and grad")
+        advice = next(fitting, advice)
         shapes = ", ".join(f"{k} {v.dtype} {list(v.shape[1:])}" for k, v in batch.items())
         message = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"module and loss fail on batches of {TRIAL} tasks: {advice} (found {shapes}; "
-            f"{type(error).__name__}: {message})"
+            f"module and loss fail on {where}: {advice} (found {shapes}; {type(error).__name__}: {message})"
         ) from error
-
-
-def _as_tensors(data: RawData) -> Data:
-    """Inputs and targets of equal length, reading a `Dataset` once."""
-    if isinstance(data, tuple):
-        x, y = map(torch.as_tensor, data)
-    else:
-        pairs = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
-        x = torch.stack([torch.as_tensor(pair[0]) for pair in pairs])
-        y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs])
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"data needs as many inputs as targets, got {len(x)} and {len(y)}")
-    return x, y
-
-
-def _divide(data: Data, seed: int) -> dict[str, Data]:
-    """80 % train, the rest in three equal parts, by a seeded permutation."""
-    x, y = data
-    held_out = len(x) // 15
-    if held_out == 0:
-        raise ValueError(f"{len(x)} examples are too few for four splits (15 at least)")
-    order = torch.randperm(len(x), generator=make_generator(derive_seeds(seed, "splits")))
-    sizes = [len(x) - 3 * held_out, held_out, held_out, held_out]
-    return {s: (x[i], y[i]) for s, i in zip(SPLITS, torch.split(order, sizes), strict=True)}
