@@ -11,6 +11,7 @@ from bench.gpu.tune import tune
 from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.levels import levels
+from bench.quality.suite import suite
 from bench.speed.meta import meta
 from bench.speed.overhead import overhead
 from bench.speed.scaling import scaling
@@ -23,7 +24,22 @@ def cli() -> None:
     """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
 
 
-for command in (compile_kernels, estimators, families, gpu, kernels, levels, meta, overhead, scaling, soak, step, tune):
+COMMANDS = (
+    compile_kernels,
+    estimators,
+    families,
+    gpu,
+    kernels,
+    levels,
+    meta,
+    overhead,
+    scaling,
+    soak,
+    step,
+    suite,
+    tune,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 if __name__ == "__main__":

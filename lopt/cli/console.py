@@ -145,11 +145,13 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
 
 
 def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
-    """A rule from a shipped name, a file or a run's folder: a path to name it by, the rule and its card.
+    """A rule from a shipped name, a file, a run's folder or the name of an untrained one: a path to name it by, the
+    rule and its card.
 
     A card that is not understood is left out, with a note.
     """
     from lopt.evaluation.settings import read_card
+    from lopt.rules import RULES
 
     path = Path(name)
     if path.is_dir():
@@ -157,6 +159,8 @@ def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
         name = str(path)
+    if name in RULES and name not in lopt.list_rules() and not path.exists():
+        return path, RULES[name](), {}
     rule, card = lopt.load(name), lopt.load_card(name)
     try:
         read_card(card)

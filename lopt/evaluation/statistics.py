@@ -6,14 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import exp, isfinite, sqrt
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import trim_mean
 from torch import Tensor
 
 from lopt.core.random import make_generator
 
 RESAMPLES = 4000
+EXTREME = 1e3
+"""Ratios count as this at most: a run that diverged has no other."""
 SMOOTHING = 20
 """A curve is averaged over its last 1/20 before steps are counted, against the noise of mini-batches."""
 
@@ -102,6 +107,35 @@ def compute_speedup(curve: Tensor, reference: Tensor) -> float | None:
     if ours[-1] <= theirs[-1]:
         return num_steps / count_steps(ours, theirs[-1])
     return count_steps(theirs, ours[-1]) / num_steps
+
+
+def average_middle(ratios: Sequence[float]) -> float:
+    """The interquartile mean of ratios, on the log scale: a quarter of them is left out at each end (scipy's
+    `trim_mean`), so that no task outweighs all others.
+
+    Args:
+        ratios: positive; those beyond `EXTREME` or its inverse, infinite ones included, count as that.
+    """
+    return exp(float(trim_mean(_take_logs(ratios), 0.25)))
+
+
+def average_middle_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The interquartile mean with its 95 % interval by the bootstrap over tasks (percentiles), equal for equal data.
+
+    Returns:
+        Mean, low and high; for fewer than two ratios all three are the mean.
+    """
+    mean = average_middle(ratios)
+    if len(ratios) < 2:
+        return mean, mean, mean
+    generator = np.random.default_rng(0)
+    draws = generator.choice(_take_logs(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.quantile(trim_mean(draws, 0.25, axis=1), [0.025, 0.975])
+    return mean, exp(float(low)), exp(float(high))
+
+
+def _take_logs(ratios: Sequence[float]) -> NDArray[np.float64]:
+    return np.log(np.clip(np.asarray(ratios, dtype=np.float64), 1 / EXTREME, EXTREME))
 
 
 def keep_finite(value: float | Tensor) -> float | None:

@@ -5,16 +5,15 @@ Every sentence is computed from the numbers; nothing is said that the table does
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Sequence
-from importlib.resources import files
 from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lopt.core.files import write_atomic
 from lopt.evaluation.report.curves import plot_curves
+from lopt.evaluation.report.html import encode_picture, load_template
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, display_name, save_comparisons
 from lopt.evaluation.statistics import Summary
 
@@ -91,17 +90,10 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "") -> st
     """
     if not comparisons:
         raise ValueError("there is no comparison to report")
-    import jinja2
-
-    # Labels and titles may come from foreign cards: everything is escaped.
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": format_number,
-        "name": display_name,
-        "figure": format_figure,
-        "ratio": format_ratio,
-    }
-    template = environment.from_string(files(__package__).joinpath("templates/report.html").read_text())
+    template = load_template(
+        "report.html",
+        {"number": format_number, "name": display_name, "figure": format_figure, "ratio": format_ratio},
+    )
     sections = [
         {
             "comparison": c,
@@ -109,8 +101,8 @@ def render_report(comparisons: Sequence[Comparison], *, command: str = "") -> st
             "headings": list_headings(c),
             "rows": build_rows(c),
             "losses": c.list_losses(),
-            "light": _as_data_uri(plot_curves([c], titles=False, dpi=160)),
-            "dark": _as_data_uri(plot_curves([c], titles=False, dpi=160, dark=True)),
+            "light": encode_picture(plot_curves([c], titles=False, dpi=160)),
+            "dark": encode_picture(plot_curves([c], titles=False, dpi=160, dark=True)),
             "searches": describe_searches(c),
             "contests": {figure: c.contest_bar(figure) for figure in FIGURES},
         }
@@ -355,10 +347,6 @@ def format_ratio(contest: Contest) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _as_data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def describe_searches(comparison: Comparison) -> list[dict[str, Any]]:

@@ -1,0 +1,98 @@
+"""Rules judged on suites of tasks, with a line on the terminal that says how far it is, and counted on their cards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+import lopt
+from lopt.cli.console import make_folder, say
+
+if TYPE_CHECKING:
+    from lopt.evaluation.suites.figures import SuiteResult
+    from lopt.evaluation.suites.runs import Run
+    from lopt.evaluation.suites.search import Request
+    from lopt.rules import Rule
+
+HELDOUT = "heldout"
+COUNTED = "heldout_runs"
+"""Entry of a rule's card: how often it was judged on the held-out suite."""
+
+
+def judge_on_suite(
+    path: Path,
+    rule: Rule,
+    card: dict[str, Any],
+    suite: str,
+    out: Path,
+    console: Console,
+    **options: Any,
+) -> SuiteResult | None:
+    """Judge a rule on a suite, print the table, write the page; runs on the held-out suite are counted on its card.
+
+    Args:
+        path: of the rule's file; where there is none, or the file is the package's, the result alone counts.
+        card: of the rule.
+        options: further arguments of `lopt.evaluation.suites.judging.judge`; its `label` is the card's name or the
+            file's.
+    Returns:
+        The result; None on all ranks but the first.
+    """
+    from lopt.evaluation.report.suite import print_suite, write_suite
+    from lopt.evaluation.suites.judging import judge
+    from lopt.evaluation.suites.work import read_share
+
+    share = read_share()
+    make_folder(out)
+    label = card.get("name") or path.stem
+    with tell_runs(f"{label} on the {suite} suite", console) as on_run:
+        result = judge(rule, label, suite, out=out, share=share, on_run=on_run, **options)
+    if result is None:
+        return None
+    if suite == HELDOUT:
+        result = replace(result, heldout_runs=count_heldout(path, rule, card))
+    print_suite(result, console)
+    for name, written in write_suite(out, result).items():
+        say(console, f"{name:>16}  {written}")
+    return result
+
+
+def count_heldout(path: Path, rule: Rule, card: dict[str, Any]) -> int:
+    """How often a rule was judged on the held-out suite, this time included; a rule file of the user's keeps the count.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    given = card.get(COUNTED, 0)
+    count = (given if isinstance(given, int) else 0) + 1
+    if path.is_file():
+        lopt.save(rule, path, card | {COUNTED: count})
+    return count
+
+
+def count_workers(workers: int | None) -> int:
+    """The processes that runs are shared out to: by default one for each core, or one alone in those of torchrun."""
+    if workers is not None:
+        return workers
+    return 1 if "RANK" in os.environ else os.cpu_count() or 1
+
+
+@contextmanager
+def tell_runs(title: str, console: Console) -> Iterator[Callable[[Request, Run, int], None]]:
+    """A line at the foot of a terminal that says which run has ended, and how many are left."""
+    with console.status(escape(title)) as status:
+
+        def on_run(request: Request, run: Run, missing: int) -> None:
+            what = "rule" if request.rule is not None else f"{request.label} {request.schedule} {request.lr:g}"
+            loss = "diverged" if run.train is None else f"{run.train:.4g}"
+            done = f"{request.task}, {what}, seed {request.seed}: {loss} in {run.seconds:.1f} s"
+            status.update(escape(f"{title}: {done}; {missing} more to run"))
+
+        yield on_run

@@ -1,0 +1,47 @@
+"""Suites: programs that people recognise, trained by a rule as its users would and by tuned optimizers from libraries.
+
+`development` is there to be worked with, `heldout` for final figures, `large` to see what lasts at scale. Development
+and held-out tasks have neither data nor architecture in common. A task is one line here and a declaration in the file
+of its family.
+"""
+
+from __future__ import annotations
+
+from lopt.core.names import choose
+from lopt.evaluation.suites import perceptrons
+from lopt.evaluation.suites.task import SuiteTask
+
+SUITES: dict[str, list[SuiteTask]] = {
+    "development": [
+        perceptrons.DIGITS_MLP,
+        perceptrons.NOISY_MLP,
+        perceptrons.DEEP_MLP,
+        perceptrons.TINY_BATCHES,
+    ],
+    "heldout": [
+        perceptrons.LETTERS_WIDE,
+        perceptrons.ARM_DEEP,
+    ],
+    "large": [],
+}
+
+
+def find_task(name: str) -> SuiteTask:
+    """The task of a name, of whatever suite.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tasks = {task.name: task for suite in SUITES.values() for task in suite}
+    return tasks[choose("task", name, tasks)]
+
+
+def choose_tasks(suite: str, names: list[str] | None = None) -> list[SuiteTask]:
+    """The tasks of a suite, or some of them, in the suite's order.
+
+    Raises:
+        ValueError: there is no such suite, or no such task in it.
+    """
+    tasks = SUITES[choose("suite", suite, SUITES)]
+    wanted = {choose("task", name, [task.name for task in tasks]) for name in names or ()}
+    return [task for task in tasks if not wanted or task.name in wanted]

@@ -1,0 +1,160 @@
+"""Judging a rule on a suite: its runs and those of AdamW as it comes, made here, beside the archived contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lopt.evaluation.comparison import read_environment
+from lopt.evaluation.suites import SUITES, choose_tasks
+from lopt.evaluation.suites.archive import TUNED, Archive
+from lopt.evaluation.suites.contenders import CONTENDERS, DEFAULT
+from lopt.evaluation.suites.figures import Measured, SuiteResult, summarize
+from lopt.evaluation.suites.runs import Run
+from lopt.evaluation.suites.search import Choice, Request, choose_common, find_reference, tune
+from lopt.evaluation.suites.task import SuiteTask
+from lopt.evaluation.suites.work import ALONE, OnRun, Share, carry_out
+from lopt.rules import Rule
+from lopt.rules.files import fingerprint
+
+DEVELOPMENT = "development"
+NUM_SEEDS = 3
+
+Find = Callable[[SuiteTask], Sequence[Run]]
+"""The judged runs of an optimizer on a task; empty if one is missing."""
+
+
+def open_tuned(suite: str, folder: Path = TUNED, command: str = "", part: str = "") -> Archive:
+    """The archive of a suite's contenders, by default the package's."""
+    return Archive(folder / suite, command, part)
+
+
+def judge(
+    rule: Rule,
+    label: str,
+    suite: str,
+    *,
+    out: Path,
+    tasks: Sequence[str] | None = None,
+    num_seeds: int = NUM_SEEDS,
+    workers: int = 1,
+    share: Share = ALONE,
+    tuned: Path = TUNED,
+    on_run: OnRun | None = None,
+    command: str = "",
+) -> SuiteResult | None:
+    """Train the tasks of a suite with a rule, and with AdamW as it comes, and hold them against tuned contenders.
+
+    Args:
+        rule: as trained; its runs are kept under its fingerprint, so that another rule does not get them.
+        label: what tables call it.
+        out: folder in which runs are kept as they end; those that are there are not made again.
+        tasks: names of some of the suite's.
+        workers: processes.
+        share: of the runs, under torchrun.
+        tuned: archive of the contenders.
+        on_run: called after every run.
+        command: that repeats it.
+    Returns:
+        The figures; None on all ranks but the first.
+    Raises:
+        ValueError: no such suite or task, or a damaged archive.
+        OSError: `out` cannot be written.
+    """
+    chosen, key = choose_tasks(suite, list(tasks or ())), f"rule {fingerprint(rule)}"
+    archive = Archive(out / "runs", command, share.part)
+
+    def plan() -> list[Request]:
+        wanted = [
+            Request(task.name, *optimizer, seed, owner)
+            for task in chosen
+            for seed in range(num_seeds)
+            for optimizer, owner in ((DEFAULT, None), ((key, "", 1.0), rule))
+        ]
+        index = {task.name: task for task in chosen}
+        return [request for request in wanted if archive.find(index[request.task], *request[1:5]) is None]
+
+    carry_out(plan, archive, workers, share, on_run)
+    if share.rank != 0:
+        return None
+    if share.size > 1:
+        for task in chosen:
+            archive.merge(task)
+    contenders = Contenders(suite, chosen, num_seeds, tuned)
+    default = {task.name: _find_seeds(archive, task, DEFAULT, num_seeds) for task in chosen}
+
+    def measure(find: Find, timed: bool = False) -> list[Measured]:
+        found = [(task, find(task)) for task in chosen]
+        return [
+            Measured(task.name, runs, contenders.find_reference(task), default[task.name], timed)
+            for task, runs in found
+            if runs
+        ]
+
+    rows = [summarize(label, "rule", measure(lambda task: _find_seeds(archive, task, (key, "", 1.0), num_seeds), True))]
+    for name, kind, find in contenders.list_optimizers():
+        if measured := measure(find):
+            rows.append(summarize(name, kind, measured))
+    as_it_comes = f"{CONTENDERS[DEFAULT[0]].title} {DEFAULT[2]:g}"
+    rows.append(summarize(as_it_comes, "default", measure(lambda task: default[task.name])))
+    untuned = [task.name for task in chosen if not contenders.find_reference(task)]
+    return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
+
+
+class Contenders:
+    """What is archived of the contenders of a suite.
+
+    Args:
+        suite: its name.
+        tasks: of it, those that are judged.
+        num_seeds: judged runs that a contender needs to count.
+        folder: of the archive.
+    """
+
+    def __init__(self, suite: str, tasks: Sequence[SuiteTask], num_seeds: int, folder: Path = TUNED) -> None:
+        self.archive, self.tasks, self.num_seeds = open_tuned(suite, folder), tasks, num_seeds
+        self.common = list_common(folder)
+
+    def find_reference(self, task: SuiteTask) -> list[Run]:
+        """The judged runs of tuned Adam or AdamW; [] if they are not all archived."""
+        choice = find_reference(self.archive, task)
+        return [] if choice is None else _find_seeds(self.archive, task, choice[:3], self.num_seeds)
+
+    def list_optimizers(self) -> list[tuple[str, str, Find]]:
+        """Label, kind and judged runs of what there is: the best of all tuned, all tuned, and all at one rate."""
+        rows: list[tuple[str, str, Find]] = [("best of all tuned", "tuned", self._find_best)]
+        for name, contender in CONTENDERS.items():
+            kind = "tuned" if contender.low is not None else "default"
+            rows.append((contender.title, kind, lambda task, name=name: self._find_tuned(task, name)))  # type: ignore[misc]
+        for name, choice in self.common.items():
+            if CONTENDERS[name].low is not None:
+                label = f"{CONTENDERS[name].title} {choice.lr:g} {choice.schedule}"
+                rows.append((label, "one rate", lambda task, c=choice: self._find(task, c)))  # type: ignore[misc]
+        return rows
+
+    def _find(self, task: SuiteTask, choice: Choice) -> list[Run]:
+        return _find_seeds(self.archive, task, choice[:3], self.num_seeds)
+
+    def _find_tuned(self, task: SuiteTask, name: str) -> list[Run]:
+        choice = tune(self.archive, task, name)
+        return [] if choice is None else self._find(task, choice)
+
+    def _find_best(self, task: SuiteTask) -> list[Run]:
+        choices = [tune(self.archive, task, name) for name in CONTENDERS]
+        known = [choice for choice in choices if choice is not None]
+        if len(known) < len(CONTENDERS):
+            return []
+        return self._find(task, min(known, key=lambda choice: choice.loss))
+
+
+def list_common(folder: Path = TUNED) -> dict[str, Choice]:
+    """What every contender has at one rate for all tasks, as far as the development suite is tuned."""
+    archive, tasks = open_tuned(DEVELOPMENT, folder), SUITES[DEVELOPMENT]
+    choices = {name: choose_common(archive, tasks, name) for name in CONTENDERS}
+    return {name: choice for name, choice in choices.items() if choice is not None}
+
+
+def _find_seeds(archive: Archive, task: SuiteTask, optimizer: tuple[str, str, float], num_seeds: int) -> list[Run]:
+    runs = [archive.find(task, *optimizer, seed) for seed in range(num_seeds)]
+    found = [run for run in runs if run is not None]
+    return found if len(found) == num_seeds else []
