@@ -73,13 +73,8 @@ def judge_rule(
     from lopt.evaluation.baselines import BASELINES
     from lopt.evaluation.settings import UnclearTask, check_label, choose_settings, read_card
 
-    if suite is None and (tasks or workers):
-        raise click.UsageError("--tasks and --workers are of a --suite")
-    if suite is not None and (task or overrides or steps or seed or baselines):
-        raise click.UsageError(
-            "a --suite has its own tasks, lengths, seeds and contenders: give --tasks and --seeds only"
-        )
     path, learned, content = open_rule(rule)
+    check_suite(suite, own=bool(tasks or workers), foreign=bool(task or overrides or steps or seed or baselines))
     if suite is not None:
         _judge_suite(path, learned, content, suite, tasks, seeds, workers, archive, out, as_json)
         return
@@ -113,6 +108,21 @@ def judge_rule(
     show(comparisons, out, console, read_command())
     if as_json:
         click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))
+
+
+def check_suite(suite: str | None, *, own: bool, foreign: bool) -> None:
+    """Refuse options that do not go together.
+
+    Args:
+        own: an option was given that only suites have.
+        foreign: one was given that suites do not have.
+    Raises:
+        UsageError: they do not.
+    """
+    if suite is None and own:
+        raise click.UsageError("--tasks and --workers are of a --suite")
+    if suite is not None and foreign:
+        raise click.UsageError("a --suite has its own tasks, lengths, seeds and contenders: give --tasks or --seeds")
 
 
 def _judge_suite(
