@@ -61,18 +61,17 @@ def judge(
         ValueError: no such suite or task, or a damaged archive.
         OSError: `out` cannot be written.
     """
-    chosen, key = choose_tasks(suite, list(tasks or ())), f"rule {fingerprint(rule)}"
+    chosen, owner = choose_tasks(suite, list(tasks or ())), (f"rule {fingerprint(rule)}", "", 1.0)
     archive = Archive(out / "runs", command, share.part)
 
     def plan() -> list[Request]:
-        wanted = [
-            Request(task.name, *optimizer, seed, owner)
+        return [
+            Request(task.name, *optimizer, seed, rule if optimizer == owner else None)
             for task in chosen
             for seed in range(num_seeds)
-            for optimizer, owner in ((DEFAULT, None), ((key, "", 1.0), rule))
+            for optimizer in (DEFAULT, owner)
+            if archive.find(task, *optimizer, seed) is None
         ]
-        index = {task.name: task for task in chosen}
-        return [request for request in wanted if archive.find(index[request.task], *request[1:5]) is None]
 
     carry_out(plan, archive, workers, share, on_run)
     if share.rank != 0:
@@ -81,24 +80,37 @@ def judge(
         for task in chosen:
             archive.merge(task)
     contenders = Contenders(suite, chosen, num_seeds, tuned)
-    default = {task.name: _find_seeds(archive, task, DEFAULT, num_seeds) for task in chosen}
+    rows = build_rows(label, owner, archive, contenders)
+    untuned = [task.name for task in chosen if not contenders.find_reference(task)]
+    return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
+
+
+def build_rows(label: str, owner: tuple[str, str, float], archive: Archive, contenders: Contenders) -> list[Row]:
+    """The figures of a rule, of all contenders and of AdamW as it comes.
+
+    Args:
+        label: of the rule.
+        owner: label, schedule and learning rate of the rule's runs in the archive.
+        archive: has the runs of the rule and of AdamW as it comes.
+    """
+    num_seeds = contenders.num_seeds
+    default = {task.name: _find_seeds(archive, task, DEFAULT, num_seeds) for task in contenders.tasks}
 
     def measure(find: Find, timed: bool = False) -> list[Measured]:
-        found = [(task, find(task)) for task in chosen]
+        found = [(task, find(task)) for task in contenders.tasks]
         return [
             Measured(task.name, runs, contenders.find_reference(task), default[task.name], timed)
             for task, runs in found
             if runs
         ]
 
-    rows = [summarize(label, "rule", measure(lambda task: _find_seeds(archive, task, (key, "", 1.0), num_seeds), True))]
+    rows = [summarize(label, "rule", measure(lambda task: _find_seeds(archive, task, owner, num_seeds), True))]
     for name, kind, find in contenders.list_optimizers():
         if measured := measure(find):
             rows.append(summarize(name, kind, measured))
     as_it_comes = f"{CONTENDERS[DEFAULT[0]].title} {DEFAULT[2]:g}"
     rows.append(summarize(as_it_comes, "default", measure(lambda task: default[task.name])))
-    untuned = [task.name for task in chosen if not contenders.find_reference(task)]
-    return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
+    return rows
 
 
 class Contenders:
