@@ -9,7 +9,7 @@ from lopt.evaluation.comparison import read_environment
 from lopt.evaluation.suites import SUITES, choose_tasks
 from lopt.evaluation.suites.archive import TUNED, Archive
 from lopt.evaluation.suites.contenders import CONTENDERS, DEFAULT
-from lopt.evaluation.suites.figures import Measured, SuiteResult, summarize
+from lopt.evaluation.suites.figures import Measured, Row, SuiteResult, summarize
 from lopt.evaluation.suites.runs import Run
 from lopt.evaluation.suites.search import Choice, Request, choose_common, find_reference, tune
 from lopt.evaluation.suites.task import SuiteTask
