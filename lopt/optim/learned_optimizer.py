@@ -280,7 +280,6 @@ class LearnedOptimizer(Optimizer):
     def _gather_units(self) -> dict[int, list[Unit]]:
         """All parameters with a gradient, a unit for each group, by the index of the replica that steps them."""
         units: dict[int, list[Unit]] = {}
-        self.replicas.forget_many()
         for group in self.param_groups:
             if group["rule"] not in (self.defaults["rule"], ADAMW):
                 group.update(self._name_rule(group))

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lopt.optim.group_adamw import GroupAdamW
 from lopt.optim.options import ADAMW
 from lopt.optim.triton_backend.dispatch import RuleKernels, find_kernels
-from lopt.rules import RULES, Rule, find_layout
-
-MAX_RULES = 64
+from lopt.rules import Rule, find_layout
 
 
 class Replica(NamedTuple):
@@ -31,7 +30,7 @@ class Replica(NamedTuple):
 
 
 class RuleReplicas:
-    """Keeps a copy of the rule for each device, and an AdamW for each device, betas and eps; made when first needed.
+    """Keeps a copy of the rule, and an AdamW, for each device; made when first needed.
 
     While `torch.compile` traces a step, rules are known by their indices here. Copies are not pickled.
     Those that have stepped a parameter are counted, including rules to which the user's delegates some.
@@ -44,7 +43,7 @@ class RuleReplicas:
     def __init__(self, rule: Rule, fused: bool) -> None:
         self.rule, self.fused = rule, fused
         self._replicas: list[Replica] = []
-        self._rules: dict[tuple[object, ...], Rule] = {}
+        self._rules: dict[tuple[torch.device, bool], Rule] = {}
         self._indices: dict[Rule, int] = {}
 
     def __getitem__(self, index: int) -> Replica:
@@ -63,16 +62,10 @@ class RuleReplicas:
         return rule.delegate(name, find_layout(tuple(p.shape))) or rule
 
     def _find_groups_rule(self, device: torch.device, group: Mapping[str, Any]) -> Rule:
-        # AdamW's options are its weights; those of the group may be changed at any time by a scheduler.
-        key: tuple[object, ...] = (device,)
-        if group["rule"] == ADAMW:
-            (beta1, beta2), eps = group["betas"], group["eps"]
-            key = (device, beta1, beta2, eps)
-            if key not in self._rules:
-                adamw = RULES[ADAMW](lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0)
-                self._rules[key] = adamw.to(device).requires_grad_(False)
-        elif key not in self._rules:
-            self._rules[key] = self.rule if device.type == "cpu" else deepcopy(self.rule).to(device)
+        key = device, group["rule"] == ADAMW
+        if key not in self._rules:
+            rule = GroupAdamW().requires_grad_(False) if group["rule"] == ADAMW else self.rule
+            self._rules[key] = rule if device.type == "cpu" else deepcopy(rule).to(device)
         return self._rules[key]
 
     def find_index(self, rule: Rule, device: torch.device) -> int:
@@ -86,16 +79,6 @@ class RuleReplicas:
             self._indices[rule] = len(self._replicas)
             self._replicas.append(Replica(rule, device, find_kernels(rule, device) if self.fused else None))
         return self._indices[rule]
-
-    def forget_many(self) -> None:
-        """Forget all copies if there are more than `MAX_RULES`: a schedule on AdamW's betas makes one in every step.
-
-        To be called between steps: indices that were given out mean nothing afterwards.
-        """
-        if len(self._rules) > MAX_RULES:
-            self._replicas.clear()
-            self._rules.clear()
-            self._indices.clear()
 
     def list_rules(self) -> list[Rule]:
         """The user's rule and all copies that hold memory of their own, each once, for those who count that memory."""

@@ -118,6 +118,10 @@ class Unit(NamedTuple):
             return torch.stack([x.to(dtype) for x in tensors])
         return known[0] if known.count(known[0]) == len(known) else make_column(known, dtype, p.device)
 
+    def read_adamw(self) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+        """AdamW's betas and eps, where it steps the members, or the guard has it at hand; each as `read_number`."""
+        return self.read_number("betas", 0), self.read_number("betas", 1), self.read_number("eps")
+
 
 class Scaled(NamedTuple):
     """What `torch.amp.GradScaler` says of the gradients, on their device.

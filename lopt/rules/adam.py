@@ -44,19 +44,8 @@ class Adam(HandDesigned):
     def init_flat(self, p: Tensor) -> Accumulators:
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
-    def moments(self, g: Tensor, acc: Accumulators) -> tuple[Tensor, Tensor]:
-        """First and second moment after this step, not yet bias-corrected."""
-        beta1, beta2 = self.hyper("beta1"), self.hyper("beta2")
-        return torch.lerp(g, acc["m"], beta1), beta2 * acc["v"] + (1 - beta2) * g * g
-
-    def scale(self, v: Tensor, step: Tensor) -> Tensor:
-        """`sqrt(v_hat) + eps`."""
-        return safe_sqrt(v / (1 - self.hyper("beta2") ** (step + 1))) + self.hyper("eps")
-
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        m, v = self.moments(g, acc)
-        m_hat = m / (1 - self.hyper("beta1") ** (step + 1))
-        return m_hat / self.scale(v, step), {"m": m, "v": v}
+        return direct_adam(g, acc, step, self.hyper("beta1"), self.hyper("beta2"), self.hyper("eps"))
 
 
 class AdamW(Adam):
@@ -94,9 +83,35 @@ class NAdamW(AdamW):
         return super().init_flat(p) | {"product": p.new_ones(*p.shape[:-1], 1)}
 
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:
-        m, v = self.moments(g, acc)
-        mu = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 1) * self.momentum_decay))
-        mu_next = self.hyper("beta1") * (1 - 0.5 * 0.96 ** ((step + 2) * self.momentum_decay))
+        beta1, beta2, eps = self.hyper("beta1"), self.hyper("beta2"), self.hyper("eps")
+        m, v = update_moments(g, acc, beta1, beta2)
+        mu = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * self.momentum_decay))
+        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 2) * self.momentum_decay))
         product = acc["product"] * mu
         mixed = g * ((1 - mu) / (1 - product)) + m * (mu_next / (1 - product * mu_next))
-        return mixed / self.scale(v, step), {"m": m, "v": v, "product": product}
+        return mixed / scale_moment(v, step, beta2, eps), {"m": m, "v": v, "product": product}
+
+
+def update_moments(g: Tensor, acc: Accumulators, beta1: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second moment after this step, not yet bias-corrected, `[*batch, N]`.
+
+    Args:
+        g: gradients `[*batch, N]`.
+        acc: the moments "m" and "v" before it.
+        beta1, beta2: their decays, `[*batch or (), 1]`.
+    """
+    return torch.lerp(g, acc["m"], beta1), beta2 * acc["v"] + (1 - beta2) * g * g
+
+
+def scale_moment(v: Tensor, step: Tensor, beta2: Tensor, eps: Tensor) -> Tensor:
+    """`sqrt(v_hat) + eps`, by which Adam divides; `step` is `[*batch, 1]`, updates before this one."""
+    return safe_sqrt(v / (1 - beta2 ** (step + 1))) + eps
+
+
+def direct_adam(
+    g: Tensor, acc: Accumulators, step: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor
+) -> tuple[Tensor, Accumulators]:
+    """Adam's direction, `HandDesigned.direction` with the numbers as arguments, `[*batch or (), 1]` each."""
+    m, v = update_moments(g, acc, beta1, beta2)
+    m_hat = m / (1 - beta1 ** (step + 1))
+    return m_hat / scale_moment(v, step, beta2, eps), {"m": m, "v": v}

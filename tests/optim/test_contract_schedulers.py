@@ -206,7 +206,7 @@ def test_training_goes_on_from_averaged_weights(case: Case) -> None:
     assert all(float(optimizer.state[p]["step"]) == 4 for p in model.parameters())
 
 
-def test_schedule_on_betas_longer_than_the_optimizer_keeps_rules_for_does_not_mix_them_up() -> None:
+def test_long_schedule_on_adamws_betas_leaves_the_rules_own_group_alone() -> None:
     """OneCycle changes AdamW's betas in every step; the rule's own group is stepped as without them."""
     results = []
     for routed in (True, False):

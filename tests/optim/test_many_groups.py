@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from lopt_kernels.launching.op import count_launches
 from rule_cases import make_quick
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +94,61 @@ def test_groups_of_equal_numbers_cost_no_operation_more_than_one_group() -> None
             optimizer.step(loss=1.0)
         counts.append(operations.count)
     assert counts[0] == counts[1]
+
+
+def set_betas(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Betas and eps of each group's own, which change in every step."""
+    for i, group in enumerate(optimizer.param_groups):
+        group["betas"] = (0.5 + 0.03 * i, 0.9 + 0.005 * i - 0.01 * step)
+        group["eps"] = 0.1 * (i + 1) / (step + 1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "one by one", "triton", "compiled", "compiled triton"])
+def test_groups_of_adamw_with_betas_of_their_own_do_as_torchs(backend: str) -> None:
+    """The right value is of `torch.optim.AdamW` with the same groups, in float64."""
+    if "triton" in backend:
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    ours, theirs = ([nn.Parameter(draw(i).to(d)) for i in range(4)] for d in (torch.float32, torch.float64))
+    numbers: list[Options] = [{"lr": 0.01 * (i + 1), "weight_decay": 0.1 * i} for i in range(4)]
+    groups = [{"params": [p], "rule": "adamw"} | n for p, n in zip(ours, numbers, strict=True)]
+    kernels = "triton" if "triton" in backend else "torch"
+    optimizer = LearnedOptimizer(groups, make_quick("small_fc"), backend=kernels, foreach=backend != "one by one")
+    peer = torch.optim.AdamW([{"params": [p]} | n for p, n in zip(theirs, numbers, strict=True)])
+    step_ours = (
+        torch.compile(optimizer.step, fullgraph=True, backend="eager") if "compiled" in backend else optimizer.step
+    )
+    for step in range(2):  # a graph holds the numbers: every step here is traced anew
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            q.grad = draw(100 * step + i).double()
+            p.grad = q.grad.float()
+        for one in (optimizer, peer):
+            set_betas(one, step)
+        step_ours()
+        peer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rule", ["adamw", "small_fc", "celo"])
+def test_neither_operations_nor_launches_grow_with_groups_of_numbers_of_their_own(rule: str, backend: str) -> None:
+    """With the triton backend, in the interpreter, which looks at every tensor by operations of its own."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    counts, launches = set(), set()
+    for count in (3, 12):
+        optimizer = make("small_fc" if rule == "adamw" else rule, count, backend=backend)
+        for group in optimizer.param_groups:
+            group["rule"] = "adamw" if rule == "adamw" else group["rule"]
+        set_betas(optimizer, 0)
+        optimizer.step(loss=1.0)
+        with Operations() as operations, count_launches() as counter:
+            optimizer.step(loss=1.0)
+        launches.add(counter.launches)
+        counts.add(operations.count if backend == "torch" else 0)
+    assert len(counts) == len(launches) == 1
+    assert (launches == {0}) is (backend == "torch")
 
 
 @every_rule

@@ -75,10 +75,10 @@ def _guard_unit(
     lr_adamw: float,
     clipped: Tensor,
 ) -> tuple[Tensor, Accumulators]:
-    betas, eps = (unit.read_number("betas", 0), unit.read_number("betas", 1)), unit.read_number("eps")
+    beta1, beta2, eps = unit.read_adamw()
     reduce = partial(add_up, shard=unit.members[0].shard)
     delta, state, count = guard_step(
-        delta, g, state, steps, guard.share, lr_adamw, betas, eps, guard.options, reduce, in_place
+        delta, g, state, steps, guard.share, lr_adamw, (beta1, beta2), eps, guard.options, reduce, in_place
     )
     clipped.add_(count)
     return delta, state

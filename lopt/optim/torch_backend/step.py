@@ -13,6 +13,7 @@ from lopt_kernels.launching.parameters import BOUND
 from torch import Tensor
 
 from lopt.core.random import fold_in
+from lopt.optim.group_adamw import GroupAdamW, give_numbers
 from lopt.optim.torch_backend.chunked import ChunkedTensor, chunk_length
 from lopt.optim.torch_backend.stacked import StackedTensors
 from lopt.optim.units import (
@@ -139,6 +140,8 @@ def step_units(
             transform=transforms(unit, steps[place]),
         )
         tensors.append(make_steppable(rule, unit, update))
+        if isinstance(rule, GroupAdamW):
+            give_numbers(unit, tensors[-1])
     # The rule sees the counters from before the step; they advance after it, where the step was made.
     clock = Clock(steps, None)
     if rule.needs_num_steps:

@@ -9,6 +9,7 @@ operator first runs, and kept with the rule.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from lopt.optim.units import Member, Scaled, Unit
 # Of the integers: first these, then for each unit as many as `UNIT`, then for each parameter an index of `state_names`.
 NUMBER, SANITIZE, UNITS, HEAD = 0, 1, 2, 3
 COUNT, MAXIMIZE, UNIT = 0, 1, 2
-# Of the floats, for each unit: its learning rate (0 where rates are in tensors) and its weight decay.
-RATE, DECAY, RATES = 0, 1, 2
+# Of the floats, for each unit: its learning rate (0 where rates are in tensors), its weight decay, and AdamW's numbers.
+RATE, DECAY, BETA1, BETA2, EPS, RATES = 0, 1, 2, 3, 4, 5
 
 
 def step_in_graph(
@@ -47,7 +48,8 @@ def step_in_graph(
     floats: list[float] = []
     for unit, rate, decay in zip(units, rates, decays, strict=True):
         integers += [len(unit.members), int(unit.group["maximize"])]
-        floats += [0.0 if in_tensors else float(rate), decay]
+        (beta1, beta2), eps = unit.group["betas"], unit.group["eps"]
+        floats += [0.0 if in_tensors else float(rate), decay, float(beta1), float(beta2), float(eps)]
     integers += [kernels.state_names.index(tuple(member.state)) for member in members]
     torch.ops.lopt.fused_step(
         [member.p for member in members],
@@ -96,7 +98,8 @@ def fused_step(
     for i in range(count):
         options, numbers = integers[HEAD + UNIT * i :], floats[RATES * i :]
         lr = rates[i] if rates else numbers[RATE]
-        group = {"lr": lr, "weight_decay": numbers[DECAY], "maximize": bool(options[MAXIMIZE])}
+        group: dict[str, Any] = {"lr": lr, "weight_decay": numbers[DECAY], "maximize": bool(options[MAXIMIZE])}
+        group |= {"betas": (numbers[BETA1], numbers[BETA2]), "eps": numbers[EPS]}
         units.append(Unit(members[start : start + options[COUNT]], [group]))
         start += options[COUNT]
     amp = None if found_inf is None else Scaled(unscale, found_inf)

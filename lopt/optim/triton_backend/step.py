@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from lopt_kernels.elementwise.adamw import AdamWWeights
 from lopt_kernels.launching import clock as clock_op
 from lopt_kernels.launching.parameters import PARAMETER_DTYPES, Items, Rates
 from lopt_kernels.launching.segments import Segment, Segments, by_elements, find_alignment, upload
 from torch import Tensor
 
+from lopt.optim.group_adamw import GroupAdamW
 from lopt.optim.triton_backend.parts import make_part
 from lopt.optim.units import (
     SEED,
@@ -29,6 +31,7 @@ from lopt.optim.units import (
     read_number,
 )
 from lopt.rules import Clock, Rule
+from lopt.rules.programs.elementwise import ElementwiseProgram
 from lopt.rules.programs.registry import FUSED
 from lopt.rules.programs.views import ParameterView
 
@@ -51,6 +54,10 @@ class FusedStep:
             make_part(i, member, rule.tensor_keys, lambda layout, order: program.suits(rule, layout, order))
             for i, member in enumerate(members)
         ]
+        # Numbers of AdamW's groups are meta-weights to its kernel, of which every parameter then has a row of its own.
+        self.numbered = isinstance(rule, GroupAdamW)
+        if self.numbered:
+            self.views = [view._replace(slot=view.number) for view in self.views]
         self.captured = False
         # A launch is compiled for one pair of dtypes: parameters are divided into batches by these.
         self._kinds = [(member.p.dtype, member.g.dtype) for member in members]
@@ -133,18 +140,26 @@ class FusedStep:
                 view.source.copy_(view.p.view(view.source.shape))
 
     def _read_rates(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Rates:
-        """Rates as they are now; those in tensors on a device stay there."""
+        """Rates as they are now; those in tensors on a device stay there. AdamW's own numbers go to the program."""
         device = self.live.device
         rates = [read_number(unit.group["lr"], device) for unit in units]
         decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
         signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
         counts = [len(unit.members) for unit in units]
         known_rates = [rate if isinstance(rate, float) else 0.0 for rate in rates]
+        columns = [known_rates, decays, signs]
+        if self.numbered:
+            columns += [[1.0] * len(units), [0.0] * len(units)]  # its own rate and decay: those above are the groups'
+            adamw = [(*unit.group["betas"], unit.group["eps"]) for unit in units]
+            columns += [[float(x) for x in column] for column in zip(*adamw, strict=True)]
         numbers: list[float] = []
-        for column in (known_rates, decays, signs):
+        for column in columns:
             numbers += [x for x, k in zip(column, counts, strict=True) for _ in range(k)]
             numbers += [0.0] * (-len(numbers) % 4)  # kernels are compiled for columns that begin at 16 bytes
-        lr, decay, sign = self._rates.send(numbers).view(3, -1)[:, : sum(counts)].unbind()
+        lr, decay, sign, *weights = self._rates.send(numbers).view(len(columns), -1)[:, : sum(counts)].unbind()
+        if self.numbered:
+            assert isinstance(self.program, ElementwiseProgram)
+            self.program.stacks = AdamWWeights(*weights)
         if any(isinstance(rate, Tensor) for rate in rates):  # of a captured graph: read anew at every replay
             lr = torch.cat([
                 rate.float().expand(k) if isinstance(rate, Tensor) else lr.new_full((k,), rate)
