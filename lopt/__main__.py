@@ -25,6 +25,8 @@ from lopt.cli.commands.report import report_run
 from lopt.cli.commands.sweep import sweep_settings
 from lopt.cli.commands.train import train_rule
 
+MAX_ERROR = 2000  # characters
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(lopt.__version__, prog_name="lopt")
@@ -56,18 +58,25 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("LOPT_TRACEBACK"):
             raise
-        click.echo(f"lopt: error: {error}", err=True)
+        click.echo(f"lopt: error: {_show(error)}", err=True)
         sys.exit(2)
     except Exception as error:
         from lopt.meta.trainer.ranks import FailedLead, LostRank  # whoever raises them has imported torch anyway
 
         if isinstance(error, FailedLead):  # each host has a log of its own
-            click.echo(f"lopt: error: {error} (on rank 0)", err=True)
+            click.echo(f"lopt: error: {_show(error)} (on rank 0)", err=True)
             sys.exit(2)
         if isinstance(error, LostRank):
-            click.echo(f"lopt: error: {error}; the run can go on from its last checkpoint", err=True)
+            click.echo(f"lopt: error: {_show(error)}; the run can go on from its last checkpoint", err=True)
             sys.exit(1)
         raise
+
+
+def _show(error: Exception) -> str:
+    """Its message, of which nothing steers the terminal: it may quote what a stranger wrote."""
+    from lopt.core.foreign_text import make_printable
+
+    return make_printable(error, MAX_ERROR, keep="\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ def parse_toml(text: str) -> dict[str, Any]:
     return tables
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    return _parse(text, json.loads)
+
+
 def to_json(tree: Any) -> bytes:
     """The bytes of a JSON file that people may read, too: indented, with a newline at its end; the inverse of
     `read_json`.

@@ -26,6 +26,8 @@ from safetensors.torch import load as decode_tensors
 from safetensors.torch import save as encode_tensors
 from torch import Tensor
 
+from lopt.core.documents import parse_json
+from lopt.core.foreign_text import make_printable
 from lopt.core.version import VERSION
 
 FORMAT = 1
@@ -66,7 +68,10 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         ValueError: not a training checkpoint, or a damaged one, or one of a newer lopt.
     """
     about, tensors = read_file(Path(path), "state")
-    return tensors, about.get("metadata", {})
+    metadata = about.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: its metadata is a {type(metadata).__name__}, expected a JSON object")
+    return tensors, metadata
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -109,12 +114,13 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]
     data, head = _read_bytes(path)
     # The format comes first: a newer file may compute its checksum in another way.
     written = head.get("format")
-    if not isinstance(written, int) or written < 1:
-        raise ValueError(f"{path} is damaged: its format is {written!r}, expected {FORMAT}")
+    if type(written) is not int or written < 1:
+        raise ValueError(f"{path} is damaged: its format is {make_printable(written)}, expected {FORMAT}")
     if written > FORMAT:
+        version = make_printable(head.get("version"), 40)
         raise ValueError(
-            f"{path} has format {written}, written by lopt {head.get('version')}; this is lopt {VERSION}, which reads "
-            f"formats up to {FORMAT}. Upgrade lopt."
+            f"{path} has format {make_printable(written, 20)}, written by lopt {version}; this is lopt {VERSION}, "
+            f"which reads formats up to {FORMAT}. Upgrade lopt."
         )
     # The checksum covers the whole file, itself blanked; a changed letter case of its digits does not pass either.
     checksum = str(head.get("sha256"))
@@ -122,12 +128,12 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise ValueError(f"{path} is damaged: its content does not match its checksum. Restore it from a copy.")
     if head.get("kind") != kind:
         names = {"rule": "a rule file", "state": "a training checkpoint"}
-        other = str(head.get("kind"))
+        other = make_printable(head.get("kind"), 40)
         raise ValueError(f"{path} is {names.get(other, other)}, expected {names[kind]}")
     try:
         return head, decode_tensors(data)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {make_printable(error)}") from error
 
 
 def _read_bytes(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -161,9 +167,10 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], int]:
         entries = json.loads(header)
         metadata = entries.pop("__metadata__", {})
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        head = json.loads(metadata["lopt"]) if "lopt" in metadata else None
+        head = parse_json(metadata["lopt"]) if "lopt" in metadata else None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its header cannot be read ({error!r})") from error
+        reason = make_printable(repr(error))
+        raise ValueError(f"{path} is damaged: its header cannot be read ({reason})") from error
     if not isinstance(head, dict):
         raise ValueError(f"{path} is a safetensors file, but not one of lopt (no 'lopt' in its metadata)")
     return head, end

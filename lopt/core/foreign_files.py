@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.core.foreign_text import make_line
+
 MAX_BYTES = 1 << 27  # VeLO's release has 10 million
 MAX_NUMBERS = MAX_BYTES // 4
 MAX_TENSORS = 10_000
@@ -122,19 +124,13 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     except ImportError:
         raise
     except Exception as error:  # the readers have many ways to refuse, without a common base
-        raise ValueError(f"{path} cannot be read as {kind}: {_shorten(error)}; {EXPECTED}") from error
+        raise ValueError(f"{path} cannot be read as {kind}: {make_line(error)}; {EXPECTED}") from error
     try:
         # What the readers gave is still foreign: names, types, sizes and numbers are checked before a rule sees them.
         tensors = _flatten(tree)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {_shorten(error)}") from error
+        raise ValueError(f"{path}: {make_line(error)}") from error
     return Weights(tensors, str(path), sha256(data).hexdigest())
-
-
-def _shorten(error: Exception) -> str:
-    """One printable line, never empty."""
-    line = " ".join(str(error).split())[:300] or type(error).__name__
-    return "".join(c for c in line if c.isprintable()).rstrip(".")
 
 
 # -- what is in a file -------------------------------------------------------------------------------------------------
@@ -232,7 +228,7 @@ def _read_torch(data: bytes) -> Any:
         return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # as above
         code = re.search(r"GLOBAL \S+", str(error))
-        reason = f"it asks for {code[0].removeprefix('GLOBAL ')}" if code else _shorten(error)
+        reason = f"it asks for {code[0].removeprefix('GLOBAL ')}" if code else make_line(error)
         raise ValueError(f"not a PyTorch file of tensors alone, nothing of it was executed: {reason}") from error
 
 

@@ -9,7 +9,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TypeVar
 
+from lopt.core.foreign_text import make_printable
+
 Value = TypeVar("Value")
+
+MAX_NAME = 200  # characters; what is longer is nearly like nothing
 
 
 def choose(name: str, value: Value, known: Iterable[Value]) -> Value:
@@ -29,7 +33,9 @@ def choose(name: str, value: Value, known: Iterable[Value]) -> Value:
         return value
     near = _find_near(value, map(str, values))
     hint = f". Did you mean {near}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(map(str, values)) or 'none'}, got {value!r}{hint}")
+    raise ValueError(
+        f"{name} must be one of {', '.join(map(str, values)) or 'none'}, got {make_printable(repr(value))}{hint}"
+    )
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
@@ -49,4 +55,4 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 def _find_near(name: object, known: Iterable[str]) -> str:
     """Up to three known names that are spelt nearly like `name`: "adam or adamw"; "" if there is none."""
-    return " or ".join(get_close_matches(str(name), list(known), n=3))
+    return " or ".join(get_close_matches(str(name)[:MAX_NAME], list(known), n=3))

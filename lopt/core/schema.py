@@ -13,6 +13,7 @@ from inspect import Parameter, signature
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from lopt.core.foreign_text import make_printable
 from lopt.core.names import suggest
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
@@ -31,7 +32,7 @@ def conform(value: Any, kind: Any, where: str) -> Any:
     Returns:
         An instance of `kind`, built from the inside out, so that dataclasses check themselves in `__post_init__`.
     Raises:
-        ValueError: it is something else, lacks an entry or has an unknown one.
+        ValueError: it is something else, lacks an entry or has an unknown one, or is text with control characters.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -47,18 +48,20 @@ def conform(value: Any, kind: Any, where: str) -> Any:
     # Exact types: a bool is an int to Python, and nobody means it so. Floats are bounded to leave out infinity and NaN.
     if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
+    if kind is str and type(value) is str and not value.isprintable():
+        raise ValueError(f"{where} must be text without control characters, got {make_printable(repr(value))}")
     if type(value) is kind and (kind is not int or -INT64 <= value < INT64) and kind is not float:
         return value
-    raise ValueError(f"{where} must be {_describe(kind)}, got {value!r}")
+    raise ValueError(f"{make_printable(where)} must be {_describe(kind)}, got {make_printable(repr(value))}")
 
 
 def _conform_fields(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where or 'the whole'} must be a table of named entries, got {value!r}")
+        raise ValueError(f"{where or 'the whole'} must be a table of named entries, got {make_printable(repr(value))}")
     hints, prefix = get_type_hints(kind), f"{where}." if where else ""
     for key in value:
         if key not in hints:
-            raise ValueError(f"{prefix}{key} is unknown. {suggest(key, hints)}")
+            raise ValueError(f"{prefix}{make_printable(key)} is unknown. {suggest(key, hints)}")
     for declared in fields(kind):
         if declared.name not in value and declared.default is MISSING and declared.default_factory is MISSING:
             raise ValueError(f"{prefix}{declared.name} is missing")

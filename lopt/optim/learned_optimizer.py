@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from functools import partial
 from operator import itemgetter
 from typing import Any, overload
@@ -27,9 +26,10 @@ from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import hear_loss
 from lopt.optim.loss import call_closure, is_skipped_on_host, read_loss
 from lopt.optim.options import ADAMW, check_gradients, check_group, check_params, check_state_dtype, find_direction
+from lopt.optim.parameter_names import list_names
 from lopt.optim.report import Counts, Report
-from lopt.optim.rule_replicas import RuleReplicas
-from lopt.optim.state_dict import derive_seed, init_state, list_names, match_state, read_states
+from lopt.optim.rule_replicas import RuleReplicas, freeze_rule
+from lopt.optim.state_dict import check_parts, derive_seed, init_state, match_state, read_states
 from lopt.optim.torch_backend.step import check_finite
 from lopt.optim.units import Record, Unit, make_members
 from lopt.rules import Rule
@@ -67,8 +67,7 @@ class LearnedOptimizer(Optimizer):
         num_steps: how many steps are planned, those before a resume included; rules that adapt to the share of training
             done need it, and the guard goes by it. A step beyond is warned of, once.
         betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
-        maximize: ascend, which is to descend on the negative loss: rules and the guard are told that one. Groups may
-            differ, but not under a guard.
+        maximize: descend on the negative loss, which rules and the guard are told; under a guard all groups or none.
         foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together (they
             must not overlap in memory).
         capturable: GradScaler leaves unscaling and skipping to the optimizer, which waits for nothing, so that such a
@@ -118,8 +117,7 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(rule, Rule):
             source = DEFAULT_RULE if rule is None else rule
             rule, self.horizon = load(source), find_longest_run(load_card(source))
-        # A copy is frozen: the user's own rule stays trainable, and may be given to other optimizers.
-        self.rule = deepcopy(rule).float().requires_grad_(False)
+        self.rule = freeze_rule(rule)
         self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
         if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
             self._step_supports_amp_scaling = True
@@ -232,23 +230,24 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
 
-        Where both sides have names, a group's state is given to the parameters of the same names, in whatever order.
+        Where both sides have names, a group's state goes by them, whatever their order and whatever wraps the model.
         A plan, `num_steps`, is this optimizer's own where it has one, so that a run may be made longer or shorter; the
         other options are the saved ones.
 
         Raises:
-            ValueError: the state was made under other meta-weights, for other groups or for other parameters; nothing
-                has changed.
+            ValueError: the state was made under other meta-weights, for other groups or for other parameters, or has
+                values that no optimizer writes; nothing has changed.
         """
+        check_parts(state_dict)
         saved: StateDict = {}
 
         def check(_: Optimizer, final: StateDict) -> StateDict:
-            saved.update(match_state(final, self.param_groups, self.replicas.find_rule, self._make_state))
+            steps = (self.replicas.find_rule, self._make_state)
+            saved.update(match_state(final, self.param_groups, self.rule, *steps, self.guard is not None))
             return saved
 
         def restore(_: Optimizer) -> None:  # torch has cast the state to the parameters' dtype
-            for p, state in read_states(saved, self.param_groups, self.replicas.find_rule, self.state_dtype):
-                self.state[p] = state
+            self.state.update(read_states(saved, self.param_groups, self.replicas.find_rule, self._make_state))
             self.counts.steps = None
             if self.guard is not None:
                 self.guard.reset(self.param_groups[0]["guard_memory"])

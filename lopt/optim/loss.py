@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import copysign, inf
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lopt.optim.report import Counts
 from lopt.optim.units import Scaled
+
+LARGEST = torch.finfo(torch.float32).max  # of losses: rules read them in fp32
 
 
 def read_loss(loss: Tensor | float | None, counts: Counts, device: torch.device | None) -> Tensor | float | None:
@@ -55,18 +58,24 @@ def check_loss(loss: Any) -> Tensor | float:
     """Check what a user passed as the training loss, or what a closure returned.
 
     Returns:
-        A tensor of one element as it is, still on its device; anything else as a float.
+        A tensor of one element, still on its device; anything else as a float. What fp32 cannot hold is infinite, for
+        the guard as for rules.
     Raises:
         ValueError: it is not one number.
     """
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"the loss must be one number, got shape {list(loss.shape)}; pass step(loss=...)")
-        return loss
+        if loss.is_complex():
+            raise ValueError("the loss must be one number, got a complex one; pass step(loss=loss.real)")
+        return torch.where(loss.abs() > LARGEST, loss * inf, loss) if loss.dtype == torch.float64 else loss
     try:
-        return float(loss)
+        number = float(loss)
+    except OverflowError:  # of Python's integers
+        number = inf if loss > 0 else -inf
     except (TypeError, ValueError):
         raise ValueError(f"the loss must be one number, got a {type(loss).__name__}; pass step(loss=...)") from None
+    return copysign(inf, number) if abs(number) > LARGEST else number
 
 
 def average_loss(loss: Tensor | float, device: torch.device) -> Tensor | float:

@@ -88,7 +88,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
         raise ValueError(f"num_steps must be at least 1 and whole, or None, got {num_steps}")
     for name in ("maximize", "foreach", "capturable"):
-        if options[name] not in (True, False, None):
+        if not isinstance(options[name], bool | None):
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lopt.optim.options import ADAMW
+from lopt.optim.parameter_names import strip_wrappers
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -27,7 +28,8 @@ def group_parameters(model: nn.Module, adamw: str | Sequence[str] = (), **option
     Frozen parameters are left out.
 
     Args:
-        adamw: a pattern, or more, of names for AdamW, as in file names: "head.*", "*.patch_embed.*".
+        adamw: a pattern, or more, of names for AdamW, as in file names: "head.*", "*.patch_embed.*". Names are meant as
+            the model has them, or as they are where it is wrapped (`torch.compile`, DDP, FSDP).
         options: of the group that the rule gets.
     Returns:
         One or two groups for `LearnedOptimizer`, in the order of the model's parameters.
@@ -39,15 +41,20 @@ def group_parameters(model: nn.Module, adamw: str | Sequence[str] = (), **option
         raise ValueError("the model has no parameters that require gradients")
     # A pattern without effect is a mistake in a name, which would be noticed only in the results.
     patterns = [adamw] if isinstance(adamw, str) else adamw
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
+    plain = dict(zip(named, strip_wrappers(tuple(named)), strict=True))
+    chosen = {
+        pattern: {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(plain[name], pattern)}
+        for pattern in patterns
+    }
+    for pattern, names in chosen.items():
+        if not names:
             raise ValueError(f"no parameter matches {pattern!r}; the first are {', '.join(list(named)[:4])}")
     embedded = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
     # Two lists rather than a flag for each: torch's optimizers have options by group.
     learned: list[tuple[str, nn.Parameter]] = []
     for_adamw: list[tuple[str, nn.Parameter]] = []
     for name, p in named.items():
-        routed = p.ndim < 2 or id(p) in embedded or any(fnmatchcase(name, pattern) for pattern in patterns)
+        routed = p.ndim < 2 or id(p) in embedded or any(name in names for names in chosen.values())
         (for_adamw if routed else learned).append((name, p))
     groups: list[dict[str, Any]] = [{"params": learned, **options}] if learned else []
     return groups + ([{"params": for_adamw, "rule": ADAMW}] if for_adamw else [])

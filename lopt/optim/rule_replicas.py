@@ -13,6 +13,18 @@ from lopt.optim.group_adamw import GroupAdamW
 from lopt.optim.options import ADAMW
 from lopt.optim.triton_backend.dispatch import RuleKernels, find_kernels
 from lopt.rules import Rule, find_layout
+from lopt.rules.files import check_weights
+
+
+def freeze_rule(rule: Rule) -> Rule:
+    """A copy in fp32 that an optimizer steps with: the user's own rule stays trainable, and may be given to others.
+
+    Raises:
+        ValueError: a meta-weight is not finite.
+    """
+    frozen: Rule = deepcopy(rule).float().requires_grad_(False)
+    check_weights(frozen)
+    return frozen
 
 
 class Replica(NamedTuple):

@@ -10,18 +10,23 @@ import json
 import os
 from collections.abc import Mapping
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lopt.core.allowance import Allowance
 from lopt.core.files import copy_to_host, encode_file, read_file, write_atomic
+from lopt.core.foreign_text import make_line, make_printable
 from lopt.core.names import suggest
 from lopt.rules import RULES, Rule
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 PREFIX = "rule."
+MAX_CARD = 1 << 20  # characters; cards of sweeps have some thousands
+MAX_NAME = 100  # characters of a foreign name in a message
 
 
 def save(rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | None = None) -> Path:
@@ -33,43 +38,63 @@ def save(rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | Non
     Returns:
         The path.
     Raises:
-        ValueError: `load` would refuse the file: the rule is not in `RULES`, or not what its `config` builds.
+        ValueError: `load` would refuse the file: the rule is not in `RULES`, or not what its `config` builds, a number
+            of it is not finite, or the card is larger than `MAX_CARD`.
         TypeError: JSON cannot hold the configuration or the card.
         OSError: the file cannot be written; what was there before is unchanged.
     """
     # Built as `load` will: what cannot be read again must not be written.
-    built = _build(rule.name, json.loads(json.dumps(rule.config)), "cannot save")
+    tensors = {PREFIX + name: value for name, value in rule.state_dict().items()}
+    numbers = sum(value.numel() for value in tensors.values())
+    built = _build(rule.name, json.loads(json.dumps(rule.config)), "cannot save", numbers)
     if type(built) is not type(rule):
         raise ValueError(
             f"cannot save: {rule.name!r} is {type(built).__name__} in RULES, but the rule is a {type(rule).__name__}. "
             "Register the class under a name of its own."
         )
-    tensors = {PREFIX + name: value for name, value in rule.state_dict().items()}
     _check_weights(built, tensors, "cannot save")
     about = {"rule": rule.name, "config": rule.config, "card": dict(card or {})}
+    _check_card(about["card"], Path(path))
     return write_atomic(path, encode_file("rule", tensors, about))
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Rule:
-    """The rule of a shipped name (`list_rules()`) or of a rule file.
+    """The rule of a shipped name (`list_rules()`) or of a rule file, also of a stranger's: nothing in it is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no shipped rule of that name; not a rule file, or a damaged one, or one of a newer lopt; a rule,
-            configuration or tensor that this lopt does not know.
+            configuration or tensor that this lopt does not know, numbers that are not finite, or a card that is none.
     """
     path = _find(name_or_path)
     about, tensors = read_file(path, "rule")
-    rule = _build(about.get("rule"), about.get("config"), str(path))
+    _check_card(about.get("card", {}), path)
+    numbers = sum(value.numel() for value in tensors.values())
+    rule = _build(about.get("rule"), about.get("config"), str(path), numbers)
     _check_weights(rule, tensors, str(path))
     rule.load_state_dict({name.removeprefix(PREFIX): value for name, value in tensors.items()})
     return rule
 
 
 def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The training card of a shipped rule or rule file, `{}` if it has none. Raises as `load` does for the file."""
-    card: dict[str, Any] = read_file(_find(name_or_path), "rule")[0].get("card", {})
-    return card
+    """The training card of a shipped rule or rule file, `{}` if it has none. Raises as `load` does for the file.
+
+    Texts in it may be shown: control sequences have become escapes (`make_printable`).
+    """
+    path = _find(name_or_path)
+    card = read_file(path, "rule")[0].get("card", {})
+    _check_card(card, path)
+    shown: dict[str, Any] = _make_printable(card)
+    return shown
+
+
+def check_weights(rule: Rule) -> None:
+    """Refuse a rule that would spoil every parameter in its first step.
+
+    Raises:
+        ValueError: a meta-weight is not finite; the message names it.
+    """
+    _check_finite(rule.state_dict(), rule.describe())
 
 
 def find_longest_run(card: Mapping[str, Any]) -> int | None:
@@ -114,22 +139,40 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _build(name: Any, config: Any, where: str) -> Rule:
-    """The rule with the weights of its constructor."""
+def _build(name: Any, config: Any, where: str, numbers: int) -> Rule:
+    """The rule with the weights of its constructor.
+
+    Args:
+        numbers: that its tensors hold; of many more the configuration is refused before they are allocated.
+    """
     if not isinstance(name, str) or name not in RULES:
-        raise ValueError(f"{where}: this lopt has no rule {name!r}. {suggest(str(name), RULES)}.")
+        shown = make_printable(repr(name), MAX_NAME)
+        raise ValueError(f"{where}: this lopt has no rule {shown}. {suggest(name, RULES)}.")
     try:
-        return RULES[name](**config)
+        _check_numbers(config)
+        with Allowance(numbers):
+            return RULES[name](**config)
     except Exception as error:  # whatever a constructor makes of foreign arguments
-        raise ValueError(f"{where}: rule {name!r} does not accept the configuration {config}: {error}") from error
+        shown = make_printable(config, MAX_NAME)
+        raise ValueError(
+            f"{where}: rule {name!r} does not accept the configuration {shown}: {make_line(error)}"
+        ) from error
+
+
+def _check_numbers(config: Any) -> None:
+    if isinstance(config, float) and not isfinite(config):
+        raise ValueError("a number is not finite")
+    for inner in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        _check_numbers(inner)
 
 
 def _check_weights(rule: Rule, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise unless `tensors` are exactly the meta-weights that `rule` has."""
+    """Raise unless `tensors` are exactly the meta-weights that `rule` has, and finite."""
     expected = {PREFIX + name: _describe(value) for name, value in rule.state_dict().items()}
     found = {name: _describe(value) for name, value in tensors.items()}
     wrong = [
-        f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+        f"{make_printable(name, MAX_NAME)}: expected {expected.get(name, 'nothing')}, "
+        f"found {found.get(name, 'nothing')}"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
@@ -139,7 +182,34 @@ def _check_weights(rule: Rule, tensors: Mapping[str, Tensor], where: str) -> Non
             f"{where}: the meta-weights are not those of {rule.describe()}: {'; '.join(wrong[:3])}{more}. "
             "Rebuild the rule with the configuration it was trained with."
         )
+    _check_finite(tensors, where)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{where}: the meta-weight {name} is nan or infinite somewhere. Train the rule again.")
 
 
 def _describe(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+
+def _check_card(card: Any, path: Path) -> None:
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: its training card is a {type(card).__name__}, expected a JSON object")
+    size = len(json.dumps(card))
+    if size > MAX_CARD:
+        raise ValueError(f"{path}: its training card has {size} characters, more than the {MAX_CARD} that one may have")
+
+
+def _make_printable(content: Any) -> Any:
+    """The same tree with all texts, names too, as they may be shown."""
+    if isinstance(content, dict):
+        return {make_printable(key, None): _make_printable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_make_printable(value) for value in content]
+    return make_printable(content, None, keep="\n\t") if isinstance(content, str) else content

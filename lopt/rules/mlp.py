@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lopt.rules.building_blocks import features
-from lopt.rules.building_blocks.feature_mlp import FeatureMLP, Inputs
+from lopt.rules.building_blocks.feature_mlp import FeatureMLP, Inputs, repeat_width
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Clock, Elements, Means, Visit
 
@@ -44,7 +44,7 @@ class MLPLOpt(FeatureMLP):
         step_mult: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        super().__init__([len(self.feature_names), *[hidden] * hidden_layers, 2], seed)
+        super().__init__([len(self.feature_names), *repeat_width(hidden, hidden_layers), 2], seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.register_buffer("decays", torch.tensor(DECAYS), persistent=False)
         self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import CLIPS_NAMES, FactoredMLP, K
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES as FAMILY_NAMES
+from lopt.rules.building_blocks.feature_mlp import repeat_width
 from lopt.rules.stages import Clock, Means
 
 FEATURE_NAMES = (*(name for name in FAMILY_NAMES if name not in CLIPS_NAMES), *features.TIME_NAMES)
@@ -45,7 +46,7 @@ class SmallFC(FactoredMLP):
         step_mult: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        widths = [len(FEATURE_NAMES), *[hidden] * hidden_layers, 2]
+        widths = [len(FEATURE_NAMES), *repeat_width(hidden, hidden_layers), 2]
         super().__init__(widths, seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
         self.momentum_offsets = nn.Parameter(torch.zeros(K))

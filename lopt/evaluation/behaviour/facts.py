@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lopt.core.foreign_text import make_printable
 from lopt.evaluation.settings import Card, Losses, read_card
 from lopt.meta.trainer.log import flatten_dict
 from lopt.meta.unroll.horizons import Constant
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 SHAPES = ((4096,), (64, 64), (1024, 1024))
 MAX_LISTED = 40
-"""Names that are listed one by one."""
+"""Names that are listed one by one, and entries of a card."""
+MAX_TEXT = 2000
+"""Characters of one of them."""
 
 
 def gather_facts(rule: Rule) -> dict[str, Any]:
@@ -116,8 +119,10 @@ def _build_table(title: str, entries: Mapping[str, Any]) -> Table:
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
-    for key, value in entries.items():
-        table.add_row(Text(key), Text(str(value)))
+    for key, value in list(entries.items())[:MAX_LISTED]:
+        table.add_row(Text(make_printable(key)), Text(make_printable(value, MAX_TEXT, keep="\n\t")))
+    if len(entries) > MAX_LISTED:
+        table.add_row("...", f"and {len(entries) - MAX_LISTED} more, which --json prints")
     return table
 
 

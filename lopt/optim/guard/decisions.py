@@ -127,7 +127,7 @@ class Guard:
         Args:
             memory: of `GuardState.to_numbers`, as a saved optimizer has it under "guard_memory".
         Raises:
-            ValueError: it has another length.
+            ValueError: it is not what a guard remembers.
         """
         self.save = self.restore = False
         o = self.options
@@ -212,7 +212,8 @@ class Guard:
         now.raised = now.risen = 0
         if not now.mode.is_adamw:
             self._dismiss()
-        now.running_loss = now.last_loss = now.snapshot_loss
+        if self.restore:
+            now.running_loss = now.last_loss = now.snapshot_loss
         self._start_window()
 
     # -- windows -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf, nan
+from math import inf, isfinite, isnan, nan
+from numbers import Real
 from typing import Any
+
+LEAST = {"window": 2, "patience": 1, "cooldown": 1, "remaining": -inf}  # of whole numbers; of the others 0
 
 
 class Mode(Enum):
@@ -97,24 +100,57 @@ class GuardState:
         return numbers
 
     @classmethod
-    def from_numbers(cls, numbers: Sequence[float]) -> GuardState:
+    def from_numbers(cls, numbers: Any) -> GuardState:
         """The state that `to_numbers` wrote, bit for bit, with every field in its own type again.
 
+        Args:
+            numbers: of a saved optimizer, so maybe anything.
         Raises:
-            ValueError: the list has another length.
+            ValueError: it is no list of as many numbers, or one that no guard leaves behind.
         """
         fresh = cls()
         expected = len(fresh.to_numbers())
+        if not (isinstance(numbers, (list, tuple)) and all(isinstance(number, Real) for number in numbers)):
+            raise ValueError(f"a guard's memory is a list of {expected} numbers, got a {type(numbers).__name__}")
         if len(numbers) != expected:
-            raise ValueError(f"a guard's state has {expected} numbers, got {len(numbers)}")
+            raise ValueError(f"a guard's memory has {expected} numbers, got {len(numbers)}")
         # A fresh state tells how many numbers a field has, and of which type it is.
-        remaining: Iterator[float] = iter(numbers)
-        values: dict[str, Any] = {}
+        remaining: Iterator[float] = iter(map(float, numbers))
+        found: dict[str, Any] = {}
         for name, default in vars(fresh).items():
-            if isinstance(default, Mode):
-                values[name] = Mode(tuple(int(next(remaining)) for _ in default.value))
-            elif isinstance(default, list):
-                values[name] = [next(remaining) for _ in default]
-            else:
-                values[name] = type(default)(next(remaining))
-        return cls(**values)
+            length = (
+                len(default.value) if isinstance(default, Mode) else len(default) if isinstance(default, list) else 0
+            )
+            found[name] = [next(remaining) for _ in range(length)] if length else next(remaining)
+        # The decisions rely on what they left behind themselves.
+        for name, default in vars(fresh).items():
+            if not _is_possible(name, found[name], default, heard=not isnan(found["first_loss"])):
+                raise ValueError(f"no guard remembers {name} {found[name]}: the state is damaged. Load another one.")
+        if found["position"] >= found["window"]:
+            raise ValueError(f"no guard is at step {found['position']} of a window of {found['window']} steps")
+        kinds: dict[str, Any] = {name: type(default) for name, default in vars(fresh).items()}
+        return cls(**{name: kinds[name](tuple(x) if kinds[name] is Mode else x) for name, x in found.items()})
+
+
+def _is_possible(name: str, value: Any, default: Any, heard: bool) -> bool:
+    """Whether a guard may have this in its memory.
+
+    Args:
+        value: of one field, in floats.
+        default: of the same field.
+        heard: there was a finite loss.
+    """
+    if isinstance(default, Mode):
+        return tuple(value) in [mode.value for mode in Mode]
+    if isinstance(default, list):
+        return all(map(isfinite, value))
+    if isinstance(default, bool):
+        return value in (0, 1)
+    if isinstance(default, int):
+        return isfinite(value) and value == int(value) and value >= LEAST.get(name, 0)
+    if name == "share":
+        return bool(0 <= value <= 1)
+    if name == "peak":
+        return bool(value < inf)
+    # Losses are known from the first finite one on, all at once, and are cut off at finite limits.
+    return isfinite(value) if heard else repr(value) == repr(default)

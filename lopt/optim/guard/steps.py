@@ -23,6 +23,7 @@ from lopt.rules import Rule
 Accumulators = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
+GUARD_START = "guard_start"  # the step from which AdamW's moments count
 NORM_DECAY = 0.95
 NORM_GROWTH = 2.0
 
@@ -44,7 +45,7 @@ def init_guard(p: Tensor, batch_ndim: int = 0) -> Accumulators:
         "guard_v": torch.zeros_like(m),
         "guard_p": p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous(),
         "guard_norm": torch.zeros(batch, dtype=torch.float32, device=p.device),
-        "guard_start": torch.zeros(batch, dtype=torch.int64, device=p.device),
+        GUARD_START: torch.zeros(batch, dtype=torch.int64, device=p.device),
     }
 
 
@@ -135,7 +136,7 @@ def guard_step(
     clipped_step, new_norm, clipped = _clip(delta, state["guard_norm"], wide, lr_adamw, options, reduce, in_place)
     # With the rule alone, which is the usual case, AdamW's step is not even computed.
     if not (isinstance(share, float) and share == 1.0):
-        age = (step - state["guard_start"] + 1).view(wide)
+        age = (step - state[GUARD_START] + 1).view(wide)
         correction1, correction2 = 1 - beta1**age, (1 - beta2**age).sqrt()
         adamw_step = m / (v.sqrt() / correction2 + eps) * (-lr_adamw / correction1)
         weight = share.view(wide) if isinstance(share, Tensor) and share.ndim else share
@@ -236,4 +237,4 @@ def restore_snapshot(p: Tensor, state: Accumulators, step: Tensor) -> None:
     p.copy_(state["guard_p"])
     state["guard_m"].zero_()
     state["guard_v"].zero_()
-    state["guard_start"].copy_(step)
+    state[GUARD_START].copy_(step)

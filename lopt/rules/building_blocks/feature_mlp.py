@@ -75,6 +75,17 @@ class TensorMLP(NamedTuple):
     gain: Tensor
 
 
+def repeat_width(hidden: int, hidden_layers: int) -> list[int]:
+    """The widths of equal hidden layers, as an MLP takes them.
+
+    Raises:
+        ValueError: more layers than `MAX_LAYERS`, or none.
+    """
+    if not 1 <= hidden_layers <= MAX_LAYERS:  # a foreign number: no list is as long before it is known
+        raise ValueError(f"hidden_layers must be from 1 to {MAX_LAYERS}, got {hidden_layers}")
+    return [hidden] * hidden_layers
+
+
 class FeatureMLP(Rule):
     """`delta = -gain * d * exp(exp_mult * a)`, with (d, a) from an MLP with ReLU on normalised features.
 
@@ -92,8 +103,8 @@ class FeatureMLP(Rule):
 
     def __init__(self, widths: list[int], seed: int, bank: tuple[int, ...] = ()) -> None:
         super().__init__()
-        if not all(1 <= width <= MAX_HIDDEN for width in widths) or len(widths) > MAX_LAYERS + 2:
-            raise ValueError(f"hidden widths must be from 1 to {MAX_HIDDEN}, in 1 to {MAX_LAYERS} layers, got {widths}")
+        if not all(1 <= width <= MAX_HIDDEN for width in widths):
+            raise ValueError(f"hidden widths must be from 1 to {MAX_HIDDEN}, got {widths}")
         self.widths = widths
         self.temporaries = widths[0] + 2 * max(widths[1:])
         generator = make_generator(seed)
