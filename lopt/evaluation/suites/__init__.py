@@ -8,7 +8,7 @@ of its family.
 from __future__ import annotations
 
 from lopt.core.names import choose
-from lopt.evaluation.suites import perceptrons
+from lopt.evaluation.suites import adaptation, fields, generative, language, large, perceptrons, series, tables, vision
 from lopt.evaluation.suites.task import SuiteTask
 
 SUITES: dict[str, list[SuiteTask]] = {
@@ -17,12 +17,45 @@ SUITES: dict[str, list[SuiteTask]] = {
         perceptrons.NOISY_MLP,
         perceptrons.DEEP_MLP,
         perceptrons.TINY_BATCHES,
+        vision.DIGITS_CONV,
+        vision.DIGITS_MIXER,
+        language.DOCS_GPT,
+        language.DOCS_GRU,
+        language.WORD_VECTORS,
+        series.LORENZ_RNN,
+        series.DRIFT_STREAM,
+        generative.TEMPLE_AUTOENCODER,
+        generative.POINTS_DIFFUSION,
+        fields.TEMPLE_FOURIER,
+        fields.OSCILLATOR_PINN,
+        tables.CANCER_TABLE,
+        tables.BLOCKS_GCN,
+        adaptation.DIGITS_LORA,
     ],
     "heldout": [
         perceptrons.LETTERS_WIDE,
         perceptrons.ARM_DEEP,
+        vision.LETTERS_RESNET,
+        vision.LETTERS_VIT,
+        vision.LETTERS_STREAM,
+        language.CODE_LSTM,
+        language.CODE_LLAMA,
+        series.EEG_WAVENET,
+        generative.LETTERS_VAE,
+        generative.TERRAIN_DIFFUSION,
+        fields.FLOWER_SIREN,
+        fields.BURGERS_PINN,
+        tables.DIABETES_TABLE,
+        tables.RECOMMENDER,
+        tables.ATLAS_GIN,
+        adaptation.LETTERS_LORA,
+        adaptation.BRAIN_CONTRAST,
     ],
-    "large": [],
+    "large": [
+        large.LARGE_LLAMA,
+        large.LARGE_RESNET,
+        large.LARGE_AUTOENCODER,
+    ],
 }
 
 

@@ -175,7 +175,7 @@ def terrain_patches() -> Data:
     """matplotlib's elevation map of the Jacksboro fault in patches `[n, 1, 16, 16]`, each less its mean, in units of
     100 m, 8 pixels apart; the right fifth is held out.
     """
-    map_ = _open_sample("jacksboro_fault_dem.npz", lambda path: _load_array(path, "elevation"))
+    map_ = open_sample("jacksboro_fault_dem.npz", lambda path: _load_array(path, "elevation"))
     patches = _cut(torch.from_numpy(map_.astype(np.float32)) / 100, stride=8)
     return Data(*((x - x.mean((2, 3), keepdim=True),) for (x,) in patches))
 
@@ -185,7 +185,7 @@ def brain_scan() -> Data:
     """matplotlib's scan of a head: the left of the image `[1, 256, 160]` in [0, 1], and 256 pairs of crops
     `[256, 1, 16, 16]` of its right, which is held out.
     """
-    raw = _open_sample("s1045.ima.gz", lambda path: np.frombuffer(gzip.decompress(path.read_bytes()), ">u2"))
+    raw = open_sample("s1045.ima.gz", lambda path: np.frombuffer(gzip.decompress(path.read_bytes()), ">u2"))
     image = torch.from_numpy(raw.astype(np.float32)).view(1, 256, 256)
     image = image / image.max()
     return Data((image[:, :, :160],), crop_pairs((image[:, :, 160:],), 256, make_generator(9), 0.0))
@@ -254,7 +254,7 @@ def _list_pixels(picture: Tensor) -> Data:
     return Data((places[train], colours[train]), (places[held_out], colours[held_out]))
 
 
-def _open_sample(name: str, read: Callable[[Path], Pixels]) -> Pixels:
+def open_sample(name: str, read: Callable[[Path], Pixels]) -> Pixels:
     """A file among the sample data of matplotlib."""
     import matplotlib
 
