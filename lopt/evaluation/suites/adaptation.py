@@ -48,14 +48,14 @@ def train_before(build: Callable[[], nn.Module], load: Callable[[], Data], num_s
     """Weights of a classifier after some steps of Adam, always the same."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(18)
-        model, (x, y) = build(), load().train
+        model, (x, y) = build().double(), load().train  # in float64, so that all machines make the same
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         for _ in range(num_steps):
             rows = torch.randint(len(y), (64,))
             optimizer.zero_grad()
-            classify(model, (x[rows], y[rows])).backward()  # type: ignore[no-untyped-call]
+            classify(model, (x[rows].double(), y[rows])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: value.detach().float() for name, value in model.state_dict().items()}
 
 
 def build_letters_base() -> nn.Module:

@@ -102,9 +102,9 @@ def miss_oscillator(model: nn.Module, batch: Batch) -> Tensor:
     residual = (differentiate(speed, times) + 2 * DAMPING * speed) / FREQUENCY**2 + u
     zero = torch.zeros(1, 1, requires_grad=True)
     start = model(zero)
-    return (
-        residual.square().mean() + (start - 1).square().sum() + (differentiate(start, zero) / FREQUENCY).square().sum()
-    )
+    misses = torch.cat([start - 1, differentiate(start, zero) / FREQUENCY])
+    total: Tensor = residual.square().mean() + misses.square().sum()
+    return total
 
 
 VISCOSITY = 0.05 / math.pi
@@ -146,7 +146,8 @@ def miss_burgers(model: nn.Module, batch: Batch) -> Tensor:
     curved = differentiate(slopes[:, 1:], inside)[:, 1:]
     residual = slopes[:, :1] + u * slopes[:, 1:] - VISCOSITY * curved
     wanted = torch.where(outside[:, :1] == 0, -(math.pi * outside[:, 1:]).sin(), 0.0)
-    return residual.square().mean() + (model(outside) - wanted).square().mean()
+    total: Tensor = residual.square().mean() + (model(outside) - wanted).square().mean()
+    return total
 
 
 # -- development -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Models that make what they have seen: an autoencoder, a variational one, and denoising diffusion of points and maps."""
+"""Models that make what they have seen: an autoencoder, a variational one, denoising diffusion of points and maps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def bound_evidence(model: nn.Module, batch: Batch) -> Tensor:
     logits, mean, log_variance = model(x)
     pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-    return (pixels + divergence) / len(x)
+    bound: Tensor = (pixels + divergence) / len(x)
+    return bound
 
 
 # -- diffusion ---------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class GPTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, length, width]` to the same shape."""
         split = self.inward(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
+        mixed = F.scaled_dot_product_attention(split[0], split[1], split[2], is_causal=True)
         x = x + self.outward(mixed.transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp(self.norms[1](x))
         return y

@@ -69,7 +69,7 @@ def load_brain_waves() -> Data:
 class PlainRecurrent(nn.Module):
     """torch's recurrent network of tanh units and a dense layer."""
 
-    def __init__(self, width: int = 96) -> None:
+    def __init__(self, width: int = 112) -> None:
         super().__init__()
         self.recurrent, self.head = nn.RNN(3, width, batch_first=True), nn.Linear(width, 3)
 
@@ -105,8 +105,8 @@ class CausalConvolutions(nn.Module):
 
 @cache
 def load_drift() -> Data:
-    """Two random networks of 24 inputs, 24 hidden units and 4 outputs: the law at the start of the stream and at its end;
-    held out are inputs with what the latter makes of them.
+    """Two random networks of 24 inputs, 24 hidden units and 4 outputs, the law at the start of the stream and at its
+    end; held out are inputs with what the latter makes of them.
     """
     generator = make_generator(20)
     first, second = (torch.randn(2, 24, 24, generator=generator) / 24**0.5 for _ in range(2))
@@ -150,7 +150,7 @@ class SkipNetwork(nn.Module):
 
 LORENZ_RNN = SuiteTask(
     name="lorenz_rnn",
-    title="recurrent network of 96 tanh units forecasts Lorenz's chaotic system",
+    title="recurrent network of 112 tanh units forecasts Lorenz's chaotic system",
     architecture="plain recurrent network",
     data_set="Lorenz's system",
     num_steps=500,

@@ -99,9 +99,8 @@ NODES, GROUPS = 800, 6
 
 @cache
 def load_blocks() -> Data:
-    """A graph of 800 nodes in 6 groups that are linked more often inside than between, with weak features of the groups:
-    the train batch is the graph's normalised adjacency `[n, n]`, features `[n, 32]`, labels, and the nodes with labels;
-    the held-out one has the other nodes.
+    """A graph of 800 nodes in 6 groups that are linked more often inside than between, with weak features of them: its
+    normalised adjacency `[n, n]`, features `[n, 32]`, labels, and the nodes that are train or held out.
     """
     generator = make_generator(16)
     labels = torch.randint(GROUPS, (NODES,), generator=generator)
@@ -155,8 +154,8 @@ def score_nodes(model: nn.Module, batch: Batch) -> Tensor:
 
 @cache
 def load_atlas() -> Data:
-    """networkx's atlas of all connected graphs of 4 to 7 nodes: adjacencies `[n, 7, 7]` and, standardised, the number of
-    triangles, the largest eigenvalue, the algebraic connectivity and the mean distance; a fifth is held out.
+    """networkx's atlas of all connected graphs of 4 to 7 nodes: adjacencies `[n, 7, 7]` and, standardised, the number
+    of triangles, the largest eigenvalue, the algebraic connectivity and the mean distance; a fifth is held out.
     """
     try:
         import networkx as nx

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lopt.evaluation.suites import data
-from lopt.evaluation.suites.task import Batch, SuiteTask, classify, score
+from lopt.evaluation.suites.task import Batch, Data, SuiteTask, classify, score
 
 
 class Mixer(nn.Module):
@@ -65,7 +65,7 @@ def build_resnet(width: int, blocks: int = 1) -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """A ViT on images of 16 x 16 in patches of 4 x 4, with a class token (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
+    """A ViT on images of 16 x 16, patches of 4 x 4, with a class token (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ def draw_turned(train: Batch, count: int, generator: Generator, progress: float)
     return turn_letters(x[rows], TURN * progress), y[rows]
 
 
-def load_stream() -> data.Data:
+def load_stream() -> Data:
     """The letters; those held out are turned as they are at the end of the stream."""
     train, (x, y) = data.letters()
-    return data.Data(train, (turn_letters(x, TURN), y))
+    return Data(train, (turn_letters(x, TURN), y))
 
 
 # -- development -------------------------------------------------------------------------------------------------------
