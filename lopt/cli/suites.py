@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lopt.evaluation.suites.search import Request
     from lopt.rules import Rule
 
+SILENCE = 60.0
 HELDOUT = "heldout"
 COUNTED = "heldout_runs"
 """Entry of a rule's card: how often it was judged on the held-out suite."""
@@ -86,13 +88,22 @@ def count_workers(workers: int | None) -> int:
 
 @contextmanager
 def tell_runs(title: str, console: Console) -> Iterator[Callable[[Request, Run, int], None]]:
-    """A line at the foot of a terminal that says which run has ended, and how many are left."""
+    """A line at the foot of a terminal that says which run has ended, and how many are left.
+
+    Where there is no terminal, a line is printed every `SILENCE` seconds.
+    """
+    printed = time.monotonic()
     with console.status(escape(title)) as status:
 
         def on_run(request: Request, run: Run, missing: int) -> None:
+            nonlocal printed
             what = "rule" if request.rule is not None else f"{request.label} {request.schedule} {request.lr:g}"
             loss = "diverged" if run.train is None else f"{run.train:.4g}"
             done = f"{request.task}, {what}, seed {request.seed}: {loss} in {run.seconds:.1f} s"
-            status.update(escape(f"{title}: {done}; {missing} more to run"))
+            text = f"{title}: {done}; {missing} more to run"
+            status.update(escape(text))
+            if not console.is_terminal and time.monotonic() > printed + SILENCE:
+                printed = time.monotonic()
+                say(console, text)
 
         yield on_run

@@ -26,7 +26,7 @@ from lopt.evaluation.suites.runs import Run, train_task
 from lopt.evaluation.suites.search import TUNING_SEEDS, Request, choose_common, find_reference, plan_search, tune
 from lopt.evaluation.suites.task import SuiteTask
 from lopt.evaluation.suites.tuning import tune_suite
-from lopt.evaluation.suites.work import Share
+from lopt.evaluation.suites.work import Share, hide, prepare_rule
 from lopt.rules import RULES
 
 TINY = replace(perceptrons.TINY_BATCHES, name="tiny", num_steps=10)
@@ -307,6 +307,30 @@ def test_adam_as_a_rule_stands_where_adam_does(tiny_suites: None, tmp_path: Path
     assert result is not None
     adam = next(row for row in result.rows if (row.label, row.kind) == ("Adam", "tuned"))
     assert result.rule.standings[0].train == pytest.approx(adam.standings[0].train, rel=1e-4)
+
+
+def test_rule_may_be_judged_without_loss_and_length(tiny_suites: None, tmp_path: Path) -> None:
+    group = prepare_rule(RULES["adam"](), 2.0, hide(["num_steps"]))(SHORT.model(0), 12).optimizer.param_groups[0]
+    assert (group["num_steps"], group["lr"]) == (None, 2.0)
+    group = prepare_rule(RULES["adam"]())(SHORT.model(0), 12).optimizer.param_groups[0]
+    assert (group["num_steps"], group["lr"]) == (12, 1.0)
+    rule, losses = RULES["velo"](), []
+    for hidden in ("", hide(["loss"])):
+        training = prepare_rule(rule, hidden=hidden)(SHORT.model(0), 12)
+        training.optimizer.step = lambda loss=None: losses.append(loss)  # type: ignore[method-assign]
+        training.step(torch.tensor(3.0))
+    assert losses == [3.0, None]
+    result = judge(
+        *(RULES["adam"](), "mine", "development"),
+        out=tmp_path,
+        tasks=["short"],
+        num_seeds=1,
+        hidden=["loss"],
+        lr=2.0,
+        tuned=tmp_path,
+    )
+    assert result is not None
+    assert result.rule.label == "mine, without loss, lr 2"
 
 
 def test_untuned_tasks_are_said_to_be_so(tiny_suites: None, tmp_path: Path) -> None:

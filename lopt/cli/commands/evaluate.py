@@ -42,6 +42,10 @@ folder of a run. Without --task, --set and --steps it is judged on all settings 
 @click.option("--baselines", help="Comma-separated; all seven by default.")
 @click.option("--suite", type=click.Choice(["development", "heldout", "large"]), help="Judge on a suite of programs.")
 @click.option("--tasks", help="Of the suite: some, comma-separated.")
+@click.option("--lr", type=float, help="On a suite: factor on the rule's steps [default: 1].")
+@click.option(
+    "--without", multiple=True, type=click.Choice(["loss", "num_steps"]), help="On a suite: not told; repeatable."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that run a suite [default: all cores].")
 @click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
 @click.option(
@@ -53,31 +57,48 @@ folder of a run. Without --task, --set and --steps it is judged on all settings 
 @click.option("--json", "as_json", is_flag=True, help="Print the comparisons as JSON.")
 def judge_rule(
     rule: str,
+    seeds: int | None,
+    suite: str | None,
+    archive: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare RULE with learning-rate-tuned optimizers on held-out tasks; tables, pictures, one HTML page."""
+    own = {name: options.pop(name) for name in ("tasks", "lr", "without", "workers")}
+    if suite is None and any(own.values()):
+        raise click.UsageError("--tasks, --lr, --without and --workers are of a --suite")
+    if suite is not None and any(value for name, value in options.items() if name != "criterion"):
+        raise click.UsageError("a --suite has its own tasks, lengths, seeds and contenders: give --tasks or --seeds")
+    path, learned, card = open_rule(rule)
+    if suite is not None:
+        _judge_on_suite(path, learned, card, suite, out, as_json, num_seeds=seeds, tuned=archive, **own)
+    else:
+        _judge_on_tasks(rule, path, learned, card, out, as_json, seeds=seeds, archive=archive or ARCHIVE, **options)
+
+
+def _judge_on_tasks(
+    rule: str,
+    path: Path,
+    learned: Rule,
+    content: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+    *,
     task: str | None,
     overrides: tuple[str, ...],
     steps: tuple[int, ...],
     seeds: int | None,
     seed: int,
     baselines: str | None,
-    suite: str | None,
-    tasks: str | None,
-    workers: int | None,
     criterion: str,
-    archive: Path | None,
-    out: Path | None,
-    as_json: bool,
+    archive: Path,
 ) -> None:
-    """Compare RULE with learning-rate-tuned baselines on held-out tasks; tables, pictures, one HTML page."""
     from lopt.cli.run_folder import read_command, slugify
     from lopt.core.names import choose
     from lopt.evaluation.baselines import BASELINES
     from lopt.evaluation.settings import UnclearTask, check_label, choose_settings, read_card
 
-    path, learned, content = open_rule(rule)
-    check_suite(suite, own=bool(tasks or workers), foreign=bool(task or overrides or steps or seed or baselines))
-    if suite is not None:
-        _judge_suite(path, learned, content, suite, tasks, seeds, workers, archive, out, as_json)
-        return
     card = read_card(content)
     try:
         settings = choose_settings(card, task, overrides, steps)
@@ -110,49 +131,28 @@ def judge_rule(
         click.echo(json.dumps([comparison.to_json() for comparison in comparisons]))
 
 
-def check_suite(suite: str | None, *, own: bool, foreign: bool) -> None:
-    """Refuse options that do not go together.
-
-    Args:
-        own: an option was given that only suites have.
-        foreign: one was given that suites do not have.
-    Raises:
-        UsageError: they do not.
-    """
-    if suite is None and own:
-        raise click.UsageError("--tasks and --workers are of a --suite")
-    if suite is not None and foreign:
-        raise click.UsageError("a --suite has its own tasks, lengths, seeds and contenders: give --tasks or --seeds")
-
-
-def _judge_suite(
+def _judge_on_suite(
     path: Path,
-    rule: Rule,
+    learned: Rule,
     card: dict[str, Any],
     suite: str,
-    tasks: str | None,
-    seeds: int | None,
-    workers: int | None,
-    archive: Path | None,
     out: Path | None,
     as_json: bool,
+    *,
+    tasks: str | None,
+    without: tuple[str, ...],
+    workers: int | None,
+    **options: Any,
 ) -> None:
     from lopt.cli.run_folder import read_command, slugify
     from lopt.cli.suites import count_workers, judge_on_suite
+    from lopt.evaluation.suites.work import read_share
 
-    console = Console(stderr=as_json)
-    result = judge_on_suite(
-        path,
-        rule,
-        card,
-        suite,
-        out or RUNS / slugify(f"eval {card.get('name') or path.stem} {suite}"),
-        console,
-        tasks=[name.strip() for name in tasks.split(",")] if tasks else None,
-        workers=count_workers(workers),
-        command=read_command(),
-        **({"num_seeds": seeds} if seeds else {}),
-        **({"tuned": archive} if archive else {}),
-    )
+    console = Console(stderr=as_json, quiet=read_share().rank > 0)
+    out = out or RUNS / slugify(f"eval {card.get('name') or path.stem} {suite}")
+    options |= {"tasks": [name.strip() for name in tasks.split(",")] if tasks else None, "hidden": without}
+    given = {name: value for name, value in options.items() if value is not None}
+    command, workers = read_command(), count_workers(workers)
+    result = judge_on_suite(path, learned, card, suite, out, console, command=command, workers=workers, **given)
     if as_json and result is not None:
         click.echo(json.dumps(result.to_json()))

@@ -13,7 +13,7 @@ from lopt.evaluation.suites.figures import Measured, Row, SuiteResult, summarize
 from lopt.evaluation.suites.runs import Run
 from lopt.evaluation.suites.search import Choice, Request, choose_common, find_reference, tune
 from lopt.evaluation.suites.task import SuiteTask
-from lopt.evaluation.suites.work import ALONE, OnRun, Share, carry_out
+from lopt.evaluation.suites.work import ALONE, OnRun, Share, carry_out, hide
 from lopt.rules import Rule
 from lopt.rules.files import fingerprint
 
@@ -37,6 +37,8 @@ def judge(
     out: Path,
     tasks: Sequence[str] | None = None,
     num_seeds: int = NUM_SEEDS,
+    lr: float = 1.0,
+    hidden: Sequence[str] = (),
     workers: int = 1,
     share: Share = ALONE,
     tuned: Path = TUNED,
@@ -50,6 +52,8 @@ def judge(
         label: what tables call it.
         out: folder in which runs are kept as they end; those that are there are not made again.
         tasks: names of some of the suite's.
+        lr: factor on the rule's steps; 1 is as learned.
+        hidden: some of `lopt.evaluation.suites.work.HIDEABLE`, which the rule is not told.
         workers: processes.
         share: of the runs, under torchrun.
         tuned: archive of the contenders.
@@ -61,7 +65,7 @@ def judge(
         ValueError: no such suite or task, or a damaged archive.
         OSError: `out` cannot be written.
     """
-    chosen, owner = choose_tasks(suite, list(tasks or ())), (f"rule {fingerprint(rule)}", "", 1.0)
+    chosen, owner = choose_tasks(suite, list(tasks or ())), (f"rule {fingerprint(rule)}", hide(hidden), lr)
     archive = Archive(out / "runs", command, share.part)
 
     def plan() -> list[Request]:
@@ -80,7 +84,8 @@ def judge(
         for task in chosen:
             archive.merge(task)
     contenders = Contenders(suite, chosen, num_seeds, tuned)
-    rows = build_rows(label, owner, archive, contenders)
+    words = [label, owner[1], "" if lr == 1 else f"lr {lr:g}"]
+    rows = build_rows(", ".join(filter(None, words)), owner, archive, contenders)
     untuned = [task.name for task in chosen if not contenders.find_reference(task)]
     return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lopt.core.names import choose
 from lopt.evaluation.suites import find_task
 from lopt.evaluation.suites.archive import Archive
 from lopt.evaluation.suites.contenders import prepare
@@ -56,6 +57,20 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+
+
+HIDEABLE = ("loss", "num_steps")
+"""What a rule may be judged without."""
+
+
+def hide(names: Sequence[str]) -> str:
+    """What a rule is not told, in the place of the schedule that contenders have: "without loss, num_steps".
+
+    Raises:
+        ValueError: a name is none of `HIDEABLE`.
+    """
+    chosen = sorted({choose("hidden", name, HIDEABLE) for name in names})
+    return f"without {', '.join(chosen)}" if chosen else ""
 
 
 def read_share() -> Share:
@@ -125,19 +140,28 @@ def execute(request: Request) -> Run:
     if request.rule is None:
         build = prepare(request.label, request.schedule, request.lr)
     else:
-        build = prepare_rule(request.rule, request.lr)
+        build = prepare_rule(request.rule, request.lr, request.schedule)
     task = find_task(request.task)
     run = train_task(task, request.seed, build, label=request.label, schedule=request.schedule, lr=request.lr)
     # Of a search nothing but where its runs end is ever looked at.
     return replace(run, curve=[]) if request.seed in TUNING_SEEDS else run
 
 
-def prepare_rule(rule: Rule, lr: float = 1.0) -> Build:
-    """How a training run makes the optimizer of a rule: as users do, with names, the planned length, and the loss."""
+def prepare_rule(rule: Rule, lr: float = 1.0, hidden: str = "") -> Build:
+    """How a training run makes the optimizer of a rule: as users do, with names, the planned length, and the loss.
+
+    Args:
+        rule: as trained.
+        lr: factor on its steps.
+        hidden: what it is not told, as `hide` writes it.
+    """
 
     def build(model: nn.Module, num_steps: int) -> Training:
         params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = LearnedOptimizer(params, rule, lr, num_steps=num_steps)
+        planned = None if "num_steps" in hidden else num_steps
+        optimizer = LearnedOptimizer(params, rule, lr, num_steps=planned)
+        if "loss" in hidden:
+            return Training(optimizer, lambda _: optimizer.step())
         return Training(optimizer, lambda loss: optimizer.step(loss=loss))
 
     return build
