@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 try:
     import click
@@ -53,6 +54,8 @@ def main() -> None:
     A run of several processes that lost one of them ends with status 1: it can go on, nothing that was given is wrong.
     With `LOPT_TRACEBACK` set in the environment bad input is raised, to be debugged.
     """
+    # For people: without the line of code that it comes from.
+    warnings.formatwarning = lambda message, *_, **__: f"lopt: note: {message}\n"
     try:
         cli(standalone_mode=True)
     except (ValueError, OSError, ImportError) as error:

@@ -66,11 +66,16 @@ class TrainingProgress:
         if progress.validation:
             values = progress.validation
             self.bars.update(self.task, best=f"{values['best']:.4g}")
+            trouble = self.trouble + "".join(
+                f"  ({values[key]:.0f} held-out tasks {what})"
+                for key, what in (("left_out", "are not finite without any step: left out"), ("diverged", "diverge"))
+                if values[key]
+            )
             figure = "loss" if len(self.families) == 1 else f"log(loss / first loss) of {len(self.families)} families"
             self.console.print(
                 f"step {progress.step:>5}/{progress.steps}  held-out tasks: final {figure} {values['final']:.4g}, "
                 f"mean {values['mean']:.4g}  (best {values['best']:.4g})  {self.speed:,.0f} inner steps/s"
-                f"{self.trouble}",
+                f"{trouble}",
                 highlight=False,
                 soft_wrap=True,
             )

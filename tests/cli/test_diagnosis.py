@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -78,7 +79,9 @@ def test_the_log_of_a_run_that_diverges_names_its_dead_slots(tmp_path: Any) -> N
     config = TrainerConfig(steps=8, tasks=4, validation_tasks=2, validation_steps=5, learning_rate=1e-9)
     for lr, sick in ((1e12, True), (0.001, False)):
         folder = tmp_path / str(lr)
-        Trainer(RULES["sgd"](lr=lr), TASKS["quadratic"](), ESTIMATORS["truncated"](), config, folder=folder).run()
+        trainer = Trainer(RULES["sgd"](lr=lr), TASKS["quadratic"](), ESTIMATORS["truncated"](), config, folder=folder)
+        with pytest.raises(ValueError, match="diverges on all 2") if sick else nullcontext():
+            trainer.run()
         lines = read_metrics(folder / "metrics.jsonl")
         assert [f.sick for f in diagnose(lines, config, 4) if "dead slots" in f.what] == [sick]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -357,12 +358,21 @@ def test_ctrl_c_while_judging_says_that_the_rule_is_trained(run, monkeypatch: py
     assert lopt.load_card("my [red]run/rule.safetensors")["results"]
 
 
-def test_json_of_a_run_without_a_finite_validation_is_valid(run) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_whose_rule_is_never_finite_is_an_error(run) -> None:  # type: ignore[no-untyped-def]
     preset = TINY.replace('[rule]\nname = "lstm"\nhidden = 3\n', '[rule]\nname = "sgd"\nlr = 1e30\n')
     Path("wild.toml").write_text(preset)
     result = run("train", "wild.toml", "--no-eval", "--json", "--set", "trainer.steps=1")
+    assert (result.status, result.out) == (2, "")
+    assert "lopt: error: the rule diverges on all" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_run_that_never_improves_says_so_in_a_line(run) -> None:  # type: ignore[no-untyped-def]
+    changes = ["trainer.learning_rate=1e-30", "trainer.steps=1"]
+    with pytest.warns(UserWarning, match="no validation was better than the one before training"):
+        result = run("train", "tiny.toml", "--no-eval", *(part for change in changes for part in ("--set", change)))
     assert result.status == 0, result.err
-    assert json.loads(result.out, parse_constant=pytest.fail)["best"] is None
+    assert warnings.formatwarning(UserWarning("so"), UserWarning, "file", 3) == "lopt: note: so\n"
 
 
 @pytest.mark.slow

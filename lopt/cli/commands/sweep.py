@@ -85,7 +85,7 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
         console: for people; results for programs are in the sweep's folder.
     """
     from lopt.cli.sweep.sweep import print_trials
-    from lopt.meta.trainer.trainer import Interrupted
+    from lopt.meta.trainer.trainer import UNTRAINED, Interrupted
 
     trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
     say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
@@ -102,3 +102,5 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
         sys.exit(130)
     print_trials(sweep.state, console)
     say(console, f"the best one is {best.name}: {sweep.rule_path}")
+    if best.best_step == 0:
+        say(console, f"note: {UNTRAINED}")

@@ -7,7 +7,6 @@ same calls in the same order.
 from __future__ import annotations
 
 import json
-import math
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -89,7 +88,7 @@ def train_rule(
         # Judging needs one process; with --json the only thing on the standard output is the result.
         if not ranks.leads:
             return
-        best = trainer.best.value if math.isfinite(trainer.best.value) else None
+        best = trainer.best.value
         result: dict[str, Any] = {"rule": str(trainer.rule_path), "step": trainer.best.step, "best": best}
         if evaluate:
             result["results"] = judge_run(config, trainer, console)

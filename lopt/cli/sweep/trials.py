@@ -50,7 +50,10 @@ class Trained:
 
     trained_steps: int
     best_step: int
+    improved: bool
     validation: dict[str, float | None]
+    left_out: int
+    diverged: int
     seconds: float
 
 

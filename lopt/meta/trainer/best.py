@@ -27,25 +27,29 @@ class Best:
         step: outer steps after which it was reached.
         stale: validations since then.
         validated: outer steps before the last validation; -1 before the first.
+        left_out, diverged: held-out tasks that say nothing of any rule, and those on which the best one fails.
         weights: all of the rule's, by name.
     """
 
     def __init__(self, rule: Rule) -> None:
         self.value, self.step, self.stale, self.validated = math.inf, 0, 0, -1
+        self.left_out, self.diverged = 0, 0
         self.weights = copy_weights(rule)
 
-    def hear(self, value: float, step: int, weights: Mapping[str, Tensor]) -> bool:
+    def hear(self, figures: Mapping[str, float], metric: str, step: int, weights: Mapping[str, Tensor]) -> bool:
         """Keep what was validated if it is better than all before it; returns whether it is.
 
         Args:
-            value: of the weights; one that is not finite is never better.
+            figures: of the weights, as `lopt.meta.trainer.validation.Validation` has them.
+            metric: the one that decides.
             step: outer steps that led to them.
             weights: all of the rule's, which are copied.
         """
-        improved = value < self.value  # false for NaN
+        improved = figures[metric] < self.value
         self.validated, self.stale = step, 0 if improved else self.stale + 1
         if improved:
-            self.value, self.step = value, step
+            self.value, self.step = figures[metric], step
+            self.left_out, self.diverged = int(figures["left_out"]), int(figures["diverged"])
             self.weights = {name: weight.clone() for name, weight in weights.items()}
         return improved
 
@@ -53,14 +57,29 @@ class Best:
         """A rule like the given one with the best weights; a copy, which training does not touch."""
         return copy_rule(rule, self.weights)
 
+    def describe(self, metric: str) -> dict[str, Any]:
+        """What a rule's card says of it, so that nobody takes a rule that has learned nothing for a trained one.
+
+        Args:
+            metric: that decides.
+        """
+        return {
+            "best_step": self.step,
+            "improved": self.step > 0,  # on the weights that training started from
+            "validation": {metric: self.value if math.isfinite(self.value) else None},
+            "left_out": self.left_out,
+            "diverged": self.diverged,
+        }
+
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def gather_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds of it: tensors by name, and entries of its metadata."""
         tensors = {f"{WEIGHTS}{name}": value for name, value in self.weights.items()}
-        # JSON has no infinity: none is best before the first validation that is finite.
+        # JSON has no infinity: none is best before the first validation.
         value = self.value if math.isfinite(self.value) else None
-        return tensors, {"best": value, "best_step": self.step, "stale": self.stale, "validated": self.validated}
+        metadata = {"best": value, "best_step": self.step, "stale": self.stale, "validated": self.validated}
+        return tensors, metadata | {"left_out": self.left_out, "diverged": self.diverged}
 
     def restore_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Take back what `gather_state` returned.
@@ -71,6 +90,7 @@ class Best:
         self.weights = {k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)}
         self.value = math.inf if metadata["best"] is None else metadata["best"]
         self.step, self.stale, self.validated = (metadata[key] for key in ("best_step", "stale", "validated"))
+        self.left_out, self.diverged = metadata["left_out"], metadata["diverged"]
 
 
 def holds_rule(path: Path, rule: Rule, training: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ its checkpoint holds; random draws are named (see `lopt.core.random`).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,12 +30,17 @@ from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.source import Source, list_families
 from lopt.meta.trainer.state import RunState
 from lopt.meta.trainer.stop import MAX_DEAD_STEPS, Reason, Stop
-from lopt.meta.trainer.validation import log_validation, validate
+from lopt.meta.trainer.validation import Validator, log_validation
 from lopt.meta.unroll.horizons import HorizonSchedule
 from lopt.meta.unroll.on_gpu import choose_stride
 from lopt.rules import Rule
 from lopt.rules.files import save
 from lopt.tasks import TaskFamily
+
+UNTRAINED = (
+    "no validation was better than the one before training: the rule has the weights that training started from. "
+    "Try another trainer.learning_rate, more trainer.steps or another estimator"
+)
 
 
 class Interrupted(Exception):
@@ -119,6 +125,7 @@ class Trainer:
             stride = choose_stride(rule, source.family, self.device, capture=config.capture)
             source.loop = replace(source.loop, stride=stride)
             first += source.tasks
+        self.validator = Validator(list_families(self.sources), config, self.ranks)
         # After the slots have started: what a task takes is measured on them.
         self.plans = fit_all(self.sources, config.memory_mib)
         self._stop = Stop()
@@ -150,7 +157,10 @@ class Trainer:
             OSError: the folder cannot be written, as on a full disk; the last checkpoint is whole.
             FailedLead: this on rank 0.
             LostRank: another process is gone.
-            ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient.
+            ValueError: for `MAX_DEAD_STEPS` steps no task gave a finite meta-gradient; no held-out task is finite, or
+                the rule diverges on all of them.
+
+        A rule that was never better than before training comes back with a warning.
         """
         self._stop = Stop(time_limit)
         writes = self.folder is not None and self.ranks.leads
@@ -169,7 +179,19 @@ class Trainer:
                     log.hparams(self.card.get("config", {}), result)
         finally:
             torch.set_num_threads(threads)
+        self._check_best()
         return self.build_best()
+
+    def _check_best(self) -> None:
+        """Never hand back in silence what has learned nothing."""
+        best, sound = self.best, self.validator.tasks - self.best.left_out
+        if best.diverged >= sound:
+            raise (ValueError if self.ranks.leads else FailedLead)(
+                f"the rule diverges on all {sound} held-out tasks, with its best weights (step {best.step}), too: "
+                "training has come to nothing. Lower trainer.learning_rate or the rule's output scale"
+            )
+        if best.step == 0 and self.ranks.leads:
+            warnings.warn(UNTRAINED, stacklevel=3)
 
     def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
         # What the rule can do before training is the first point of every curve.
@@ -267,8 +289,8 @@ class Trainer:
         # With averaging it is the average that is judged and kept; training goes on from the weights themselves.
         weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
         rule = copy_rule(self.rule, weights) if self.config.average else self.rule
-        found = validate(rule, list_families(self.sources), self.config, self.ranks)
-        improved = self.best.hear(found.figures[self.config.validation_metric], self.step, weights)
+        found = self.validator.judge(rule)
+        improved = self.best.hear(found.figures, self.config.validation_metric, self.step, weights)
         # The untrained rule's figure is the best so far by being the first: no success to a curriculum.
         for source in self.sources:
             if source.horizon and self.step > 0:
@@ -327,13 +349,8 @@ class Trainer:
 
     def _describe_training(self) -> dict[str, Any]:
         """What the rule's card says of how it was trained and how good it is."""
-        figure = self.best.gather_state()[1]["best"]
-        return {
-            "trained_steps": self.step,
-            "best_step": self.best.step,
-            "validation": {self.config.validation_metric: figure},
-            "seconds": round(self.state.seconds, 1),
-        }
+        seconds = round(self.state.seconds, 1)
+        return {"trained_steps": self.step, **self.best.describe(self.config.validation_metric), "seconds": seconds}
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.

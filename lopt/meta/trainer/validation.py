@@ -2,6 +2,10 @@
 
 Held-out tasks are drawn by the run's seed, the same every time, from a stream of their own. So figures of one run can
 be compared, and the best weights are chosen on tasks that nothing was trained on.
+
+A task that is not finite where no step is made at all says nothing of a rule: it is left out, and counted. On the
+others a rule that makes a loss infinite or NaN has failed, and its figures say so by a number that is large and finite:
+a rule that fails on fewer of them is the better one.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ from torch import Tensor
 
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.trainer.log import RunLog
-from lopt.meta.trainer.ranks import Ranks
+from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.source import join_rows
 from lopt.meta.unroll.curves import run_curves
-from lopt.rules import Rule
+from lopt.rules import RULES, Rule
 from lopt.tasks import TaskFamily
+
+FAILURE = 1e6
+"""A loss that is not finite, or above so many times the largest one of its family without any step, counts as that."""
 
 
 class Validation(NamedTuple):
@@ -28,8 +35,9 @@ class Validation(NamedTuple):
         figures: of one family the `final` loss (mean over the last tenth of the steps), the `mean` loss and the mean
             `log` loss, means over tasks, and what else the family measures. Of several families the means over them of
             the logarithms of these losses, relative to each task's first loss: 0 is no progress, -1 a loss of 1/e.
+            With them go the numbers of tasks that are `left_out` and on which the rule `diverged`.
         families: the figures of each family by itself, if there are several.
-        losses: `[N, T]` of each, after steps 1 to N.
+        losses: `[N, T]` of each, after steps 1 to N, as they are.
     """
 
     figures: dict[str, float]
@@ -37,61 +45,122 @@ class Validation(NamedTuple):
     losses: dict[str, Tensor]
 
 
-def validate(rule: Rule, families: Mapping[str, TaskFamily], config: TrainerConfig, ranks: Ranks) -> Validation:
-    """Run held-out tasks of each family, shared out over the ranks; all get the same figures.
+class Reference(NamedTuple):
+    """What the tasks of a family are where no step is made.
+
+    Attributes:
+        sound: which tasks stay finite, losses and gradients alike, `[T]` bool.
+        largest: loss of these, in size; 1 where all are 0.
+    """
+
+    sound: Tensor
+    largest: float
+
+    def bound(self, losses: Tensor) -> tuple[Tensor, int]:
+        """Losses `[N, T]` of the sound tasks in float64, none above the one that stands for failure, and the number of
+        tasks in which one is.
+        """
+        kept, failure = losses[:, self.sound].double(), FAILURE * self.largest
+        failed = ~kept.isfinite() | (kept > failure)
+        return kept.masked_fill(failed, failure), int(failed.any(0).sum())
+
+
+class Validator:
+    """The held-out tasks of a run, shared out over its ranks; all get the same figures.
 
     Args:
-        rule: on its device, where the families are, too.
-        families: by name.
+        families: by name, where the rules will be, too.
         config: `validation_tasks`, `validation_steps` and the seed.
-    Raises:
-        LostRank: another process is gone.
+        ranks: of the run.
+
+    Attributes:
+        tasks: of all families.
     """
-    figures, relative, curves = {}, [], {}
-    for name, family in families.items():
-        found = _run_tasks(rule, family, config, ranks)
-        losses = found.pop("losses").T.contiguous()
-        # The loss before any step is what progress is measured from; no rule can help it.
-        first, curves[name] = losses[0], losses[1:]
-        figures[name] = summarize(curves[name]) | {key: float(value.mean()) for key, value in found.items()}
-        relative.append(relate(first, curves[name]))
-    # One family has losses that mean something by themselves; several have not.
-    if len(figures) == 1:
-        return Validation(next(iter(figures.values())), {}, curves)
-    merged = {key: sum(own[key] for own in relative) / len(relative) for key in relative[0]}
-    return Validation(merged, figures, curves)
 
+    def __init__(self, families: Mapping[str, TaskFamily], config: TrainerConfig, ranks: Ranks) -> None:
+        self.families, self.config, self.ranks = families, config, ranks
+        self.tasks = config.validation_tasks * len(families)
+        self._references: dict[str, Reference] = {}
 
-def _run_tasks(rule: Rule, family: TaskFamily, config: TrainerConfig, ranks: Ranks) -> dict[str, Tensor]:
-    """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order, on the CPU.
+    def judge(self, rule: Rule) -> Validation:
+        """Run the tasks of each family with a rule, and at the first call without any, to know which are sound.
 
-    They run where the rule is, and so must be what the family holds.
-    """
-    # The same numbers in every validation: the same tasks.
-    ids = torch.arange(config.validation_tasks)
-    device = next(rule.parameters()).device
-    own, found = ranks.share(ids).to(device), {}
-    if len(own):
-        curves = run_curves(
-            rule,
-            family,
-            own,
-            config.validation_steps,
-            seed=config.seed,
-            stream="validation",
-            split="outer_valid",
+        Args:
+            rule: on its device.
+        Raises:
+            ValueError: no task of a family is sound.
+            FailedLead: this on rank 0.
+            LostRank: another process is gone.
+        """
+        figures, relative, curves = {}, [], {}
+        for name, family in self.families.items():
+            reference = self._measure(name, next(rule.parameters()).device)
+            found = self._run_tasks(rule, family)
+            whole = found.pop("losses").T.contiguous()
+            # The loss before any step is what progress is measured from; no rule can help it.
+            first, curves[name] = whole[0], whole[1:]
+            losses, diverged = reference.bound(curves[name])
+            counts = {"left_out": float((~reference.sound).sum()), "diverged": float(diverged)}
+            measured = {key: float(value[reference.sound].mean()) for key, value in found.items()}
+            figures[name] = summarize(losses) | measured | counts
+            relative.append(relate(first[reference.sound].double(), losses))
+        # One family has losses that mean something by themselves; several have not.
+        if len(figures) == 1:
+            return Validation(next(iter(figures.values())), {}, curves)
+        merged = {key: sum(own[key] for own in relative) / len(relative) for key in relative[0]}
+        merged |= {key: sum(own[key] for own in figures.values()) for key in ("left_out", "diverged")}
+        return Validation(merged, figures, curves)
+
+    def _measure(self, name: str, device: torch.device) -> Reference:
+        """A family's tasks without any step; measured once."""
+        if name not in self._references:
+            # A rate of 0 keeps the parameters, and makes them NaN where a gradient is not finite.
+            still = RULES["sgd"](lr=0.0).to(device)
+            losses = self._run_tasks(still, self.families[name])["losses"].T.double()
+            sound = losses.isfinite().all(0)
+            if not sound.any():
+                # Every rank finds this; rank 0 is the one that explains.
+                raise (ValueError if self.ranks.leads else FailedLead)(
+                    f"{name}: on none of the {len(sound)} held-out tasks are losses and gradients finite, even where "
+                    "no step is made: no rule can be judged on them. Look for NaN or infinite values in the data, "
+                    "and for a loss that overflows at its start"
+                )
+            self._references[name] = Reference(sound, float(losses[:, sound].abs().max()) or 1.0)
+        return self._references[name]
+
+    def _run_tasks(self, rule: Rule, family: TaskFamily) -> dict[str, Tensor]:
+        """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order, on the CPU.
+
+        They run where the rule is, and so must be what the family holds.
+        """
+        config, ranks = self.config, self.ranks
+        # The same numbers in every validation: the same tasks.
+        ids = torch.arange(config.validation_tasks)
+        device = next(rule.parameters()).device
+        own, found = ranks.share(ids).to(device), {}
+        if len(own):
+            curves = run_curves(
+                rule,
+                family,
+                own,
+                config.validation_steps,
+                seed=config.seed,
+                stream="validation",
+                split="outer_valid",
+            )
+            found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
+        # Back in the order of the tasks, so that means do not depend on the number of ranks.
+        shares = [Ranks(rank, ranks.size).share(ids) for rank in range(ranks.size)]
+        return join_rows(
+            [(part, values) for part, values in zip(shares, ranks.gather(found), strict=True) if len(part)]
         )
-        found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
-    # Back in the order of the tasks, so that means do not depend on the number of ranks.
-    shares = [Ranks(rank, ranks.size).share(ids) for rank in range(ranks.size)]
-    return join_rows([(part, values) for part, values in zip(shares, ranks.gather(found), strict=True) if len(part)])
 
 
 def summarize(losses: Tensor) -> dict[str, float]:
     """The figures of one family: means over tasks of its losses, late and overall, and of their logs.
 
     Args:
-        losses: `[N, T]`, after steps 1 to N. What has diverged makes them infinite or NaN, as it should.
+        losses: `[N, T]`, after steps 1 to N, finite.
     """
     tail = losses[-max(1, len(losses) // 10) :]
     values = {"final": tail.mean(), "mean": losses.mean(), "log": losses.clamp(min=1e-30).log().mean()}
