@@ -3,7 +3,7 @@
 The last two are kept, as disks and copies damage files: from either a run goes on to the same end.
 
 Resuming under other settings would give a run that no configuration describes; so all that differs is named and
-refused, but for the device. What a snapshot holds is said by the `gather_state` of the parts of a run.
+refused, but for the device. What a snapshot holds is said by the `lopt.meta.trainer.state`.
 """
 
 from __future__ import annotations
