@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from distributed_workers import (
     CONTROL,
+    PLANNED,
+    RATES,
     REST,
     RULES_ASKED,
     Net,
@@ -21,6 +23,7 @@ from distributed_workers import (
     gather,
     gather_all,
     make_optimizer,
+    make_rule,
     step_with,
     train,
     train_alone,
@@ -122,6 +125,24 @@ def tensor_parallel_equals_one_process(world: World) -> None:
     train(model, optimizer, 0, 4)  # every rank has the whole batch
     expected, _ = train_alone(world.optimizer, 4)
     assert_moved_alike(gather_all(model), gather_all(expected), gather_all(Net()))
+
+
+@check("velo", also=("lstm", "small_fc", "celo2"))
+def groups_with_numbers_of_their_own_equal_one_process(world: World) -> None:
+    """A group for each parameter, sharded or not, of the rule or of AdamW."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": [named]} for named in model.named_parameters()]
+        for i, group in enumerate(groups):
+            group |= {"lr": RATES[world.optimizer] * (1 + i / 4), "weight_decay": 0.01 * i, "num_steps": PLANNED + i}
+            if i % 3 == 0:
+                group |= {"rule": "adamw", "lr": 0.01 * (i + 1), "betas": (0.5 + 0.05 * i, 0.9), "eps": 0.1 * (i + 1)}
+        return LearnedOptimizer(groups, make_rule(world.optimizer), num_steps=PLANNED)
+
+    model, alone = make_sharded(init_device_mesh("cpu", (world.size,)), with_scalar=True), Net(with_scalar=True)
+    train(model, make(model), 0, 3, world.rank, world.size)
+    train(alone, make(alone), 0, 3)
+    assert_moved_alike(gather_all(model), gather_all(alone), gather_all(Net(with_scalar=True)))
 
 
 # -- DTensors ------------------------------------------------------------------------------------------------------
