@@ -107,7 +107,7 @@ def start_naive(params: Params, name: str, capturable: bool = False) -> Started:
 
 def estimate_state_bytes(name: str, dtype: torch.dtype | None = None) -> float:
     """Bytes of state per parameter, from a matrix of 256 x 256; with a state of that dtype, if one is given."""
-    p = torch.zeros(256, 256)
+    p = torch.zeros(256, 256, dtype=torch.float32)
     accumulators = RULES[name]().init_state({"p": p}).accumulators["p"]
     widest = 8 if dtype is None else dtype.itemsize
     return sum(x.numel() * min(widest, x.element_size()) for x in accumulators.values()) / p.numel()
@@ -143,6 +143,6 @@ def draw(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> tuple[list
     for shape in shapes.values():
         params.append((0.02 * randn(shape)).to(device, dtype))
         rows = torch.exp(randn(shape[:1] + (1,) * (len(shape) - 1)))
-        tensor = 10.0 ** (-4 * float(torch.rand((), generator=generator)))
+        tensor = 10.0 ** (-4 * float(torch.rand((), generator=generator, dtype=torch.float32)))
         grads.append((tensor * rows * randn(shape)).to(device, dtype))
     return params, grads

@@ -54,7 +54,7 @@ def update_small_fc(p: Tensor, g: Tensor, state: State, steps: int, layers: Laye
     x = torch.cat(
         [normalize(f, 1e-5, range(p.ndim)) for name, f in groups.items() if name not in ("clip g", "g rs")], -1
     )
-    time = torch.tanh(steps / torch.tensor(TIME_SCALES, device=p.device) - 1)
+    time = torch.tanh(steps / torch.tensor(TIME_SCALES, device=p.device, dtype=torch.float32) - 1)
     x = torch.cat([x, time.expand(*p.shape, -1)], -1)
     y = apply_mlp(x, layers)
     return p - step_mult * y[..., 0] * torch.exp(1e-3 * y[..., 1])
@@ -94,7 +94,7 @@ def find_factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def accumulate(state: State, g: Tensor, second_decay: float) -> None:
     """Momenta `m`, second moment `v`, and averages of g^2 by row `R` and column `C` (vectors: both the element's)."""
-    decays = torch.tensor(DECAYS, device=g.device)
+    decays = torch.tensor(DECAYS, device=g.device, dtype=torch.float32)
     square = (g.square() + 1e-30)[..., None]
     rows = cols = square
     if g.ndim > 1:
@@ -165,5 +165,9 @@ def draw_layers(widths: tuple[int, ...], seed: int = 0) -> Layers:
     """Normal weights of std 1/sqrt(fan_in), biases 0."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(out, into, generator=generator) / into**0.5, torch.zeros(out)) for into, out in pairwise(widths)
+        (
+            torch.randn(out, into, generator=generator, dtype=torch.float32) / into**0.5,
+            torch.zeros(out, dtype=torch.float32),
+        )
+        for into, out in pairwise(widths)
     ]

@@ -89,7 +89,7 @@ def measure_bandwidth(device: torch.device, mebibytes: int | None = None) -> flo
     """
     if mebibytes is None:
         mebibytes = 1024 if device.type == "cuda" else 128
-    x = torch.ones(mebibytes * 2**18, device=device)
+    x = torch.ones(mebibytes * 2**18, device=device, dtype=torch.float32)
     y = torch.empty_like(x) if device.type == "cuda" else x
     call = (lambda: y.copy_(x)) if device.type == "cuda" else x.neg_
     call()

@@ -59,7 +59,7 @@ def _record(call: Callable[[], object], device: torch.device) -> list[Launch]:
 @cache
 def _warm_up(device: torch.device) -> None:
     """The first profile of a process may miss what is launched while it sets itself up."""
-    x = torch.ones(1, device=device)
+    x = torch.ones(1, device=device, dtype=torch.float32)
     _record(x.neg_, device)
 
 

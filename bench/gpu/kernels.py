@@ -227,7 +227,7 @@ def measure_all(
 
 def warm_compiler(device: torch.device) -> None:
     """Let torch.compile set itself up: that is not what compiling a kernel takes."""
-    torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(3, device=device))
+    torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(3, device=device, dtype=torch.float32))
 
 
 def make_table(results: list[dict[str, Any]]) -> Table:

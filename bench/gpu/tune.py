@@ -122,7 +122,9 @@ def make_group(name: str, shapes: Shapes, drawn: Drawn) -> Group:
     program = FUSED[name](rule, [parts], n)
     assert isinstance(program, FeatureProgram), "likewise"
     tensors = [describe_view(rule, part, program.slot(part)) for part in parts]
-    rates = parameters.Rates(*(torch.full((n,), number, device=device) for number in (1.0, 0.0, 1.0)))
+    rates = parameters.Rates(
+        *(torch.full((n,), number, device=device, dtype=torch.float32) for number in (1.0, 0.0, 1.0))
+    )
     items = parameters.make_items(drawn[1], rates)
     factored = [(part.number, t) for part, t in zip(parts, tensors, strict=True) if t.axes and t.p.numel()]
     if factored:
@@ -145,7 +147,7 @@ def make_cases(name: str, shapes: Shapes, drawn: Drawn) -> Iterator[Case]:
     moved = accumulate.bytes_moved(*sizes)
     yield Case(name, "accumulate", key, accumulate.TILE, prepare, changed, [x.clone() for x in changed], moved)
 
-    out = torch.zeros(count, device=device) if isinstance(program, UnitProgram) else None
+    out = torch.zeros(count, device=device, dtype=torch.float32) if isinstance(program, UnitProgram) else None
     prepare = partial(prepare_mlp, group, out)
     key = tiling.sign(program.family, program.shape, program.choice, dtype)
     changed = [t.p for t in tensors] if out is None else [out]

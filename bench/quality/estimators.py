@@ -44,11 +44,11 @@ class Bowl(TaskFamily):
     name = "bowl"
 
     def __init__(self, dim: int = 10) -> None:
-        self.dim, self.curvature = dim, torch.logspace(-1.5, 0, dim)
+        self.dim, self.curvature = dim, torch.logspace(-1.5, 0, dim, dtype=torch.float32)
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         """x `[dim]`."""
-        return {"x": torch.randn(self.dim, generator=generator)}
+        return {"x": torch.randn(self.dim, generator=generator, dtype=torch.float32)}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         """The curvatures: the loss is exact."""
@@ -132,7 +132,7 @@ def find_reference(rule: Rule, horizon: int, objective: str, tasks: int, sigma: 
     carry = full.start(loop, ids)
     here = flatten(full.estimate(loop, carry).gradient)
     for points in product(zip(nodes, weights / weights.sum(), strict=True), repeat=len(here)):
-        moved = move_rule(rule, sigma * torch.tensor([x for x, _ in points]))
+        moved = move_rule(rule, sigma * torch.tensor([x for x, _ in points], dtype=torch.float32))
         there = full.estimate(replace(loop, rule=moved), carry).gradient
         shift += math.prod(w for _, w in points) * (flatten(there) - here)
     return Reference(values.mean(0), find_error(values), shift)

@@ -34,7 +34,7 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
         int64 tensor of the counters' broadcast shape (0-dim when all are integers).
     """
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return fold_in(torch.tensor(int.from_bytes(digest[:8], "little", signed=True)), *counters)
+    return fold_in(torch.tensor(int.from_bytes(digest[:8], "little", signed=True), dtype=torch.int64), *counters)
 
 
 def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:

@@ -309,7 +309,7 @@ def _try_rates(
     lrs = torch.tensor([tuning.grid.value(k) for k in exponents], dtype=torch.float64)
     runs = len(lrs) * num_seeds
     weights = {key: w.detach().expand(runs) for key, w in rule.named_parameters()}
-    weights["lr"] = lrs.to(torch.get_default_dtype()).repeat_interleave(num_seeds)
+    weights["lr"] = lrs.to(weights["lr"].dtype).repeat_interleave(num_seeds)
     curves = run_curves(
         rule,
         family,

@@ -159,7 +159,7 @@ def _describe_run(rule: Rule, curves: Curves, reference: Tensor | None) -> Run:
     num_steps, count = losses.shape[0] - 1, losses.shape[1]
     average = losses.mean(1)
     # Long curves are thinned, evenly and with both ends.
-    steps = torch.linspace(0, num_steps, min(num_steps, MAX_POINTS) + 1).round().long()
+    steps = torch.linspace(0, num_steps, min(num_steps, MAX_POINTS) + 1, dtype=torch.float32).round().long()
     # A run that is not finite ranks last: quartiles below it stay what they are.
     ranked = losses[steps].nan_to_num(nan=float("inf"), posinf=float("inf"))
     low, median, high = (torch.quantile(ranked, q, dim=1) for q in (0.25, 0.5, 0.75))

@@ -39,6 +39,6 @@ def give_numbers(unit: Unit, tensor: Steppable) -> None:
     fields = {}
     for name, x in zip(NUMBERS, unit.read_adamw(), strict=True):
         shape = [-1] * tensor.stacked + [1] * tensor.layout.ndim
-        x = x.float() if isinstance(x, Tensor) else torch.full((1,), x, device=unit.members[0].p.device)
-        fields[name] = x.reshape(shape)
+        given = torch.as_tensor(x, dtype=torch.float32, device=unit.members[0].p.device)
+        fields[name] = given.reshape(shape)
     tensor.keep({}, fields)

@@ -75,7 +75,7 @@ class Shard:
             ShardPlacement(p.dim % self.layout.ndim + extra) if isinstance(p, ShardPlacement) else p
             for p in self.placements
         ]
-        strides = torch.empty(shape, device="meta").stride()
+        strides = torch.empty(shape, device="meta", dtype=torch.float32).stride()
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides)
 
     def gather(self, local: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def init_parts(
     """
     # Shapes of the whole tell what is an element's own: a part of one row looks like what rows share.
     shard = Shard(cast(DTensor, p))
-    whole = make(torch.empty(shard.layout.shape, device="meta"), shard.layout)
+    whole = make(torch.empty(shard.layout.shape, device="meta", dtype=torch.float32), shard.layout)
     local = to_local(p).contiguous().view(shard.shape)
     result: Accumulators = {}
     for key, value in make(local, shard.layout._replace(shape=shard.shape)).items():

@@ -114,7 +114,7 @@ class Unit(NamedTuple):
         dtype = torch.promote_types(p.dtype, torch.float32)
         known = [x for x in numbers if isinstance(x, float)]
         if len(known) < len(numbers):
-            tensors = (x if isinstance(x, Tensor) else torch.full((), x, device=p.device) for x in numbers)
+            tensors = (x if isinstance(x, Tensor) else torch.full((), x, device=p.device, dtype=dtype) for x in numbers)
             return torch.stack([x.to(dtype) for x in tensors])
         return known[0] if known.count(known[0]) == len(known) else make_column(known, dtype, p.device)
 

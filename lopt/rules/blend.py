@@ -96,13 +96,13 @@ class Blend(Rule):
             raise ValueError(f"lr must be above 0, got {lr}")
         self.lr = lr
         generator, inputs, outputs = make_generator(seed), len(FEATURES), len(PRIOR)
-        self.w_in = nn.Parameter(torch.randn(hidden, inputs, generator=generator) / sqrt(inputs))
-        self.b_in = nn.Parameter(torch.zeros(hidden))
+        self.w_in = nn.Parameter(torch.randn(hidden, inputs, generator=generator, dtype=torch.float32) / sqrt(inputs))
+        self.b_in = nn.Parameter(torch.zeros(hidden, dtype=torch.float32))
         # Small, and not 0: with the output at its prior, w_in has a gradient all the same.
-        self.w_out = nn.Parameter(torch.randn(outputs, hidden, generator=generator) / 100)
-        self.w_bypass = nn.Parameter(torch.zeros(outputs, inputs))
-        self.b_out = nn.Parameter(torch.tensor(PRIOR))
-        self.register_buffer("momentum_decays", torch.tensor(MOMENTA), persistent=False)
+        self.w_out = nn.Parameter(torch.randn(outputs, hidden, generator=generator, dtype=torch.float32) / 100)
+        self.w_bypass = nn.Parameter(torch.zeros(outputs, inputs, dtype=torch.float32))
+        self.b_out = nn.Parameter(torch.tensor(PRIOR, dtype=torch.float32))
+        self.register_buffer("momentum_decays", torch.tensor(MOMENTA, dtype=torch.float32), persistent=False)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         batch = p.shape[: p.ndim - layout.ndim]

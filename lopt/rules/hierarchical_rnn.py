@@ -95,21 +95,23 @@ class HierarchicalRNN(Rule):
         self.hidden = hidden
         self.temporaries = 2 * inputs + 8 * hidden
         self._draw_weights(inputs, seed, lr)
-        self.register_buffer("shares", 0.5 ** torch.arange(num_scales), persistent=False)
+        self.register_buffer("shares", 0.5 ** torch.arange(num_scales, dtype=torch.float32), persistent=False)
 
     def _draw_weights(self, inputs: int, seed: int, lr: float) -> None:
         """Meta-weights as the source starts them; levels are 1 (element), 2 (tensor), 3 (model)."""
         generator = make_generator(seed)
 
         def normal(rows: int, columns: int, fan_in: int, scale: float = SCALE) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns, generator=generator) * (scale / sqrt(fan_in)))
+            return nn.Parameter(
+                torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (scale / sqrt(fan_in))
+            )
 
         above: list[tuple[int, int]] = []
         pooled, tensor, model = self.sizes["pooled"], self.sizes["tensor"], self.sizes["global"]
         for level, width, size in ((3, tensor, model), (2, pooled, tensor), (1, inputs, self.hidden)):
-            bias = torch.zeros(3 * size)
+            bias = torch.zeros(3 * size, dtype=torch.float32)
             bias[: 2 * size] = GATE_BIAS
-            start = 2 * torch.rand(size, generator=generator) - 1
+            start = 2 * torch.rand(size, generator=generator, dtype=torch.float32) - 1
             for key, value in {"b": nn.Parameter(bias), "start": nn.Parameter(start)}.items():
                 self.register_parameter(f"{key}{level}", value)
             self.register_parameter(f"w_x{level}", normal(3 * size, width, width + size))
@@ -118,13 +120,13 @@ class HierarchicalRNN(Rule):
                 self.register_parameter(f"w_{upper}to{level}", normal(3 * size, upper_size, upper_size))
             above.append((level, size))
         self.w_direction = normal(1, self.hidden, self.hidden, SCALE / 10)
-        self.w_shortcut = nn.Parameter(torch.full((1, self.num_scales), 1 / self.num_scales))
-        self.w_rate = nn.Parameter(torch.zeros(1, self.hidden))
-        self.b_rate = nn.Parameter(torch.zeros(1))
+        self.w_shortcut = nn.Parameter(torch.full((1, self.num_scales), 1 / self.num_scales, dtype=torch.float32))
+        self.w_rate = nn.Parameter(torch.zeros(1, self.hidden, dtype=torch.float32))
+        self.b_rate = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.w_decays = normal(2, self.hidden, self.hidden)
-        self.b_decays = nn.Parameter(torch.tensor([INPUT_DECAY_BIAS, SCALE_DECAY_BIAS]))
-        self.rate_momentum = nn.Parameter(torch.tensor(RATE_MOMENTUM))
-        self.log_lr = nn.Parameter(torch.tensor(log(lr)))
+        self.b_decays = nn.Parameter(torch.tensor([INPUT_DECAY_BIAS, SCALE_DECAY_BIAS], dtype=torch.float32))
+        self.rate_momentum = nn.Parameter(torch.tensor(RATE_MOMENTUM, dtype=torch.float32))
+        self.log_lr = nn.Parameter(torch.tensor(log(lr), dtype=torch.float32))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         ndim = layout.ndim

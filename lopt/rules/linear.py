@@ -38,11 +38,11 @@ class Linear(ElementwiseRule):
         k = len(decays)
         raw = ("g", *(f"m_{i}" for i in range(1, k + 1)))
         self.feature_names = (*raw, *(f"{name} / rms" for name in raw))
-        weights = torch.zeros(2 * (k + 1))
+        weights = torch.zeros(2 * (k + 1), dtype=torch.float32)
         weights[k + 2 + k // 2] = lr
         self.weights = nn.Parameter(weights)
-        self.decay_logits = nn.Parameter(torch.logit(torch.tensor(decays)))
-        self.second_decay_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
+        self.decay_logits = nn.Parameter(torch.logit(torch.tensor(decays, dtype=torch.float32)))
+        self.second_decay_logit = nn.Parameter(torch.logit(torch.tensor([second_decay], dtype=torch.float32)))
 
     def init_flat(self, p: Tensor) -> Accumulators:
         k = self.decay_logits.shape[-1]

@@ -44,7 +44,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
         generator = make_generator(seed)
 
         def uniform(*shape: int, bound: float = 1 / sqrt(hidden)) -> nn.Parameter:
-            return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)
+            return nn.Parameter((torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
 
         self.w_ih1 = uniform(4 * hidden, num_features)
         self.w_hh1 = uniform(4 * hidden, hidden)
@@ -53,7 +53,7 @@ class CoordinatewiseLSTM(ElementwiseRule):
         self.w_hh2 = uniform(4 * hidden, hidden)
         self.b2 = uniform(4 * hidden)
         self.w_out = uniform(1, hidden, bound=0.1 / sqrt(hidden))
-        self.b_out = nn.Parameter(torch.zeros(1))
+        self.b_out = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         # A forget bias of 1, so that cells remember before they are trained.
         with torch.no_grad():
             for bias in (self.b1, self.b2):

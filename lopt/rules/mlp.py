@@ -46,8 +46,8 @@ class MLPLOpt(FeatureMLP):
     ) -> None:
         super().__init__([len(self.feature_names), *repeat_width(hidden, hidden_layers), 2], seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
-        self.register_buffer("decays", torch.tensor(DECAYS), persistent=False)
-        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
+        self.register_buffer("decays", torch.tensor(DECAYS, dtype=torch.float32), persistent=False)
+        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES, dtype=torch.float32), persistent=False)
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         return {"m": features.start_averages(p, len(DECAYS), layout.ndim)}

@@ -181,7 +181,9 @@ def _import_small_fc(weights: Weights) -> Imported:
     config, tensors = _import_layers(weights, 39, "nn/~/w{}", "nn/~/b{}")
     sizes = {"momentum": ("momentum_decays", 3), "second": ("rms_decays", 1), "factored": ("adafactor_decays", 3)}
     for ours, (theirs, size) in sizes.items():  # ports keep the initial decays and have no offsets
-        tensors[f"{ours}_offsets"] = weights.take(theirs, size) if theirs in weights else torch.zeros(size)
+        tensors[f"{ours}_offsets"] = (
+            weights.take(theirs, size) if theirs in weights else torch.zeros(size, dtype=torch.float32)
+        )
     return config, tensors
 
 

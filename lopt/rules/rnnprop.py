@@ -50,8 +50,8 @@ class RNNprop(CoordinatewiseLSTM):
         self.beta1, self.beta2, self.output_scale = beta1, beta2, output_scale
         generator = make_generator(derive_seeds(seed, "rnnprop input layer"))
         bound = 1 / sqrt(2)
-        self.w_in = nn.Parameter((torch.rand(hidden, 2, generator=generator) * 2 - 1) * bound)
-        self.b_in = nn.Parameter(torch.zeros(hidden))
+        self.w_in = nn.Parameter((torch.rand(hidden, 2, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
+        self.b_in = nn.Parameter(torch.zeros(hidden, dtype=torch.float32))
 
     def init_flat(self, p: Tensor) -> Accumulators:
         moments = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}

@@ -49,10 +49,10 @@ class SmallFC(FactoredMLP):
         widths = [len(FEATURE_NAMES), *repeat_width(hidden, hidden_layers), 2]
         super().__init__(widths, seed)
         self.exp_mult, self.step_mult = exp_mult, step_mult
-        self.momentum_offsets = nn.Parameter(torch.zeros(K))
-        self.second_offsets = nn.Parameter(torch.zeros(1))
-        self.factored_offsets = nn.Parameter(torch.zeros(K))
-        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES), persistent=False)
+        self.momentum_offsets = nn.Parameter(torch.zeros(K, dtype=torch.float32))
+        self.second_offsets = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.factored_offsets = nn.Parameter(torch.zeros(K, dtype=torch.float32))
+        self.register_buffer("time_scales", torch.tensor(features.TIME_SCALES, dtype=torch.float32), persistent=False)
 
     def decays(self) -> tuple[Tensor, Tensor, Tensor]:
         momentum, second, factored = super().decays()

@@ -84,9 +84,9 @@ class Star(Rule):
         self.temporaries = rule.temporaries + 2 * len(momentum_decays) + 6
         # As logarithms and logits meta-weights may take any value: factors keep their sign, decays stay in (0, 1).
         for key in factors:
-            self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros(())))
-        self.momentum_logits = nn.Parameter(torch.logit(torch.tensor(list(momentum_decays))))
-        self.second_logit = nn.Parameter(torch.logit(torch.tensor([second_decay])))
+            self.register_parameter(f"log_{key}", nn.Parameter(torch.zeros((), dtype=torch.float32)))
+        self.momentum_logits = nn.Parameter(torch.logit(torch.tensor(list(momentum_decays), dtype=torch.float32)))
+        self.second_logit = nn.Parameter(torch.logit(torch.tensor([second_decay], dtype=torch.float32)))
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         count = len(self.config["momentum_decays"])

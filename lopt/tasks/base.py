@@ -223,4 +223,4 @@ def branch_seeds(seeds: Tensor, branch: int) -> Tensor:
     Returns:
         int64 of the same shape.
     """
-    return fold_in(seeds, torch.tensor(BRANCHES + branch))
+    return fold_in(seeds, torch.tensor(BRANCHES + branch, dtype=torch.int64))

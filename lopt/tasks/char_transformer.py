@@ -73,7 +73,10 @@ class Transformer(nn.Module):
 
     def __init__(self, characters: int, length: int, width: int, depth: int, heads: int, expansion: int) -> None:
         super().__init__()
-        self.embedding, self.place = nn.Embedding(characters, width), nn.Parameter(0.02 * torch.randn(length, width))
+        self.embedding, self.place = (
+            nn.Embedding(characters, width),
+            nn.Parameter(0.02 * torch.randn(length, width, dtype=torch.float32)),
+        )
         self.blocks = nn.Sequential(*(Block(width, heads, expansion) for _ in range(depth)))
         self.norm, self.outward = nn.LayerNorm(width), nn.Linear(width, characters)
         nn.init.normal_(self.embedding.weight, std=0.02)

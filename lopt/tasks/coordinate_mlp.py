@@ -44,7 +44,7 @@ class Fourier(nn.Module):
     def __init__(self, count: int, frequency: float) -> None:
         super().__init__()
         generator = make_generator(derive_seeds(0, "fourier"))
-        self.register_buffer("directions", frequency * torch.randn(2, count, generator=generator))
+        self.register_buffer("directions", frequency * torch.randn(2, count, generator=generator, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Coordinates `[B, 2]` to features `[B, 2 count]`: all sines, then all cosines."""
@@ -160,7 +160,7 @@ def _divide_pixels(size: int) -> dict[str, Data]:
     """Coordinates `[n, 2]` and numbers `[n]` of the pixels of a square, 70 % train and 10 % for each other split."""
     number = torch.randperm(size**2, generator=make_generator(derive_seeds(0, "splits")))
     column, row = number % size, number // size
-    x = (torch.stack([column, row], 1) + 0.5) / size * 2 - 1
+    x = (torch.stack([column, row], 1).float() + 0.5) / size * 2 - 1
     held_out = size**2 // 10
     places = torch.split(torch.arange(size**2), [size**2 - 3 * held_out, held_out, held_out, held_out])
     return {split: (x[i], number[i]) for split, i in zip(SPLITS, places, strict=True)}

@@ -39,14 +39,14 @@ class Lasso(ExactTask):
         self.dim, self.rows, self.penalty, self.horizon = dim, rows, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        matrix = torch.randn(self.rows, self.dim, generator=generator) / self.rows**0.5
-        chosen = torch.rand(self.dim, generator=generator) < 0.25
-        sparse = torch.randn(self.dim, generator=generator) * chosen
-        noise = 0.01 * torch.randn(self.rows, generator=generator)
+        matrix = torch.randn(self.rows, self.dim, generator=generator, dtype=torch.float32) / self.rows**0.5
+        chosen = torch.rand(self.dim, generator=generator, dtype=torch.float32) < 0.25
+        sparse = torch.randn(self.dim, generator=generator, dtype=torch.float32) * chosen
+        noise = 0.01 * torch.randn(self.rows, generator=generator, dtype=torch.float32)
         return {"A": matrix, "b": matrix @ sparse + noise}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"x": torch.randn(self.dim, generator=generator)}
+        return {"x": torch.randn(self.dim, generator=generator, dtype=torch.float32)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         x = params["x"]

@@ -42,15 +42,18 @@ class Logistic(ExactTask):
         self.dim, self.count, self.penalty, self.horizon = dim, count, penalty, horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        scale = 10 ** (2 * torch.rand(self.dim, generator=generator) - 1)
-        standard = torch.randn(self.count, self.dim, generator=generator)
-        slope = 2 * torch.randn(self.dim, generator=generator) / self.dim**0.5
+        scale = 10 ** (2 * torch.rand(self.dim, generator=generator, dtype=torch.float32) - 1)
+        standard = torch.randn(self.count, self.dim, generator=generator, dtype=torch.float32)
+        slope = 2 * torch.randn(self.dim, generator=generator, dtype=torch.float32) / self.dim**0.5
         chance = torch.sigmoid(standard @ slope)
-        positive = torch.rand(self.count, generator=generator) < chance
-        return {"x": standard * scale, "y": 2.0 * positive - 1}
+        positive = torch.rand(self.count, generator=generator, dtype=torch.float32) < chance
+        return {"x": standard * scale, "y": 2 * positive.float() - 1}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"w": torch.randn(self.dim, generator=generator), "b": torch.zeros(())}
+        return {
+            "w": torch.randn(self.dim, generator=generator, dtype=torch.float32),
+            "b": torch.zeros((), dtype=torch.float32),
+        }
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         margin = batch["y"] * (batch["x"] @ params["w"] + params["b"])

@@ -266,9 +266,15 @@ def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> 
 
 
 def _build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` first asks all kinds of devices
-        return build()
+    """The module whose weights are those of a seed, in float32, whatever torch's generator and default dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` first asks all kinds of devices
+            return build()
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _trainable(module: nn.Module) -> Params:
@@ -278,7 +284,7 @@ def _trainable(module: nn.Module) -> Params:
 
 def _disturb(p: Tensor, seed: int) -> Tensor:
     """Different weights `[TRIAL, ...]` around those of a build, which may all be equal."""
-    noise = torch.randn(TRIAL, *p.shape, generator=make_generator(seed), device="cpu").to(p.device)
+    noise = torch.randn(TRIAL, *p.shape, generator=make_generator(seed), device="cpu", dtype=torch.float32).to(p.device)
     return p + 0.1 * (p.abs() + 0.1) * noise
 
 

@@ -47,12 +47,12 @@ class Quadratic(ExactTask):
     def sample(self, generator: torch.Generator) -> Task:
         draw = torch.randn if self.distribution == "gaussian" else torch.rand
         return {
-            "W": draw(self.dim, self.dim, generator=generator),
-            "y": draw(self.dim, generator=generator),
+            "W": draw(self.dim, self.dim, generator=generator, dtype=torch.float32),
+            "y": draw(self.dim, generator=generator, dtype=torch.float32),
         }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
+        return {"x": self.init_std * torch.randn(self.dim, generator=generator, dtype=torch.float32)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return (batch["W"] @ params["x"] - batch["y"]).square().sum()

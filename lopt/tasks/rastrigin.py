@@ -39,13 +39,13 @@ class Rastrigin(ExactTask):
 
     def sample(self, generator: torch.Generator) -> Task:
         return {
-            "A": torch.randn(self.dim, self.dim, generator=generator),
-            "b": torch.randn(self.dim, generator=generator),
-            "c": torch.randn(self.dim, generator=generator),
+            "A": torch.randn(self.dim, self.dim, generator=generator, dtype=torch.float32),
+            "b": torch.randn(self.dim, generator=generator, dtype=torch.float32),
+            "c": torch.randn(self.dim, generator=generator, dtype=torch.float32),
         }
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"x": torch.randn(self.dim, generator=generator)}
+        return {"x": torch.randn(self.dim, generator=generator, dtype=torch.float32)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         x = params["x"]

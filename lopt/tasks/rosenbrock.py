@@ -48,10 +48,10 @@ class Rosenbrock(ExactTask):
         self.horizon = horizon
 
     def sample(self, generator: torch.Generator) -> Task:
-        return {"a": 1 + self.spread * (2 * torch.rand(self.dim - 1, generator=generator) - 1)}
+        return {"a": 1 + self.spread * (2 * torch.rand(self.dim - 1, generator=generator, dtype=torch.float32) - 1)}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"x": self.init_std * torch.randn(self.dim, generator=generator)}
+        return {"x": self.init_std * torch.randn(self.dim, generator=generator, dtype=torch.float32)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         x, following = params["x"][:-1], params["x"][1:]

@@ -73,7 +73,7 @@ class TeacherStudent(TaskFamily):
 
     def sample(self, generator: torch.Generator) -> Task:
         return {
-            str(layer): torch.randn(fan_out, fan_in, generator=generator) / fan_in**0.5
+            str(layer): torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float32) / fan_in**0.5
             for layer, (fan_in, fan_out) in enumerate(pairwise(self.teacher_widths))
         }
 

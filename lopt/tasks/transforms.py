@@ -113,7 +113,7 @@ class Scaling(Transform):
         self.scale_range = scale_range
 
     def _draw_factors(self, generator: torch.Generator, *shape: int) -> Tensor:
-        return ((torch.rand(shape, generator=generator) * 2 - 1) * self.scale_range).exp()
+        return ((torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) * self.scale_range).exp()
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         return super().batch(tasks, seeds, split) | {self.key: tasks[self.key]}
@@ -154,7 +154,7 @@ class RandomScaling(Scaling):
         if self.level == "global":
             scale = scale.repeat(spec.size)
         elif self.level == "tensor":
-            sizes = torch.tensor([torch.Size(shape).numel() for shape in spec.shapes])
+            sizes = torch.tensor([torch.Size(shape).numel() for shape in spec.shapes], dtype=torch.int64)
             scale = scale.repeat_interleave(sizes)
         return task | {self.key: scale}
 
@@ -249,7 +249,7 @@ class ReducedBatch(Transform):
 
     def sample(self, generator: torch.Generator) -> Task:
         task = super().sample(generator)
-        return task | {self.key: (torch.rand((), generator=generator) * log(self.smallest)).exp()}
+        return task | {self.key: (torch.rand((), generator=generator, dtype=torch.float32) * log(self.smallest)).exp()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         batch = super().batch(tasks, seeds, split)
@@ -322,7 +322,7 @@ class StaleGradients(Transform):
     def sample(self, generator: torch.Generator) -> Task:
         task = super().sample(generator)
         delay = torch.randint(self.low, self.high + 1, (), generator=generator)
-        return task | {self.delay: delay, self.key: torch.zeros(self.high, self.family.spec.size)}
+        return task | {self.delay: delay, self.key: torch.zeros(self.high, self.family.spec.size, dtype=torch.float32)}
 
     def deliver(self, tasks: Task, grads: Tensor, steps: Tensor) -> tuple[Task, Tensor]:
         tasks, grads = super().deliver(tasks, grads, steps)

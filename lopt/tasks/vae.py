@@ -111,7 +111,7 @@ class VAE(ImageTask):
         return batch | {"noise": noise.expand(count, *noise.shape)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        return sum(self.metrics(params, batch).values(), torch.zeros((), device=batch["x"].device))
+        return sum(self.metrics(params, batch).values(), torch.zeros((), device=batch["x"].device, dtype=torch.float32))
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         x = batch["x"]

@@ -13,13 +13,13 @@ from lopt.tasks.base import ExactTask
 
 
 def make_module_task(**options: object) -> ModuleTask:
-    x = torch.randn(90, 5, generator=make_generator(0))
+    x = torch.randn(90, 5, generator=make_generator(0), dtype=torch.float32)
     data = (x, x.sum(1, keepdim=True))
     return ModuleTask(lambda: nn.Linear(5, 1), F.mse_loss, data, batch_size=16, **options)  # type: ignore[arg-type]
 
 
 def make_classes() -> tuple[Tensor, Tensor]:
-    x = torch.randn(60, 3, generator=make_generator(1))
+    x = torch.randn(60, 3, generator=make_generator(1), dtype=torch.float32)
     return x, (x.sum(1) > 0).long()
 
 
@@ -40,7 +40,7 @@ class Waves(ExactTask):
     name = "waves"
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"x": torch.randn(4, generator=generator)}
+        return {"x": torch.randn(4, generator=generator, dtype=torch.float32)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return (params["x"].square() + params["x"].sin()).sum()

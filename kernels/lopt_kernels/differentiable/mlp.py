@@ -266,7 +266,7 @@ def sample(
     """
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=generator.device).to(device, dtype)
+        return torch.randn(size, generator=generator, device=generator.device, dtype=torch.float32).to(device, dtype)
 
     scale = 10 ** draw(num_slots, 1, 1)
     leads = [(num_slots,) if own else () for own in per_slot]

@@ -187,9 +187,11 @@ def sample(
         hidden: width of layers, the formula's own by default.
     """
     hidden = formula.find_hidden(hidden)
-    p = torch.randn(num_coordinates, generator=generator, device=generator.device)
+    p = torch.randn(num_coordinates, generator=generator, device=generator.device, dtype=torch.float32)
     # over orders of magnitude, so that coordinates mixed up by a kernel are seen
-    scale = 10 ** (2 * torch.randn(num_coordinates, generator=generator, device=generator.device) - 2)
+    scale = 10 ** (
+        2 * torch.randn(num_coordinates, generator=generator, device=generator.device, dtype=torch.float32) - 2
+    )
     (g,) = draw_scaled(scale, 1, generator)
     draw_state = formula.draw_state or partial(_draw_state, len(formula.keys))
     draw_weights = partial(_draw_between, formula.ranges) if formula.layers is None else formula.layers.draw_weights
@@ -199,7 +201,7 @@ def sample(
         "state": tuple(s.to(device, dtype) for s in draw_state(scale, hidden, generator)),
         "weights": formula.weights(*(w.to(device) for w in draw_weights(hidden, generator))),
         "rates": parameters.sample_rates(device),
-        "step": torch.tensor([6.0], device=device),
+        "step": torch.tensor([6.0], device=device, dtype=torch.float32),
     }
 
 
@@ -211,7 +213,9 @@ def draw_scaled(scale: Tensor, count: int, generator: torch.Generator) -> tuple[
     Returns:
         `count` tensors `[N]`.
     """
-    return (torch.randn(count, len(scale), generator=generator, device=generator.device) * scale).unbind()
+    return (
+        torch.randn(count, len(scale), generator=generator, device=generator.device, dtype=torch.float32) * scale
+    ).unbind()
 
 
 def draw_moments(scale: Tensor, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -236,7 +240,7 @@ def _draw_state(count: int, scale: Tensor, hidden: int, generator: torch.Generat
 
 def _draw_between(ranges: Sequence[tuple[float, float]], hidden: int, generator: torch.Generator) -> list[Tensor]:
     """One number from each range."""
-    share = torch.rand(len(ranges), generator=generator, device=generator.device)
+    share = torch.rand(len(ranges), generator=generator, device=generator.device, dtype=torch.float32)
     return [low + (high - low) * x for (low, high), x in zip(ranges, share, strict=True)]
 
 

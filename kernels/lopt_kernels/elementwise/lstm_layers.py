@@ -263,7 +263,7 @@ def draw_weights(num_features: int, hidden: int, generator: torch.Generator) -> 
     Normal numbers over the root of H, with which some gates saturate. Launches on them are compared with the reference.
     """
     shapes = weight_shapes(num_features, hidden)
-    drawn = [torch.randn(shape, generator=generator, device=generator.device) for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32) for shape in shapes]
     return LSTMWeights(*(w * hidden**-0.5 for w in drawn))
 
 
@@ -288,6 +288,6 @@ def draw_rows(rows: int, num_coordinates: int, generator: torch.Generator) -> Te
     """
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
     return draw(rows, num_coordinates) * 10 ** (draw(rows, 1) + draw(num_coordinates) - 1)

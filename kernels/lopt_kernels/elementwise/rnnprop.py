@@ -157,7 +157,10 @@ def draw_weights(hidden: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     They are standard normal in the dense layer; in the LSTM some gates saturate. Numbers are drawn on the generator's
     device.
     """
-    dense = (torch.randn(shape, generator=generator, device=generator.device) for shape in weight_shapes(hidden)[:2])
+    dense = (
+        torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+        for shape in weight_shapes(hidden)[:2]
+    )
     return *dense, *lstm_layers.draw_weights(hidden, hidden, generator)
 
 

@@ -283,16 +283,16 @@ def sample(
     """
     family, shape = family or Family(), shape or Shape(hidden=32)
     group = samples.draw_group(samples.divide_coordinates(num_coordinates), family, generator, dtype, device)
-    network = Network(torch.tensor([1.0, 10.0, 100.0], device=device), relative=True)
+    network = Network(torch.tensor([1.0, 10.0, 100.0], device=device, dtype=torch.float32), relative=True)
     total = count_first(family, shape, network) + shape.num_rest
     drawn = accumulate.reference
     rates, decays = parameters.sample_rates(device), samples.draw_decays(family, device)
     return {
         "group": group,
         "sums": [drawn(t, decays, rates, family).squares for t in group],
-        "weights": torch.randn(1, total, generator=generator, device=generator.device).to(device),
+        "weights": torch.randn(1, total, generator=generator, device=generator.device, dtype=torch.float32).to(device),
         "steps": torch.arange(len(group), device=device) * 7,
-        "factor": torch.linspace(0.5, 2.0, len(group), device=device),
+        "factor": torch.linspace(0.5, 2.0, len(group), device=device, dtype=torch.float32),
         "family": family,
         "shape": shape,
         "network": network,
@@ -316,7 +316,9 @@ def compile_source(dtype: torch.dtype, family: Family | None = None, shape: Shap
     Args:
         dtype: of the accumulators, which is float32.
     """
-    constexprs = _constexprs(family or Family(), shape or Shape(hidden=32), Network(torch.ones(11)))
+    constexprs = _constexprs(
+        family or Family(), shape or Shape(hidden=32), Network(torch.ones(11, dtype=torch.float32))
+    )
     types = parameters.TYPES | {"norm_eps": "fp32", "step_mult": "fp32"}
     return specialize(_fold_kernel, constexprs, OPTIONS, **types)
 

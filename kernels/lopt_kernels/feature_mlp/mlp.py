@@ -306,7 +306,7 @@ def launch(
     """
     choice = choice or choose_tiles(shape)
     places = list(accumulate_sizes((t.p.numel() for t in group), initial=0))
-    steps = torch.empty(places[-1], device=group[0].p.device) if delta else None
+    steps = torch.empty(places[-1], device=group[0].p.device, dtype=torch.float32) if delta else None
     new = [t.p if delta else t.p.clone() for t in group]
     copies = [t._replace(p=p, slot=0) for t, p in zip(group, new, strict=True)]
     parts = [s for i, t in enumerate(copies) for s in table.make_segments(t, i, choice.block, places[i])]
@@ -328,7 +328,7 @@ def draw_weights(
     """
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=generator.device).to(rates.lr.device)
+        return torch.randn(size, generator=generator, device=generator.device, dtype=torch.float32).to(rates.lr.device)
 
     first = []
     for t in group:

@@ -133,7 +133,9 @@ def sample(
     """
     widths = (10, 10, 1, 512, 512)
     count = max(1, num_coordinates // sum(widths))
-    drawn = torch.randn(count, sum(widths), generator=generator, device=generator.device).to(device)
+    drawn = torch.randn(count, sum(widths), generator=generator, device=generator.device, dtype=torch.float32).to(
+        device
+    )
     return {"rows": [tuple(x.clone() for x in row.split(widths)) for row in drawn]}
 
 

@@ -29,7 +29,7 @@ def draw_group(
     """
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
     def draw_positive(*shape: int) -> Tensor:
         return (10 ** (2 * draw(*shape) - 3)).to(device)
@@ -62,7 +62,7 @@ def draw_decays(family: Family, device: torch.device) -> Tensor:
     """
     # 0.5 itself, where the formulas change, and one below it
     momenta = [0.9, 0.99, 0.999, 0.5, 0.95, 0.1][: family.momenta]
-    return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device)
+    return torch.tensor([*momenta, 0.999, 0.9, 0.99, 0.999], device=device, dtype=torch.float32)
 
 
 def divide_coordinates(num_coordinates: int, width: int = 64) -> list[tuple[int, ...]]:

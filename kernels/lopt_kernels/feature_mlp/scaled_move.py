@@ -193,7 +193,9 @@ def sample(
         generator: numbers are drawn on its device.
         dtype: of the step, which is float32.
     """
-    p, delta = torch.randn(2, num_coordinates, generator=generator, device=generator.device).to(device)
+    p, delta = torch.randn(2, num_coordinates, generator=generator, device=generator.device, dtype=torch.float32).to(
+        device
+    )
     return {"p": p, "delta": delta, "rates": parameters.sample_rates(device), "scale": 1e-2}
 
 

@@ -241,7 +241,10 @@ def sample(
         dtype: of the gradients.
     """
     sizes = [num_coordinates // 2, num_coordinates // 4, num_coordinates - num_coordinates // 2 - num_coordinates // 4]
-    grads = [torch.randn(size, generator=generator, device=generator.device).to(device, dtype) for size in sizes]
+    grads = [
+        torch.randn(size, generator=generator, device=generator.device, dtype=torch.float32).to(device, dtype)
+        for size in sizes
+    ]
     grads[1][-1:] = torch.nan
     grads[2][-1:] = min(4 * BOUND, torch.finfo(dtype).max)
     count = torch.arange(3, device=device)

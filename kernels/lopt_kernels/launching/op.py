@@ -76,7 +76,7 @@ def try_triton(device: torch.device) -> str | None:
     """
     try:
         check_triton("optimizer", device)
-        with torch.cuda.device_of(torch.empty(0, device=device)):
+        with torch.cuda.device_of(torch.empty(0, device=device, dtype=torch.float32)):
             probe[(1,)]()
     except Exception as error:  # whatever it is, ordinary operations go on
         return f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)

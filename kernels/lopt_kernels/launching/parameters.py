@@ -156,7 +156,7 @@ def sample_rates(device: torch.device) -> Rates:
 
     So a kernel that leaves out learning rate, decay or sign does not equal its reference.
     """
-    return Rates(*(torch.tensor([value], device=device) for value in (0.7, 0.03, -1.3)))
+    return Rates(*(torch.tensor([value], device=device, dtype=torch.float32) for value in (0.7, 0.03, -1.3)))
 
 
 def launch_flat(

@@ -36,7 +36,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
         `state_bytes` per parameter of a float32 tensor, for a vector and two matrices; `state_bytes_per_parameter` is
         that of the 64 x 64 matrix, whose `state` is listed.
     """
-    tensors = rule.init_state({"weight": torch.zeros(64, 64)}).accumulators["weight"]
+    tensors = rule.init_state({"weight": torch.zeros(64, 64, dtype=torch.float32)}).accumulators["weight"]
     held = {"x".join(map(str, shape)): _measure_state(rule, shape) for shape in SHAPES}
     return {
         "rule": rule.name,
@@ -57,7 +57,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
 def _measure_state(rule: Rule, shape: tuple[int, ...]) -> float:
     """Bytes per parameter, of which nothing is allocated."""
     with torch.device("meta"):
-        state = rule.init_state({"weight": torch.zeros(shape)})
+        state = rule.init_state({"weight": torch.zeros(shape, dtype=torch.float32)})
     held = sum(a.numel() * a.element_size() for a in state.accumulators["weight"].values())
     return round(held / prod(shape), 2)
 

@@ -168,7 +168,7 @@ def locate(value: Tensor, limits: tuple[float, float]) -> float:
     """Where a value is on a logarithmic axis, as a share of its length in [0, 1], for labels at the ends of curves;
     values beyond the limits are at the end.
     """
-    low, high = torch.tensor(limits).log()
+    low, high = torch.tensor(limits, dtype=torch.float32).log()
     return torch.nan_to_num((value.log() - low) / (high - low)).clamp(0, 1).item()
 
 

@@ -205,7 +205,7 @@ def draw_jump(portrait: Portrait, theme: Theme) -> Figure:
         # Adam gets the learning rate at which its steps are as large, so that only the shapes differ.
         lr = measure_size(ours) / measure_size(adam)
         for steps, color, width in ((adam, GREY, 1.5), (ours / (lr or 1.0), theme.subject, 2.0)):
-            low, middle, high = steps.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).numpy()
+            low, middle, high = steps.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32), dim=0).numpy()
             axes.fill_between(time, low, high, color=color, alpha=0.2, lw=0)
             axes.plot(time, middle, color=color, lw=width, solid_capstyle="round")
         for edge in (probes.PHASES[0], sum(probes.PHASES[:2])):
@@ -306,7 +306,7 @@ def draw_schedule(portrait: Portrait, theme: Theme) -> Figure:
     # A rule that knows the planned length is shown over its share, another one over steps on a log scale.
     x = [t / num_steps if portrait.clocked else t + 1 for t in range(num_steps)]
     largest = [find_largest(probed.steps[:, i]) for i in range(len(probed.scales))]
-    shares = probed.steps / torch.tensor([size or 1.0 for size in largest])[:, None]
+    shares = probed.steps / torch.tensor([size or 1.0 for size in largest], dtype=torch.float32)[:, None]
     floor = min(0.0, torch.nan_to_num(shares).clamp(-1, 1).min().item())
     for axes, loss, curves in zip(panels, probed.losses, shares, strict=True):
         anchors = []

@@ -30,9 +30,9 @@ REACH = 3.0
 """Largest gradient of a map, in units of its scale."""
 PHASES = (40, 60, 60)
 """Steps of a jump: noise, a constant gradient, its opposite."""
-RATIOS = torch.logspace(-1.5, 1.5, 13)
+RATIOS = torch.logspace(-1.5, 1.5, 13, dtype=torch.float32)
 """Signal to noise of the gradients in a portrait."""
-SIZES = torch.logspace(-4, 2, 37)
+SIZES = torch.logspace(-4, 2, 37, dtype=torch.float32)
 DRAWS = 64
 LOSSES = ("falling", "flat", "rising")
 PASTS = ("the same gradient before", "alternating signs before", "the opposite gradient before", "first step of all")
@@ -153,7 +153,7 @@ def probe_gradient(rule: Rule, sizes: Tensor) -> dict[str, Tensor]:
     Returns:
         Steps `[n]` for each past, by its name.
     """
-    signs = torch.ones(3, HISTORY + 1)
+    signs = torch.ones(3, HISTORY + 1, dtype=torch.float32)
     signs[1, :HISTORY] = 1 - 2.0 * (torch.arange(HISTORY) % 2)
     signs[2, :HISTORY] = -1
     signals = (signs[..., None] * sizes).movedim(1, 0)  # [time, pasts, n]
@@ -171,13 +171,15 @@ def probe_map(rule: Rule, scales: tuple[float, ...] = SCALES, resolution: int = 
         scales: of the gradients, each a map of its own.
         resolution: gradients from -REACH to REACH times the scale.
     """
-    axis = torch.linspace(-REACH, REACH, resolution)
+    axis = torch.linspace(-REACH, REACH, resolution, dtype=torch.float32)
     past, present = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
-    signal = torch.stack([*[past] * HISTORY, present])[:, None] * torch.tensor(scales)[:, None]  # [time, scales, pairs]
+    signal = (
+        torch.stack([*[past] * HISTORY, present])[:, None] * torch.tensor(scales, dtype=torch.float32)[:, None]
+    )  # [time, scales, pairs]
     shape = (len(scales), resolution, resolution)
     if rule.elementwise:
         return Map(axis, scales, respond(rule, signal, torch.zeros_like(signal[0]))[-1].reshape(shape))
-    generator, total = make_generator(0), torch.zeros(len(scales), resolution**2)
+    generator, total = make_generator(0), torch.zeros(len(scales), resolution**2, dtype=torch.float32)
     for i in range(arrangements):
         if i % 2 == 0:  # each order twice, with opposite values, so that the values favour no direction
             order = torch.randperm(resolution**2, generator=generator)
@@ -195,10 +197,10 @@ def probe_jump(rule: Rule, scales: tuple[float, ...] = SCALES, draws: int = 2 * 
         scales: each a probe of its own.
         draws: of the noise, the same for all scales; a multiple of SIDE.
     """
-    noise = torch.randn(PHASES[0], draws, generator=make_generator(1))
-    levels = torch.tensor([1.0] * PHASES[1] + [-1.0] * PHASES[2])
+    noise = torch.randn(PHASES[0], draws, generator=make_generator(1), dtype=torch.float32)
+    levels = torch.tensor([1.0] * PHASES[1] + [-1.0] * PHASES[2], dtype=torch.float32)
     gradients = torch.cat([noise, levels[:, None].expand(-1, draws)])  # [time, draws]
-    sizes = torch.tensor(scales)
+    sizes = torch.tensor(scales, dtype=torch.float32)
     steps = measure(rule, gradients[:, None] * sizes[:, None], sizes)
     shown = gradients.T.expand(len(scales), -1, -1)
     return Jump(scales, shown, steps.movedim(0, -1))
@@ -212,9 +214,9 @@ def probe_noise(
     The root mean square of the gradient is the scale, whatever the ratio. Statistics are over draws and over the second
     half of `num_steps`.
     """
-    noise = torch.randn(num_steps, 1, 1, draws, generator=make_generator(2))
+    noise = torch.randn(num_steps, 1, 1, draws, generator=make_generator(2), dtype=torch.float32)
     signal = (ratios[:, None] + noise) / (1 + ratios.square()).sqrt()[:, None]  # [time, 1, ratios, draws]
-    sizes = torch.tensor(scales)[:, None].expand(-1, len(ratios))
+    sizes = torch.tensor(scales, dtype=torch.float32)[:, None].expand(-1, len(ratios))
     steps = measure(rule, (signal * sizes[..., None]).flatten(1, 2), sizes.flatten())[num_steps // 2 :]
     mean, std = steps.mean((0, -1)), steps.var(-1).mean(0).sqrt()
     return Noise(scales, ratios, mean.reshape(sizes.shape), std.reshape(sizes.shape))
@@ -228,7 +230,7 @@ def probe_schedule(rule: Rule, num_steps: int = PLANNED, scales: tuple[float, ..
         scales: each a run of its own; for rules that read the training loss, under each of `LOSSES`.
     """
     losses = LOSSES if rule.needs_loss else LOSSES[:1]
-    sizes = torch.tensor(scales * len(losses))
+    sizes = torch.tensor(scales * len(losses), dtype=torch.float32)
     readings = torch.stack([make_loss(kind, num_steps) for kind in losses], -1).repeat_interleave(len(scales), -1)
     steps = _follow(rule, sizes.expand(num_steps, -1), sizes, readings, num_steps)
     return Schedule(scales, losses, steps.T.reshape(len(losses), len(scales), num_steps))
@@ -242,8 +244,10 @@ def make_loss(kind: str, num_steps: int) -> Tensor:
     Returns:
         `[num_steps]`.
     """
-    falling = 0.15 + 2.15 * torch.exp(-4 * torch.linspace(0, 1, num_steps))
-    return {"falling": falling, "flat": torch.full((num_steps,), 2.3), "rising": falling.flip(0)}[kind]
+    falling = 0.15 + 2.15 * torch.exp(-4 * torch.linspace(0, 1, num_steps, dtype=torch.float32))
+    return {"falling": falling, "flat": torch.full((num_steps,), 2.3, dtype=torch.float32), "rising": falling.flip(0)}[
+        kind
+    ]
 
 
 # -- how steps are taken -----------------------------------------------------------------------------------------------
@@ -268,7 +272,9 @@ def measure(
     repeats, generator = draws // SIDE, make_generator(3)
     values = _draw_values((repeats, SIDE, SIDE), generator)
     values.diagonal(dim1=-2, dim2=-1).zero_()
-    noise = torch.randn(time, 1, repeats, SIDE, SIDE, generator=generator)  # the same for all curves
+    noise = torch.randn(
+        time, 1, repeats, SIDE, SIDE, generator=generator, dtype=torch.float32
+    )  # the same for all curves
     gradients = (noise * sizes[:, None, None, None]).flatten(1, 2)
     gradients.diagonal(dim1=-2, dim2=-1).copy_(signals.reshape(time, -1, SIDE))
     values = values.repeat(curves, 1, 1)

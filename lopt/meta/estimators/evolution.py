@@ -159,12 +159,13 @@ class Evolution(Estimator):
     def _run_members(self, loop: InnerLoop, pairs: Pairs) -> Window:
         """A window of all members, each with the rule's meta-weights and its own perturbation of them."""
         members, start = len(self.signs), self._select_first(pairs.slots)
-        signs = torch.tensor(self.signs, device=pairs.drift.device)
         weights = {name: w.detach() for name, w in loop.rule.meta_weights().items()}
+        dtype = next(iter(weights.values())).dtype
+        signs = torch.tensor(self.signs, dtype=dtype, device=pairs.drift.device)
 
         # Made of the slots: in `nres` a task that starts within the window has a perturbation of its own.
         def perturb_weights(slots: Slots) -> Params:
-            noise = self.perturb(loop, start, slots.episode[::members]).to(torch.get_default_dtype())
+            noise = self.perturb(loop, start, slots.episode[::members]).to(dtype)
             signed = (self.sigma * signs[:, None] * noise[:, None]).flatten(0, 1)
             moved = _split(signed, weights)
             return {name: w + moved[name] for name, w in weights.items()}

@@ -173,7 +173,11 @@ def merge_sources(totals: Sequence[Total], weights: Sequence[float]) -> Total:
     # Without a finite task anywhere this is a gradient of 0, on which no step is made.
     whole = sum(shares) or 1.0
     gradient = (
-        sum((share * total.gradient for share, total in zip(shares, totals, strict=True)), torch.zeros(())) / whole
+        sum(
+            (share * total.gradient for share, total in zip(shares, totals, strict=True)),
+            torch.zeros((), dtype=torch.float32),
+        )
+        / whole
     )
     metrics = merge_metrics([(share, total.metrics) for share, total in zip(shares, totals, strict=True)])
     if NOISE in metrics and len(totals) > 1:  # sources are independent: their variances add up

@@ -90,8 +90,9 @@ class OuterOptimizer:
         AdamW makes its state with its first step; before that there is none.
         """
         tensors = {name: self.average[name.removeprefix(AVERAGE)] for name in self.list_average()}
-        for index, state in self.adamw.state_dict()["state"].items():
-            tensors |= {f"{MOMENTS}{index}.{key}": value for key, value in state.items()}
+        for i, state in self.adamw.state_dict()["state"].items():
+            # torch makes the counter in float64 where that is its default dtype, and else in float32.
+            tensors |= {f"{MOMENTS}{i}.{key}": x.float() if key == "step" else x for key, x in state.items()}
         return tensors
 
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:

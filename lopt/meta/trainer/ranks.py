@@ -114,7 +114,7 @@ class Ranks:
         """
         if self.size == 1:
             return number
-        value = torch.tensor(number)
+        value = torch.tensor(number, dtype=torch.int64)
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
@@ -186,7 +186,7 @@ class Ranks:
     def _broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes."""
         # Two broadcasts: the others cannot know how much comes.
-        size = torch.tensor(len(data))
+        size = torch.tensor(len(data), dtype=torch.int64)
         dist.broadcast(size, 0)
         buffer = _to_tensor(data) if self.leads else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(buffer, 0)
@@ -196,8 +196,8 @@ class Ranks:
     def _gather(self, data: bytes, *, to_all: bool) -> list[bytes]:
         """Every rank's bytes, here or on rank 0 alone."""
         # Collectives want equal sizes: all buffers are as long as the longest, and cut again afterwards.
-        sizes = [torch.tensor(0) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor(len(data)))
+        sizes = [torch.tensor(0, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor(len(data), dtype=torch.int64))
         longest = max(map(int, sizes))
         buffer = torch.zeros(longest, dtype=torch.uint8)
         buffer[: len(data)] = _to_tensor(data)

@@ -56,7 +56,7 @@ def step_in_graph(
         [member.g for member in members],
         [x for member in members for x in member.state.values()],
         tally,
-        [torch.as_tensor(rate).reshape(()) for rate in rates] if in_tensors else [],
+        [torch.as_tensor(rate, dtype=torch.float32).reshape(()) for rate in rates] if in_tensors else [],
         None if amp is None else amp.unscale,
         None if amp is None else amp.found_inf,
         floats,

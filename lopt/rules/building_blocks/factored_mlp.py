@@ -57,9 +57,9 @@ class FactoredMLP(FeatureMLP):
 
     def __init__(self, widths: list[int], seed: int, bank: tuple[int, ...] = ()) -> None:
         super().__init__(widths, seed, bank)
-        self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS), persistent=False)
-        self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS), persistent=False)
-        self.register_buffer("second_decays", torch.tensor([self.second_decay]), persistent=False)
+        self.register_buffer("momentum_decays", torch.tensor(MOMENTUM_DECAYS, dtype=torch.float32), persistent=False)
+        self.register_buffer("factored_decays", torch.tensor(FACTORED_DECAYS, dtype=torch.float32), persistent=False)
+        self.register_buffer("second_decays", torch.tensor([self.second_decay], dtype=torch.float32), persistent=False)
 
     def decays(self) -> tuple[Tensor, Tensor, Tensor]:
         """Decays `[3]`, `[1]`, `[3]` of momenta, second moment and factored moments; a batch may come first."""

@@ -110,10 +110,10 @@ class FeatureMLP(Rule):
         generator = make_generator(seed)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
             std = 1 / sqrt(fan_in)
-            weight = torch.empty(*bank, fan_out, fan_in)
+            weight = torch.empty(*bank, fan_out, fan_in, dtype=torch.float32)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.register_parameter(f"w{i}", nn.Parameter(weight))
-            self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(*bank, fan_out)))
+            self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(*bank, fan_out, dtype=torch.float32)))
 
     # -- what a rule says of itself ------------------------------------------------------------------------------------
 

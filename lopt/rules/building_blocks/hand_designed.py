@@ -42,7 +42,7 @@ class HandDesigned(ElementwiseRule):
         self.needs_num_steps = schedule == "cosine"
         # Every number is a meta-weight: a grid of them is a population, and their gradients can be checked.
         for name, value in {"lr": lr, "weight_decay": weight_decay, **hyper}.items():
-            self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
+            self.register_parameter(name, nn.Parameter(torch.tensor(float(value), dtype=torch.float32)))
 
     @abstractmethod
     def direction(self, g: Tensor, acc: Accumulators, step: Tensor) -> tuple[Tensor, Accumulators]:

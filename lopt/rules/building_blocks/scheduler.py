@@ -46,12 +46,14 @@ class Scheduler(nn.Module):
         sizes = {"mix": (width, inputs), "skip": (width, inputs), "lstm": (4 * width, 2 * width)}
         for name, (rows, cols) in (sizes | {name: (rows, width) for name, rows in heads.items()}).items():
             std = 1 / sqrt(cols)
-            weight = nn.init.trunc_normal_(torch.empty(rows, cols), std=std, a=-2 * std, b=2 * std, generator=generator)
+            weight = nn.init.trunc_normal_(
+                torch.empty(rows, cols, dtype=torch.float32), std=std, a=-2 * std, b=2 * std, generator=generator
+            )
             self.register_parameter(f"w_{name}", nn.Parameter(weight))
-            self.register_parameter(f"b_{name}", nn.Parameter(torch.zeros(rows)))
-        self.h0 = nn.Parameter(torch.zeros(width))
-        self.c0 = nn.Parameter(torch.zeros(width))
-        self.register_buffer("centers", torch.tensor(features.PROGRESS_CENTERS), persistent=False)
+            self.register_parameter(f"b_{name}", nn.Parameter(torch.zeros(rows, dtype=torch.float32)))
+        self.h0 = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.c0 = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.register_buffer("centers", torch.tensor(features.PROGRESS_CENTERS, dtype=torch.float32), persistent=False)
 
     def start(self, batch: tuple[int, ...], like: Tensor) -> Accumulators:
         """A tensor's row before the first step: the loss buffer and the LSTM's vectors.

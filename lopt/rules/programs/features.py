@@ -337,9 +337,9 @@ class VeLOProgram(ScheduledProgram):
         super().__init__(rule, groups, count, slots)
         views = [view for tables in self.passes for view in tables.views]
         device = self.packed.device
-        self.place = torch.tensor([view.number for view in views]).argsort().to(device)
+        self.place = torch.tensor([view.number for view in views], dtype=torch.int64).argsort().to(device)
         large = [count_large(view.layout) for view in sorted(views, key=lambda view: view.number)]
-        self.large = torch.tensor(large).to(device)
+        self.large = torch.tensor(large, dtype=torch.int64).to(device)
 
     @property
     def num_rows(self) -> int:

@@ -98,7 +98,10 @@ class _Group:
         ]
         # Kernels read gradients by address: these stay valid, as the slots' buffers never move.
         addresses = [grads[name][slot].data_ptr() for slot in range(slots) for name in params]
-        ones, zeros = torch.ones(count, device=device), torch.zeros(count, device=device)
+        ones, zeros = (
+            torch.ones(count, device=device, dtype=torch.float32),
+            torch.zeros(count, device=device, dtype=torch.float32),
+        )
         self.items = Items(
             grads=upload(addresses, torch.int64, device),
             rates=Rates(ones, zeros, ones),

@@ -83,7 +83,7 @@ def load_digits() -> Splits:
         ImportError: scikit-learn is missing (`pip install lopt[train]`).
     """
     images, classes = _import_sklearn("datasets").load_digits(return_X_y=True)
-    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(classes)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(classes, dtype=torch.int64)
     return _divide(x, y, 120, stratify=True)
 
 
@@ -101,7 +101,7 @@ def load_photographs() -> Tensor:
         ImportError: scikit-learn or Pillow is missing (`pip install lopt[train]`).
     """
     images = _import_sklearn("datasets").load_sample_images().images
-    return torch.stack([torch.tensor(image) for image in images]).permute(0, 3, 1, 2).contiguous()
+    return torch.stack([torch.tensor(image, dtype=torch.uint8) for image in images]).permute(0, 3, 1, 2).contiguous()
 
 
 @cache
@@ -146,8 +146,9 @@ def load_table(data: str) -> Splits:
     choose("data", data, TABLE_HELD_OUT)
     features, targets = getattr(_import_sklearn("datasets"), f"load_{data}")(return_X_y=True)
     regression = data == "diabetes"
-    y = torch.tensor(targets)[:, None] if regression else torch.tensor(targets).long()
-    table = _divide(torch.tensor(features), y, TABLE_HELD_OUT[data], stratify=not regression)
+    y = torch.tensor(targets, dtype=torch.float64 if regression else torch.int64)
+    y = y[:, None] if regression else y
+    table = _divide(torch.tensor(features, dtype=torch.float64), y, TABLE_HELD_OUT[data], stratify=not regression)
     x_train, y_train = table["train"]
 
     def standardise(x: Tensor, by: Tensor) -> Tensor:
