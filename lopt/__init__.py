@@ -2,17 +2,17 @@
 
     optimizer = lopt.LearnedOptimizer(model.parameters())
 
-Every name is imported when it is first used: `import lopt` by itself loads neither torch nor meta-training.
+Every name is imported when it is first used: `import lopt` by itself loads neither torch nor meta-training, nor
+anything else, as the command line can be interrupted from there on.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from lopt.core.version import VERSION as __version__
-
+TYPE_CHECKING = False  # as type checkers know it without `typing`
 if TYPE_CHECKING:
+    from typing import Any
+
+    from lopt.core.version import VERSION as __version__
     from lopt.meta.trainer.trainer import Trainer
     from lopt.optim.learned_optimizer import LearnedOptimizer
     from lopt.optim.param_groups import group_parameters
@@ -41,6 +41,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module("lopt.core.version").VERSION
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -15,7 +15,7 @@ from pages import PAGES, ROOT, find_anchors, find_code, find_links, find_spans
 
 import lopt
 from bench.__main__ import cli as bench_cli
-from lopt.__main__ import cli as lopt_cli
+from lopt.cli.program import cli as lopt_cli
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.unroll.horizons import HORIZONS
 from lopt.rules import RULES

@@ -79,7 +79,7 @@ def test_kernels_folder_is_no_package() -> None:
 HEAVY = ["torch", "lopt.meta", "lopt.evaluation", "lopt.optim", "matplotlib", "sklearn", "numpy"]
 
 
-@pytest.mark.parametrize("code", ["import lopt", "from lopt.__main__ import cli"])
+@pytest.mark.parametrize("code", ["import lopt", "from lopt.cli.program import cli"])
 def test_importing_lopt_or_its_command_line_loads_nothing_heavy(code: str) -> None:
     code = f"import sys; {code}; print([m for m in {HEAVY} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

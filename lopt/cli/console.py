@@ -41,6 +41,7 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
         console: quiet on all ranks but the first.
         time_limit: seconds after which training ends with the best rule so far; None: only with its last step.
     """
+    from lopt.cli.memory import explain_memory
     from lopt.cli.progress import TrainingProgress
     from lopt.cli.run_folder import resume_command
     from lopt.meta.trainer.trainer import Interrupted
@@ -56,7 +57,7 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
     for plan in trainer.plans:
         say(console, f"  {plan}")
     try:
-        with TrainingProgress(console, trainer) as progress:
+        with explain_memory(trainer.card["config"]), TrainingProgress(console, trainer) as progress:
             trainer.run(progress.update, time_limit)
     except Interrupted:
         hint = resume_command(trainer.rule_path.parent)

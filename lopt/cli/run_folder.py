@@ -26,6 +26,7 @@ import torch
 
 import lopt
 from lopt.cli.folder_lock import hold_folder
+from lopt.cli.memory import check_memory, explain_memory
 from lopt.core.documents import read_json, to_json
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
@@ -58,32 +59,34 @@ def build_trainer(
     Raises:
         ValueError: something in the configuration cannot be built.
     """
-    # Sources that draw from the same task share the family, whose data are read once.
-    families = [(source.task, source.build_task()) for source in config.list_families()]
-    sources = []
-    for source in config.list_sources():
-        family = next(built for task, built in families if task == source.task)
-        sources.append(
-            Source(
-                source.transform(family),
-                config.build_estimator(source),
-                source.tasks or config.trainer.tasks,
-                name=source.name,
-                weight=source.weight,
-                horizon=source.build_horizon(),
-                validation_family=family,
-                guidance=config.imitation.weigh,
+    with explain_memory(config.to_dict()):
+        # Sources that draw from the same task share the family, whose data are read once.
+        families = [(source.task, source.build_task()) for source in config.list_families()]
+        sources = []
+        for source in config.list_sources():
+            family = next(built for task, built in families if task == source.task)
+            sources.append(
+                Source(
+                    source.transform(family),
+                    config.build_estimator(source),
+                    source.tasks or config.trainer.tasks,
+                    name=source.name,
+                    weight=source.weight,
+                    horizon=source.build_horizon(),
+                    validation_family=family,
+                    guidance=config.imitation.weigh,
+                )
             )
+        check_memory(config, sources)
+        return Trainer(
+            config.build_rule(),
+            sources,
+            None,
+            config.trainer if warm else replace(config.trainer, warm_start=""),
+            folder=folder,
+            card=describe_run(config, sources, command),
+            ranks=ranks,
         )
-    return Trainer(
-        config.build_rule(),
-        sources,
-        None,
-        config.trainer if warm else replace(config.trainer, warm_start=""),
-        folder=folder,
-        card=describe_run(config, sources, command),
-        ranks=ranks,
-    )
 
 
 def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> dict[str, Any]:
@@ -134,7 +137,8 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None, held:
     def prepare() -> str:
         refuse_taken()
         check_label(config.name)
-        list_settings(config)
+        with explain_memory(config.to_dict()):
+            list_settings(config)
         environment = describe_environment() | {"processes": ranks.size}
         command: str = environment["command"]
         built.append(build_trainer(config, folder, command, ranks))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lopt.core.names import choose
 from lopt.tasks.data.characters import CharacterTask
+from lopt.tasks.mlp import check_network
 
 GATES = {"vanilla": 1, "gru": 3, "lstm": 4}
 
@@ -97,6 +98,5 @@ class CharRNN(CharacterTask):
         data: str = "pydoc",
     ) -> None:
         choose("cell", cell, GATES)
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        check_network(width, 0)
         super().__init__(lambda: Recurrent(cell, characters, width), data, characters, length, batch_size, horizon)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lopt.tasks.data.characters import CharacterTask
+from lopt.tasks.mlp import check_network
 
 
 class Attention(nn.Module):
@@ -123,6 +124,7 @@ class CharTransformer(CharacterTask):
         horizon: int = 300,
         data: str = "pydoc",
     ) -> None:
+        check_network(width, depth)
         if min(width, depth, heads, expansion) < 1 or width % heads:
             sizes = f"width={width}, depth={depth}, heads={heads}, expansion={expansion}"
             raise ValueError(f"sizes must be at least 1 and width a multiple of heads, got {sizes}")

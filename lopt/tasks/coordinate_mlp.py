@@ -19,7 +19,7 @@ from lopt.core.random import derive_seeds, make_generator
 from lopt.core.tensors import Params
 from lopt.tasks.base import SPLITS, Batch, Data, Task
 from lopt.tasks.data.splits import load_photographs, to_pixels
-from lopt.tasks.mlp import build_mlp
+from lopt.tasks.mlp import build_mlp, check_network
 from lopt.tasks.module import ModuleTask
 
 Coordinates = TypeVar("Coordinates", bound="CoordinateMLP")
@@ -113,6 +113,7 @@ class CoordinateMLP(ModuleTask):
         horizon: int = 300,
     ) -> None:
         choose("encoding", encoding, ENCODINGS)
+        check_network(width, depth)
         if min(width, depth, features) < 1 or frequency <= 0:
             sizes = f"width={width}, depth={depth}, features={features}, frequency={frequency}"
             raise ValueError(f"sizes must be at least 1 and the frequency positive, got {sizes}")

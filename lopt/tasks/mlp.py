@@ -25,6 +25,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
 }
 
+MAX_WIDTH, MAX_DEPTH = 100_000, 1000
+"""Beyond these one layer, or the list of them, would fill any machine before it could say so."""
+
 
 class MLP(ImageTask):
     """A classifier pixels-width-...-classes with torch's default initialisation, cross-entropy, pixels in [0, 1].
@@ -84,12 +87,14 @@ def build_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
-def check_network(width: int, depth: int, activation: str) -> None:
+def check_network(width: int, depth: int, activation: str = "relu") -> None:
     """Refuse what `build_mlp` cannot build, by the names that users of the families with a perceptron give to options.
 
     Raises:
-        ValueError: the activation is unknown, the width less than 1 or the depth negative.
+        ValueError: the activation is unknown, the width less than 1 or the depth negative, or one of them absurd.
     """
     choose("activation", activation, ACTIVATIONS)
-    if width < 1 or depth < 0:
-        raise ValueError(f"width must be >= 1 and depth >= 0, got {width} and {depth}")
+    if not 1 <= width <= MAX_WIDTH or not 0 <= depth <= MAX_DEPTH:
+        raise ValueError(
+            f"width must be from 1 to {MAX_WIDTH} and depth from 0 to {MAX_DEPTH}, got {width} and {depth}"
+        )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lopt
-from lopt.__main__ import cli
+from lopt.cli.program import cli
 from lopt.meta.trainer.checkpoint import PREVIOUS
 from lopt.meta.trainer.ranks import FailedLead, LostRank
 from lopt.rules import RULES

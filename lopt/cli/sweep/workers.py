@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lopt.cli.folder_lock import hold_folder
+from lopt.cli.memory import explain_memory
 from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.cli.sweep.trials import Trial
 from lopt.meta.config.load import parse_config
@@ -159,7 +160,8 @@ def run_trial(config: RunConfig, folder: Path, until: int) -> bool:
                 signal.raise_signal(signal.SIGTERM)
 
         try:
-            trainer.run(watch)
+            with explain_memory(config.to_dict()):
+                trainer.run(watch)
         except Interrupted:
             return 0 < trainer.step == until
         return True
