@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,7 +91,8 @@ def count_workers(workers: int | None) -> int:
 def tell_runs(title: str, console: Console) -> Iterator[Callable[[Request, Run, int], None]]:
     """A line at the foot of a terminal that says which run has ended, and how many are left.
 
-    Where there is no terminal, a line is printed every `SILENCE` seconds.
+    Where there is no terminal, a line is printed every `SILENCE` seconds. On Ctrl-C the process ends with status 130:
+    the runs that have ended are kept, and the same command goes on with the others.
     """
     printed = time.monotonic()
     with console.status(escape(title)) as status:
@@ -106,4 +108,8 @@ def tell_runs(title: str, console: Console) -> Iterator[Callable[[Request, Run, 
                 printed = time.monotonic()
                 say(console, text)
 
-        yield on_run
+        try:
+            yield on_run
+        except KeyboardInterrupt:
+            say(console, "stopped; the runs that have ended are kept: give the same command to go on")
+            sys.exit(130)

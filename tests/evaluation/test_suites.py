@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import lopt
 from lopt.__main__ import cli
 from lopt.evaluation.report.suite import load_suite
 from lopt.evaluation.statistics import average_middle, average_middle_interval
-from lopt.evaluation.suites import SUITES, perceptrons
+from lopt.evaluation.suites import SUITES, find_task, perceptrons
 from lopt.evaluation.suites.archive import Archive, compute_start
 from lopt.evaluation.suites.contenders import CONTENDERS, Contender, prepare, rate
 from lopt.evaluation.suites.figures import Measured, list_worst, stand, summarize
@@ -363,6 +365,57 @@ def test_suites_have_no_name_data_or_architecture_in_common() -> None:
     assert not {t.data_set for t in development} & {t.data_set for t in heldout}
     assert not {t.architecture for t in development} & {t.architecture for t in heldout}
     assert not {t.architecture for t in SUITES["large"]} & {t.architecture for t in development}
+
+
+def check_optimizers_step(task: SuiteTask) -> None:
+    short = replace(task, num_steps=12)
+    builds = {name: prepare(name, c.schedules[-1], rate(c.low or 0)) for name, c in CONTENDERS.items()}
+    for name, build in (builds | {"rule": prepare_rule(RULES["blend"]())}).items():
+        run = train_task(short, 0, build, label=name)
+        assert run.train is not None, name
+        assert run.validation is not None, name
+
+
+@pytest.mark.parametrize("name", ["digits_conv", "lorenz_rnn", "letters_lora"])
+def test_all_optimizers_step_the_tensors_of_a_task(name: str) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    check_optimizers_step(find_task(name))
+
+
+@pytest.mark.slow
+@each_task
+def test_all_optimizers_step_the_tensors_of_every_task(task: SuiteTask) -> None:
+    check_optimizers_step(task)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_runs_of_a_suite(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lopt", "eval", "adam"]
+    command += [
+        "--suite",
+        "development",
+        "--tasks",
+        "cancer_table,tiny_batches",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cancer_table.json", "tiny_batches.json"]
+    (standing, _) = load_suite(tmp_path / "suite.json").rule.standings
+    assert standing.task == "tiny_batches"
+
+
+@pytest.mark.slow
+def test_workers_do_what_one_process_does(tmp_path: Path) -> None:
+    results = [
+        judge(RULES["adam"](), "adam", "development", out=tmp_path / str(n), tasks=["cancer_table"], workers=n)
+        for n in (1, 2)
+    ]
+    (one, *_), (two, *_) = (result.rule.standings for result in results if result is not None)
+    assert (one.train, one.validation) == (two.train, two.validation)
 
 
 @pytest.mark.slow

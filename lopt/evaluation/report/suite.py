@@ -68,7 +68,9 @@ def render_suite(result: SuiteResult) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     template = load_template("suite.html", {"number": format_number, "percent": format_percent})
-    tasks = [(find_task(s.task), s) for s in result.rule.standings]
+    beside = [row for row in result.rows[1:] if row.label in SHOWN and row.kind != "one rate"]
+    ratios = [{s.task: s.train_ratio for s in row.standings} for row in beside]
+    tasks = [(find_task(s.task), s, [ratio.get(s.task) for ratio in ratios]) for s in result.rule.standings]
     return template.render(
         result=result,
         verdict=state_verdict(result),
@@ -76,6 +78,7 @@ def render_suite(result: SuiteResult) -> str:
         rows=[(row, build_cells(row)) for row in result.rows],
         worst=list_worst(result.rule),
         tasks=tasks,
+        beside=[name_row(row) for row in beside],
         light=encode_picture(plot_profile(result)),
         dark=encode_picture(plot_profile(result, dark=True)),
     )
@@ -98,7 +101,8 @@ def print_suite(result: SuiteResult, console: Console) -> None:
     for standing in list_worst(result.rule):
         console.print(Text(f"  {describe_loss(standing)}"))
     if result.untuned:
-        console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: no ratio there."))
+        command = f"python -m bench suite {result.suite} --seeds {result.seeds}"
+        console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: run `{command}`."))
 
 
 def state_verdict(result: SuiteResult) -> str:
