@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pages import ROOT
 from torch import nn
 
 import lopt
@@ -365,6 +366,14 @@ def test_suites_have_no_name_data_or_architecture_in_common() -> None:
     assert not {t.data_set for t in development} & {t.data_set for t in heldout}
     assert not {t.architecture for t in development} & {t.architecture for t in heldout}
     assert not {t.architecture for t in SUITES["large"]} & {t.architecture for t in development}
+
+
+def test_page_of_the_suites_lists_every_task() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "suites.md").read_text().splitlines()]
+    listed = {
+        row[0].strip("| `"): (row[1], row[2], row[4]) for row in rows if row[0].startswith("| `") and len(row) > 4
+    }
+    assert listed == {task.name: (task.title, task.data_set, f"{task.num_steps:,}") for task in TASKS}
 
 
 def check_optimizers_step(task: SuiteTask) -> None:
