@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from bench import setting
+from lopt.cli.folder_lock import hold_folder
 from lopt.cli.suites import count_workers, tell_runs
 from lopt.evaluation.suites import SUITES
 from lopt.evaluation.suites.archive import TUNED
@@ -34,7 +36,10 @@ def suite(name: str, tasks: str | None, contenders: str | None, seeds: int, work
     """
     console = setting.make_console()
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-    with tell_runs(f"tuning on {name}", console) as on_run:
+    folder, share = archive / name, read_share()
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = hold_folder(folder) if share.rank == 0 else nullcontext()
+    with alone, tell_runs(f"tuning on {name}", console) as on_run:
         tune_suite(
             name,
             tasks=tasks.split(",") if tasks else None,
@@ -42,7 +47,7 @@ def suite(name: str, tasks: str | None, contenders: str | None, seeds: int, work
             num_seeds=seeds,
             folder=archive,
             workers=count_workers(workers),
-            share=read_share(),
+            share=share,
             on_run=on_run,
             command=command,
         )

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.markup import escape
 
 import lopt
 from lopt.cli.console import make_folder, say
+from lopt.cli.folder_lock import hold_folder
 
 if TYPE_CHECKING:
     from lopt.evaluation.suites.figures import SuiteResult
@@ -55,7 +56,9 @@ def judge_on_suite(
     share = read_share()
     make_folder(out)
     label = card.get("name") or path.stem
-    with tell_runs(f"{label} on the {suite} suite", console) as on_run:
+    # Ranks keep their runs in files of their own; another command would write into the same ones.
+    alone = hold_folder(out) if share.rank == 0 else nullcontext()
+    with alone, tell_runs(f"{label} on the {suite} suite", console) as on_run:
         result = judge(rule, label, suite, out=out, share=share, on_run=on_run, **options)
     if result is None:
         return None

@@ -17,7 +17,7 @@ from pages import ROOT
 from torch import nn
 
 import lopt
-from lopt.__main__ import cli
+from lopt.cli.program import cli
 from lopt.evaluation.report.suite import load_suite
 from lopt.evaluation.statistics import average_middle, average_middle_interval
 from lopt.evaluation.suites import SUITES, find_task, perceptrons
@@ -26,7 +26,16 @@ from lopt.evaluation.suites.contenders import CONTENDERS, Contender, prepare, ra
 from lopt.evaluation.suites.figures import Measured, list_worst, stand, summarize
 from lopt.evaluation.suites.judging import judge, open_tuned
 from lopt.evaluation.suites.runs import Run, train_task
-from lopt.evaluation.suites.search import TUNING_SEEDS, Request, choose_common, find_reference, plan_search, tune
+from lopt.evaluation.suites.search import (
+    TUNING_SEEDS,
+    Request,
+    choose_common,
+    find_reference,
+    plan_judged,
+    plan_search,
+    plan_tuning,
+    tune,
+)
 from lopt.evaluation.suites.task import SuiteTask
 from lopt.evaluation.suites.tuning import tune_suite
 from lopt.evaluation.suites.work import Share, hide, prepare_rule
@@ -415,6 +424,19 @@ def test_processes_of_torchrun_share_the_runs_of_a_suite(tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cancer_table.json", "tiny_batches.json"]
     (standing, _) = load_suite(tmp_path / "suite.json").rule.standings
     assert standing.task == "tiny_batches"
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_tuning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bench", "suite"]
+    command += ["development", "--tasks", "cancer_table", "--contenders", "adam,adamw", "--archive", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    archive, task = open_tuned("development", tmp_path), find_task("cancer_table")
+    assert plan_tuning(archive, [task], ["adam", "adamw"]) == []
+    assert plan_judged(archive, [task], ["adam", "adamw"], {}, 3) == []
+    keys = [(run.label, run.schedule, run.lr, run.seed) for run in archive.list_runs(task)]
+    assert len(keys) == len(set(keys))
 
 
 @pytest.mark.slow

@@ -84,7 +84,10 @@ class Archive:
         own = f"{task.name}{self.part}.json"
         self._runs[task.name], self._own[task.name] = [], []
         for path in sorted({*self.folder.glob(f"{task.name}.json"), *self.folder.glob(f"{task.name}@*.json")}):
-            start, runs = _read_file(path)
+            try:
+                start, runs = _read_file(path)
+            except FileNotFoundError:  # the first rank has just merged the parts
+                continue
             if not start.resembles(compute_start(task)):
                 logger.warning(
                     "%s was made of another version of %s (%s, now %s); its runs are not used",

@@ -86,33 +86,32 @@ def carry_out(
     Args:
         plan: looks into the archive.
         workers: processes; 1 runs in this one.
-        share: which runs are this process's; it waits at the end for those of the others.
+        share: which runs are this process's; it waits for those of the others.
         on_run: called after every run.
     Raises:
         OSError: the archive cannot be written.
     """
     with _open_pool(workers) as submit:
         running: dict[Future[Run], Request] = {}
-        while True:
-            missing = [request for request in plan() if share.is_mine(request)]
+        while wanted := plan():
+            missing = [request for request in wanted if share.is_mine(request)]
             busy = set(running.values())
             for request in missing:
                 if len(running) >= workers:
                     break
                 if request not in busy:
                     running[submit(request)] = request
-            if not running:
-                break
+            if not running:  # others are not yet done, and what they find may ask for more
+                time.sleep(POLL)
+                for name in {request.task for request in wanted}:
+                    archive.read(find_task(name))
+                continue
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 request, run = running.pop(future), future.result()
                 archive.add(find_task(request.task), run)
                 if on_run is not None:
                     on_run(request, run, len(missing) - 1)
-    while share.size > 1 and (others := plan()):
-        time.sleep(POLL)
-        for name in {request.task for request in others}:
-            archive.read(find_task(name))
 
 
 @contextmanager
