@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-slow fuzz lint docs bench clean
 
 demo: .venv/ready
 	$(BIN)/lopt demo
@@ -15,6 +15,10 @@ test: lint
 
 test-slow: .venv/examples-ready
 	$(BIN)/pytest -m slow
+
+# Damaged inputs for some minutes, other ones each time; FUZZ_SECONDS and FUZZ_SEED choose how long and which.
+fuzz: .venv/ready
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} $(BIN)/pytest -m slow tests/test_fuzz.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopt.core.foreign_text import make_printable
 from lopt.core.names import choose
 from lopt.rules import Rule
 
@@ -79,17 +80,17 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
     for name in ("lr", "weight_decay", "eps"):
         if not (_is_number(options[name]) and isfinite(options[name]) and options[name] >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
+            raise ValueError(f"{name} must be finite and at least 0, got {make_printable(options[name])}")
     betas = options["betas"]
     if not (isinstance(betas, Sequence) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
-        raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {betas}")
+        raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {make_printable(betas)}")
     # Numbers of numpy and the like pass, as they do for torch's optimizers.
     num_steps = options["num_steps"]
     if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
-        raise ValueError(f"num_steps must be at least 1 and whole, or None, got {num_steps}")
+        raise ValueError(f"num_steps must be at least 1 and whole, or None, got {make_printable(num_steps)}")
     for name in ("maximize", "foreach", "capturable"):
         if not isinstance(options[name], bool | None):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+            raise ValueError(f"{name} must be True or False, got {make_printable(repr(options[name]))}")
 
 
 def check_rule(group: Mapping[str, Any], expected: str) -> None:
@@ -105,7 +106,7 @@ def check_rule(group: Mapping[str, Any], expected: str) -> None:
     if rule != expected:
         raise ValueError(
             f"this optimizer runs rule {expected}, but its state or group was made by "
-            f"{rule or 'another kind of optimizer'}. Construct it with the same rule file."
+            f"{make_printable(rule or 'another kind of optimizer', 80)}. Construct it with the same rule file."
         )
 
 

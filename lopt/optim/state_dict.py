@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.core.foreign_text import make_printable
 from lopt.core.random import derive_seeds
 from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import GUARD_START, init_guard
@@ -30,6 +31,7 @@ MakeState = Callable[[Rule, str, Tensor], Mapping[str, Tensor]]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 MAX_STEP = 1 << 53
+MAX_NAME = 80  # characters of a name in an error
 
 
 def init_state(
@@ -91,13 +93,18 @@ def check_parts(state_dict: Any) -> None:
         if not fine or len(names) != len(params):
             raise ValueError(f"group {i} of the state has 'param_names' that do not name its {len(params)} parameters")
         keys += params
-    unknown = sorted(map(repr, states.keys() - set(keys)))
+    unknown = sorted(states.keys() - set(keys), key=str)
     if unknown or len(set(keys)) < len(keys):
-        what = f"state of {unknown[0]}, which is in no group" if unknown else "a parameter twice in its groups"
+        what = f"state of {_quote(unknown[0])}, which is in no group" if unknown else "a parameter twice in its groups"
         raise ValueError(f"the state is damaged: it has {what}")
     for key, state in states.items():
         if not isinstance(state, Mapping):
-            raise ValueError(f"the state of parameter {key!r} must be a dictionary, got a {type(state).__name__}")
+            raise ValueError(f"the state of parameter {_quote(key)} must be a dictionary, got a {type(state).__name__}")
+
+
+def _quote(key: Any) -> str:
+    """A foreign key or name, as an error may show it."""
+    return make_printable(repr(key), MAX_NAME)
 
 
 def fill_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
@@ -127,8 +134,8 @@ def match_names(saved: Group, group: Mapping[str, Any]) -> None:
     if sorted(saved_names) != sorted(names):
         missing = sorted(set(names) - set(saved_names)) or sorted(set(saved_names) - set(names)) or names
         raise ValueError(
-            f"the state's group has other parameters than this optimizer's: {missing[0]!r} is in one of them only. "
-            "Construct both optimizers with the same groups."
+            f"the state's group has other parameters than this optimizer's: {_quote(missing[0])} is in one of them "
+            "only. Construct both optimizers with the same groups."
         )
     # torch hands states out by position: the saved keys are put where the parameters of their names are here. Of equal
     # names the first is the first.
@@ -170,9 +177,9 @@ def _check_shapes(
     if wrong:
         theirs, ours = (shapes.get(wrong[0], "absent") for shapes in (saved, expected))
         raise ValueError(
-            f"the state of parameter {parameter} does not fit it: its {wrong[0]!r} is {theirs}, but {ours} where rule "
-            f"{rule!r} steps shape {list(shape)}. Construct both optimizers with the same options and parameters in "
-            "the same order, and with names in both or in neither."
+            f"the state of parameter {parameter} does not fit it: its {_quote(wrong[0])} is {theirs}, but {ours} where "
+            f"rule {rule!r} steps shape {list(shape)}. Construct both optimizers with the same options and parameters "
+            "in the same order, and with names in both or in neither."
         )
 
 

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from lopt.core.allowance import Allowance
 from lopt.core.files import copy_to_host, encode_file, read_file, write_atomic
 from lopt.core.foreign_text import make_line, make_printable
 from lopt.core.names import suggest
+from lopt.core.schema import conform, list_options
+from lopt.core.tensors import Params
 from lopt.rules import RULES, Rule
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -53,6 +54,7 @@ def save(rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | Non
             "Register the class under a name of its own."
         )
     _check_weights(built, tensors, "cannot save")
+    _try_steps(built, "cannot save")
     about = {"rule": rule.name, "config": rule.config, "card": dict(card or {})}
     _check_card(about["card"], Path(path))
     return write_atomic(path, encode_file("rule", tensors, about))
@@ -64,7 +66,8 @@ def load(name_or_path: str | os.PathLike[str]) -> Rule:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no shipped rule of that name; not a rule file, or a damaged one, or one of a newer lopt; a rule,
-            configuration or tensor that this lopt does not know, numbers that are not finite, or a card that is none.
+            configuration or tensor that this lopt does not know, numbers that are not finite, steps that fail, or a
+            card that is none.
     """
     path = _find(name_or_path)
     about, tensors = read_file(path, "rule")
@@ -73,6 +76,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Rule:
     rule = _build(about.get("rule"), about.get("config"), str(path), numbers)
     _check_weights(rule, tensors, str(path))
     rule.load_state_dict({name.removeprefix(PREFIX): value for name, value in tensors.items()})
+    _try_steps(rule, str(path))
     return rule
 
 
@@ -149,7 +153,7 @@ def _build(name: Any, config: Any, where: str, numbers: int) -> Rule:
         shown = make_printable(repr(name), MAX_NAME)
         raise ValueError(f"{where}: this lopt has no rule {shown}. {suggest(name, RULES)}.")
     try:
-        _check_numbers(config)
+        _check_config(config, RULES[name])
         with Allowance(numbers):
             return RULES[name](**config)
     except Exception as error:  # whatever a constructor makes of foreign arguments
@@ -159,11 +163,26 @@ def _build(name: Any, config: Any, where: str, numbers: int) -> Rule:
         ) from error
 
 
-def _check_numbers(config: Any) -> None:
-    if isinstance(config, float) and not isfinite(config):
-        raise ValueError("a number is not finite")
-    for inner in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        _check_numbers(inner)
+def _check_config(config: Any, constructor: type[Rule]) -> None:
+    """Refuse options of other types than the constructor declares: it may not look at them before the first step."""
+    known = list_options(constructor)
+    for option, value in conform(config, dict[str, Any], "config").items():
+        if option in known:
+            conform(value, known[option], option)
+
+
+def _try_steps(rule: Rule, where: str) -> None:
+    """Make two steps of small tensors: options that a constructor does not look at must not fail in a user's."""
+    params: Params = {"weight": torch.linspace(-1, 1, 6).view(2, 3), "bias": torch.ones(3)}
+    loss, planned = torch.tensor(1.0), torch.tensor(10)
+    try:
+        with torch.no_grad():
+            state = rule.init_state(params)
+            for _ in range(2):
+                params, state = rule.update(params, params, state, loss, planned)
+    except Exception as error:  # whatever it is
+        shown = make_printable(rule.describe())
+        raise ValueError(f"{where}: the first steps of {shown} fail: {make_line(error)}") from error
 
 
 def _check_weights(rule: Rule, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -65,7 +65,7 @@ def test_options_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
         path = write_rule_file(
             tmp_path / "r.safetensors", rule.state_dict(), rule=name, config={**rule.config, **config}
         )
-        assert "not finite" in read_error(path)
+        assert "must be a finite number" in read_error(path)
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -168,3 +168,20 @@ def test_errors_quote_foreign_text_printably(tmp_path: Path, text: str) -> None:
     for head in heads:
         read_error(write_rule_file(path, weights, **head))
     read_error(write_rule_file(path, {**weights, text: torch.ones(2)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lstm", {"output_scale": "0.1"}, "output_scale must be a finite number"),
+        ("small_fc", {"step_mult": [1]}, "step_mult must be a finite number"),
+        ("small_fc", {"hidden": 8.0}, "hidden must be a whole number"),
+        ("lstm", {"log_bound": 1e30}, "the first steps of .* fail"),
+        ("small_fc", {"step_mult": 1e300}, "the first steps of .* fail"),
+    ],
+)
+def test_rule_that_cannot_step_is_refused(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
+    """As its constructor may take the options: it does not look at them before the first step."""
+    rule = make_quick(name)
+    path = write_rule_file(tmp_path / "r.safetensors", rule.state_dict(), rule=name, config={**rule.config, **options})
+    assert re.search(message, read_error(path))

@@ -11,19 +11,39 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lopt.core.files import load_state, save_state
+from lopt.core.foreign_text import make_printable
+from lopt.core.schema import conform
 from lopt.meta.trainer.log import list_changes
-from lopt.meta.trainer.outer_optimizer import MOMENTS
+from lopt.meta.trainer.outer_optimizer import AVERAGE, MOMENTS
 from lopt.meta.trainer.ranks import Ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 RULE = "rule.safetensors"
+WEIGHTS = ("weights.", "best.", AVERAGE)  # of rules
+MAX_CHANGES = 1000  # characters of settings that an error lists
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says beside its tensors, as the parts of a run gather it."""
+
+    config: Any
+    best: float | None
+    best_step: int
+    stale: int
+    validated: int
+    step: int
+    seconds: float
+    dead_steps: int
+    horizon_improved: int
 
 
 def write_snapshot(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -61,6 +81,8 @@ def read_snapshot(path: Path, config: Any, names: set[str], ranks: Ranks) -> tup
         # Settings first: where both differ, they say what the user has changed.
         _check_config(path, config, metadata.get("config"))
         _check_names(path, names, {name for name in found if not name.startswith(MOMENTS)})
+        _check_metadata(path, metadata)
+        _check_finite(path, found)
         tensors.update(found)
         return metadata
 
@@ -100,12 +122,30 @@ def _check_config(path: Path, expected: Any, found: Any) -> None:
         # The configuration has been through JSON once: tuples are lists there.
         changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=("trainer.device",)))
         if changes:
-            raise ValueError(f"{path} was made with another configuration: {changes}. Undo it or start a new run")
+            shown = make_printable(changes, MAX_CHANGES)
+            raise ValueError(f"{path} was made with another configuration: {shown}. Undo it or start a new run")
+
+
+def _check_metadata(path: Path, found: Mapping[str, Any]) -> None:
+    try:
+        metadata: Metadata = conform(found, Metadata, "")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    low = min(v for k, v in vars(metadata).items() if k not in ("config", "best", "validated"))
+    if low < 0 or metadata.validated < -1:
+        raise ValueError(f"{path} is damaged: a count in its metadata is negative")
+
+
+def _check_finite(path: Path, found: Mapping[str, Tensor]) -> None:
+    """Meta-weights never become nan: a step that would make them so is left out."""
+    for name, value in found.items():
+        if name.startswith(WEIGHTS) and not value.isfinite().all():
+            raise ValueError(f"{path} is damaged: {name} is nan or infinite somewhere")
 
 
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
     if expected != found:
         raise ValueError(
-            f"{path} does not belong to this configuration: it lacks "
-            f"{sorted(expected - found)[:3]} and has {sorted(found - expected)[:3]} besides"
+            f"{path} does not belong to this configuration: it lacks {sorted(expected - found)[:3]} and has "
+            f"{make_printable(sorted(found - expected)[:3])} besides"
         )
