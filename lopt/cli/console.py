@@ -6,9 +6,10 @@ this folder.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,27 +108,39 @@ def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dic
 def compare_all(
     rules: dict[str, Rule], settings: Sequence[Setting], console: Console, **options: Any
 ) -> list[Comparison]:
-    """Compare rules with tuned baselines on every setting, with a line on the terminal that says what goes on, as a
-    search may take minutes.
+    """Compare rules with tuned baselines on every setting, and say what goes on, as a search may take minutes.
 
     Args:
         rules: by label, the first is the one that is judged.
         settings: in the order of the report.
         options: further arguments of `lopt.evaluation.comparison.compare`.
     """
-    from lopt.evaluation.comparison import compare
+    from lopt.cli.memory import explain_memory
+    from lopt.cli.progress import PlainProgress
+    from lopt.evaluation.baselines import BASELINES
+    from lopt.evaluation.comparison import DEFAULT_TUNING, compare
 
-    comparisons = []
-    with console.status("") as status:
+    comparisons: list[Comparison] = []
+    # The searches take nearly all of the time; those that are archived are not heard of.
+    searches = len(options.get("baselines", BASELINES)) * len(DEFAULT_TUNING.schedules)
+    with console.status("") as status, PlainProgress(console, "judging") as plain:
+        for number, (title, family, steps) in enumerate(settings):
+            name, begun = title or family.describe(), itertools.count()
 
-        def tell(setting: str, search: str) -> None:
-            status.update(escape(f"{setting}: tuning {search}"))
+            def tell(doing: str, begun: Iterator[int] = begun, number: int = number) -> None:
+                status.update(escape(doing))
+                plain.update((number + min(1.0, next(begun) / (searches + 1))) / len(settings), doing)
 
-        for title, family, steps in settings:
-            name = title or family.describe()
-            status.update(escape(f"evaluating {name}"))
-            comparisons += [compare(rules, family, steps, title=title, on_search=partial(tell, name), **options)]
+            tell(f"evaluating {name}")
+            sizes = {"task": dict(family.config), "steps": steps, "seeds": options.get("num_seeds", 0)}
+            with explain_memory(sizes):
+                on_search = partial(_prefix, tell, f"{name}: tuning ")
+                comparisons.append(compare(rules, family, steps, title=title, on_search=on_search, **options))
     return comparisons
+
+
+def _prefix(tell: Callable[[str], None], prefix: str, text: str) -> None:
+    tell(prefix + text)
 
 
 def show(comparisons: Sequence[Comparison], folder: Path, console: Console, command: str) -> None:

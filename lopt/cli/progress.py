@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,12 +16,78 @@ from rich.progress import Progress as Bars
 from lopt.meta.trainer.source import list_families
 from lopt.meta.trainer.trainer import Progress, Trainer
 
+PERIOD = 30.0
+"""Seconds between plain lines."""
+
+
+class PlainProgress:
+    """How far something has come, as a line on the standard error every `PERIOD` seconds: for logs of batch jobs, where
+    nothing else is printed for long. A context manager.
+
+    Args:
+        console: where it is a terminal, or quiet, nothing is printed here.
+        what: is done, such as "meta-training".
+        done: share of it that is done already, from 0 to 1.
+        clock: seconds from any moment on.
+        file: the standard error by default.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        what: str,
+        done: float = 0.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        file: TextIO | None = None,
+    ) -> None:
+        self.shown = not (console.is_terminal or console.quiet)
+        self.what, self.first, self.done, self.note = what, done, done, ""
+        self.clock, self.began, self.file = clock, clock(), file
+        self._over = threading.Event()
+
+    def __enter__(self) -> PlainProgress:
+        if self.shown:  # a thread, as one step of the work may take longer than a period
+            threading.Thread(target=self._tell, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def update(self, done: float, note: str) -> None:
+        """Hear of progress, which the next line will tell.
+
+        Args:
+            done: share of all, from 0 to 1.
+            note: where that is, in words.
+        """
+        self.done, self.note = done, note
+
+    def describe(self) -> str:
+        """The line: what has been done since when, and how long the rest takes at the speed so far."""
+        elapsed, made = self.clock() - self.began, self.done - self.first
+        left = f"about {_write_time(elapsed * (1 - self.done) / made)} left" if made > 0 else "time left unknown"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.what}: {self.done:.0%}{note}, {_write_time(elapsed)} so far, {left}"
+
+    def _tell(self) -> None:
+        while not self._over.wait(PERIOD):
+            print(self.describe(), file=self.file or sys.stderr, flush=True)
+
+
+def _write_time(seconds: float) -> str:
+    """Such as 0:05:30."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
 
 class TrainingProgress:
     """Progress of a meta-training run for people: a context manager whose `update` is a trainer's `on_step`.
 
     Args:
-        console: a terminal gets a bar at its foot; a file or pipe gets the lines of validations alone.
+        console: a terminal gets a bar at its foot; a file or pipe gets the lines of validations, and plain progress.
         trainer: whose steps are shown, from where it stands.
     """
 
@@ -35,6 +106,7 @@ class TrainingProgress:
         )
         steps = trainer.config.steps
         self.task = self.bars.add_task("", total=steps, completed=trainer.step, loss="-", best="-", speed="-")
+        self.plain = PlainProgress(console, "meta-training", trainer.step / steps)
         self.families = list_families(trainer.sources)
         self.speed = 0.0
         self.trouble = ""
@@ -42,11 +114,13 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         if self.console.is_terminal:
             self.bars.start()
+        self.plain.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.plain.__exit__(kind, error, trace)
         if self.console.is_terminal:
             self.bars.stop()
 
@@ -56,6 +130,7 @@ class TrainingProgress:
         Args:
             progress: what the trainer tells after every step; its speed is averaged over about ten steps.
         """
+        self.plain.update(progress.step / progress.steps, f"step {progress.step}/{progress.steps}")
         if progress.metrics:
             now = progress.metrics["inner_steps_per_second"]
             self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now

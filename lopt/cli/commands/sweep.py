@@ -84,6 +84,7 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
         workers: processes at a time; no more are started than there are trials.
         console: for people; results for programs are in the sweep's folder.
     """
+    from lopt.cli.progress import PlainProgress
     from lopt.cli.sweep.sweep import print_trials
     from lopt.meta.trainer.trainer import UNTRAINED, Interrupted
 
@@ -94,9 +95,12 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
         settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
         outcome = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
         say(console, f"{trial.name} ({settings}): step {trial.step}, {outcome}")
+        plain.update(*sweep.measure_progress())
 
+    plain = PlainProgress(console, "sweep", sweep.measure_progress()[0])
     try:
-        best = sweep.run(workers, tell)
+        with plain:
+            best = sweep.run(workers, tell)
     except Interrupted:
         say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
         sys.exit(130)

@@ -102,6 +102,13 @@ class Sweep:
                     raise Interrupted
             return self._keep_best(on_end)
 
+    def measure_progress(self) -> tuple[float, str]:
+        """The share of all outer steps that are made, or need not be made, and the trials that have ended, in words."""
+        trials, steps = self.state.trials, parse_config(self.state.config).trainer.steps
+        ended = [trial for trial in trials if trial.status != "waiting"]
+        made = sum(min(trial.step, steps) for trial in trials if trial.status == "waiting") + steps * len(ended)
+        return made / (steps * len(trials)), f"{len(ended)} of {len(trials)} trials ended"
+
     def _run_round(
         self, queue: list[Trial], until: int, idle: list[Worker], stop: Stop, on_end: Callable[[Trial], None] | None
     ) -> None:

@@ -45,7 +45,8 @@ class TrainerConfig:
         checkpoint_every: outer steps between checkpoints.
         device: of rule, data and slots: "cpu", "cuda" (under torchrun each process its own GPU) or such as "cuda:1".
         capture: make the inner steps of evolution strategies' populations from one CUDA graph, on a GPU.
-        threads: of torch on the CPU; results are reproducible for a given number.
+        threads: of torch on the CPU; results are reproducible for a given number. Small tasks gain nothing from a
+            second one, and lose much where other processes want the cores.
         memory_mib: budget for backpropagation on each rank, from which `task_chunk` and `checkpoint` follow where an
             estimator is given neither; 0 sets no bound.
 
@@ -74,7 +75,7 @@ class TrainerConfig:
     checkpoint_every: int = 50
     device: str = "cpu"
     capture: bool = False
-    threads: int = 2
+    threads: int = 1
     memory_mib: int = 0
 
     def __post_init__(self) -> None:
