@@ -40,6 +40,8 @@ class Metadata:
     best_step: int
     stale: int
     validated: int
+    left_out: int
+    diverged: int
     step: int
     seconds: float
     dead_steps: int
