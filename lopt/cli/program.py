@@ -82,6 +82,8 @@ def _prepare_output() -> None:
 
 def _describe_error(error: Exception) -> tuple[int, str]:
     """Exit status and text."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return 2, f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError)):
         return 2, str(error)
     from lopt.cli.memory import is_out_of_memory  # whoever raises what follows has imported torch anyway

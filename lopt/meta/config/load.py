@@ -6,6 +6,7 @@ override may name any entry, whether or not the preset has it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
         ValueError: not TOML, or unknown or ill-typed entries.
     """
     path = PRESETS / f"{preset}.toml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # false for what no file system takes as a name, too
         path = Path(preset)
         if path.suffix != ".toml":
             raise ValueError(f"no preset is called {preset!r}. {suggest(preset, list_presets())}; or give a .toml file")
