@@ -20,7 +20,7 @@ from bench import setting
 from bench.meter import PARTS, MeteredLoop
 from bench.timing import synchronize
 from lopt.meta.config.build import build
-from lopt.meta.config.load import merge, parse_override
+from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.estimators import ESTIMATORS, Estimator
 from lopt.meta.estimators.evolution import Evolution
 from lopt.meta.unroll.inner_loop import InnerLoop
@@ -52,8 +52,7 @@ def list_sections(
         "task": {"name": task},
         "estimator": {"name": estimator, "num_steps": steps},
     }
-    for override in overrides:
-        merge(sections, parse_override(override))
+    apply_changes(sections, [parse_override(text) for text in overrides])
     if sorted(sections) != ["estimator", "rule", "task"]:
         raise click.UsageError(f"--set takes rule.*, task.* and estimator.*, got {', '.join(overrides)}")
     return sections

@@ -230,7 +230,11 @@ def move_run(config: RunConfig, device: str | None) -> RunConfig:
     Args:
         device: None leaves the configuration as it is.
     """
-    return config if device is None else replace(config, trainer=replace(config.trainer, device=device))
+    if device is None:
+        return config
+    # How a GPU makes its steps is no affair of a CPU's.
+    capture = config.trainer.capture and device != "cpu"
+    return replace(config, trainer=replace(config.trainer, device=device, capture=capture))
 
 
 def slugify(label: str) -> str:

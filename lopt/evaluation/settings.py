@@ -17,7 +17,7 @@ from lopt.evaluation.comparison import DEFAULT_LABEL
 from lopt.evaluation.results import Comparison
 from lopt.evaluation.statistics import Summary
 from lopt.meta.config.build import build
-from lopt.meta.config.load import merge, parse_override
+from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
 from lopt.tasks import TASKS, TaskFamily
 
@@ -114,7 +114,8 @@ def choose_settings(
     Args:
         card: of the rule; its configuration says which families the rule was trained on.
         task: a family; None takes the trained ones, of which `overrides` can change only one.
-        overrides: options of the family as texts `KEY=VALUE`, on top of its defaults, or of the trained options.
+        overrides: options of the family as texts `KEY=VALUE`, on top of its defaults, or of the trained options; see
+            `lopt.meta.config.overrides`.
         steps: lengths of the runs; without them the family's horizon.
     Returns:
         Settings with titles where they are the card's, otherwise without one, for every family and length.
@@ -133,9 +134,14 @@ def choose_settings(
             raise UnclearTask(f"was trained on {len(trained)} tasks: say with --task which one --set changes")
         return [Setting(None, source.build_task(), num_steps) for source in trained for num_steps in steps]
     options = {"name": task} if task or not trained else dict(trained[0].task)
-    for override in overrides:
-        merge(options, parse_override(override))
-    family = build("task", TASKS, options)
+    asked = {"task": options}
+    apply_changes(asked, [parse_override(text) for text in overrides])
+    if others := sorted(asked.keys() - {"task"}):
+        raise ValueError(
+            f"judging reads the options of a task alone, got {others[0]}: give task.{others[0]} if that is what is "
+            "meant, and lengths and seeds by --steps and --seeds"
+        )
+    family = build("task", TASKS, asked["task"])
     return [Setting(None, family, num_steps) for num_steps in steps or [family.horizon]]
 
 

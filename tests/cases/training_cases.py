@@ -48,10 +48,9 @@ threads = 1
 
 
 def make_config(**trainer: object) -> RunConfig:
-    from lopt.meta.config.load import merge
 
     raw = parse_toml(TINY) | {"name": "tiny"}
-    merge(raw, {"trainer": trainer})
+    raw["trainer"] |= trainer
     return parse_config(raw)
 
 

@@ -90,11 +90,11 @@ def read_steps(folder: Path) -> list[int]:
     [
         ("a.b=1,2.5", "a.b", {"choose": [1, 2.5]}),
         ("estimator.name=pes,es", "estimator.name", {"choose": ["pes", "es"]}),
-        ("a=true", "a", {"choose": [True]}),
-        ('a=["w?"],["b"]', "a", {"choose": [["w?"], ["b"]]}),
-        ("a=runs/x.safetensors,digits-lstm", "a", {"choose": ["runs/x.safetensors", "digits-lstm"]}),
-        ("a=4:16", "a", {"low": 4, "high": 16, "log": False}),
-        ("a= 1e-4:.1:log", "a", {"low": 1e-4, "high": 0.1, "log": True}),
+        ("rule.a=true", "rule.a", {"choose": [True]}),
+        ('rule.a=["w?"],["b"]', "rule.a", {"choose": [["w?"], ["b"]]}),
+        ("rule.a=runs/x.safetensors,digits-lstm", "rule.a", {"choose": ["runs/x.safetensors", "digits-lstm"]}),
+        ("rule.a=4:16", "rule.a", {"low": 4, "high": 16, "log": False}),
+        ("rule.a= 1e-4:.1:log", "rule.a", {"low": 1e-4, "high": 0.1, "log": True}),
     ],
 )
 def test_what_varies_is_a_list_or_a_range(text: str, key: str, sampler: dict[str, Any]) -> None:
@@ -112,6 +112,8 @@ def test_what_varies_is_a_list_or_a_range(text: str, key: str, sampler: dict[str
         ("trainer.validation_steps=5,6", "must be the same in all trials"),
         ("task.dim=3,4", "must be the same in all trials"),
         ("task=3,4", "must be the same in all trials"),
+        ("width=3,4", "task.width must be the same in all trials"),
+        ("trainer.threads=1,2", "one thread: choose how many run at a time with --workers"),
     ],
 )
 def test_other_texts_are_refused(text: str, words: str) -> None:
@@ -125,14 +127,14 @@ def test_without_samples_all_combinations_are_tried() -> None:
 
 
 def test_samples_are_spread_over_ranges_of_whole_and_other_numbers() -> None:
-    varied = [parse_range(text) for text in ("a=1e-4:1:log", "b=1:8", "c=x,y")]
+    varied = [parse_range(text) for text in ("a.a=1e-4:1:log", "a.b=1:8", "a.c=x,y")]
     found = draw_settings(varied, 8, 3)
-    assert sorted(int(own["b"]) for own in found) == list(range(1, 9))
-    assert all(type(own["b"]) is int for own in found)
-    decades = sorted(own["a"] for own in found)
+    assert sorted(int(own["a.b"]) for own in found) == list(range(1, 9))
+    assert all(type(own["a.b"]) is int for own in found)
+    decades = sorted(own["a.a"] for own in found)
     assert all(10 ** (-4 + i / 2) * 0.999 <= a <= 10 ** (-3.5 + i / 2) * 1.001 for i, a in enumerate(decades))
     assert all(float(f"{a:.4g}") == a for a in decades)
-    assert sorted(own["c"] for own in found) == ["x"] * 4 + ["y"] * 4
+    assert sorted(own["a.c"] for own in found) == ["x"] * 4 + ["y"] * 4
     assert found == draw_settings(varied, 8, 3) != draw_settings(varied, 8, 4)
 
 
@@ -298,6 +300,7 @@ def test_command_is_checked(run: Any, tmp_path: Path) -> None:
     assert "no sweep in" in run("sweep", "--resume", str(tmp_path)).err
     assert "--resume takes its settings" in run("sweep", "demo", "--resume", str(tmp_path)).err
     assert "give a PRESET" in run("sweep").err
+    assert "choose how many run at a time with --workers" in run("sweep", "demo", "--set", "trainer.threads=2").err
     (tmp_path / "sweep.json").write_text('{"trials": []}')
     assert "is missing" in run("sweep", "--resume", str(tmp_path)).err
 

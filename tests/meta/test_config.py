@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lopt.evaluation.settings import list_settings, read_card
-from lopt.meta.config.load import list_presets, load_config, merge, parse_config, parse_override
+from lopt.evaluation.settings import choose_settings, list_settings, read_card
+from lopt.meta.config.load import list_presets, load_config, parse_config
+from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.meta_weights import freeze_weights
 
@@ -81,12 +82,93 @@ def build_estimator(raw: dict[str, Any]) -> Any:
 def test_bad_settings_are_refused_by_name(override: str, words: str) -> None:
     def build() -> None:
         raw = deepcopy(RAW)
-        merge(raw, parse_override(override))
+        apply_changes(raw, [parse_override(override)])
         build_all(parse_config(raw))
 
     with pytest.raises(ValueError, match=words) as caught:
         build()
     assert not re.search("<|generator|object at|Error", str(caught.value))
+
+
+DIGITS = {"name": "mlp", "width": 20, "depth": 1, "activation": "sigmoid", "batch_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "expected"),
+    [
+        # A changed name is another entry, to which the options of the one before do not belong.
+        (["rule.name=velo"], "rule", {"name": "velo"}),
+        (["rule=velo"], "rule", {"name": "velo"}),
+        (["rule={name='velo', width=4}"], "rule", {"name": "velo", "width": 4}),
+        (["rule={name='rnnprop'}"], "rule", {"name": "rnnprop"}),
+        (["rule=rnnprop"], "rule", {"name": "rnnprop"}),
+        (["rule.name=rnnprop"], "rule", {"name": "rnnprop", "hidden": 20}),
+        (["task.name=conv"], "task", {"name": "conv"}),
+        (["estimator=pes"], "estimator", {"name": "pes"}),
+        (["estimator.name=pes", "estimator.sigma=0.1"], "estimator", {"name": "pes", "sigma": 0.1}),
+        (["horizon.name=log_uniform"], "horizon", {"name": "log_uniform"}),
+        (["horizon.name=constant"], "horizon", {"name": "constant", "steps": 100}),
+        (["horizon={steps=7}"], "horizon", {"name": "constant", "steps": 7}),
+        # Nothing that was typed is lost, in whatever order.
+        (["rule.width=4", "rule.name=velo"], "rule", {"name": "velo", "width": 4}),
+        (["rule.width=4", "rule=velo", "rule.width=5"], "rule", {"name": "velo", "width": 5}),
+        (["rule=celo", "rule.name=velo"], "rule", {"name": "velo"}),
+        (["rule.name=velo", "rule=celo"], "rule", {"name": "celo"}),
+        # An option of the task by its own name.
+        (["width=40"], "task", DIGITS | {"width": 40}),
+        (["task.width=40"], "task", DIGITS | {"width": 40}),
+        (["cell='gru'", "task=char_rnn"], "task", {"name": "char_rnn", "cell": "gru"}),
+        (["task.width={choose=[8, 16]}"], "task", DIGITS | {"width": {"choose": [8, 16]}}),
+    ],
+)
+def test_overrides_mean_what_their_grammar_says(overrides: list[str], section: str, expected: dict[str, Any]) -> None:
+    assert getattr(load_config("digits-lstm", overrides), section) == expected
+
+
+@pytest.mark.parametrize("overrides", [["width=40"], ["task.width=40"], ["task.name=conv"], ["width=40", "depth=2"]])
+def test_overrides_of_a_task_mean_the_same_where_it_is_trained_on_and_judged(overrides: list[str]) -> None:
+    trained = load_config("digits-lstm", overrides).list_sources()[0].build_task()
+    card = read_card({"config": load_config("digits-lstm").to_dict()})
+    (setting,) = choose_settings(card, overrides=overrides, steps=[5])
+    assert setting.family.describe() == trained.describe()
+
+
+def test_a_change_of_the_teacher_drops_its_options() -> None:
+    raw = {"imitation": {"teacher": "adam", "options": {"lr": 1.0}, "weight": 2.0}}
+    apply_changes(raw, [parse_override("imitation.teacher=lstm")])
+    assert raw == {"imitation": {"teacher": "lstm", "weight": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "words"),
+    [
+        ("mixture", ["task.width=3"], r"task.width has no effect: every \[\[source\]\] has 'task' of its own"),
+        ("mixture", ["width=3"], "task.width has no effect"),
+        ("mixture", ["task.nonsense=7"], "task.nonsense has no effect"),
+        ("mixture", ["source=[{task={name='conv'}, tasks=2}]", "trainer.tasks=3"], "trainer.tasks has no effect"),
+        ("mixture", ["source=[{task={name='conv'}, weight=2}]"], "source.weight has no effect: there is one source"),
+        ("digits-lstm", ["trainer.capture=true"], "trainer.capture .*has no effect on the CPU"),
+        ("digits-lstm", ["trainer.capture=true", "trainer.device=cuda"], "trainer.capture has no effect: .*evolution"),
+        ("digits-lstm", ["estimator=full"], "horizon.* has no effect: the estimator runs every task for its num_steps"),
+        ("digits-lstm", ["imitation.weight=3"], "imitation.weight has no effect: no teacher"),
+        ("digits-lstm", ["estimator=pes", "trainer.memory_mib=9"], "trainer.memory_mib has no effect"),
+        ("digits-lstm", ["estimator.task_chunk=1", "trainer.memory_mib=9"], "trainer.memory_mib has no effect"),
+        ("digits-lstm", ["trainer.merge=pcgrad"], "trainer.merge has no effect: there is one source"),
+        ("digits-lstm", ["estimator.objective=log", "estimator.normalize=true"], "normalize has no effect on obj"),
+        ("digits-lstm", ["widht=3"], "widht is unknown: neither a setting of a run nor an option of task 'mlp'. Did"),
+        ("digits-lstm", ["rule.name.x=3"], "rule.name.x: rule.name is no table"),
+    ],
+)
+def test_settings_without_effect_are_refused(preset: str, overrides: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_config(preset, overrides)
+
+
+def test_judging_refuses_settings_that_are_no_options_of_a_task() -> None:
+    card = read_card({"config": load_config("digits-lstm").to_dict()})
+    for override in ("trainer.steps=3", "name=x", "horizon=3"):
+        with pytest.raises(ValueError, match="judging reads the options of a task alone"):
+            choose_settings(card, overrides=[override], steps=[5])
 
 
 @pytest.mark.parametrize("missing", RAW)

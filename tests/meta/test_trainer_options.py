@@ -19,7 +19,8 @@ from lopt.meta.config.load import parse_config
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
 from lopt.meta.trainer.meta_weights import freeze_weights, load_weights
-from lopt.meta.trainer.trainer import Progress
+from lopt.meta.trainer.trainer import Progress, Trainer
+from lopt.meta.unroll.horizons import HORIZONS
 from lopt.rules import RULES, Rule
 
 # -- time limits -------------------------------------------------------------------------------------------------------
@@ -240,3 +241,16 @@ def test_a_full_disk_that_takes_no_logs_either_does_not_hide_why_the_run_ends(tm
         run(OSError("cannot write: the checkpoint"))
     with pytest.raises(OSError, match="no space left"):
         run(None)
+
+
+# -- sources in Python -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["estimator", "horizon", "validation_family"])
+def test_what_sources_have_of_their_own_is_refused_beside_them(option: str) -> None:
+    trainer = make_trainer()
+    (source,) = trainer.sources
+    given = {"estimator": source.estimator, "horizon": HORIZONS["constant"](), "validation_family": source.family}
+    options = {"estimator": None, option: given[option]}
+    with pytest.raises(ValueError, match="sources have estimators, horizons and validation families of their own"):
+        Trainer(trainer.rule, [source], config=trainer.config, **options)

@@ -47,7 +47,7 @@ def import_weights(
     """Make a rule file of FILE, the released weights of a learned optimizer."""
     from lopt.core.foreign_files import read_weights
     from lopt.evaluation.settings import check_label
-    from lopt.meta.config.load import merge, parse_override
+    from lopt.meta.config.overrides import parse_override, put_value
     from lopt.rules.released import build_rule, count_learned
 
     if out.suffix != ".safetensors":
@@ -56,7 +56,7 @@ def import_weights(
         raise FileExistsError(f"{out} exists already: choose another -o, or overwrite it with --force")
     options: dict[str, Any] = {}
     for override in overrides:
-        merge(options, parse_override(override))
+        put_value(options, *parse_override(override))
     weights = read_weights(file)
     learned = build_rule(weights, rule, options)
     # The card says where the weights are from: the checksum is of the file as it was released.

@@ -66,6 +66,10 @@ def sweep_settings(
     elif preset is None:
         raise click.UsageError("give a PRESET or --resume SWEEP; `lopt list presets` shows the presets")
     else:
+        if any(text.replace(" ", "").startswith("trainer.threads=") for text in overrides):
+            raise click.UsageError(
+                "every trial of a sweep has one thread: choose how many run at a time with --workers"
+            )
         config = load_config(preset, list(overrides))
         folder = out or RUNS / slugify(f"sweep {config.name}")
         sweep = start_sweep(config, vary, folder, samples=samples, halve_every=halve_every)

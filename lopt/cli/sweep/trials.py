@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lopt.core.schema import conform
-from lopt.meta.config.load import merge, parse_config, parse_override
+from lopt.meta.config.effect import check_effect
+from lopt.meta.config.load import parse_config
+from lopt.meta.config.overrides import SECTIONS, apply_changes, parse_override, put_value
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.samplers import draw_options
 from lopt.rules.files import load_card
 
-FIXED = ("name", "description", "task", "source", "evaluation", "trainer.threads", "trainer.validation_")
+FIXED = ("name", "description", "task", "source", "evaluation", "trainer.validation_")
 """What trials have in common, so that their validations can be compared."""
 
 
@@ -84,15 +86,19 @@ def parse_range(text: str) -> tuple[str, dict[str, Any]]:
     key, _, values = (part.strip() for part in text.partition("="))
     if not key or not values:
         raise ValueError(f"what varies is given as KEY=A,B,C or KEY=LOW:HIGH or KEY=LOW:HIGH:log, got {text!r}")
+    if "." not in key and key not in SECTIONS:
+        key = f"task.{key}"  # as everywhere
+    if key == "trainer.threads":
+        raise ValueError("every trial of a sweep has one thread: choose how many run at a time with --workers")
     if any(key == fixed or key.startswith(fixed if fixed.endswith("_") else f"{fixed}.") for fixed in FIXED):
         raise ValueError(f"{key} must be the same in all trials, whose validations are compared: use --set")
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
     if match := re.fullmatch(rf"({number}):({number})(:log)?", values):
         low, high = (int(bound) if re.fullmatch(r"[-+]?\d+", bound) else float(bound) for bound in match.groups()[:2])
         return key, {"low": low, "high": high, "log": match[3] is not None}
-    choices = parse_override(f"x=[{values}]")["x"]
+    _, choices = parse_override(f"x=[{values}]")
     if isinstance(choices, str):  # bare words are not TOML, one by one they are strings
-        choices = [parse_override(f"x={value}")["x"] for value in values.split(",")]
+        choices = [parse_override(f"x={value}")[1] for value in values.split(",")]
     return key, {"choose": choices}
 
 
@@ -137,14 +143,16 @@ def make_config(config: Mapping[str, Any], trial: Trial) -> RunConfig:
     Args:
         config: of the sweep, as plain data, which is left as it is.
     Raises:
-        ValueError: a setting is unknown or out of range.
+        ValueError: a setting is unknown, out of range or without effect.
     """
     raw: dict[str, Any] = json.loads(json.dumps(config))
-    for key, value in {**trial.settings, "trainer.threads": 1}.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        merge(raw, value)
-    return parse_config(raw)
+    changes = [(tuple(key.split(".")), value) for key, value in trial.settings.items()]
+    apply_changes(raw, [*changes, (("trainer", "threads"), 1)])
+    made, given = parse_config(raw), dict[str, Any]()
+    for path, value in changes:
+        put_value(given, path, value)
+    check_effect(made, given)
+    return made
 
 
 def check_config(config: RunConfig) -> None:

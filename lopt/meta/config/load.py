@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt.core.documents import parse_toml, read_toml
+from lopt.core.documents import read_toml
 from lopt.core.names import suggest
 from lopt.core.schema import conform
+from lopt.meta.config.effect import check_effect
+from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -35,10 +37,10 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
 
     Args:
         preset: a shipped name comes before a file of that name; a file ends in `.toml`.
-        overrides: TOML lines such as `trainer.steps=100` or `rule.name="lstm"`; a bare word is taken as a string.
+        overrides: texts such as `trainer.steps=100`; see `lopt.meta.config.overrides`.
     Raises:
         FileNotFoundError: neither a preset nor a file.
-        ValueError: not TOML, or unknown or ill-typed entries.
+        ValueError: not TOML, unknown or ill-typed entries, or settings without effect.
     """
     path = PRESETS / f"{preset}.toml"
     if not os.path.isfile(path):  # false for what no file system takes as a name, too
@@ -49,10 +51,10 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
             raise FileNotFoundError(f"there is no file {preset}")
     raw = read_toml(path)
     raw.setdefault("name", path.stem)
-    # The last one wins, as on any command line.
-    for override in overrides or []:
-        merge(raw, parse_override(override))
-    return parse_config(raw)
+    apply_changes(raw, [parse_override(text) for text in overrides or []])
+    config = parse_config(raw)
+    check_effect(config, raw)
+    return config
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
@@ -66,40 +68,3 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """
     config: RunConfig = conform(raw, RunConfig, "")
     return config
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """What a user types after `--set`, `a.b=value`, as nested dicts ready for `merge`.
-
-    The value is read as TOML; what is no TOML, such as a bare word, is taken as a string.
-
-    Raises:
-        ValueError: not of that form.
-    """
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip() or "\n" in text:
-        raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
-    # A shell eats quotes: `rule.name=lstm` is what people type.
-    for written in (value, _quote(value.strip())):
-        try:
-            return parse_toml(f"{key} = {written}")
-        except ValueError:
-            continue
-    raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
-
-
-def _quote(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def merge(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put nested `changes` into `target`, in place: tables are joined entry by entry, other values replaced.
-
-    A list counts as one value: `--set` replaces it whole.
-    """
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            merge(target[key], value)
-        else:
-            target[key] = value

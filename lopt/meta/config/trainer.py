@@ -91,6 +91,8 @@ class TrainerConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
         check_device(self.device)
+        if self.capture and self.device == "cpu":
+            raise ValueError("trainer.capture is of CUDA graphs and has no effect on the CPU: leave it out there")
         choose("trainer.merge", self.merge, MERGES)
         choose("trainer.validation_metric", self.validation_metric, METRICS)
         if not 0 <= self.average < 1:

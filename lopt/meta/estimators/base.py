@@ -91,6 +91,11 @@ class Estimator(ObjectiveOptions, GuidanceOptions, ABC):
         if self.num_steps < self.fewest_steps:
             raise ValueError(f"num_steps must be at least {self.fewest_steps}, got {self.num_steps}")
 
+    @property
+    def draws_horizons(self) -> bool:
+        """Whether tasks run for the horizons that the loop draws; false where all of them run for `num_steps`."""
+        return True
+
     def to(self: Kind, device: torch.device | str) -> Kind:
         """Move the tensors that the estimator holds to `device`; the estimator itself comes back.
 

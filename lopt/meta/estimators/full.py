@@ -25,6 +25,10 @@ class Full(Backprop):
 
     name = "full"
 
+    @property
+    def draws_horizons(self) -> bool:
+        return False
+
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The loop with this estimator's settings, and with tasks that all run for `num_steps` steps.
 

@@ -35,6 +35,10 @@ class FullES(Evolution):
 
     num_steps: int = 0
 
+    @property
+    def draws_horizons(self) -> bool:
+        return not self.num_steps
+
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The loop with the common settings, and with tasks that all run for `num_steps` steps if that is not 0.
 

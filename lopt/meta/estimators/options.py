@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.meta.estimators.objectives import OBJECTIVES, weigh_losses
+from lopt.meta.estimators.objectives import LOGARITHMIC, OBJECTIVES, weigh_losses
 from lopt.meta.unroll.slots import Window
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
@@ -32,7 +32,7 @@ class ObjectiveOptions:
         loss_clamp: losses above this multiple of the task's first loss count as this multiple.
 
     Raises:
-        ValueError: an objective or a split that there is not.
+        ValueError: an objective or a split that there is not, or `normalize` where it changes nothing.
     """
 
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
@@ -45,6 +45,11 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         choose("objective", self.objective, self.objectives)
         choose("objective_split", self.objective_split, SPLITS)
+        if self.normalize and self.objective in LOGARITHMIC:
+            raise ValueError(
+                f"normalize has no effect on objective {self.objective!r}, which is relative to the first loss anyway: "
+                "leave it out"
+            )
 
     def weigh(self, window: Window, family: TaskFamily) -> Tensor:
         """What each step of a window adds to its task's objective, `[K, T]`; differentiable like the losses.

@@ -3,7 +3,7 @@
 The last two are kept, as disks and copies damage files: from either a run goes on to the same end.
 
 Resuming under other settings would give a run that no configuration describes; so all that differs is named and
-refused, but for the device. What a snapshot holds is said by the `lopt.meta.trainer.state`.
+refused, but for the device and how it is used. What a snapshot holds is said by the `lopt.meta.trainer.state`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from lopt.meta.trainer.ranks import Ranks
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 RULE = "rule.safetensors"
+MACHINE = ("trainer.device", "trainer.capture")
+"""Settings that may differ: where a run goes on, and how that device makes its steps."""
 WEIGHTS = ("weights.", "best.", AVERAGE)  # of rules
 MAX_CHANGES = 1000  # characters of settings that an error lists
 
@@ -122,7 +124,7 @@ def _load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_config(path: Path, expected: Any, found: Any) -> None:
     if isinstance(expected, dict) and isinstance(found, dict):
         # The configuration has been through JSON once: tuples are lists there.
-        changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=("trainer.device",)))
+        changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=MACHINE))
         if changes:
             shown = make_printable(changes, MAX_CHANGES)
             raise ValueError(f"{path} was made with another configuration: {shown}. Undo it or start a new run")

@@ -79,8 +79,9 @@ class Trainer:
         card: training card to put into the rule file.
         ranks: the processes that share the slots; all of them make the same trainer.
     Raises:
-        ValueError: there are more processes than slots, no estimator for a family, `trainer.device` is not there,
-            `trainer.train_only` fits no meta-weight, or `trainer.warm_start` is not a file of this rule.
+        ValueError: there are more processes than slots, no estimator for a family, or one beside sources,
+            `trainer.device` is not there, `trainer.train_only` fits no meta-weight, or `trainer.warm_start` is not a
+            file of this rule.
     """
 
     def __init__(
@@ -96,12 +97,8 @@ class Trainer:
         card: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        if isinstance(tasks, TaskFamily):
-            if estimator is None:
-                raise ValueError("Trainer: a family of tasks needs an estimator, got None")
-            options = {"horizon": horizon, "validation_family": validation_family}
-            tasks = [Source(tasks, estimator, config.tasks, **options)]  # type: ignore[arg-type]
-        self.rule, self.sources, self.config, self.ranks = rule, list(tasks), config, ranks or Ranks()
+        sources = _list_sources(tasks, estimator, config, horizon, validation_family)
+        self.rule, self.sources, self.config, self.ranks = rule, sources, config, ranks or Ranks()
         self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
         # A rank without a slot would have nothing to do, and torchrun would wait for it all the same.
         self.slots = sum(source.tasks for source in self.sources)
@@ -364,6 +361,22 @@ class Trainer:
         names = self.state.list_tensors()
         # All is known to fit before anything is changed.
         self.state.restore(*read_snapshot(path, self.card.get("config"), names, self.ranks))
+
+
+def _list_sources(
+    tasks: TaskFamily | Sequence[Source],
+    estimator: Estimator | None,
+    config: TrainerConfig,
+    horizon: HorizonSchedule | None,
+    validation_family: TaskFamily | None,
+) -> list[Source]:
+    if isinstance(tasks, TaskFamily):
+        if estimator is None:
+            raise ValueError("Trainer: a family of tasks needs an estimator, got None")
+        return [Source(tasks, estimator, config.tasks, horizon=horizon, validation_family=validation_family)]
+    if any(given is not None for given in (estimator, horizon, validation_family)):
+        raise ValueError("Trainer: sources have estimators, horizons and validation families of their own: give none")
+    return list(tasks)
 
 
 def _find_stage(source: Source) -> float:
