@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from lopt.cli.folder_lock import hold_folder
 
 if TYPE_CHECKING:
     from lopt.evaluation.suites.figures import SuiteResult
+    from lopt.evaluation.suites.judging import Entrant
     from lopt.evaluation.suites.runs import Run
     from lopt.evaluation.suites.search import Request
     from lopt.rules import Rule
@@ -31,21 +32,14 @@ COUNTED = "heldout_runs"
 
 
 def judge_on_suite(
-    path: Path,
-    rule: Rule,
-    card: dict[str, Any],
-    suite: str,
-    out: Path,
-    console: Console,
-    **options: Any,
+    path: Path, entrants: Sequence[Entrant], suite: str, out: Path, console: Console, **options: Any
 ) -> SuiteResult | None:
     """Judge a rule on a suite, print the table, write the page; runs on the held-out suite are counted on its card.
 
     Args:
-        path: of the rule's file; where there is none, or the file is the package's, the result alone counts.
-        card: of the rule.
-        options: further arguments of `lopt.evaluation.suites.judging.judge`; its `label` is the card's name or the
-            file's.
+        path: of the first entrant's file; where there is none, or the file is the package's, the result alone counts.
+        entrants: the rule that is judged, and others to compare it with.
+        options: further arguments of `lopt.evaluation.suites.judging.judge`.
     Returns:
         The result; None on all ranks but the first.
     """
@@ -55,27 +49,28 @@ def judge_on_suite(
 
     share = read_share()
     make_folder(out)
-    label = card.get("name") or path.stem
     # Ranks keep their runs in files of their own; another command would write into the same ones.
     alone = hold_folder(out) if share.rank == 0 else nullcontext()
-    with alone, tell_runs(f"{label} on the {suite} suite", console) as on_run:
-        result = judge(rule, label, suite, out=out, share=share, on_run=on_run, **options)
+    with alone, tell_runs(f"{entrants[0].label} on the {suite} suite", console) as on_run:
+        result = judge(entrants, suite, out=out, share=share, on_run=on_run, **options)
     if result is None:
         return None
     if suite == HELDOUT:
-        result = replace(result, heldout_runs=count_heldout(path, rule, card))
+        result = replace(result, heldout_runs=count_heldout(path, entrants[0].rule))
     print_suite(result, console)
     for name, written in write_suite(out, result).items():
         say(console, f"{name:>16}  {written}")
     return result
 
 
-def count_heldout(path: Path, rule: Rule, card: dict[str, Any]) -> int:
+def count_heldout(path: Path, rule: Rule) -> int:
     """How often a rule was judged on the held-out suite, this time included; a rule file of the user's keeps the count.
 
     Raises:
         OSError: the file cannot be written.
     """
+    # The card as it is in the file: what of it is not understood stays as it is.
+    card = lopt.load_card(path) if path.is_file() else {}
     given = card.get(COUNTED, 0)
     count = (given if isinstance(given, int) else 0) + 1
     if path.is_file():

@@ -46,6 +46,7 @@ folder of a run. Without --task, --set and --steps it is judged on all settings 
 @click.option(
     "--without", multiple=True, type=click.Choice(["loss", "num_steps"]), help="On a suite: not told; repeatable."
 )
+@click.option("--against", multiple=True, help="On a suite: another rule, run and compared with; repeatable.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that run a suite [default: all cores].")
 @click.option("--criterion", type=click.Choice(["final", "mean"]), default="final", show_default=True)
 @click.option(
@@ -65,9 +66,9 @@ def judge_rule(
     **options: Any,
 ) -> None:
     """Compare RULE with learning-rate-tuned optimizers on held-out tasks; tables, pictures, one HTML page."""
-    own = {name: options.pop(name) for name in ("tasks", "lr", "without", "workers")}
+    own = {name: options.pop(name) for name in ("tasks", "lr", "without", "against", "workers")}
     if suite is None and any(own.values()):
-        raise click.UsageError("--tasks, --lr, --without and --workers are of a --suite")
+        raise click.UsageError("--tasks, --lr, --without, --against and --workers are of a --suite")
     if suite is not None and any(value for name, value in options.items() if name != "criterion"):
         raise click.UsageError("a --suite has its own tasks, lengths, seeds and contenders: give --tasks or --seeds")
     path, learned, card = open_rule(rule)
@@ -140,19 +141,26 @@ def _judge_on_suite(
     as_json: bool,
     *,
     tasks: str | None,
+    lr: float | None,
     without: tuple[str, ...],
+    against: tuple[str, ...],
     workers: int | None,
     **options: Any,
 ) -> None:
     from lopt.cli.run_folder import read_command, slugify
     from lopt.cli.suites import count_workers, judge_on_suite
+    from lopt.evaluation.suites.judging import Entrant
     from lopt.evaluation.suites.work import read_share
 
+    entrants = [Entrant(card.get("name") or path.stem, learned, without, 1.0 if lr is None else lr)]
+    for name in against:
+        _, other, about = open_rule(name)
+        entrants.append(Entrant(about.get("name") or name, other))
     console = Console(stderr=as_json, quiet=read_share().rank > 0)
-    out = out or RUNS / slugify(f"eval {card.get('name') or path.stem} {suite}")
-    options |= {"tasks": [name.strip() for name in tasks.split(",")] if tasks else None, "hidden": without}
+    out = out or RUNS / slugify(f"eval {entrants[0].label} {suite}")
+    options |= {"tasks": [name.strip() for name in tasks.split(",")] if tasks else None}
     given = {name: value for name, value in options.items() if value is not None}
-    command, workers = read_command(), count_workers(workers)
-    result = judge_on_suite(path, learned, card, suite, out, console, command=command, workers=workers, **given)
+    given |= {"command": read_command(), "workers": count_workers(workers)}
+    result = judge_on_suite(path, entrants, suite, out, console, **given)
     if as_json and result is not None:
         click.echo(json.dumps(result.to_json()))

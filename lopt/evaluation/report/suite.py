@@ -21,10 +21,12 @@ from lopt.evaluation.suites.figures import WORSE, Interval, Row, Standing, Suite
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 RESULT = "suite.json"
-HEADINGS = ("final loss", "validation", "speed-up", f"> {WORSE:g}", "diverged", "> AdamW", "+ms")
-"""Of a suite's table: ratios to tuned Adam, then counts, the share of tasks that beat AdamW 1e-3, and cost per step."""
+HEADINGS = ("final loss", "rule / it", "validation", "speed-up", f"> {WORSE:g}", "diverged", "> AdamW", "+ms")
+"""Of a suite's table: ratios to tuned Adam (but for "rule / it", the rule's losses over those of the row), then counts,
+the share of tasks that beat AdamW 1e-3, and cost per step."""
 SHOWN = ("best of all tuned", "SOAP", "Muon", "AdamW 0.001")
 """Of the contenders in the picture, beside the rule."""
 REACH = 20.0
@@ -75,10 +77,10 @@ def render_suite(result: SuiteResult) -> str:
         result=result,
         verdict=state_verdict(result),
         headings=HEADINGS,
-        rows=[(row, build_cells(row)) for row in result.rows],
+        rows=[(row, name_row(result, row), build_cells(row)) for row in result.rows],
         worst=list_worst(result.rule),
         tasks=tasks,
-        beside=[name_row(row) for row in beside],
+        beside=[name_row(result, row) for row in beside],
         light=encode_picture(plot_profile(result)),
         dark=encode_picture(plot_profile(result, dark=True)),
     )
@@ -86,23 +88,34 @@ def render_suite(result: SuiteResult) -> str:
 
 def print_suite(result: SuiteResult, console: Console) -> None:
     """Print the table of a result without its intervals, its verdict, and where the rule loses."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(("", *HEADINGS)):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for row in result.rows:
-        style = "bold" if row.kind == "rule" else "dim" if row.kind == "default" else ""
-        values = [Text(cell.text.partition(" ")[0]) for cell in build_cells(row)]
-        table.add_row(Text(name_row(row), style=style), *values)
-    console.print(table)
+    # Columns that do not fit the console's width are left out from the right, so that no line is broken.
+    unbounded, columns = console.options.update(max_width=1000), len(HEADINGS)
+    while columns > 1 and console.measure(_build_table(result, columns), options=unbounded).maximum > console.width:
+        columns -= 1
+    console.print(_build_table(result, columns))
     console.print(Text(state_verdict(result)))
     for standing in list_worst(result.rule):
         console.print(Text(f"  {describe_loss(standing)}"))
     if result.untuned:
         command = f"python -m bench suite {result.suite} --seeds {result.seeds}"
         console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: run `{command}`."))
+
+
+def _build_table(result: SuiteResult, columns: int) -> Table:
+    """The names and the first `columns` figures, without intervals."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(("", *HEADINGS[:columns])):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in result.rows:
+        style = "bold" if row.kind == "rule" else "dim" if row.kind == "default" else ""
+        values = [Text(cell.text.partition(" ")[0]) for cell in build_cells(row)[:columns]]
+        table.add_row(Text(name_row(result, row), style=style), *values)
+    return table
 
 
 def state_verdict(result: SuiteResult) -> str:
@@ -128,9 +141,12 @@ def describe_loss(standing: Standing) -> str:
     return f"{standing.task}: {format_number(standing.train_ratio)} of tuned Adam's final loss"
 
 
-def name_row(row: Row) -> str:
-    """The optimizer of a row with what was tuned of it."""
-    return f"{row.label}, {row.kind}" if row.kind in ("tuned", "one rate") and "tuned" not in row.label else row.label
+def name_row(result: SuiteResult, row: Row) -> str:
+    """The optimizer of a row with what was tuned of it, and on how many tasks if not on all."""
+    kind = row.kind if row.kind in ("tuned", "one rate") and "tuned" not in row.label else ""
+    tasks = len(row.standings)
+    few = f"{tasks} tasks only" if tasks < len(result.rule.standings) else ""
+    return ", ".join(filter(None, [row.label, kind, few]))
 
 
 def build_cells(row: Row) -> list[Cell]:
@@ -139,6 +155,7 @@ def build_cells(row: Row) -> list[Cell]:
     known = any(s.train_ratio is not None or s.diverged for s in row.standings)
     return [
         Cell(format_interval(row.train)),
+        Cell(format_interval(row.against)),
         Cell(format_interval(row.validation)),
         Cell(speedup),
         Cell(str(row.worse) if known else NONE),
@@ -178,7 +195,9 @@ def plot_profile(result: SuiteResult, *, dark: bool = False) -> bytes:
         for i, row in reversed(list(enumerate(shown))):
             color, dashes = (theme.subject, "-") if i == 0 else _pick_style(i, theme)
             x, y = _profile(row)
-            axes.step(x, y, where="post", color=color, ls=dashes, lw=2.5 if i == 0 else 1.4, label=name_row(row))
+            axes.step(
+                x, y, where="post", color=color, ls=dashes, lw=2.5 if i == 0 else 1.4, label=name_row(result, row)
+            )
         axes.set_xlim(1 / REACH, REACH)
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

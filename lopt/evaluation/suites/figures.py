@@ -72,13 +72,15 @@ class Row:
 
     Attributes:
         label: for readers.
-        kind: "rule", "tuned", "one rate" or "default".
+        kind: "rule", "other" (another rule), "tuned", "one rate" or "default".
         standings: on every task that it ran on.
         train, validation, speedup: interquartile means over the tasks where tuned Adam is known; None without any.
         worse: number of those tasks on which it ends above `WORSE` times tuned Adam's loss.
         better_than_default: share of tasks on which it ends below AdamW as it comes.
         diverged: number of runs that did.
         extra_ms: median over tasks.
+        against: the final loss of the rule that is judged over that of this optimizer, paired by task: below 1 the rule
+            is better. None where they have no task in common, and for the rule itself.
     """
 
     label: str
@@ -91,6 +93,7 @@ class Row:
     better_than_default: float | None
     diverged: int
     extra_ms: float | None
+    against: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,18 @@ def summarize(label: str, kind: str, measured: Sequence[Measured]) -> Row:
         diverged=sum(s.diverged for s in standings),
         extra_ms=median(extra) if extra else None,
     )
+
+
+def compare_rows(rule: Row, row: Row) -> Interval | None:
+    """The final loss of one optimizer over that of another, paired by task: the interquartile mean over the tasks that
+    both ran on.
+
+    Where both diverged the ratio is 1.
+    """
+    theirs = {s.task: s.train for s in row.standings}
+    pairs = [(s.train, theirs[s.task]) for s in rule.standings if s.task in theirs]
+    ratios = [1.0 if a is b is None else inf if a is None else 0.0 if b is None else a / b for a, b in pairs]
+    return Interval(*average_middle_interval(ratios)) if ratios else None
 
 
 def list_worst(row: Row, count: int = 5) -> list[Standing]:

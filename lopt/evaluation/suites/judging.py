@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lopt.evaluation.comparison import read_environment
 from lopt.evaluation.suites import SUITES, choose_tasks
 from lopt.evaluation.suites.archive import TUNED, Archive
 from lopt.evaluation.suites.contenders import CONTENDERS, DEFAULT
-from lopt.evaluation.suites.figures import Measured, Row, SuiteResult, summarize
+from lopt.evaluation.suites.figures import Measured, Row, SuiteResult, compare_rows, summarize
 from lopt.evaluation.suites.runs import Run
 from lopt.evaluation.suites.search import Choice, Request, choose_common, find_reference, tune
 from lopt.evaluation.suites.task import SuiteTask
@@ -20,8 +22,36 @@ from lopt.rules.files import fingerprint
 DEVELOPMENT = "development"
 NUM_SEEDS = 3
 
+Optimizer = tuple[str, str, float]
+"""Label, schedule and learning rate, by which runs are archived."""
 Find = Callable[[SuiteTask], Sequence[Run]]
 """The judged runs of an optimizer on a task; empty if one is missing."""
+
+
+class Entrant(NamedTuple):
+    """A rule whose runs are made here.
+
+    Attributes:
+        name: for readers.
+        rule: as trained.
+        hidden: some of `lopt.evaluation.suites.work.HIDEABLE`, which it is not told.
+        lr: factor on its steps; 1 is as learned.
+    """
+
+    name: str
+    rule: Rule
+    hidden: tuple[str, ...] = ()
+    lr: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """The name with what is not as usual."""
+        return ", ".join(filter(None, [self.name, hide(self.hidden), "" if self.lr == 1 else f"lr {self.lr:g}"]))
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What its runs are archived by: another rule of the same name does not get them."""
+        return f"rule {fingerprint(self.rule)}", hide(self.hidden), self.lr
 
 
 def open_tuned(suite: str, folder: Path = TUNED, command: str = "", part: str = "") -> Archive:
@@ -30,30 +60,24 @@ def open_tuned(suite: str, folder: Path = TUNED, command: str = "", part: str = 
 
 
 def judge(
-    rule: Rule,
-    label: str,
+    entrants: Sequence[Entrant],
     suite: str,
     *,
     out: Path,
     tasks: Sequence[str] | None = None,
     num_seeds: int = NUM_SEEDS,
-    lr: float = 1.0,
-    hidden: Sequence[str] = (),
     workers: int = 1,
     share: Share = ALONE,
     tuned: Path = TUNED,
     on_run: OnRun | None = None,
     command: str = "",
 ) -> SuiteResult | None:
-    """Train the tasks of a suite with a rule, and with AdamW as it comes, and hold them against tuned contenders.
+    """Train the tasks of a suite with rules, and with AdamW as it comes, and hold them against tuned contenders.
 
     Args:
-        rule: as trained; its runs are kept under its fingerprint, so that another rule does not get them.
-        label: what tables call it.
+        entrants: the rule that is judged, and others to compare it with.
         out: folder in which runs are kept as they end; those that are there are not made again.
         tasks: names of some of the suite's.
-        lr: factor on the rule's steps; 1 is as learned.
-        hidden: some of `lopt.evaluation.suites.work.HIDEABLE`, which the rule is not told.
         workers: processes.
         share: of the runs, under torchrun.
         tuned: archive of the contenders.
@@ -65,15 +89,16 @@ def judge(
         ValueError: no such suite or task, or a damaged archive.
         OSError: `out` cannot be written.
     """
-    chosen, owner = choose_tasks(suite, list(tasks or ())), (f"rule {fingerprint(rule)}", hide(hidden), lr)
+    chosen = choose_tasks(suite, list(tasks or ()))
+    rules: dict[Optimizer, Rule | None] = {DEFAULT: None} | {entrant.optimizer: entrant.rule for entrant in entrants}
     archive = Archive(out / "runs", command, share.part)
 
     def plan() -> list[Request]:
         return [
-            Request(task.name, *optimizer, seed, rule if optimizer == owner else None)
+            Request(task.name, *optimizer, seed, rule)
             for task in chosen
             for seed in range(num_seeds)
-            for optimizer in (DEFAULT, owner)
+            for optimizer, rule in rules.items()
             if archive.find(task, *optimizer, seed) is None
         ]
 
@@ -84,19 +109,17 @@ def judge(
         for task in chosen:
             archive.merge(task)
     contenders = Contenders(suite, chosen, num_seeds, tuned)
-    words = [label, owner[1], "" if lr == 1 else f"lr {lr:g}"]
-    rows = build_rows(", ".join(filter(None, words)), owner, archive, contenders)
+    rows = build_rows(entrants, archive, contenders)
     untuned = [task.name for task in chosen if not contenders.find_reference(task)]
     return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
 
 
-def build_rows(label: str, owner: tuple[str, str, float], archive: Archive, contenders: Contenders) -> list[Row]:
-    """The figures of a rule, of all contenders and of AdamW as it comes.
+def build_rows(entrants: Sequence[Entrant], archive: Archive, contenders: Contenders) -> list[Row]:
+    """The figures of rules, of all contenders and of AdamW as it comes, all beside the first rule.
 
     Args:
-        label: of the rule.
-        owner: label, schedule and learning rate of the rule's runs in the archive.
-        archive: has the runs of the rule and of AdamW as it comes.
+        entrants: the rule that is judged, and others.
+        archive: has the runs of the rules and of AdamW as it comes.
     """
     num_seeds = contenders.num_seeds
     default = {task.name: _find_seeds(archive, task, DEFAULT, num_seeds) for task in contenders.tasks}
@@ -109,13 +132,19 @@ def build_rows(label: str, owner: tuple[str, str, float], archive: Archive, cont
             if runs
         ]
 
-    rows = [summarize(label, "rule", measure(lambda task: _find_seeds(archive, task, owner, num_seeds), True))]
-    for name, kind, find in contenders.list_optimizers():
-        if measured := measure(find):
+    def find(optimizer: Optimizer) -> Find:
+        return lambda task: _find_seeds(archive, task, optimizer, num_seeds)
+
+    rows = [
+        summarize(entrant.label, "other" if i else "rule", measure(find(entrant.optimizer), True))
+        for i, entrant in enumerate(entrants)
+    ]
+    for name, kind, find_runs in contenders.list_optimizers():
+        if measured := measure(find_runs):
             rows.append(summarize(name, kind, measured))
     as_it_comes = f"{CONTENDERS[DEFAULT[0]].title} {DEFAULT[2]:g}"
-    rows.append(summarize(as_it_comes, "default", measure(lambda task: default[task.name])))
-    return rows
+    rows.append(summarize(as_it_comes, "default", measure(find(DEFAULT))))
+    return [rows[0], *(replace(row, against=compare_rows(rows[0], row)) for row in rows[1:])]
 
 
 class Contenders:
@@ -171,7 +200,7 @@ def list_common(folder: Path = TUNED) -> dict[str, Choice]:
     return {name: choice for name, choice in choices.items() if choice is not None}
 
 
-def _find_seeds(archive: Archive, task: SuiteTask, optimizer: tuple[str, str, float], num_seeds: int) -> list[Run]:
+def _find_seeds(archive: Archive, task: SuiteTask, optimizer: Optimizer, num_seeds: int) -> list[Run]:
     runs = [archive.find(task, *optimizer, seed) for seed in range(num_seeds)]
     found = [run for run in runs if run is not None]
     return found if len(found) == num_seeds else []
