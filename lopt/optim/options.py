@@ -104,9 +104,10 @@ def check_rule(group: Mapping[str, Any], expected: str) -> None:
     """
     rule = group.get("rule")
     if rule != expected:
+        other = "another kind of optimizer" if rule is None or isinstance(rule, Tensor) else rule
         raise ValueError(
             f"this optimizer runs rule {expected}, but its state or group was made by "
-            f"{make_printable(rule or 'another kind of optimizer', 80)}. Construct it with the same rule file."
+            f"{make_printable(other, 80)}. Construct it with the same rule file."
         )
 
 
@@ -154,7 +155,9 @@ def find_plan(groups: Iterable[Mapping[str, Any]]) -> int | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real | Tensor)
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_meta and not value.is_complex()
+    return isinstance(value, Real)
 
 
 def check_gradients(groups: Iterable[Mapping[str, Any]]) -> None:

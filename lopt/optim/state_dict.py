@@ -16,7 +16,7 @@ from torch import Tensor
 from lopt.core.foreign_text import make_printable
 from lopt.core.random import derive_seeds
 from lopt.optim.guard.state import GuardState
-from lopt.optim.guard.steps import GUARD_START, init_guard
+from lopt.optim.guard.steps import GUARD_SQUARES, GUARD_START, init_guard
 from lopt.optim.options import check_group, check_rule, find_direction
 from lopt.optim.parameter_names import list_names
 from lopt.optim.units import SEED, STEP, import_sharding, is_sharded
@@ -163,7 +163,7 @@ def check_states(
         state, fresh = states.get(key, {}), make_state(rule, name, whole)
         if state:
             _check_shapes(repr(name or key), p.shape, state, fresh, rule.name)
-            _check_values(repr(name or key), state, fresh)
+            _check_values(repr(name or key), state, fresh, (*rule.square_keys, *GUARD_SQUARES))
 
 
 def _check_shapes(
@@ -183,11 +183,14 @@ def _check_shapes(
         )
 
 
-def _check_values(parameter: str, state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+def _check_values(
+    parameter: str, state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], squares: Sequence[str]
+) -> None:
     """Refuse numbers that no optimizer leaves behind: a step with them would fail halfway, or spoil the parameters.
 
     Args:
         state, fresh: of the same entries and shapes.
+        squares: entries of which no number is below 0.
     """
     for key, expected in fresh.items():
         whole = not expected.is_floating_point()
@@ -201,6 +204,8 @@ def _check_values(parameter: str, state: Mapping[str, Tensor], fresh: Mapping[st
         else:  # in the dtype that it will have here
             largest = float(torch.linalg.vector_norm(value.detach(), float("inf"))) if value.numel() else 0.0
             fine, found = largest <= torch.finfo(expected.dtype).max, "not finite"
+            if fine and key in squares and value.numel():
+                fine, found = bool(value.min() >= 0), "negative somewhere"
         if not fine:
             raise ValueError(
                 f"the state of parameter {parameter} is damaged: its {key!r} is {found}, as no optimizer writes. "

@@ -28,6 +28,7 @@ class Adam(HandDesigned):
     """
 
     name = "adam"
+    square_keys = ("v",)
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class AdamW(Adam):
     """
 
     name = "adamw"
+    square_keys = ("v",)
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class NAdamW(AdamW):
     """
 
     name = "nadamw"
+    square_keys = ("v",)
     momentum_decay = 4e-3  # torch's default
 
     def init_flat(self, p: Tensor) -> Accumulators:

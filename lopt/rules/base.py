@@ -61,6 +61,7 @@ class Rule(Recorded, nn.Module, ABC):
         tensor_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         line_keys: accumulators that rows or columns share; they start at 0.
         compact_keys: accumulators that may be kept in bfloat16.
+        square_keys: accumulators that are averages of squares, so that none of their numbers is below 0.
         temporaries: numbers per element that `move` holds at once, beside state and parameter; sizes the chunks.
         decay_scale: factor on the user's weight decay, for rules whose `lr` has a step size of its own within.
         adamw_options: lr, betas and eps of AdamW where a user routes parameters to it beside this rule.
@@ -95,6 +96,7 @@ class Rule(Recorded, nn.Module, ABC):
     tensor_keys: tuple[str, ...] = ()
     line_keys: tuple[str, ...] = ()
     compact_keys: tuple[str, ...] = ()
+    square_keys: tuple[str, ...] = ()
     temporaries: int = 0
     decay_scale: float = 1.0
     adamw_options: Mapping[str, Any] = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
@@ -254,9 +256,7 @@ class Rule(Recorded, nn.Module, ABC):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Params, State]:
-        """`update`, under the name that `torch.func.functional_call` calls: it runs a rule with other meta-weights.
-        Slots of a population, each with weights of its own, are one such call with stacks of weights.
-        """
+        """`update`, as `torch.func.functional_call` calls it: with other meta-weights, or stacks of them for slots."""
         return self.update(*args, **kwargs)
 
     def describe(self) -> str:
@@ -286,8 +286,7 @@ def step_tensors(
     if rule.needs_num_steps and clock.num_steps is None:
         raise ValueError(f"rule {rule.name!r} needs the planned number of steps: pass num_steps")
     group = _TensorGroup(tensors, clock)
-    # The order is that of the stages' names in `lopt.rules.base`. Loops are over tensors and not over stages, so that a
-    # rule with sums makes two collectives per step, whatever the number of tensors.
+    # Loops are over tensors and not over stages: sums are two collectives per step, whatever the number of tensors.
     means = to_means(tensors, group.visit(rule, "measure", [rule.measure] * len(tensors)))
     shared: list[Means] = [{} for _ in tensors]
     if rule.tensor_keys:

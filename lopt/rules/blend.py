@@ -81,6 +81,7 @@ class Blend(Rule):
     """
 
     name = "blend"
+    square_keys = ("v",)
     needs_loss = True
     needs_num_steps = True
     tensor_keys = ("scale", "cosines", *LOSS_KEYS)

@@ -102,6 +102,7 @@ class CeloAdam(Scheduled):
     """
 
     name = "celo_adam"
+    square_keys = ("v",)
     quick_config: ClassVar = {"width": 8}
     feature_names = ("m_hat / sqrt(v_hat)", *SCHEDULER_FEATURES)
 

@@ -54,6 +54,7 @@ class HierarchicalRNN(Rule):
     """
 
     name = "hierarchical_rnn"
+    square_keys = ("v",)
     quick_config: ClassVar = {"hidden": 6, "tensor_hidden": 6, "global_hidden": 6}
     tensor_keys = ("pooled", "tensor", "global")
     shares: Tensor

@@ -27,6 +27,7 @@ class Linear(ElementwiseRule):
     """
 
     name = "linear"
+    square_keys = ("v",)
 
     def __init__(
         self,

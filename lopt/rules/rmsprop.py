@@ -24,6 +24,7 @@ class RMSprop(HandDesigned):
     """
 
     name = "rmsprop"
+    square_keys = ("v",)
 
     def __init__(
         self,

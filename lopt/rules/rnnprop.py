@@ -34,6 +34,7 @@ class RNNprop(CoordinatewiseLSTM):
     """
 
     name = "rnnprop"
+    square_keys = ("v",)
     quick_config: ClassVar = {"hidden": 8}
     feature_names = ("m / sqrt(v)", "g / sqrt(v)")
     compact_keys: tuple[str, ...] = (*STATE, "m", "v")

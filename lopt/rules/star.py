@@ -79,6 +79,7 @@ class Star(Rule):
         self.inner, self.factors, self.residual_unit, self.eps = rule, factors, residual_unit, eps
         # Callers choose passes and chunks by these: as the inner rule needs them, with memory for the nominal term.
         self.elementwise, self.tensor_keys, self.line_keys = rule.elementwise, rule.tensor_keys, rule.line_keys
+        self.square_keys = (*rule.square_keys, KEYS[1])
         self.needs_loss, self.needs_num_steps = rule.needs_loss, rule.needs_num_steps
         self.feature_names = rule.feature_names
         self.temporaries = rule.temporaries + 2 * len(momentum_decays) + 6

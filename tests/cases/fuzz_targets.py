@@ -204,7 +204,7 @@ def damage_state(rng: Random, saved: dict[str, Any]) -> Any:
         if not isinstance(value, Tensor):
             continue
         if how == 0 and value.numel() and value.is_floating_point():
-            value.view(-1)[rng.randrange(value.numel())] = rng.choice((nan, inf, -inf, 1e10, 0.0, 1e-45))
+            value.view(-1)[rng.randrange(value.numel())] = rng.choice((nan, inf, -inf, 1e10, -3.0, 0.0, 1e-45))
         elif how == 0:
             value.fill_(rng.choice((-1, 0, 10**9, -(2**63), 2**60)))
         elif how == 1:

@@ -148,6 +148,10 @@ DAMAGED: Mapping[str, Change] = {
         for key in ("m", "loss_mean", "guard_v", "guard_p")
         for x in (nan, inf, -inf)
     },
+    **{
+        f"{key} negative": lambda saved, key=key: saved["state"][0][key].view(-1)[0].fill_(-1e-3)  # type: ignore[misc]
+        for key in ("v", "rows", "guard_v", "guard_norm")
+    },
     "infinite in fp32": lambda saved: saved["state"][0].update(m=saved["state"][0]["m"].double() + 1e39),
     "complex": cast(torch.complex64, "m"),
     "whole": cast(torch.int64, "m"),

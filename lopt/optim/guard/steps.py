@@ -24,6 +24,7 @@ Accumulators = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 GUARD_START = "guard_start"  # the step from which AdamW's moments count
+GUARD_SQUARES = ("guard_v", "guard_norm")  # never below 0
 NORM_DECAY = 0.95
 NORM_GROWTH = 2.0
 

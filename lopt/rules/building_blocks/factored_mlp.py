@@ -51,6 +51,7 @@ class FactoredMLP(FeatureMLP):
 
     clips: bool = True
     line_keys = ("rows", "cols")
+    square_keys = ("v", *line_keys)
     rs_eps: float = 1e-6
     vector_eps: float = 0.0
     second_decay: float = 0.999
