@@ -201,7 +201,7 @@ def damage_state(rng: Random, saved: dict[str, Any]) -> Any:
         key = rng.choice(list(state))
         value: Tensor = state[key]
         how = rng.randrange(4)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.is_meta:
             continue
         if how == 0 and value.numel() and value.is_floating_point():
             value.view(-1)[rng.randrange(value.numel())] = rng.choice((nan, inf, -inf, 1e10, -3.0, 0.0, 1e-45))
