@@ -17,6 +17,7 @@ from pages import ROOT
 from torch import nn
 
 import lopt
+from bench.__main__ import cli as bench_cli
 from lopt.cli.program import cli
 from lopt.evaluation.report.suite import load_suite
 from lopt.evaluation.statistics import average_middle, average_middle_interval
@@ -214,6 +215,18 @@ def test_tuning_that_is_stopped_goes_on_without_repeating_a_run(tiny_suites: Non
     again: list[Request] = []
     tune_suite("development", folder=tmp_path, num_seeds=1, on_run=lambda request, *_: again.append(request))
     assert again == []
+
+
+def test_bench_tunes_into_an_archive(tiny_suites: None, tmp_path: Path) -> None:
+    arguments = ["suite", "large", "--tasks", "short", "--contenders", "adam", "--seeds", "1", "--workers", "1"]
+    outcome = CliRunner().invoke(bench_cli, [*arguments, "--archive", str(tmp_path)], catch_exceptions=False)
+    assert outcome.exit_code == 0
+    archive = open_tuned("large", tmp_path)
+    choice = tune(archive, SHORT, "adam")
+    assert choice is not None
+    assert archive.find(SHORT, *choice[:3], seed=0) is not None
+    assert archive.find(SHORT, "adamw", "constant", 1e-3, seed=0) is not None
+    assert json.loads((tmp_path / "large" / "short.json").read_text())["command"].startswith("python -m bench")
 
 
 def test_archived_runs_of_a_task_that_has_changed_are_not_used(
