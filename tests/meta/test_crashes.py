@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.estimators.evolution import Evolution
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog
 
@@ -114,3 +117,21 @@ def test_a_run_of_any_estimator_that_dies_at_any_point_ends_as_if_it_had_not(est
     came, expected = count_points(estimator, tmp_path / "whole")
     for point in range(len(came)):
         check_point(estimator, tmp_path / str(point), point, expected)
+
+
+COMPILED = ["truncated", *(name for name, kind in ESTIMATORS.items() if issubclass(kind, Evolution))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("estimator", "compiled"), [*((name, False) for name in ESTIMATORS), *((name, True) for name in COMPILED)]
+)
+def test_thirty_runs_of_any_estimator_killed_at_random_end_as_if_they_had_not(
+    estimator: str, compiled: bool, tmp_path: Path
+) -> None:
+    program = Path(__file__).parent.parent / "cases" / "random_kills.py"
+    command = [sys.executable, str(program), str(tmp_path), estimator, "30", "0", *(["compile"] if compiled else [])]
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 equal" in done.stdout
