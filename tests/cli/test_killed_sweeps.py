@@ -1,0 +1,68 @@
+"""Sweeps that are killed at random moments, again and again, end as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_cases import TINY, describe_result
+
+from lopt.core.documents import read_json
+from lopt.meta.trainer.checkpoint import RULE
+from lopt.rules.files import fingerprint, load
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="kills")]
+KILLS = 5
+ARGUMENTS = ["tiny.toml", "--vary", "trainer.learning_rate=1e-3,1e-2,0.1", "--halve-every", "6", "--out", "s"]
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    (folder / "tiny.toml").write_text(TINY)
+    command = [sys.executable, "-m", "lopt", "sweep", *arguments, "--workers", "2"]
+    output = (folder / "output.txt").open("a")
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output
+    )
+
+
+def describe_sweep(folder: Path) -> dict[str, Any]:
+    state = read_json(folder / "sweep.json")
+    trials = {trial["name"]: describe_result(folder / trial["name"]) for trial in state["trials"]}
+    return {"state": state, "trials": trials, "rule": fingerprint(load(folder / RULE))}
+
+
+def run_to_end(folder: Path, *arguments: str) -> float:
+    begin = time.monotonic()
+    process = launch(folder, *arguments)
+    assert process.wait(timeout=600) == 0, (folder / "output.txt").read_text()
+    return time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, dict[str, Any]]:
+    """How long a sweep takes that is not killed, and what it leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run_to_end(folder, *ARGUMENTS), describe_sweep(folder / "s")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sweep_killed_five_times_ends_as_one_that_was_not(
+    whole: tuple[float, dict[str, Any]], tmp_path: Path, seed: int
+) -> None:
+    chance, (duration, expected), killed = random.Random(seed), whole, 0
+    arguments = ARGUMENTS
+    for _ in range(KILLS):
+        process = launch(tmp_path, *arguments)
+        time.sleep(chance.uniform(0.2, 1) * duration)
+        process.kill()
+        killed += process.wait() != 0
+        arguments = ["--resume", "s"] if (tmp_path / "s" / "sweep.json").exists() else ARGUMENTS
+    assert killed
+    run_to_end(tmp_path, *arguments)
+    assert describe_sweep(tmp_path / "s") == expected
