@@ -22,7 +22,7 @@ from lopt.cli.program import cli
 from lopt.evaluation.report.suite import load_suite
 from lopt.evaluation.statistics import average_middle, average_middle_interval
 from lopt.evaluation.suites import SUITES, find_task, perceptrons
-from lopt.evaluation.suites.archive import Archive, compute_start
+from lopt.evaluation.suites.archive import TUNED, Archive, compute_start
 from lopt.evaluation.suites.contenders import CONTENDERS, Contender, prepare, rate
 from lopt.evaluation.suites.figures import Measured, list_worst, stand, summarize
 from lopt.evaluation.suites.judging import Entrant, judge, open_tuned
@@ -429,7 +429,7 @@ def check_optimizers_step(task: SuiteTask) -> None:
         assert run.validation is not None, name
 
 
-@pytest.mark.parametrize("name", ["digits_conv", "lorenz_rnn"])
+@pytest.mark.parametrize("name", ["digits_conv"])
 def test_all_optimizers_step_the_tensors_of_a_task(name: str) -> None:
     pytest.importorskip("pytorch_optimizer")
     check_optimizers_step(find_task(name))
@@ -494,6 +494,15 @@ def test_task_has_its_size_and_is_a_function_of_its_seed(task: SuiteTask) -> Non
     assert 300 <= task.num_steps <= 2000
     assert task.start().resembles(task.start())
     check_seeds(task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(TUNED.glob("*/*.json")), ids=lambda path: path.stem)
+def test_archived_runs_are_of_the_tasks_as_they_are(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = find_task(path.stem)
+    assert task in SUITES[path.parent.name]
+    assert Archive(path.parent).list_runs(task)
+    assert caplog.text == ""
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULT = "suite.json"
-HEADINGS = ("final loss", "rule / it", "validation", "speed-up", f"> {WORSE:g}", "diverged", "> AdamW", "+ms")
+HEADINGS = ("final loss", "rule / it", "validation", "speed-up", f"> {WORSE:g}", "diverged", "beats AdamW", "+ms")
 """Of a suite's table: ratios to tuned Adam (but for "rule / it", the rule's losses over those of the row), then counts,
 the share of tasks that beat AdamW 1e-3, and cost per step."""
 SHOWN = ("best of all tuned", "SOAP", "Muon", "AdamW 0.001")
