@@ -1,4 +1,4 @@
-"""`lopt list`: what rules, presets, tasks and estimators there are, with a line or a table row for each.
+"""`lopt list`: what rules, presets, tasks, suites and estimators there are, with a line or a table row for each.
 
 What it says comes from docstrings, presets, training cards and built tasks: nothing is listed by hand.
 """
@@ -17,14 +17,14 @@ from rich.table import Table
 
 import lopt
 
-KINDS = ("shipped", "presets", "rules", "tasks", "estimators")
+KINDS = ("shipped", "presets", "rules", "tasks", "suites", "estimators")
 
 
-@click.command(name="list", short_help="List rules, presets, tasks and estimators.")
+@click.command(name="list", short_help="List rules, presets, tasks, suites and estimators.")
 @click.argument("what", type=click.Choice(KINDS), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_kinds(what: str | None, as_json: bool) -> None:
-    """List shipped rules, presets, and what rules, tasks and estimators there are."""
+    """List shipped rules, presets, and what rules, tasks, suites and estimators there are."""
     contents = list_contents(what)
     if as_json:
         click.echo(json.dumps(contents))
@@ -52,6 +52,7 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
         "presets": list_presets,
         "rules": lambda: first_lines(RULES),
         "tasks": list_families,
+        "suites": list_programs,
         "estimators": lambda: first_lines(ESTIMATORS),
     }
     return {key: contents[key]() for key in ([kind] if kind else KINDS)}
@@ -82,6 +83,14 @@ def list_families() -> dict[str, FamilyFacts]:
     from lopt.tasks import TASKS
 
     return {name: _describe_family(name, cls) for name, cls in TASKS.items()}
+
+
+def list_programs() -> dict[str, dict[str, str | int]]:
+    """Every program of the suites by name, with what is trained, its suite, and the steps of a run."""
+    from lopt.evaluation.suites import SUITES
+
+    programs = ((suite, task) for suite, tasks in SUITES.items() for task in tasks)
+    return {t.name: {"what": t.title, "suite": suite, "steps": t.num_steps} for suite, t in programs}
 
 
 def _describe_family(name: str, cls: Callable[[], Any]) -> FamilyFacts:
