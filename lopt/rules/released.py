@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt.core.foreign_files import Weights, read_weights
+from lopt.core.foreign_text import make_printable
 from lopt.core.names import suggest
 from lopt.core.schema import conform, list_options
 from lopt.rules import RULES, Rule
@@ -47,7 +48,7 @@ def build_rule(weights: Weights, name: str, options: Mapping[str, Any] | None = 
     weights.check_all_taken(name)
     for option, value in (options or {}).items():
         if option not in rule_options:
-            raise ValueError(f"{option} is unknown to rule {name!r}. {suggest(option, rule_options)}")
+            raise ValueError(f"{make_printable(option)} is unknown to rule {name!r}. {suggest(option, rule_options)}")
         if option in config:
             raise ValueError(f"{where} decides {option}={config[option]}; leave the option out")
         config[option] = conform(value, rule_options[option], option)

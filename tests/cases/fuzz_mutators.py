@@ -60,7 +60,7 @@ def damage_tree(rng: Random, tree: Any) -> Any:
         elif how == 3:
             container[key] = rng.choice(([value], {"x": value}, str(value)))
         elif how == 4 and type(value) in (int, float):
-            container[key] = rng.choice((value + 1, -value, value * 1000, value / 3, int(value)))
+            container[key] = rng.choice((value + 1, -value, value * 1000, value / 3))
         elif how == 5:
             for _ in range(rng.choice((5, 60))):
                 value = {"x": value} if rng.random() < 0.5 else [value]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from lopt.core.foreign_text import make_printable
 from lopt.core.names import suggest
 from lopt.core.schema import conform, list_options
 
@@ -31,14 +32,14 @@ def build(section: str, registry: Mapping[str, type[T]], options: Mapping[str, A
     """
     name = conform(options.get("name"), str, f"{section}.name")
     if name not in registry:
-        raise ValueError(f"{section}.name: {name!r} is unknown. {suggest(name, registry)}")
+        raise ValueError(f"{section}.name: {make_printable(repr(name))} is unknown. {suggest(name, registry)}")
     known = list_options(registry[name])
     checked = {}
     for option, value in options.items():
         if option == "name":
             continue
         if option not in known:
-            raise ValueError(f"{section}.{option} is unknown to {name!r}. {suggest(option, known)}")
+            raise ValueError(f"{section}.{make_printable(option)} is unknown to {name!r}. {suggest(option, known)}")
         checked[option] = conform(value, known[option], f"{section}.{option}")
     # A constructor's own refusal is passed on under the name that the user wrote.
     try:

@@ -18,6 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from lopt.core.documents import parse_toml
+from lopt.core.foreign_text import make_printable
 from lopt.core.names import suggest
 from lopt.core.schema import list_options
 from lopt.meta.config.run import RunConfig
@@ -83,7 +84,7 @@ def complete(path: tuple[str, ...], task: Any) -> tuple[str, ...]:
     if options is not None and path[0] not in options:
         known = {*SECTIONS, *options}
         raise ValueError(
-            f"{path[0]} is unknown: neither a setting of a run nor an option of task {name!r}. "
+            f"{make_printable(path[0])} is unknown: neither a setting of a run nor an option of task {name!r}. "
             f"{suggest(path[0], known)}"
         )
     return ("task", *path)
