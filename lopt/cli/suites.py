@@ -47,17 +47,28 @@ def judge_on_suite(
     from lopt.evaluation.suites.judging import judge
     from lopt.evaluation.suites.work import read_share
 
-    share = read_share()
+    share, counts, made = read_share(), suite == HELDOUT and keeps_count(path), []
+    if counts and not os.access(path, os.W_OK):
+        raise PermissionError(
+            f"{path} cannot be written, but its card is to count how often it was judged on {HELDOUT}"
+        )
     make_folder(out)
     # Ranks keep their runs in files of their own; another command would write into the same ones.
     alone = hold_folder(out) if share.rank == 0 else nullcontext()
-    with alone, tell_runs(f"{entrants[0].label} on the {suite} suite", console) as on_run:
+    with alone, tell_runs(f"{entrants[0].label} on the {suite} suite", console) as tell:
+
+        def on_run(request: Request, run: Run, missing: int) -> None:
+            made.append(request)
+            tell(request, run, missing)
+
         result = judge(entrants, suite, out=out, share=share, on_run=on_run, **options)
     if result is None:
         return None
     if suite == HELDOUT:
         result = replace(result, heldout_runs=count_heldout(path, entrants[0].rule))
     print_suite(result, console)
+    if not made:
+        say(console, f"all runs are those that were kept in {out / 'runs'}: remove it to have them made again")
     for name, written in write_suite(out, result).items():
         say(console, f"{name:>16}  {written}")
     return result
@@ -73,9 +84,16 @@ def count_heldout(path: Path, rule: Rule) -> int:
     card = lopt.load_card(path) if path.is_file() else {}
     given = card.get(COUNTED, 0)
     count = (given if isinstance(given, int) else 0) + 1
-    if path.is_file():
+    if keeps_count(path):
         lopt.save(rule, path, card | {COUNTED: count})
     return count
+
+
+def keeps_count(path: Path) -> bool:
+    """Whether a rule has a file of its user's, whose card can count."""
+    from lopt.rules.files import PRETRAINED
+
+    return path.is_file() and path.resolve().parent != PRETRAINED.resolve()
 
 
 def count_workers(workers: int | None) -> int:

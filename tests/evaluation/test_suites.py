@@ -326,7 +326,8 @@ def test_rule_is_judged_on_a_suite_and_counted_on_its_card(tiny_suites: None, tm
     assert (out / "profile.png").stat().st_size > 1000
     # The runs are kept; another look costs none, and counts again.
     before = {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
-    CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    outcome = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert "all runs are those that were kept" in outcome.output
     assert before == {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
     assert lopt.load_card(path)["heldout_runs"] == 2
 
