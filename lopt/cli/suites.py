@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from rich.markup import escape
 import lopt
 from lopt.cli.console import make_folder, say
 from lopt.cli.folder_lock import hold_folder
+from lopt.cli.progress import PlainProgress
 
 if TYPE_CHECKING:
     from lopt.evaluation.suites.figures import SuiteResult
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lopt.evaluation.suites.search import Request
     from lopt.rules import Rule
 
-SILENCE = 60.0
 HELDOUT = "heldout"
 COUNTED = "heldout_runs"
 """Entry of a rule's card: how often it was judged on the held-out suite."""
@@ -105,24 +104,22 @@ def count_workers(workers: int | None) -> int:
 
 @contextmanager
 def tell_runs(title: str, console: Console) -> Iterator[Callable[[Request, Run, int], None]]:
-    """A line at the foot of a terminal that says which run has ended, and how many are left.
+    """A line at the foot of a terminal that says which run has ended, how many are known to be left, and for how long;
+    where there is no terminal, plain lines now and then.
 
-    Where there is no terminal, a line is printed every `SILENCE` seconds. On Ctrl-C the process ends with status 130:
-    the runs that have ended are kept, and the same command goes on with the others.
+    On Ctrl-C the process ends with status 130: the runs that have ended are kept, and the same command goes on with the
+    others.
     """
-    printed = time.monotonic()
-    with console.status(escape(title)) as status:
+    done = 0
+    with console.status(escape(title)) as status, PlainProgress(console, title) as progress:
 
         def on_run(request: Request, run: Run, missing: int) -> None:
-            nonlocal printed
+            nonlocal done
+            done += 1
             what = "rule" if request.rule is not None else f"{request.label} {request.schedule} {request.lr:g}"
             loss = "diverged" if run.train is None else f"{run.train:.4g}"
-            done = f"{request.task}, {what}, seed {request.seed}: {loss} in {run.seconds:.1f} s"
-            text = f"{title}: {done}; {missing} more to run"
-            status.update(escape(text))
-            if not console.is_terminal and time.monotonic() > printed + SILENCE:
-                printed = time.monotonic()
-                say(console, text)
+            progress.update(done / (done + missing), f"{request.task}, {what}, seed {request.seed}: {loss}")
+            status.update(escape(f"{progress.describe()}; {missing} more runs"))
 
         try:
             yield on_run

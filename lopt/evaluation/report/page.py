@@ -174,7 +174,7 @@ def state_summary(comparisons: Sequence[Comparison]) -> str:
     label = comparisons[0].subject.label
     if not contests:
         return f"{label} in {len(comparisons)} settings, without a tuned baseline to compare with."
-    settings = _count(len(contests), "setting")
+    settings = count_noun(len(contests), "setting")
     return f"In {settings}, the final loss of {label} against that of the best tuned baseline is {outcomes}."
 
 
@@ -182,7 +182,7 @@ def state_verdict(comparison: Comparison) -> str:
     """The sentence that sums up one setting: the subject against the best tuned baseline, in final loss and in mean
     loss, with the interval of the ratio; divergence and missing baselines are said instead.
     """
-    subject, tasks = comparison.subject, _count(comparison.num_seeds, "held-out task")
+    subject, tasks = comparison.subject, count_noun(comparison.num_seeds, "held-out task")
     contest = comparison.contest_bar("final")
     if contest is None:
         final = subject.summarize("final")
@@ -345,7 +345,8 @@ def format_ratio(contest: Contest) -> str:
     return f"{text} ({format_number(ratio.low)} to {format_number(ratio.high)})"
 
 
-def _count(number: int, noun: str) -> str:
+def count_noun(number: int, noun: str) -> str:
+    """A count as readers see it: "1 task", "3 tasks"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lopt.core.files import write_atomic
 from lopt.evaluation.report.curves import DARK, LIGHT, OTHER_STYLES, STYLES, Theme
 from lopt.evaluation.report.html import encode_picture, load_template
-from lopt.evaluation.report.page import NONE, Cell, format_number, format_percent
+from lopt.evaluation.report.page import NONE, Cell, count_noun, format_number, format_percent
 from lopt.evaluation.suites import find_task
+from lopt.evaluation.suites.archive import NUM_SEEDS
 from lopt.evaluation.suites.figures import WORSE, Interval, Row, Standing, SuiteResult, list_worst
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def print_suite(result: SuiteResult, console: Console) -> None:
     for standing in list_worst(result.rule):
         console.print(Text(f"  {describe_loss(standing)}"))
     if result.untuned:
-        command = f"python -m bench suite {result.suite} --seeds {result.seeds}"
+        command = f"python -m bench suite {result.suite} --seeds {max(NUM_SEEDS, result.seeds)}"
         console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: run `{command}`."))
 
 
@@ -121,12 +122,16 @@ def _build_table(result: SuiteResult, columns: int) -> Table:
 def state_verdict(result: SuiteResult) -> str:
     """The sentence that sums a result up."""
     rule, tasks = result.rule, len(result.rule.standings)
-    where = f"{tasks} {result.suite} tasks, {result.seeds} seeds"
+    where = f"{count_noun(tasks, f'{result.suite} task')}, {count_noun(result.seeds, 'seed')}"
     runs = f"; run {result.heldout_runs} of this rule on the held-out suite" if result.heldout_runs else ""
     if rule.train is None or rule.validation is None:
         return f"On {where}: no tuned Adam to compare with{runs}."
     worst = list_worst(rule)
-    losing = f"It is above it on {len(list_worst(rule, tasks))} tasks:" if worst else "It is above it on no task."
+    losing = (
+        f"It is above it on {count_noun(len(list_worst(rule, tasks)), 'task')}:"
+        if worst
+        else "It is above it on no task."
+    )
     return (
         f"On {where}, {rule.label} ends at {format_interval(rule.train)} of tuned Adam's loss and at "
         f"{format_interval(rule.validation)} of its validation loss (interquartile means over tasks, 95 % intervals)"

@@ -20,6 +20,8 @@ from lopt.evaluation.suites.task import Start, SuiteTask
 
 FORMAT = 1
 """Of a task's file; raised when a figure of a run changes its meaning."""
+NUM_SEEDS = 3
+"""Judged runs of every optimizer, by default: the seeds 0, 1, 2."""
 TUNED = Path(__file__).parent / "tuned"
 """The archive of the package: baselines, tuned, and their judged runs."""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lopt.evaluation.comparison import read_environment
 from lopt.evaluation.suites import SUITES, choose_tasks
-from lopt.evaluation.suites.archive import TUNED, Archive
+from lopt.evaluation.suites.archive import NUM_SEEDS, TUNED, Archive
 from lopt.evaluation.suites.contenders import CONTENDERS, DEFAULT
 from lopt.evaluation.suites.figures import Measured, Row, SuiteResult, compare_rows, summarize
 from lopt.evaluation.suites.runs import Run
@@ -20,7 +20,6 @@ from lopt.rules import Rule
 from lopt.rules.files import fingerprint
 
 DEVELOPMENT = "development"
-NUM_SEEDS = 3
 
 Optimizer = tuple[str, str, float]
 """Label, schedule and learning rate, by which runs are archived."""

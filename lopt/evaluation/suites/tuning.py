@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lopt.evaluation.suites import choose_tasks
-from lopt.evaluation.suites.archive import TUNED
+from lopt.evaluation.suites.archive import NUM_SEEDS, TUNED
 from lopt.evaluation.suites.contenders import CONTENDERS
-from lopt.evaluation.suites.judging import NUM_SEEDS, list_common, open_tuned
+from lopt.evaluation.suites.judging import list_common, open_tuned
 from lopt.evaluation.suites.search import Choice, Request, plan_judged, plan_tuning
 from lopt.evaluation.suites.work import ALONE, OnRun, Share, carry_out
 
