@@ -30,6 +30,7 @@ RULE = "rule.safetensors"
 MACHINE = ("trainer.device", "trainer.capture")
 """Settings that may differ: where a run goes on, and how that device makes its steps."""
 WEIGHTS = ("weights.", "best.", AVERAGE)  # of rules
+SIGNED = ".exp_avg"  # of AdamW's moments; squares and steps are not
 MAX_CHANGES = 1000  # characters of settings that an error lists
 
 
@@ -141,10 +142,12 @@ def _check_metadata(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def _check_finite(path: Path, found: Mapping[str, Tensor]) -> None:
-    """Meta-weights never become nan: a step that would make them so is left out."""
+    """Meta-weights and their moments never become nan: a step that would make them so is left out."""
     for name, value in found.items():
-        if name.startswith(WEIGHTS) and not value.isfinite().all():
+        if name.startswith((*WEIGHTS, MOMENTS)) and not value.isfinite().all():
             raise ValueError(f"{path} is damaged: {name} is nan or infinite somewhere")
+        if name.startswith(MOMENTS) and not name.endswith(SIGNED) and bool((value < 0).any()):
+            raise ValueError(f"{path} is damaged: {name} is negative somewhere")
 
 
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
