@@ -175,12 +175,14 @@ def init_parts(
     shard = Shard(cast(DTensor, p))
     whole = make(torch.empty(shard.layout.shape, device="meta", dtype=torch.float32), shard.layout)
     local = to_local(p).contiguous().view(shard.shape)
+    parts = make(local, shard.layout._replace(shape=shard.shape))
     result: Accumulators = {}
-    for key, value in make(local, shard.layout._replace(shape=shard.shape)).items():
-        shape = whole[key].shape
-        if key in lines:
-            result[key] = value.new_zeros(shape)
-        elif key not in shared and tuple(shape[len(shape) - shard.layout.ndim :]) == shard.layout.shape:
+    for key, shape in ((key, value.shape) for key, value in whole.items()):
+        if key in lines:  # which of these there are may depend on the whole's sides
+            result[key] = local.new_zeros(shape)
+            continue
+        value = parts[key]
+        if key not in shared and tuple(shape[len(shape) - shard.layout.ndim :]) == shard.layout.shape:
             result[key] = shard.wrap(value)
         else:
             result[key] = value

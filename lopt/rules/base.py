@@ -41,7 +41,7 @@ from lopt.rules.stages import (
     Clock,
     Decision,
     Elements,
-    Finish,
+    Finished,
     Means,
     State,
     Steppable,
@@ -49,6 +49,7 @@ from lopt.rules.stages import (
     Visit,
     divide_sums,
 )
+from lopt.rules.whole_tensor import WholeTensor
 
 
 class Rule(Recorded, nn.Module, ABC):
@@ -175,12 +176,13 @@ class Rule(Recorded, nn.Module, ABC):
         fp32 whatever the parameter's dtype.
         """
 
-    def finish(self, delta: Tensor, decided: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The step of a whole tensor `[*batch, *shape]` and a factor `[*batch, *shape or 1s]` on it.
+    def finish(self, delta: Tensor, read: Callable[[], Elements], decided: Any, layout: Layout) -> Finished:
+        """What becomes of the step of a whole tensor `[*batch, *shape]`, for which one tensor at a time needs memory.
 
-        Rules that have this stage need memory for the step of one whole tensor.
+        Args:
+            read: makes the whole tensor's elements, with new accumulators; memory for a copy of all of them.
         """
-        return delta, delta.new_ones([1] * layout.ndim)
+        return Finished(delta)
 
     @classmethod
     def has(cls, stage: str) -> bool:
@@ -351,49 +353,3 @@ class _TensorGroup:
     def _take(self, i: int, x: Tensor) -> Tensor:
         tensor, start = self.tensors[i], self.starts[i]
         return x.narrow(self.dim, start, tensor.count) if tensor.stacked else x.select(self.dim, start)
-
-
-class WholeTensor:
-    """A parameter `[*batch, *shape]` that is stepped at once, as a new tensor: how `Rule.update` walks through a step.
-
-    It is the `Steppable` for meta-training, where autograd must see every operation and tasks come in batches. The
-    optimizer has others, which go through memory in chunks and in place; all give a rule's stages the same elements.
-    """
-
-    count = 1
-    stacked = False
-
-    def __init__(self, g: Tensor, p: Tensor, acc: Accumulators, batch_ndim: int) -> None:
-        self.batch = tuple(p.shape[:batch_ndim])
-        self.layout = find_layout(tuple(p.shape[batch_ndim:]))
-        self.acc = dict(acc)
-        self.fields: Accumulators = {}
-        self.g, self.p = (x.reshape(*self.batch, *self.layout.shape) for x in (g, p))
-
-    def _call(self, stage: Callable[[Elements], Visit]) -> Visit:
-        visit = stage(Elements(self.g, self.p, self.acc | self.fields, self.layout, whole=True))
-        self.acc |= visit.acc
-        self.fields |= visit.fields
-        return visit
-
-    def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
-        """The sums of a stage that is called once, on the whole tensor; what it makes is kept for the later stages."""
-        return self._call(stage).sums
-
-    def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
-        """Take new accumulators and fields in place of those of their names; the tensors stay as autograd saw them."""
-        self.acc |= acc
-        self.fields |= fields
-
-    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
-        """Put a new tensor in the place of `p`, so that meta-gradients flow from it through the step to the rule."""
-        self.p = self.p + self.make_delta(stage, finish)
-
-    def make_delta(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Tensor:
-        """The step `[*batch, *shape]` that `move` would add to the parameter, for those who add it in another way."""
-        delta = self._call(stage).delta
-        assert delta is not None, "`move` makes the step"
-        if finish is not None:
-            delta, factor = finish(delta)
-            delta = delta * factor
-        return delta

@@ -7,7 +7,7 @@ al. 2018, arXiv 1806.06763), orthogonalised momentum (Muon, Jordan et al. 2024),
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log10, prod, sqrt
 from typing import NamedTuple
 
@@ -20,7 +20,18 @@ from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.scheduler import LOSS_KEYS
 from lopt.rules.layout import Layout
-from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Sum, Visit, count_elements
+from lopt.rules.stages import (
+    Accumulators,
+    AllTensors,
+    Clock,
+    Decision,
+    Elements,
+    Finished,
+    Means,
+    Sum,
+    Visit,
+    count_elements,
+)
 
 MAX_HIDDEN = 1024  # a foreign file must not make us allocate gigabytes before its shapes are compared
 MOMENTA = (0.9, 0.99)
@@ -209,15 +220,15 @@ class Blend(Rule):
         relative = e.acc["v"] * decided.inverse + LEAST_RELATIVE
         return Visit(delta=m * relative ** features.spread(decided.exponent, ndim))
 
-    def finish(self, delta: Tensor, decided: BlendDecision, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, read: Callable[[], Elements], decided: BlendDecision, layout: Layout) -> Finished:
         inverse, step = _find_inverse_rms(delta, layout), features.spread(decided.step, layout.ndim)
         if layout.factored is None:
             # A factor instead of a scaled step: the caller multiplies where it writes.
-            return delta, inverse * step
+            return Finished(delta, inverse * step)
         # Both terms get rms 1 before they are mixed: the share then says how much of each there is.
         matrix = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
         shares = features.spread(decided.orthogonal, layout.ndim)
-        return torch.lerp(delta * inverse, matrix * _find_inverse_rms(matrix, layout), shares), step
+        return Finished(torch.lerp(delta * inverse, matrix * _find_inverse_rms(matrix, layout), shares), step)
 
 
 def _clip(g: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Differs from the source: the MLP's outputs beyond the first have no effect there
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.factored_mlp import FEATURE_NAMES, FactoredMLP
 from lopt.rules.building_blocks.feature_mlp import Inputs, TensorMLP
 from lopt.rules.layout import Layout
-from lopt.rules.stages import Elements, Means, count_elements
+from lopt.rules.stages import Elements, Finished, Means, count_elements
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
 VECTOR_FEATURES = 15  # up to g rs
@@ -89,14 +90,14 @@ class Celo2(FactoredMLP):
     def gain(self, mean_squares: Tensor, shared: Means) -> Tensor:
         return mean_squares.new_ones(mean_squares.shape[:-1])
 
-    def finish(self, delta: Tensor, decided: TensorMLP, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, read: Callable[[], Elements], decided: TensorMLP, layout: Layout) -> Finished:
         """The step orthogonalised and scaled to rms `step_mult`, per matrix."""
         if self.orthogonalizes and layout.factored is not None:
             delta = orthogonalize(delta.movedim(layout.last, (-2, -1))).movedim((-2, -1), layout.last)
         # A factor for each matrix instead of a scaled step: the caller multiplies where it writes.
         count = count_elements(layout.last, layout)
         square = torch.linalg.vector_norm(delta, dim=layout.last, keepdim=True).square() / count
-        return delta, self.step_mult * (square + STEP_EPS).rsqrt()
+        return Finished(delta, self.step_mult * (square + STEP_EPS).rsqrt())
 
 
 class Celo2Base(Celo2):

@@ -18,7 +18,6 @@ from lopt.rules.layout import Layout
 
 Accumulators = dict[str, Tensor]
 Means = dict[str, Tensor]
-Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -127,6 +126,24 @@ class Decision(NamedTuple):
     decided: Any = None
 
 
+class Finished(NamedTuple):
+    """What `finish` makes of the whole step of a tensor.
+
+    Attributes:
+        delta: the step `[*batch, *shape]`.
+        factor: on it, `[*batch, *shape or 1s]`: the caller multiplies where it writes. None: 1.
+        acc: new accumulators of the whole tensor.
+    """
+
+    delta: Tensor
+    factor: Tensor | None = None
+    acc: Mapping[str, Tensor] = NOTHING
+
+    def multiply(self) -> Tensor:
+        """The step with its factor."""
+        return self.delta if self.factor is None else self.delta * self.factor
+
+
 class AllTensors(NamedTuple):
     """All n parameters of a step at once, as `Rule.decide_together` sees them: numbers of each, never elements.
 
@@ -143,6 +160,10 @@ class AllTensors(NamedTuple):
     layouts: Sequence[Layout]
     loss: Tensor | None
     clock: Clock
+
+
+Finish = Callable[[Tensor, Callable[[], Elements]], Finished]
+"""The whole step, and a function that has the whole tensor's elements with new accumulators -> what `finish` makes."""
 
 
 class Steppable(Protocol):

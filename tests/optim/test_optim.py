@@ -22,7 +22,7 @@ from lopt.core.random import make_generator
 from lopt.optim import learned_optimizer
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Accumulators, Clock, Decision, Elements, Layout, Means, Rule, State, Visit, files
-from lopt.rules.stages import AllTensors
+from lopt.rules.stages import AllTensors, Finished
 
 CHUNK = 1024  # the smallest chunk
 LOSS = 0.5
@@ -61,9 +61,9 @@ class UnitNorm(Rule):
         m = 0.9 * e.acc["m"] + e.g
         return Visit({"m": m}, delta=-m)
 
-    def finish(self, delta: Tensor, decided: Means, layout: Layout) -> tuple[Tensor, Tensor]:
+    def finish(self, delta: Tensor, read: Callable[[], Elements], decided: Means, layout: Layout) -> Finished:
         norm = torch.linalg.vector_norm(delta, dim=layout.axes, keepdim=True)
-        return delta, decided["size"].reshape(*decided["size"].shape, *[1] * layout.ndim) / (norm + 1e-8)
+        return Finished(delta, decided["size"].reshape(*decided["size"].shape, *[1] * layout.ndim) / (norm + 1e-8))
 
 
 OTHERS: dict[str, type[Rule]] = {"unit_norm": UnitNorm, "sized_momenta": SizedMomenta}

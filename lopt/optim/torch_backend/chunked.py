@@ -138,12 +138,27 @@ class ChunkedTensor:
             chunk = self._cut(delta, cut)
             self._write(cut, chunk if factor is None else chunk * self._cut(factor, cut))
 
-    def _finish(self, delta: Tensor, finish: Finish) -> tuple[Tensor, Tensor]:
+    def _finish(self, delta: Tensor, finish: Finish) -> tuple[Tensor, Tensor | None]:
         """The finished step and the factor on it; shards are gathered for it."""
-        if self.shard is None:
-            return finish(delta)
-        delta, factor = finish(self.shard.gather(delta))
-        return self.shard.take(delta), self.shard.take(factor)
+        finished = finish(self._gather(delta), self._read)
+        self.keep({key: self._take(a, whole=key in self.whole) for key, a in finished.acc.items()})
+        factor = finished.factor
+        return self._take(finished.delta), None if factor is None else self._take(factor)
+
+    def _read(self) -> Elements:
+        """The whole parameter with all that belongs to its elements, in fp32; shards are gathered for it."""
+        acc = {key: self._gather(a.float(), whole=key in self.whole) for key, a in self.fields.items()}
+        g, p = self._gather(self.update.read(self.g)), self._gather(self.p.float())
+        return Elements(g, p, acc, self.layout, whole=True)
+
+    def _gather(self, x: Tensor, whole: bool = False) -> Tensor:
+        """The whole of what has the shape of this process's part; all else is whole already."""
+        shares = self.shard is None or whole or tuple(x.shape[x.ndim - self.layout.ndim :]) != self.shape
+        return x if shares or self.shard is None else self.shard.gather(x)
+
+    def _take(self, x: Tensor, whole: bool = False) -> Tensor:
+        """This process's part of what has the shape of the whole; undoes `_gather`."""
+        return x if self.shard is None or whole else self.shard.take(x)
 
     def _transform(self, delta: Tensor, transform: Transform) -> Tensor:
         """The transformed step; what belongs to the transform is updated, where it has not been in place."""

@@ -77,8 +77,9 @@ class StackedTensors:
         delta = visit.delta
         assert delta is not None, "`move` makes the step"
         if finish is not None:
-            delta, factor = finish(delta)
-            delta = delta * factor
+            finished = finish(delta, lambda: e._replace(acc=e.acc | {key: self.acc[key] for key in visit.acc}))
+            self.keep(finished.acc)
+            delta = finished.multiply()
         if self.update.transform is not None:
             # What the transform makes anew is written back, the rest stays; the copies here are never its memory.
             old = dict(self.extra)
