@@ -17,6 +17,7 @@ from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.linear import Linear
+from lopt.rules.lopt_base import Base
 from lopt.rules.lstm import LSTM
 from lopt.rules.mlp import MLPLOpt
 from lopt.rules.rmsprop import RMSprop
@@ -41,6 +42,7 @@ RULES: dict[str, type[Rule]] = {
     "hierarchical_rnn": HierarchicalRNN,
     "star": Star,
     "blend": Blend,
+    "base": Base,
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,

@@ -1,0 +1,228 @@
+"""Base: Adam in the eigenbases of the gradient's second moments, every tensor's step of one size that depth divides.
+
+Source of the direction: SOAP, Vyas et al. 2024, arXiv 2409.11321. Differs from the source: a basis follows by one step
+of orthogonal iteration, without sorting; vectors, and sides above `max_side`, are not rotated. Steps have sizes of
+their own in place of Adam's: an absolute one over the number of matrices, at most a share of the tensor's initial size
+(LAMB, You et al. 2020, arXiv 1904.00962), a cosine over the planned steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import log, pi, prod, sqrt
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lopt.core.tensors import is_traced
+from lopt.rules.base import Rule
+from lopt.rules.building_blocks.features import spread
+from lopt.rules.layout import Layout
+from lopt.rules.stages import (
+    Accumulators,
+    AllTensors,
+    Clock,
+    Decision,
+    Elements,
+    Finished,
+    Means,
+    Sum,
+    Visit,
+    count_elements,
+)
+
+LIMIT = 4096  # of sides: a foreign file must not make us allocate gigabytes
+MOMENTUM, SECOND, FACTORS = 0.9, 0.95, 0.95
+RIDGE = 1e-2  # of a factor's trace: where it has no full rank, a basis would follow rounding alone
+EAGER = 3  # first steps, each of which renews the bases
+TINY = 1e-24  # added to second moments: what is below counts as 0, and derivatives stay finite there
+SMALLEST_NORM = 1e-6  # of a direction before it is brought to its size
+SMALLEST_SCALE = 0.02  # of tensors that start at 0
+SIDES = ("left", "right")
+
+
+class BaseDecision(NamedTuple):
+    """What the elements of a tensor need, `[*batch]`.
+
+    Attributes:
+        size: root mean square of the step.
+        updates: that the tensor has had, with this one.
+        due: bool: its bases are renewed in this step.
+    """
+
+    size: Tensor
+    updates: Tensor
+    due: Tensor
+
+
+class Base(Rule):
+    """`p <- p - s u / rms(u)`, u being Adam's direction in the eigenbases of G G' and G' G for matrices `[rows, rest]`.
+
+    The size is `s = min(size / L^depth, relative rms(p_0)) (1 + cos(pi t / T)) / 2` in a network of L matrices, times
+    `vector` for tensors that are none. All four numbers are learned, three by their logarithms. At or beyond the
+    planned number of steps T nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
+
+    Args:
+        size, vector, relative, depth: see above.
+        max_side: a longer side of a matrix is not rotated.
+        every: the bases are renewed every so many steps.
+    """
+
+    name = "base"
+    needs_num_steps = True
+    tensor_keys = ("scale",)
+    line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
+    quick_config: ClassVar = {"size": 0.05, "relative": 4.0}
+    temporaries = 2
+
+    def __init__(
+        self,
+        size: float = 0.015,
+        vector: float = 0.15,
+        relative: float = 0.1,
+        depth: float = 1.0,
+        max_side: int = 256,
+        every: int = 5,
+    ) -> None:
+        super().__init__()
+        for key, value in (("size", size), ("vector", vector), ("relative", relative)):
+            if not value > 0:
+                raise ValueError(f"{key} must be above 0, got {value}")
+        if not 1 <= max_side <= LIMIT:
+            raise ValueError(f"max_side must be from 1 to {LIMIT}, got {max_side}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.max_side, self.every = max_side, every
+        self.log_size, self.log_vector, self.log_relative, self.depth = (
+            nn.Parameter(torch.tensor(x, dtype=torch.float32)) for x in (log(size), log(vector), log(relative), depth)
+        )
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        batch = p.shape[: p.ndim - layout.ndim]
+        ones = [1] * (layout.ndim - 1)
+        acc = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "scale": p.new_zeros(*batch, 1)}
+        for side, n in zip(SIDES, _find_sides(layout), strict=True):
+            if _is_matrix(layout) and 1 < n <= self.max_side:
+                # A square in the form of what rows, or columns, share: a feature for each of them.
+                square = [n, n, *ones] if side == "left" else [n, 1, *layout.shape[1:]]
+                acc |= {f"{side}_{part}": p.new_zeros(*batch, *square) for part in ("factor", "basis")}
+        return acc
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def measure(self, e: Elements) -> Visit:
+        return Visit(sums={"power": Sum(e.p.square().sum(e.layout.axes, keepdim=True), e.layout.axes)})
+
+    def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
+        old, (means, layouts, clock) = tensors.tensor_state["scale"], (tensors.means, tensors.layouts, tensors.clock)
+        # Groups of equal tensors come as [*batch, count, ...]; joined, every tensor has its row.
+        power = [m["power"].flatten(-x.ndim) for m, x in zip(means, layouts, strict=True)]
+        scale = (torch.cat(power, old.ndim - 2) + TINY).sqrt().clamp(min=SMALLEST_SCALE)
+        scale = torch.where((clock.step == 0)[..., None], scale, old)
+        # Made where the state is, so that no copy makes the host wait for a device.
+        flags = [
+            old.new_full((x.shape[old.ndim - 2],), float(not _is_matrix(layout)))
+            for x, layout in zip(power, layouts, strict=True)
+        ]
+        count = sum(len(flag) for flag, layout in zip(flags, layouts, strict=True) if _is_matrix(layout))
+        return {"scale": scale}, {"size": self._find_sizes(scale[..., 0], torch.cat(flags), count, clock)}
+
+    def _find_sizes(self, scale: Tensor, vectors: Tensor, count: int, clock: Clock) -> Tensor:
+        """The size of every tensor's step, `[*batch, n]`.
+
+        Args:
+            vectors: 1 for those that are no matrices, `[n]`.
+            count: of the matrices.
+        """
+        progress = clock.progress(scale.dtype)
+        assert progress is not None
+        schedule = (1 + torch.cos(pi * progress.clamp(max=1))) / 2
+        # Meta-weights have the batch dimensions, or none.
+        log_size, log_vector, log_relative, depth = (
+            w[..., None] for w in (self.log_size, self.log_vector, self.log_relative, self.depth)
+        )
+        absolute = log_size - depth * log(max(1, count)) + log_vector * vectors
+        return torch.minimum(absolute, log_relative + scale.log()).exp() * schedule
+
+    def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
+        due = (clock.step % self.every == 0) | (clock.step < EAGER)
+        return Decision(decided=BaseDecision(shared["size"], (clock.step + 1).to(shared["size"].dtype), due))
+
+    def move(self, e: Elements, decided: BaseDecision) -> Visit:
+        m = torch.lerp(e.g, e.acc["m"], MOMENTUM)
+        return Visit({"m": m}, delta=m)
+
+    def finish(self, delta: Tensor, read: Callable[[], Elements], decided: BaseDecision, layout: Layout) -> Finished:
+        e = read()
+        batch = delta.shape[: delta.ndim - layout.ndim]
+        shape = (*batch, *(_find_sides(layout) if _is_matrix(layout) else (1, prod(layout.shape))))
+        g, m = e.g.reshape(shape), delta.reshape(shape)
+        acc, bases = self._turn(e, g, decided.due)
+        first, second = (spread(1 - decay**decided.updates, 2) for decay in (MOMENTUM, SECOND))
+        v = torch.lerp(_rotate(g, bases).square(), e.acc["v"].reshape(shape), SECOND)
+        u = _rotate_back(_rotate(m / first, bases) / (v / second + TINY).sqrt(), bases).reshape(delta.shape)
+        norm = torch.linalg.vector_norm(u, dim=layout.axes, keepdim=True) + SMALLEST_NORM
+        factor = -spread(decided.size, layout.ndim) * sqrt(count_elements(layout.axes, layout)) / norm
+        return Finished(u, factor, acc | {"v": v.reshape(delta.shape)})
+
+    def _turn(self, e: Elements, g: Tensor, due: Tensor) -> tuple[Accumulators, list[Tensor | None]]:
+        """The factors with this gradient in them, and the bases, renewed where they are due.
+
+        Args:
+            g: `[*batch, rows, columns]`.
+        Returns:
+            New accumulators, and for each side its basis `[*batch, n, n]`, or None where it is not rotated.
+        """
+        # Where nothing can be waited for, bases are computed in every step, and kept where they are not due.
+        readable = due.device.type == "cpu" and not is_traced()
+        renewed = not readable or bool(due.any())
+        acc: Accumulators = {}
+        bases: list[Tensor | None] = []
+        for side, x in zip(SIDES, (g, g.mT), strict=True):
+            if f"{side}_factor" not in e.acc:
+                bases.append(None)
+                continue
+            old_factor, old = e.acc[f"{side}_factor"], e.acc[f"{side}_basis"]
+            square = (*x.shape[:-1], x.shape[-2])
+            factor, basis = torch.lerp(x @ x.mT, old_factor.reshape(square), FACTORS), old.reshape(square)
+            if renewed:
+                basis = torch.where(spread(due, 2), _iterate(factor, basis), basis)
+            acc[f"{side}_factor"], acc[f"{side}_basis"] = factor.reshape(old.shape), basis.reshape(old.shape)
+            bases.append(basis)
+        return acc, bases
+
+
+def _is_matrix(layout: Layout) -> bool:
+    return sum(n > 1 for n in layout.shape) >= 2
+
+
+def _find_sides(layout: Layout) -> tuple[int, int]:
+    return layout.shape[0], prod(layout.shape[1:])
+
+
+def _iterate(factor: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration from `basis` towards the eigenvectors of `factor`, `[*batch, n, n]`; from the
+    identity where there is no basis yet.
+    """
+    one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    begins = (basis == 0).flatten(-2).all(-1)[..., None, None]
+    start = torch.where(begins, one, basis)
+    relative = torch.where(trace > 0, factor / torch.where(trace > 0, trace, 1.0), 0.0)
+    result: Tensor = torch.linalg.qr((relative + RIDGE * one) @ start)[0]
+    return result
+
+
+def _rotate(x: Tensor, bases: list[Tensor | None]) -> Tensor:
+    """Elements `[*batch, rows, columns]` in the bases of both sides."""
+    left, right = bases
+    x = x if left is None else left.mT @ x
+    return x if right is None else x @ right
+
+
+def _rotate_back(x: Tensor, bases: list[Tensor | None]) -> Tensor:
+    """Undoes `_rotate`."""
+    left, right = bases
+    x = x if left is None else left @ x
+    return x if right is None else x @ right.mT

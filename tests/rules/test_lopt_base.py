@@ -1,0 +1,91 @@
+"""Base against its formula, written down a second time in numpy and float64."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lopt.core.random import make_generator
+from lopt.rules import RULES, State
+
+HORIZON, SIZE, VECTOR, RELATIVE = 9, 0.03, 0.2, 0.5
+Matrix = NDArray[np.float64]
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Rows of very different scale, in float64."""
+    generator = make_generator(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x * 10 ** torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator, dtype=torch.float64)
+
+
+def find_signed_basis(x: Matrix) -> Matrix:
+    """The orthogonal factor of a QR decomposition by Gram-Schmidt; signs, which LAPACK's may have, do not matter."""
+    columns: list[Matrix] = []
+    for column in x.T:
+        for _ in range(2):  # twice is enough (Giraud et al. 2005)
+            column = column - sum((q * (q @ column) for q in columns), np.zeros_like(column))
+        columns.append(column / np.linalg.norm(column))
+    return np.stack(columns, 1)
+
+
+def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[bool, bool], every: int) -> Matrix:
+    """Where a matrix `[rows, columns]`, or a vector `[1, n]`, is after these gradients."""
+    rows, columns = p.shape
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    scale = np.sqrt(np.mean(p**2))
+    sides = [np.zeros((rows, rows)), np.zeros((columns, columns))]
+    bases = [np.eye(rows), np.eye(columns)]
+    size = min(SIZE / matrices * (1 if rows > 1 else VECTOR), RELATIVE * scale)
+    for t, g in enumerate(grads):
+        m = 0.9 * m + 0.1 * g
+        for i, product in enumerate((g @ g.T, g.T @ g)):
+            sides[i] = 0.95 * sides[i] + 0.05 * product
+            if rotated[i] and (t % every == 0 or t < 3):
+                n = len(product)
+                bases[i] = find_signed_basis((sides[i] / np.trace(sides[i]) + 0.01 * np.eye(n)) @ bases[i])
+        left, right = bases
+        v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
+        u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)))) @ right.T
+        p = p - size * (1 + cos(pi * t / HORIZON)) / 2 * u / np.sqrt(np.mean(u**2))
+    return p
+
+
+@pytest.mark.parametrize("max_side", [256, 5, 3])
+def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
+    shapes = {"square": (4, 4), "wide": (4, 6), "window": (5, 2, 2), "vector": (7,), "column": (6, 1), "zero": (4, 4)}
+    rule = RULES["base"](size=SIZE, vector=VECTOR, relative=RELATIVE, max_side=max_side, every=4).double()
+    start = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    start["zero"] = torch.zeros_like(start["zero"])
+    grads = [{name: draw(100 * t + i, *shape) for i, (name, shape) in enumerate(shapes.items())} for t in range(6)]
+    params, state = start, rule.init_state(start)
+    with torch.no_grad():
+        for step in grads:
+            params, state = rule.update(step, params, state, num_steps=torch.tensor(HORIZON))
+    for name in ("square", "wide", "window", "vector", "column"):
+        matrix = name not in ("vector", "column")
+        form = (shapes[name][0], -1) if matrix else (1, -1)
+        history = [step[name].reshape(form).numpy() for step in grads]
+        begin = start[name].reshape(form).numpy()
+        rotated = tuple(matrix and n <= max_side for n in begin.shape)
+        expected = step_by_hand(history, begin, 4, rotated if matrix else (False, False), 4)
+        # The logarithms of the sizes are fp32.
+        moved, by_hand = params[name].reshape(form).numpy() - begin, expected - begin
+        np.testing.assert_allclose(moved, by_hand, rtol=0, atol=1e-6 * np.abs(by_hand).max())
+    # A tensor that starts at 0 counts as one of size 0.02.
+    assert 0 < float(params["zero"].square().mean().sqrt()) <= 6 * RELATIVE * 0.02
+
+
+def test_nothing_moves_at_or_beyond_the_planned_end() -> None:
+    rule, params = RULES["base"](), {"w": draw(1, 3, 3).float()}
+    state = rule.init_state(params)
+    with torch.no_grad():
+        for step in (HORIZON, HORIZON + 5):
+            late = State(torch.tensor(step), state.accumulators)
+            new, _ = rule.update({"w": draw(2, 3, 3).float()}, params, late, num_steps=torch.tensor(HORIZON))
+            torch.testing.assert_close(new["w"], params["w"], rtol=0, atol=1e-9)
