@@ -23,7 +23,7 @@ from lopt.evaluation.report.suite import load_suite
 from lopt.evaluation.statistics import average_middle, average_middle_interval
 from lopt.evaluation.suites import SUITES, find_task, perceptrons
 from lopt.evaluation.suites.archive import TUNED, Archive, compute_start
-from lopt.evaluation.suites.contenders import CONTENDERS, Contender, prepare, rate
+from lopt.evaluation.suites.contenders import CONTENDERS, Recipe, prepare, rate
 from lopt.evaluation.suites.figures import Measured, list_worst, stand, summarize
 from lopt.evaluation.suites.judging import Entrant, judge, open_tuned
 from lopt.evaluation.suites.runs import Run, train_task
@@ -138,7 +138,7 @@ def test_validation_leaves_mode_buffers_and_gradients_alone() -> None:
 def test_muon_orthogonalises_matrices_and_leaves_embeddings_and_vectors_to_adamw() -> None:
     pytest.importorskip("pytorch_optimizer")
     model = nn.ModuleList([nn.Embedding(5, 4), nn.Linear(4, 3), nn.Conv1d(2, 3, 2)])
-    groups = CONTENDERS["muon"].build(model, 0.01, 10).param_groups
+    groups = CONTENDERS["muon"].recipe.make(model, 0.01, 10).param_groups
     shapes = {group["use_muon"]: [tuple(p.shape) for p in group["params"]] for group in groups}
     assert shapes == {True: [(3, 4), (3, 2, 2)], False: [(5, 4), (3,), (3,)]}
 
@@ -184,7 +184,7 @@ def test_search_goes_down_where_everything_diverges(tmp_path: Path) -> None:
 
 
 def test_finalists_are_decided_by_all_tuning_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONTENDERS, "adam", Contender("Adam", CONTENDERS["adam"].build, -6, -4, ("constant",)))
+    monkeypatch.setitem(CONTENDERS, "adam", replace(CONTENDERS["adam"], low=-6, high=-4, schedules=("constant",)))
     archive = Archive(tmp_path)
     first, second = TUNING_SEEDS
     for exponent, seed, loss in [(-6, first, 3.0), (-5, first, 1.0), (-4, first, 1.1), (-5, second, 2.0)]:
@@ -237,6 +237,18 @@ def test_archived_runs_of_a_task_that_has_changed_are_not_used(
     changed = replace(SHORT, build=lambda: nn.Sequential(nn.Linear(16, 2), nn.Tanh()))
     assert Archive(tmp_path).list_runs(changed) == []
     assert "another version of short" in caplog.text
+
+
+def test_archived_runs_of_an_optimizer_that_has_changed_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Archive(tmp_path)
+    for label in ("adam", "adamw", "rule 1"):
+        archive.add(SHORT, make_run(label))
+    changed = replace(CONTENDERS["adam"], recipe=Recipe("Adam", library=False, options={"amsgrad": True}))
+    monkeypatch.setitem(CONTENDERS, "adam", changed)
+    assert [run.label for run in Archive(tmp_path).list_runs(SHORT)] == ["adamw", "rule 1"]
+    assert "optimizers as they were" in caplog.text
 
 
 def test_archive_that_is_damaged_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
+from lopt.evaluation.suites.contenders import CONTENDERS
 from lopt.evaluation.suites.runs import Run
 from lopt.evaluation.suites.task import Start, SuiteTask
 
@@ -72,6 +74,7 @@ class Archive:
         own = self._own[task.name]
         own.append(run)
         head = {"format": FORMAT, "task": task.title, "command": self.command, "start": compute_start(task)._asdict()}
+        head["recipes"] = _list_recipes(own)
         lines = ",\n".join(json.dumps(asdict(run), allow_nan=False) for run in own)
         text = f'{json.dumps(head)[:-1]}, "runs": [\n{lines}\n]}}\n'
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ class Archive:
         self._runs[task.name], self._own[task.name] = [], []
         for path in sorted({*self.folder.glob(f"{task.name}.json"), *self.folder.glob(f"{task.name}@*.json")}):
             try:
-                start, runs = _read_file(path)
+                start, recipes, runs = _read_file(path)
             except FileNotFoundError:  # the first rank has just merged the parts
                 continue
             if not start.resembles(compute_start(task)):
@@ -96,6 +99,10 @@ class Archive:
                     *(path, task.name, start, compute_start(task)),
                 )
                 continue
+            old = sorted(recipes.items() - _list_recipes(runs).items())
+            if old:
+                logger.warning("%s has runs of optimizers as they were (%s); they are not used", path, old)
+                runs = [run for run in runs if run.label not in dict(old)]
             self._runs[task.name] += runs
             if path.name == own:
                 self._own[task.name] += runs
@@ -119,12 +126,18 @@ def compute_start(task: SuiteTask) -> Start:
     return task.start()
 
 
-def _read_file(path: Path) -> tuple[Start, list[Run]]:
+def _list_recipes(runs: Sequence[Run]) -> dict[str, str]:
+    """How the contenders of runs are made, by label."""
+    labels = sorted({run.label for run in runs} & CONTENDERS.keys())
+    return {label: CONTENDERS[label].recipe.describe() for label in labels}
+
+
+def _read_file(path: Path) -> tuple[Start, dict[str, str], list[Run]]:
     try:
         content: dict[str, Any] = conform(json.loads(path.read_text()), dict[str, Any], "file")
         if content.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {content.get('format')!r}")
         runs = [Run(**conform(run, dict[str, Any], "run")) for run in content["runs"]]
-        return Start(**content["start"]), runs
+        return Start(**content["start"]), conform(content["recipes"], dict[str, str], "recipes"), runs
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{path} is no archive of runs ({error}); remove it to run them again") from error

@@ -8,8 +8,8 @@ the library's AdamW steps the rest (biases, gains, embeddings) at that rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,19 +27,65 @@ REFERENCES = ("adam", "adamw")
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How an optimizer is made of a module: declared, so that runs of another one are told from its own.
+
+    Attributes:
+        name: of a class of `torch.optim`, or of the library where `library` is true.
+        options: that are not its defaults.
+        warmup: steps of it as a share of all, for classes that take `warmup_steps`.
+        splits: matrices that are no embedding are in a group with `use_muon`, and all else in one without.
+    """
+
+    name: str
+    library: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    warmup: float = 0.0
+    splits: bool = False
+
+    def make(self, model: nn.Module, lr: float, num_steps: int) -> Optimizer:
+        """The optimizer of a module's trained parameters.
+
+        Raises:
+            ImportError: the library is missing.
+        """
+        params = [p for p in model.parameters() if p.requires_grad]
+        options = dict(self.options) | ({"warmup_steps": int(self.warmup * num_steps)} if self.warmup else {})
+        cls = _import_library(self.name) if self.library else getattr(torch.optim, self.name)
+        if not self.splits:
+            made: Optimizer = cls(params, lr=lr, **options)
+            return made
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        matrices = [p for p in params if p.dim() >= 2 and id(p) not in tables]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in params if id(p) not in chosen]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "lr": lr, "use_muon": True, **options},
+            {"params": others, "lr": lr, "use_muon": False},
+        ]
+        return cls([group for group in groups if group["params"]])
+
+    def describe(self) -> str:
+        """What is kept beside runs, to notice when it has changed."""
+        options = dict(self.options) | {"warmup": self.warmup, "splits": self.splits}
+        given = ", ".join(f"{name}={value}" for name, value in sorted(options.items()) if value)
+        return f"{'pytorch_optimizer' if self.library else 'torch.optim'}.{self.name}({given})"
+
+
+@dataclass(frozen=True)
 class Contender:
     """A hand-designed optimizer with what is tuned of it.
 
     Attributes:
         title: for readers.
-        build: the optimizer for a module, a learning rate and a number of steps.
+        recipe: how it is made.
         low, high: the grid of learning rates, sqrt(10) apart, as exponents of sqrt(10); where the best is at an edge it
             is extended. None where the authors tune none: the learning rate is then 1.
         schedules: of the learning rate, each tuned by itself.
     """
 
     title: str
-    build: Callable[[nn.Module, float, int], Optimizer]
+    recipe: Recipe
     low: int | None = -7
     high: int | None = -3
     schedules: tuple[str, ...] = (CONSTANT, COSINE)
@@ -67,7 +113,7 @@ def prepare(name: str, schedule: str, lr: float) -> Build:
     contender = CONTENDERS[name]
 
     def build(model: nn.Module, num_steps: int) -> Training:
-        optimizer = contender.build(model, lr, num_steps)
+        optimizer = contender.recipe.make(model, lr, num_steps)
         if schedule == CONSTANT:
             return Training(optimizer, lambda _: optimizer.step())
         scheduler = CosineAnnealingLR(optimizer, num_steps)
@@ -81,34 +127,6 @@ def prepare(name: str, schedule: str, lr: float) -> Build:
     return build
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _torch(cls: Callable[..., Optimizer], **options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
-    return lambda model, lr, _: cls(_trainable(model), lr=lr, **options)
-
-
-def _library(name: str, **options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
-    return lambda model, lr, _: _import_library(name)(_trainable(model), lr=lr, **options)
-
-
-def _build_muon(model: nn.Module, lr: float, num_steps: int) -> Optimizer:
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = [p for p in _trainable(model) if p.dim() >= 2 and id(p) not in tables]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in _trainable(model) if id(p) not in chosen]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": lr, "use_muon": True, "use_adjusted_lr": True},
-        {"params": others, "lr": lr, "use_muon": False},
-    ]
-    return _import_library("Muon")([group for group in groups if group["params"]])
-
-
-def _build_schedule_free(model: nn.Module, lr: float, num_steps: int) -> Optimizer:
-    return _import_library("ScheduleFreeAdamW")(_trainable(model), lr=lr, warmup_steps=num_steps // 20)
-
-
 def _import_library(name: str) -> Callable[..., Optimizer]:
     try:
         import pytorch_optimizer
@@ -119,13 +137,17 @@ def _import_library(name: str) -> Callable[..., Optimizer]:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "adam": Contender("Adam", _torch(torch.optim.Adam)),
-    "adamw": Contender("AdamW", _torch(torch.optim.AdamW)),
-    "nadamw": Contender("NAdamW", _torch(torch.optim.NAdam, weight_decay=0.01, decoupled_weight_decay=True)),
-    "nesterov": Contender("Nesterov", _torch(torch.optim.SGD, momentum=0.9, nesterov=True), -5, 0),
-    "muon": Contender("Muon", _build_muon, -6, -2),
-    "soap": Contender("SOAP", _library("SOAP")),
-    "schedule_free": Contender("schedule-free AdamW", _build_schedule_free, -6, -2, schedules=(CONSTANT,)),
-    "prodigy": Contender("Prodigy", _library("Prodigy"), None, None),
-    "lion": Contender("Lion", _library("Lion"), -9, -5),
+    "adam": Contender("Adam", Recipe("Adam", library=False)),
+    "adamw": Contender("AdamW", Recipe("AdamW", library=False)),
+    "nadamw": Contender(
+        "NAdamW", Recipe("NAdam", library=False, options={"weight_decay": 0.01, "decoupled_weight_decay": True})
+    ),
+    "nesterov": Contender("Nesterov", Recipe("SGD", library=False, options={"momentum": 0.9, "nesterov": True}), -5, 0),
+    "muon": Contender("Muon", Recipe("Muon", options={"use_adjusted_lr": True}, splits=True), -6, -2),
+    "soap": Contender("SOAP", Recipe("SOAP", options={"max_precondition_dim": 1024})),
+    "schedule_free": Contender(
+        "schedule-free AdamW", Recipe("ScheduleFreeAdamW", warmup=0.05), -6, -2, schedules=(CONSTANT,)
+    ),
+    "prodigy": Contender("Prodigy", Recipe("Prodigy"), None, None),
+    "lion": Contender("Lion", Recipe("Lion"), -9, -5),
 }
