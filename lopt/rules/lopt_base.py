@@ -72,6 +72,7 @@ class Base(Rule):
     name = "base"
     needs_num_steps = True
     tensor_keys = ("scale",)
+    square_keys = ("v",)
     line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
     quick_config: ClassVar = {"size": 0.05, "relative": 4.0}
     temporaries = 2

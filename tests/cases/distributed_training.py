@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from lopt.cli.run_folder import build_trainer, open_run, resume_run, start_run
 from lopt.core.files import load_state, save_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
-from lopt.meta.trainer.checkpoint import CHECKPOINT
+from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.trainer import Interrupted, Trainer
@@ -130,7 +130,8 @@ def errors_of_rank_0_end_all(world: World) -> None:
         start_run(few, world.folder / "run", ranks)
     assert not (world.folder / "run").exists()
     dist.barrier()
-    assert open_run(config, world.folder / "run", ranks).step == 0
+    with ExitStack() as held:
+        assert open_run(config, world.folder / "run", ranks, held).step == 0
 
 
 @check("pes")
@@ -162,17 +163,24 @@ def full_disk_ends_all_and_leaves_the_last_checkpoint(world: World) -> None:
 def damaged_checkpoints_are_refused_by_all(world: World) -> None:
     ranks, folder = Ranks(world.rank, world.size), world.folder / "run"
     start_run(make_config("pes", steps=2), folder, ranks).run()
-    path = folder / CHECKPOINT
-    data = path.read_bytes()
-    for at in torch.linspace(0, len(data) - 1, 40).long().tolist():
-        dist.barrier()
+    path, previous = folder / CHECKPOINT, folder / PREVIOUS
+    data, before = path.read_bytes(), previous.read_bytes()
+    step_before = load_state(previous)[1]["step"]
+
+    def put(last: bytes, one_before: bytes) -> None:
+        dist.barrier()  # all are done with what was there
         if ranks.leads:
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            path.write_bytes(last)
+            previous.write_bytes(one_before)
+
+    for at in torch.linspace(0, len(data) - 1, 40).long().tolist():
+        put(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], before[:-1])
         with pytest.raises(ValueError if ranks.leads else FailedLead, match=re.escape(str(path))):
             resume_run(folder, ranks)
-    dist.barrier()
-    if ranks.leads:
-        path.write_bytes(data)
+    put(data[:-1], before)
+    with pytest.warns(UserWarning, match="goes on from the one before") if ranks.leads else nullcontext():
+        assert resume_run(folder, ranks)[1].step == step_before < 2
+    put(data, before)
     assert resume_run(folder, ranks)[1].step == 2
 
 
