@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from training_cases import hash_state, make_config
 import lopt
 from lopt.cli.run_folder import start_run
 from lopt.core.random import make_generator
+from lopt.evaluation.suites import find_task
+from lopt.evaluation.suites.runs import train_task
+from lopt.evaluation.suites.work import prepare_rule
 from lopt.meta.config.load import parse_config
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.unroll.inner_loop import InnerLoop
@@ -134,6 +138,22 @@ def test_meta_gradient_of_a_rule_is_the_same(name: str, dtype: torch.dtype) -> N
     expected = estimate()
     with default_dtype(dtype):
         assert is_same(estimate(), expected)
+
+
+# -- suites ----------------------------------------------------------------------------------------
+
+
+@every_other
+def test_run_of_a_suites_program_is_the_same(dtype: torch.dtype) -> None:
+    task = replace(find_task("tiny_batches"), num_steps=8)
+
+    def train_it() -> Any:
+        run = train_task(task, 1, prepare_rule(RULES["base"]()), label="rule")
+        return run.train, run.validation, run.curve, task.start()
+
+    expected = train_it()
+    with default_dtype(dtype):
+        assert train_it() == expected
 
 
 # -- the source ------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ Tasks see one flat vector per task, which batches well; rules see tensors by nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -89,3 +90,14 @@ def is_traced() -> bool:
     numpy's arithmetic would be lost to the graph.
     """
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Build and run users' own code, or such as theirs, as under torch's usual default dtype, whatever that is now."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)

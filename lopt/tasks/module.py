@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds, draw_indices, make_generator
-from lopt.core.tensors import Params, stack_trees
+from lopt.core.tensors import Params, in_float32, stack_trees
 from lopt.tasks.base import SPLITS, Batch, Data, Task, TaskFamily
 from lopt.tasks.batched import BatchedLosses, Loss, call_module, differentiate, find_batched
 from lopt.tasks.data.pairs import RawData, find_not_finite, read_splits
@@ -267,14 +267,9 @@ def draw_weights(build: Callable[[], nn.Module], generator: torch.Generator) -> 
 
 def _build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The module whose weights are those of a seed, in float32, whatever torch's generator and default dtype."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` first asks all kinds of devices
-            return build()
-    finally:
-        torch.set_default_dtype(dtype)
+    with in_float32(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` first asks all kinds of devices
+        return build()
 
 
 def _trainable(module: nn.Module) -> Params:

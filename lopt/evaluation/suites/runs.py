@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lopt.core.random import derive_seeds
+from lopt.core.tensors import in_float32
 from lopt.evaluation.statistics import keep_finite
 from lopt.evaluation.suites.task import SuiteTask
 
@@ -73,6 +74,7 @@ class Run:
     curve: list[float | None] = field(default_factory=list)
 
 
+@in_float32()
 def train_task(task: SuiteTask, seed: int, build: Build, *, label: str, schedule: str = "", lr: float = 1.0) -> Run:
     """Train a task once, in one thread; torch's global generator is left as it was.
 

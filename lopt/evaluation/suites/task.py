@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lopt.core.random import derive_seeds, make_generator
+from lopt.core.tensors import in_float32
 
 Batch = tuple[Tensor, ...]
 """What a loss takes beside the module: inputs, targets or whatever else the task has."""
@@ -102,10 +103,11 @@ class SuiteTask:
 
     def model(self, seed: int) -> nn.Module:
         """The module with the initial weights of a seed; torch's global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
+        with in_float32(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(derive_seeds(seed, "suite model")))
             return self.build()
 
+    @in_float32()
     def batch(self, seed: int, step: int) -> Batch:
         """The mini-batch of a step, counted from 0: a function of seed and step alone."""
         train = self.load().train
@@ -117,6 +119,7 @@ class SuiteTask:
         rows = _shuffle(seed, epoch, count)[place * self.batch_size : (place + 1) * self.batch_size]
         return tuple(x[rows] for x in train)
 
+    @in_float32()
     def validate(self, model: nn.Module) -> Validation:
         """What a module reaches on the held-out data; its mode, buffers and gradients stay as they are."""
         training, batch = model.training, self.load().held_out
@@ -128,6 +131,7 @@ class SuiteTask:
         model.train(training)
         return Validation(loss, accuracy)
 
+    @in_float32()
     def start(self) -> Start:
         """What the task starts from, computed: by this a stale archive is noticed."""
         model = self.model(0)
