@@ -173,8 +173,9 @@ def _check_config(config: Any, constructor: type[Rule]) -> None:
 
 def _try_steps(rule: Rule, where: str) -> None:
     """Make two steps of small tensors: options that a constructor does not look at must not fail in a user's."""
-    params: Params = {"weight": torch.linspace(-1, 1, 6).view(2, 3), "bias": torch.ones(3)}
-    loss, planned = torch.tensor(1.0), torch.tensor(10)
+    weight, bias = torch.linspace(-1, 1, 6, dtype=torch.float32).view(2, 3), torch.ones(3, dtype=torch.float32)
+    params: Params = {"weight": weight, "bias": bias}
+    loss, planned = torch.tensor(1.0, dtype=torch.float32), torch.tensor(10, dtype=torch.int64)
     try:
         with torch.no_grad():
             state = rule.init_state(params)
