@@ -177,13 +177,11 @@ def init_parts(
     local = to_local(p).contiguous().view(shard.shape)
     parts = make(local, shard.layout._replace(shape=shard.shape))
     result: Accumulators = {}
-    for key, shape in ((key, value.shape) for key, value in whole.items()):
-        if key in lines:  # which of these there are may depend on the whole's sides
-            result[key] = local.new_zeros(shape)
-            continue
-        value = parts[key]
-        if key not in shared and tuple(shape[len(shape) - shard.layout.ndim :]) == shard.layout.shape:
-            result[key] = shard.wrap(value)
+    for key, meta in whole.items():
+        if key in lines:  # the part may have others: which there are may depend on the sides
+            result[key] = local.new_zeros(meta.shape, dtype=meta.dtype)
+        elif key not in shared and tuple(meta.shape[meta.ndim - shard.layout.ndim :]) == shard.layout.shape:
+            result[key] = shard.wrap(parts[key])
         else:
-            result[key] = value
+            result[key] = parts[key]
     return result
