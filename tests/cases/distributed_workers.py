@@ -45,7 +45,7 @@ BATCH = 8  # divisible among four ranks
 
 # Small rules, with an lr under which even random meta-weights move a parameter by about 1 % in a step.
 RATES = {"adamw": 1e-2, "lstm": 200.0, "small_fc": 10.0, "celo2": 5.0, "velo": 10.0, "celo": 100.0}
-RATES["hierarchical_rnn"] = 10.0
+RATES |= {"hierarchical_rnn": 10.0, "base": 1.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "lstm": {"hidden": 4},
     "small_fc": {"hidden": 8},
@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CONTROL = "adamw"
 RULES_ASKED = ("lstm", "small_fc", "celo2", "velo")
 READ_LOSS = ("velo", "celo")
-REST = ("celo", "hierarchical_rnn")
+REST = ("celo", "hierarchical_rnn", "base")
 
 
 class World(NamedTuple):
