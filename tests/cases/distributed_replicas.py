@@ -171,7 +171,8 @@ def unreduced_loss_is_the_ranks_own(world: World) -> None:
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         if step < 4:
-            optimizer.step(loss=1.0 / (1 + world.rank * step))  # type: ignore[call-arg]
+            falls_or_rises = step * (2 * world.rank - 1)  # what VeLO chooses by the loss has two values only
+            optimizer.step(loss=10.0**falls_or_rises)  # type: ignore[call-arg]
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, gather_all(model))
     assert not torch.equal(every[0]["hidden.weight"], every[1]["hidden.weight"])

@@ -24,9 +24,8 @@ from lopt.meta.unroll.slots import Slots
 OPTIONS: dict[str, Any] = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}
 """Joined tensors are written part by part: otherwise every element looks up which part it is from."""
 
-HOST_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "cpp.vec_isa_ok": True}
-"""On a CPU all is in one file, which takes a C++ compiler half the time and calls itself without Python; and no ten
-programs are compiled, for as many seconds, to see whether the compiler knows the processor's instructions."""
+HOST_OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
+"""On a CPU all is in one file, which takes a C++ compiler half the time and calls itself without Python."""
 
 
 class CompiledStride:
@@ -128,10 +127,17 @@ def _compile(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
     from torch._inductor import list_options, standalone_compile  # seconds, for those who compile only
 
     host = all(x.device.type == "cpu" for x in leaves)
-    wanted = OPTIONS | ({**HOST_OPTIONS, "cpp.threads": torch.get_num_threads()} if host else {})
+    wanted = OPTIONS | (_list_host_options() if host else {})
     options = {key: value for key, value in wanted.items() if key in list_options()}
     # Only graphs with shapes of their own go to the cache.
     return standalone_compile(graph, leaves, dynamic_shapes="from_example_inputs", options={"config_patches": options})
+
+
+def _list_host_options() -> dict[str, Any]:
+    options = HOST_OPTIONS | {"cpp.threads": torch.get_num_threads()}
+    # That the compiler knows the processor's vectors is taken for granted, instead of compiling ten programs, for as
+    # many seconds, to see. Where torch uses none, the option would make it write code for vectors that there are not.
+    return options if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else options | {"cpp.vec_isa_ok": True}
 
 
 def _find_reason(error: Exception) -> str:
