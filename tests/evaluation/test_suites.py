@@ -19,7 +19,7 @@ from torch import nn
 import lopt
 from bench.__main__ import cli as bench_cli
 from lopt.cli.program import cli
-from lopt.evaluation.report.suite import load_suite
+from lopt.evaluation.report.suite import load_suite, state_verdict
 from lopt.evaluation.statistics import average_middle, average_middle_interval
 from lopt.evaluation.suites import SUITES, find_task, perceptrons
 from lopt.evaluation.suites.archive import TUNED, Archive, compute_start
@@ -333,6 +333,8 @@ def test_rule_is_judged_on_a_suite_and_counted_on_its_card(tiny_suites: None, tm
     assert [standing.task for standing in result.rule.standings] == ["tiny", "short"]
     assert {row.kind for row in result.rows} == {"rule", "tuned", "one rate", "default"}
     assert result.untuned == []
+    partly = state_verdict(replace(result, untuned=["short"]))
+    assert partly.startswith("On the 1 with a tuned Adam of 2 heldout tasks, 2 seeds, mine ends at")
     assert lopt.load_card(path)["heldout_runs"] == result.heldout_runs == 1
     assert "mine on the heldout suite" in (out / "suite.html").read_text()
     assert (out / "profile.png").stat().st_size > 1000

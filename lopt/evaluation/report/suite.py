@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from lopt.core.files import write_atomic
@@ -122,10 +123,12 @@ def _build_table(result: SuiteResult, columns: int) -> Table:
 def state_verdict(result: SuiteResult) -> str:
     """The sentence that sums a result up."""
     rule, tasks = result.rule, len(result.rule.standings)
-    where = f"{count_noun(tasks, f'{result.suite} task')}, {count_noun(result.seeds, 'seed')}"
+    known = tasks - len(result.untuned)
+    among = "" if known == tasks else f"the {known} with a tuned Adam of "
+    where = f"{among}{count_noun(tasks, f'{result.suite} task')}, {count_noun(result.seeds, 'seed')}"
     runs = f"; run {result.heldout_runs} of this rule on the held-out suite" if result.heldout_runs else ""
-    if rule.train is None or rule.validation is None:
-        return f"On {where}: no tuned Adam to compare with{runs}."
+    if not known or rule.train is None or rule.validation is None:
+        return f"On {where.removeprefix(among)}: no tuned Adam to compare with{runs}."
     worst = list_worst(rule)
     losing = (
         f"It is above it on {count_noun(len(list_worst(rule, tasks)), 'task')}:"
@@ -201,7 +204,13 @@ def plot_profile(result: SuiteResult, *, dark: bool = False) -> bytes:
             color, dashes = (theme.subject, "-") if i == 0 else _pick_style(i, theme)
             x, y = _profile(row)
             axes.step(
-                x, y, where="post", color=color, ls=dashes, lw=2.5 if i == 0 else 1.4, label=name_row(result, row)
+                x,
+                y,
+                where="post",
+                color=color,
+                ls=dashes,
+                lw=2.5 if i == 0 else 1.4,
+                label=_break(name_row(result, row)),
             )
         axes.set_xlim(1 / REACH, REACH)
         axes.set_ylim(0, 1.02)
@@ -220,6 +229,11 @@ def plot_profile(result: SuiteResult, *, dark: bool = False) -> bytes:
         stream = BytesIO()
         FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
+
+
+def _break(label: str) -> str:
+    """In lines that have room beside the axes."""
+    return fill(label, 22)
 
 
 def _profile(row: Row) -> tuple[Sequence[float], Sequence[float]]:
