@@ -26,6 +26,7 @@ from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, HandDesigned, Rule, State, files
 from lopt.rules.building_blocks import features
+from lopt.rules.lopt_base import RIDGE
 from lopt.tasks import Batch, Task, TaskFamily
 
 SHAPES: dict[str, tuple[int, ...]] = (
@@ -349,8 +350,10 @@ def test_learned_optimizer_makes_the_rules_own_steps_on_a_model_of_all_shapes(
     for name, acc in state.accumulators.items():
         moved, expected = ours[name].detach() - start[name], theirs[name] - start[name]
         found = {key: optimizer.state[ours[name]][key].double() for key in acc}
-        # fp32; logarithms of rates are small differences of numbers near 7
-        assert_trees_close((moved.double(), found), (expected, acc), 1e-4, least=1e-3)
+        # fp32; logarithms of rates are small differences of numbers near 7, and where a factor has no full rank, its
+        # basis multiplies rounding by the inverse of the ridge.
+        rounding = 1e-5 / RIDGE if rule.name == "base" else 1e-4
+        assert_trees_close((moved.double(), found), (expected, acc), rounding, least=1e-3)
 
 
 # -- meta-gradients ----------------------------------------------------------------------------------------------------
