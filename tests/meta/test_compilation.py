@@ -48,12 +48,14 @@ def run(
     return found
 
 
-def assert_near(found: list[Estimate], expected: list[Estimate], tolerance: float = TOLERANCE) -> None:
+def assert_near(
+    found: list[Estimate], expected: list[Estimate], tolerance: float = TOLERANCE, carried: float = 1e-4
+) -> None:
     for a, b in zip(found, expected, strict=True):
         gradient = flatten(b)
         assert (flatten(a) - gradient).norm() <= tolerance * gradient.norm()
         for x, y in zip(tree_leaves(a.carry), tree_leaves(b.carry), strict=True):
-            assert (x - y).double().norm() <= 1e-4 * y.double().norm()
+            assert (x - y).double().norm() <= carried * y.double().norm()
 
 
 def flatten(estimate: Estimate) -> Tensor:
@@ -177,7 +179,9 @@ def test_compiled_steps_are_plain_steps() -> None:
 def test_compiled_steps_of_every_rule_are_plain_steps(name: str) -> None:
     rule, family = make_quick(name), TASKS["mlp"](width=3, batch_size=4)
     found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
-    assert_near(found, expected, 1e-2)  # steps of celo are so small that pairs differ in the losses' last bits
+    # Steps of celo are so small that pairs differ in the losses' last bits; where a gradient is rounding alone, Adam
+    # moves by its whole rate all the same.
+    assert_near(found, expected, 1e-2, carried=1e-2)
 
 
 @pytest.mark.parametrize(
