@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from global_generators import keep_global_generators
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -51,11 +52,8 @@ RATES = {"adamw": partial(AdamW, lr=1e-3), "digits-lstm": LearnedOptimizer}
 def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    yield
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])
-    random.setstate(state[2])
+    with keep_global_generators():
+        yield
 
 
 def load_example(name: str) -> ModuleType:
