@@ -27,6 +27,7 @@ from lopt.optim.guard.steps import hear_loss
 from lopt.optim.loss import call_closure, is_skipped_on_host, read_loss
 from lopt.optim.options import ADAMW, check_gradients, check_group, check_params, check_state_dtype, find_direction
 from lopt.optim.parameter_names import list_names
+from lopt.optim.plans import cool_groups
 from lopt.optim.report import Counts, Report
 from lopt.optim.rule_replicas import RuleReplicas, freeze_rule
 from lopt.optim.state_dict import check_parts, derive_seed, init_state, match_state, read_states
@@ -65,7 +66,7 @@ class LearnedOptimizer(Optimizer):
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned, those before a resume included; rules that adapt to the share of training
-            done need it, and the guard goes by it. A step beyond is warned of, once.
+            done need it (base: or `cool_down`), and the guard goes by it. A step beyond is warned of, once.
         betas, eps: AdamW's, where it steps; by default (0.9, 0.999) and 1e-8, or what the rule has in their place.
         maximize: descend on the negative loss, which rules and the guard are told; under a guard all groups or none.
         foreach: False steps one tensor at a time; by default small tensors of equal shape are stepped together (they
@@ -132,6 +133,7 @@ class LearnedOptimizer(Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "num_steps": num_steps,
+            "cool_down": None,
             "rule": f"{self.rule.name}-{fingerprint(self.rule)}",
             "betas": betas or self.rule.adamw_options["betas"],
             "eps": self.rule.adamw_options["eps"] if eps is None else eps,
@@ -223,6 +225,18 @@ class LearnedOptimizer(Optimizer):
             step_replica(self.replicas[index], alike, options)
         return result
 
+    def cool_down(self, num_steps: int) -> None:
+        """End a run without `num_steps`: the rule's steps go from their size now to 0, on half a cosine over these.
+
+        At its end, and beyond, nothing moves; skipped steps do not count. Called again before, it stretches or shortens
+        what is left. Groups with a plan of their own keep to it, AdamW's to `lr`. Waits for the device.
+
+        Raises:
+            ValueError: no whole number from 1, no schedule, no group without a plan, or the run has ended already.
+        """
+        cool_groups(self.param_groups, self.state, self.rule, num_steps)
+        self.counts.steps = None  # to be read anew, as skipped steps are no part of the plan
+
     def report(self) -> Report:
         """What has happened so far, in counts that tell whether the run is sound; waits for the device."""
         return self.counts.report(self.state.values(), GuardState() if self.guard is None else self.guard.now)
@@ -231,8 +245,8 @@ class LearnedOptimizer(Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps its dtype, and its memory is not shared.
 
         Where both sides have names, a group's state goes by them, whatever their order and whatever wraps the model.
-        A plan, `num_steps`, is this optimizer's own where it has one, so that a run may be made longer or shorter; the
-        other options are the saved ones.
+        A plan, `num_steps`, is this optimizer's own where it was made with one, so that a run may be made longer or
+        shorter; the other options are the saved ones, and so is a cool-down.
 
         Raises:
             ValueError: the state was made under other meta-weights, for other groups or for other parameters, or has

@@ -88,9 +88,32 @@ def check_options(options: Mapping[str, Any]) -> None:
     num_steps = options["num_steps"]
     if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
         raise ValueError(f"num_steps must be at least 1 and whole, or None, got {make_printable(num_steps)}")
+    check_cool_down(options["cool_down"], None if num_steps is None else int(num_steps))
     for name in ("maximize", "foreach", "capturable"):
         if not isinstance(options[name], bool | None):
             raise ValueError(f"{name} must be True or False, got {make_printable(repr(options[name]))}")
+
+
+def check_cool_down(cool_down: Any, num_steps: int | None) -> None:
+    """Check what `LearnedOptimizer.cool_down` has left in a group, as it may come from a damaged file.
+
+    Args:
+        cool_down: None, or a pair as in `lopt.optim.plans.Plan`.
+        num_steps: of the group.
+    Raises:
+        ValueError: it is no pair of a step before the end and of a number of steps, or there is no end.
+    """
+    if cool_down is None:
+        return
+    if num_steps is not None and isinstance(cool_down, Sequence) and len(cool_down) == 2:
+        start, span = cool_down
+        kinds = isinstance(start, Integral) and isinstance(span, Real)
+        if kinds and 0 <= start < num_steps and isfinite(span) and span > 0:
+            return
+    raise ValueError(
+        f"cool_down must be None, or a step below num_steps={num_steps} and a number of steps above 0, got "
+        f"{make_printable(repr(cool_down))}: leave it to LearnedOptimizer.cool_down"
+    )
 
 
 def check_rule(group: Mapping[str, Any], expected: str) -> None:
@@ -140,18 +163,6 @@ def find_direction(groups: Iterable[Mapping[str, Any]]) -> float:
             "Give those that ascend an optimizer of their own, or leave out the guard."
         )
     return directions.pop()
-
-
-def find_plan(groups: Iterable[Mapping[str, Any]]) -> int | None:
-    """The steps that are planned for the whole training: those of the longest plan among the rule's own groups.
-
-    Args:
-        groups: an optimizer's `param_groups`.
-    Returns:
-        The guard's plan, which hears one loss for all groups; None if none of them has one.
-    """
-    plans = [group["num_steps"] for group in groups if group["rule"] != ADAMW and group["num_steps"] is not None]
-    return max(plans, default=None)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lopt.optim.guard.state import GuardState
-from lopt.optim.options import ADAMW, find_plan
-from lopt.optim.units import STEP
+from lopt.optim.options import ADAMW
+from lopt.optim.plans import find_end, read_steps
 from lopt.rules import Rule
 
 
@@ -101,22 +101,24 @@ class Counts:
                 f"card's horizon): watch the loss{advice}."
             )
         if (plan := self._find_overrun(groups, self.steps)) is not None:
-            rule = [f"rule {self.rule.name!r}"] if self.rule.needs_num_steps else []
+            rule = [f"rule {self.rule.name!r}"] if self.rule.has_schedule else []
             followers = " and ".join(rule + ["the guard"] * self.guarded)
+            later = ", or without it, and call cool_down before the end" if self.rule.open_ended else ""
             self.warn_once(
                 f"this run goes beyond the plan of {followers}, num_steps={plan}. Construct the optimizer with the "
-                "number of steps of the whole training; those before a resume count."
+                f"number of steps of the whole training, those before a resume included{later}."
             )
 
     def _find_overrun(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> int | None:
         """The plan that this step goes beyond, if one is followed by the rule in its own groups, or by the guard."""
-        plan = find_plan(groups) if self.guarded else None
+        plan = find_end(groups) if self.guarded else None
         if plan is not None and max(steps) > plan:
             return plan
-        if self.rule.needs_num_steps:
+        if self.rule.has_schedule:
             for group, count in zip(groups, steps, strict=True):
-                if group["rule"] != ADAMW and count > group["num_steps"]:
-                    return int(group["num_steps"])
+                own = None if group["rule"] == ADAMW else group["num_steps"]
+                if own is not None and count > own:
+                    return int(own)
         return None
 
     def warn_once(self, message: str) -> None:
@@ -139,11 +141,3 @@ class Counts:
         skipped, limited, clipped = (sum(counts) for counts in zip([0, 0, 0], *tallies, strict=True))
         decided = (guard.failures, guard.fallbacks, guard.returns, guard.adamw_steps)
         return Report(read_steps(states), skipped, limited, clipped, *decided)
-
-
-def read_steps(states: Iterable[Mapping[str, Any]]) -> int:
-    """The most updates that a parameter has had, which is how far a run is; waits for the device.
-
-    A parameter that had no gradient at times, or one that was not finite, has had less.
-    """
-    return max((int(state[STEP]) for state in states if STEP in state), default=0)

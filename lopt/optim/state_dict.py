@@ -113,7 +113,7 @@ def fill_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> list[
     So a state that was saved before an option existed can still be loaded. A group too many stays, for torch to refuse.
     """
     filled = [
-        {key: group[key] for key in group if key not in ("rule", "param_names")} | saved
+        {key: group[key] for key in group if key not in ("rule", "param_names")} | {"cool_down": None} | saved
         for saved, group in zip(saved_groups, groups, strict=False)
     ]
     return filled + list(saved_groups[len(filled) :])
@@ -239,8 +239,9 @@ def match_state(
         check_rule(saved, expected=group["rule"])
         check_group(saved, rule, group["rule"])
         # A run is resumed to go on for as long as is planned now; the saved plan may be that of a shorter one.
-        if group["num_steps"] is not None:
-            saved["num_steps"] = group["num_steps"]
+        # An end that `cool_down` has set here is none that the user has constructed the optimizer with.
+        if group["num_steps"] is not None and group["cool_down"] is None:
+            saved.update(num_steps=group["num_steps"], cool_down=None)
         match_names(saved, group)
         check_states(saved, group, state_dict["state"], find_rule, make_state)
         if saved["guard_memory"] is not None:

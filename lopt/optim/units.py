@@ -1,7 +1,7 @@
 """What both backends step: the parameters of an optimizer that have a gradient, with their state and options.
 
 A member is one parameter, a unit are members whose groups differ in numbers at most. Here is also what both backends
-read in the same way: these numbers, planned steps, and what a gradient scaler has left.
+read in the same way: these numbers, and what a gradient scaler has left.
 """
 
 from __future__ import annotations
@@ -220,57 +220,6 @@ def mirror_loss(loss: Tensor | None, units: Sequence[Unit]) -> Tensor | None:
     if len(set(ascends)) == 1:  # the usual case, with fewer operations
         return (-loss if ascends[0] else loss).reshape(1)
     return torch.stack([-loss if ascend else loss for ascend in ascends])
-
-
-def list_num_steps(units: Sequence[Unit]) -> list[int]:
-    """The planned steps of every member, in order.
-
-    For rules with a schedule, whose groups all have the option `num_steps` (`check_num_steps`); those of AdamW may not.
-    """
-    num_steps: list[int] = []
-    for unit in units:
-        planned = [group["num_steps"] for group in unit.groups]
-        num_steps += planned * len(unit.members) if len(planned) == 1 else planned
-    return num_steps
-
-
-def read_num_steps(steps: Tensor, num_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What rules with a schedule are told of the run, as tensors and without waiting for a device.
-
-    Args:
-        steps: updates of n parameters, int64 `[n]`.
-        num_steps: planned for each of them.
-    Returns:
-        Planned steps and the run's steps so far, int64 `[n]` each.
-    """
-    plans, places = number_plans(num_steps)
-    if len(plans) == 1:  # the usual case, with fewer operations
-        return torch.full_like(steps, plans[0]), find_run_steps(steps)
-    column = make_column([*places, *plans], torch.int64, steps.device)
-    on_device, totals = column[: len(places)], column[len(places) :]
-    return totals[on_device], find_run_steps(steps, on_device, len(plans))
-
-
-def number_plans(num_steps: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The different plans of n parameters, and for each parameter which of them is its own."""
-    plans = list(dict.fromkeys(num_steps))
-    numbers = {plan: number for number, plan in enumerate(plans)}
-    return plans, [numbers[plan] for plan in num_steps]
-
-
-def find_run_steps(steps: Tensor, places: Tensor | None = None, count: int = 1) -> Tensor:
-    """The run's steps so far, int64 `[n]`.
-
-    A tensor that had no gradient at times is as far in the run as the others with as many planned steps.
-
-    Args:
-        steps: updates made, int64 `[n]`.
-        places: which of `count` plans each parameter follows, int64 `[n]`; None: there is one for all.
-    """
-    if places is None:
-        return steps.amax().expand_as(steps)
-    latest = steps.new_zeros(count).scatter_reduce(0, places, steps, "amax")
-    return latest[places]
 
 
 def add_up(x: Tensor, shard: Shard | None) -> Tensor:

@@ -59,6 +59,7 @@ class Rule(Recorded, nn.Module, ABC):
         elementwise: the step of an element depends on that element alone.
         needs_loss: reads the training loss; without it, what depends on it stays as it was.
         needs_num_steps: cannot run without the planned number of steps.
+        open_ended: follows a schedule for which the number of steps need not be known, now or ever (`open_schedule`).
         tensor_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
         line_keys: accumulators that rows or columns share; they start at 0.
         compact_keys: accumulators that may be kept in bfloat16.
@@ -94,6 +95,7 @@ class Rule(Recorded, nn.Module, ABC):
     elementwise: bool = False
     needs_loss: bool = False
     needs_num_steps: bool = False
+    open_ended: bool = False
     tensor_keys: tuple[str, ...] = ()
     line_keys: tuple[str, ...] = ()
     compact_keys: tuple[str, ...] = ()
@@ -226,6 +228,7 @@ class Rule(Recorded, nn.Module, ABC):
         state: State,
         loss: Tensor | None = None,
         num_steps: Tensor | None = None,
+        cool_start: Tensor | None = None,
     ) -> tuple[Params, State]:
         """One step of the policy; pure, differentiable in the meta-weights.
 
@@ -233,14 +236,16 @@ class Rule(Recorded, nn.Module, ABC):
             grads: dL/dparams, one tensor `[*batch, *shape]` per name, same shape and dtype as `params`.
             state: from `init_state` or the previous call; `state.step` counts from 0.
             loss: training-batch loss `[*batch]`, for rules that read it.
-            num_steps: planned number of steps, int64 `[*batch]`, for rules that read it.
+            num_steps: planned number of steps, int64 `[*batch]`, for rules that read it; 0: no end is known, for rules
+                with `open_ended`, to which None says so of the whole batch.
+            cool_start: steps after which `num_steps` became known, int64 `[*batch]`; None: it was from the start.
         Returns:
             New parameters and new state; nothing is modified in place.
         Raises:
             KeyError: a parameter has no gradient (leave the parameter out instead of passing None).
             ValueError: the rule needs `num_steps` and there is none.
         """
-        clock = Clock(state.step, num_steps)
+        clock = Clock(state.step, num_steps, cool_start=cool_start)
         acc, ndim = state.accumulators, state.step.ndim
         tensors = {name: WholeTensor(grads[name], p, acc[name], ndim) for name, p in params.items()}
         # Parameters that a rule delegates are stepped by another one, with a schedule of its own.
@@ -252,6 +257,11 @@ class Rule(Recorded, nn.Module, ABC):
         new_params = {name: tensor.p.reshape(params[name].shape) for name, tensor in tensors.items()}
         accumulators = {name: tensor.acc for name, tensor in tensors.items()}
         return new_params, State(state.step + 1, accumulators)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether it follows a schedule over the training, with a known end or without one."""
+        return self.needs_num_steps or self.open_ended
 
     def meta_weights(self) -> dict[str, nn.Parameter]:
         """What meta-training changes, by name: parameters with `requires_grad`, of this rule and of rules within it."""

@@ -3,13 +3,13 @@
 Source of the direction: SOAP, Vyas et al. 2024, arXiv 2409.11321. Differs from the source: a basis follows by one step
 of orthogonal iteration, without sorting; vectors, and sides above `max_side`, are not rotated. Steps have sizes of
 their own in place of Adam's: an absolute one over the number of matrices, at most a share of the tensor's initial size
-(LAMB, You et al. 2020, arXiv 1904.00962), a cosine over the planned steps.
+(LAMB, You et al. 2020, arXiv 1904.00962), on the schedule of `lopt.rules.building_blocks.open_schedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import log, pi, prod, sqrt
+from math import log, prod, sqrt
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lopt.core.tensors import is_traced
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks.features import spread
+from lopt.rules.building_blocks.open_schedule import find_schedule
 from lopt.rules.layout import Layout
 from lopt.rules.stages import (
     Accumulators,
@@ -59,9 +60,10 @@ class BaseDecision(NamedTuple):
 class Base(Rule):
     """`p <- p - s u / rms(u)`, u being Adam's direction in the eigenbases of G G' and G' G for matrices `[rows, rest]`.
 
-    The size is `s = min(size / L^depth, relative rms(p_0)) (1 + cos(pi t / T)) / 2` in a network of L matrices, times
-    `vector` for tensors that are none. All four numbers are learned, three by their logarithms. At or beyond the
-    planned number of steps T nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
+    The size is `s = min(size / L^depth, relative rms(p_0)) schedule(t)` in a network of L matrices, times `vector` for
+    tensors that are none. All four numbers are learned, three by their logarithms. The schedule is a cosine over the
+    planned steps; without a plan it decays slowly until the run is cooled down. At or beyond a known end nothing moves.
+    State: 8 bytes per element, and 8 for each element of a side's square.
 
     Args:
         size, vector, relative, depth: see above.
@@ -75,7 +77,7 @@ class Base(Rule):
     """
 
     name = "base"
-    needs_num_steps = True
+    open_ended = True
     tensor_keys = ("scale",)
     square_keys = ("v",)
     line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
@@ -141,15 +143,12 @@ class Base(Rule):
             vectors: 1 for those that are no matrices, `[n]`.
             count: of the matrices.
         """
-        progress = clock.progress(scale.dtype)
-        assert progress is not None
-        schedule = (1 + torch.cos(pi * progress.clamp(max=1))) / 2
         # Meta-weights have the batch dimensions, or none.
         log_size, log_vector, log_relative, depth = (
             w[..., None] for w in (self.log_size, self.log_vector, self.log_relative, self.depth)
         )
         absolute = log_size - depth * log(max(1, count)) + log_vector * vectors
-        return torch.minimum(absolute, log_relative + scale.log()).exp() * schedule
+        return torch.minimum(absolute, log_relative + scale.log()).exp() * find_schedule(clock, scale.dtype)
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         due = (clock.step % self.every == 0) | (clock.step < EAGER)

@@ -35,26 +35,53 @@ class State(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """How far the training is; all int64 `[*batch]`.
+    """How far the training is; all int64 `[*batch]` but for `cool_span`.
+
+    A planned run cools down from its first step on; an open one, of which no end is known, may begin to at any step.
 
     Attributes:
         step: updates that the tensor has had.
-        num_steps: updates that are planned, or None.
+        num_steps: the run's updates at its end; 0: no end is known, for rules with `open_ended`. None: as 0 everywhere.
         run_step: updates that the run has had, which are more where a tensor had no gradient at times; None: `step`.
+        cool_start: the run's updates when its end became known, below `num_steps`; None: 0, as in planned runs.
+        cool_span: steps from 0 to 1 of `progress`, floating; None: `num_steps - cool_start`.
     """
 
     step: Tensor
     num_steps: Tensor | None
     run_step: Tensor | None = None
+    cool_start: Tensor | None = None
+    cool_span: Tensor | None = None
+
+    @property
+    def now(self) -> Tensor:
+        """Updates that the run has had, int64 `[*batch]`.
+
+        A schedule follows the run, though a tensor may have had fewer updates: it ends with the run.
+        """
+        return self.step if self.run_step is None else self.run_step
 
     def progress(self, dtype: torch.dtype) -> Tensor | None:
-        """Share of the planned steps that the run has made, `[*batch]`, or None where no number of steps is planned.
+        """How much of the way to the known end the run has made, `[*batch]`, 0 where none is known; None: nowhere.
 
-        It is above 1 beyond the planned end; rules decide for themselves what that means.
+        Of a planned run, that is the share of its steps. It is above 1 beyond the end, and may be below 0 for tensors
+        that have had fewer updates than the run; rules decide for themselves what that means.
         """
-        # A schedule follows the run, though a tensor may have had fewer updates: it ends with the run.
-        step = self.step if self.run_step is None else self.run_step
-        return None if self.num_steps is None else step.to(dtype) / self.num_steps.to(dtype)
+        if self.num_steps is None:
+            return None
+        if self.cool_start is None and self.cool_span is None:
+            share = self.now.to(dtype) / self.num_steps.to(dtype)
+        else:
+            start = 0 if self.cool_start is None else self.cool_start
+            span = (self.num_steps - start if self.cool_span is None else self.cool_span).to(dtype)
+            share = (span - (self.num_steps - self.now).to(dtype)) / span
+        return torch.where(self.num_steps > 0, share, 0.0)
+
+    def count_open_steps(self) -> Tensor:
+        """Updates that the run has had with no end known, int64 `[*batch]`: 0 in planned runs, all in open ones."""
+        if self.num_steps is None:
+            return self.now
+        return torch.where(self.num_steps > 0, 0 if self.cool_start is None else self.cool_start, self.now)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Clock:
         """A clock with `function` of each tensor that is known, for joining parameters or picking one of them."""

@@ -81,6 +81,7 @@ class Star(Rule):
         self.elementwise, self.tensor_keys, self.line_keys = rule.elementwise, rule.tensor_keys, rule.line_keys
         self.square_keys = (*rule.square_keys, KEYS[1])
         self.needs_loss, self.needs_num_steps = rule.needs_loss, rule.needs_num_steps
+        self.open_ended = rule.open_ended
         self.feature_names = rule.feature_names
         self.temporaries = rule.temporaries + 2 * len(momentum_decays) + 6
         # As logarithms and logits meta-weights may take any value: factors keep their sign, decays stay in (0, 1).

@@ -376,6 +376,30 @@ def test_rule_may_be_judged_without_loss_and_length(tiny_suites: None, tmp_path:
     assert result.rule.label == "mine, without loss, lr 2"
 
 
+@pytest.mark.parametrize(
+    ("hidden", "known", "plan"),
+    [
+        ([], 0, (12, None)),
+        (["num_steps"], 9, (12, (9, 3))),
+        (["loss", "num_steps"], 9, (12, (9, 3))),
+        (["end"], None, (None, None)),
+        (["end", "num_steps"], None, (None, None)),
+    ],
+)
+def test_rule_that_is_not_told_the_length_is_cooled_down_unless_the_end_is_hidden_too(
+    hidden: list[str], known: int | None, plan: tuple[object, object]
+) -> None:
+    model = SHORT.model(0)
+    training = prepare_rule(RULES["base"](), hidden=hide(hidden))(model, 12)
+    (group,), ends = training.optimizer.param_groups, []
+    for step in range(12):
+        SHORT.loss(model, SHORT.batch(0, step)).backward()
+        training.step(torch.tensor(1.0))
+        ends.append(group["num_steps"])
+    assert (group["num_steps"], group["cool_down"]) == plan
+    assert [step for step, end in enumerate(ends) if end is not None] == list(range(12 if known is None else known, 12))
+
+
 def test_another_rule_is_compared_task_by_task(tiny_suites: None, tmp_path: Path) -> None:
     rates = {"mine": 1e-2, "slow": 1e-4, "same": 1e-2}
     entrants = [Entrant(name, RULES["adam"](lr=lr)) for name, lr in rates.items()]

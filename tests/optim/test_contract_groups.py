@@ -32,7 +32,7 @@ BAD_VALUES_OF_OURS: tuple[tuple[str, Any, str], ...] = (
     ("eps", float("nan"), "eps"),
 )
 GROUP_KEYS = {
-    *("params", "lr", "weight_decay", "num_steps", "rule"),
+    *("params", "lr", "weight_decay", "num_steps", "cool_down", "rule"),
     *("betas", "eps", "maximize", "foreach", "capturable", "guard_memory"),
 }
 

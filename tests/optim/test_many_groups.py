@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopt import LearnedOptimizer
 from lopt.core.random import make_generator
-from lopt.optim.units import read_num_steps
+from lopt.optim.plans import Plan, read_clock
 from lopt.optim.update import ParameterUpdate
 from lopt.rules import RULES
 
@@ -285,13 +285,14 @@ def test_run_is_as_far_as_the_farthest_tensor_of_the_same_plan() -> None:
     """The right value is a loop over plans in numpy."""
     rng = np.random.default_rng(0)
     plans, made = rng.integers(1, 40, 500), rng.integers(0, 1000, 500)
-    totals, steps = read_num_steps(torch.from_numpy(made), plans.tolist())
-    assert totals.tolist() == plans.tolist()
-    assert steps.tolist() == [int(made[plans == plan].max()) for plan in plans]
+    clock = read_clock(torch.from_numpy(made), [Plan(plan, 0, plan) for plan in plans.tolist()])
+    assert clock.num_steps is not None
+    assert clock.num_steps.tolist() == plans.tolist()
+    assert clock.now.tolist() == [int(made[plans == plan].max()) for plan in plans]
 
 
 def test_memory_of_plans_is_linear_in_the_number_of_tensors() -> None:
     count = 1000
     with Operations() as operations:
-        read_num_steps(torch.arange(count), [10 + i % 2 for i in range(count)])
+        read_clock(torch.arange(count), [Plan(10 + i % 2, 0, 10 + i % 2) for i in range(count)])
     assert operations.largest <= count + 2  # the places of all, and the plans

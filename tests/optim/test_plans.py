@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from math import cos, pi
 from typing import Any
 
 import pytest
 import torch
+from plan_cases import draw, list_warnings, step_with
 from rule_cases import make_quick
 from torch import Tensor, nn
 
 from lopt import LearnedOptimizer
-from lopt.core.random import make_generator
 from lopt.optim.report import Counts
 from lopt.optim.units import STEP
 from lopt.rules import RULES, Rule, State
 
 COSINE = {"lr": 0.1, "schedule": "cosine"}
-PLANNED = [name for name in RULES if RULES[name].needs_num_steps]
-
-
-def draw(i: int, shape: tuple[int, ...] = (3, 2)) -> Tensor:
-    return torch.randn(shape, generator=make_generator(i))
+PLANNED = [name for name in RULES if RULES[name].needs_num_steps or RULES[name].open_ended]
 
 
 def make_params(count: int = 2) -> list[nn.Parameter]:
     return [nn.Parameter(draw(i)) for i in range(count)]
-
-
-def step_with(optimizer: LearnedOptimizer, step: int, loss: float = 1.0) -> None:
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            p.grad = draw(100 * step + i + 50)
-    optimizer.step(loss=loss)
-
-
-def list_warnings(optimizer: LearnedOptimizer, steps: Sequence[int], about: str = "num_steps") -> dict[int, str]:
-    """What is said about something, by the step in which it is."""
-    found = {}
-    for step in steps:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step_with(optimizer, step)
-        said = [str(w.message) for w in seen if about in str(w.message)]
-        assert len(said) <= 1
-        if said:
-            found[step] = said[0]
-    return found
 
 
 # -- after loading -----------------------------------------------------------------------------------------------------

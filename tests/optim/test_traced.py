@@ -72,6 +72,23 @@ def test_compiled_step_is_one_graph_and_does_as_the_plain_one(name: str) -> None
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float((b - start).detach().abs().max()))
 
 
+@pytest.mark.slow
+def test_compiled_step_follows_an_open_run_and_its_cool_down() -> None:
+    torch._dynamo.reset()
+    optimizers = [LearnedOptimizer(list_params(make("base")), make_quick("base")) for _ in range(2)]
+    counter = torch._dynamo.testing.CompileCounter()
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, fullgraph=True, backend=counter)]
+    for i in range(6):
+        for optimizer, step in zip(optimizers, steps, strict=True):
+            set_grads(optimizer, i)
+            if i == 3:
+                optimizer.cool_down(4)
+            step()
+    assert counter.frame_count == 2
+    for a, b, start in zip(*map(list_params, optimizers), list_params(make("base")), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float((b - start).detach().abs().max()))
+
+
 FUSED = ["adamw", "lstm", "small_fc", "celo2", "velo"]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lopt.core.random import make_generator
 from lopt.rules import RULES, State
+from lopt.rules.building_blocks.open_schedule import DECAY_POWER, DECAY_STEPS
 
 HORIZON, SIZE, VECTOR, RELATIVE = 9, 0.03, 0.2, 0.5
 Matrix = NDArray[np.float64]
@@ -89,3 +90,33 @@ def test_nothing_moves_at_or_beyond_the_planned_end() -> None:
             late = State(torch.tensor(step), state.accumulators)
             new, _ = rule.update({"w": draw(2, 3, 3).float()}, params, late, num_steps=torch.tensor(HORIZON))
             torch.testing.assert_close(new["w"], params["w"], rtol=0, atol=1e-9)
+
+
+def test_schedule_of_a_batch_of_planned_open_and_cooling_runs_is_that_of_numpy() -> None:
+    """Runs of one batch: planned, open, one that cools down, one whose end is past, one whose cool-down begins now."""
+    steps, ends, starts = np.array([5, 250, 130, 60, 40]), np.array([9, 0, 150, 50, 70]), np.array([0, 0, 110, 30, 40])
+    opens = np.where(ends > 0, starts, steps)
+    share = np.clip((steps - starts) / np.where(ends > 0, ends - starts, np.inf), 0, 1)
+    expected = (1 + opens / DECAY_STEPS) ** -DECAY_POWER * (1 + np.cos(pi * share)) / 2
+    rule, params = RULES["base"](size=SIZE).double(), {"w": draw(1, 5, 3, 3)}
+    state = State(torch.from_numpy(steps), rule.init_state(params, batch_ndim=1).accumulators)
+    state.accumulators["w"]["scale"].fill_(1e6)
+    grads, planned = {"w": draw(2, 5, 3, 3)}, [torch.from_numpy(x) for x in (ends, starts)]
+    with torch.no_grad():
+        new, _ = rule.update(grads, params, state, None, *planned)
+    moved = (new["w"] - params["w"]).square().mean((1, 2)).sqrt()
+    np.testing.assert_allclose(moved.numpy(), SIZE * expected, rtol=1e-5, atol=1e-9 * SIZE)
+
+
+def test_hidden_ends_are_as_no_plan_at_all_and_leave_derivatives_finite() -> None:
+    rule, params = RULES["base"](), {"w": draw(1, 2, 3, 3).float()}
+    state, grads = rule.init_state(params, batch_ndim=1), {"w": draw(2, 2, 3, 3).float()}
+    for step in (0, 7):
+        now = State(torch.full((2,), step), state.accumulators)
+        hidden, _ = rule.update(grads, params, now, num_steps=torch.tensor([0, 20]))
+        none, _ = rule.update(grads, params, now)
+        planned, _ = rule.update(grads, params, now, num_steps=torch.tensor([20, 20]))
+        assert torch.equal(hidden["w"][0], none["w"][0])
+        assert torch.equal(hidden["w"][1], planned["w"][1])
+        slopes = torch.autograd.grad(hidden["w"].sum(), list(rule.parameters()))
+        assert all(bool(slope.isfinite().all()) for slope in slopes)

@@ -137,7 +137,7 @@ def test_optimizer_steps_as_update_chunk_by_chunk(inner: str, monkeypatch: pytes
 @pytest.mark.parametrize("name", sorted(set(RULES) - REFUSED))
 def test_wrapper_takes_on_what_the_inner_rule_needs(name: str) -> None:
     star = Star(name)
-    flags = ("elementwise", "needs_loss", "needs_num_steps", "tensor_keys", "feature_names")
+    flags = ("elementwise", "needs_loss", "needs_num_steps", "open_ended", "tensor_keys", "feature_names")
     assert [getattr(star, flag) for flag in flags] == [getattr(star.inner, flag) for flag in flags]
     assert star.temporaries > star.inner.temporaries
     acc, own = (rule.init_state(draw(0)).accumulators["w"] for rule in (star, star.inner))

@@ -44,7 +44,10 @@ folder of a run. Without --task, --set and --steps it is judged on all settings 
 @click.option("--tasks", help="Of the suite: some, comma-separated.")
 @click.option("--lr", type=float, help="On a suite: factor on the rule's steps [default: 1].")
 @click.option(
-    "--without", multiple=True, type=click.Choice(["loss", "num_steps"]), help="On a suite: not told; repeatable."
+    "--without",
+    multiple=True,
+    type=click.Choice(["loss", "num_steps", "end"]),
+    help="On a suite: not told; num_steps: until it is to cool down; end: ever. Repeatable.",
 )
 @click.option("--against", multiple=True, help="On a suite: another rule, run and compared with; repeatable.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that run a suite [default: all cores].")

@@ -50,6 +50,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
         "elementwise": rule.elementwise,
         "needs_loss": rule.needs_loss,
         "needs_num_steps": rule.needs_num_steps,
+        "open_ended": rule.open_ended,
         "features": list(rule.feature_names),
     }
 
@@ -92,6 +93,7 @@ def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Cons
     more = f" and {len(shapes) - MAX_LISTED} more" if len(shapes) > MAX_LISTED else ""
     reads = ["gradient", *(["training loss"] if facts["needs_loss"] else [])]
     reads += ["planned number of steps"] if facts["needs_num_steps"] else []
+    reads += ["planned number of steps, if there is one"] if facts["open_ended"] else []
     rows = {
         "rule": facts["rule"],
         "config": ", ".join(f"{key}={value!r}" for key, value in facts["config"].items()),

@@ -130,7 +130,7 @@ def probe_rule(rule: Rule, label: str, horizon: int | None = None) -> Portrait:
     return Portrait(
         label,
         rule.elementwise,
-        rule.needs_num_steps,
+        rule.has_schedule,
         horizon,
         probe_gradient(rule, SIZES),
         probe_map(rule, resolution=61),

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lopt.core.names import choose
 from lopt.evaluation.suites import find_task
@@ -59,8 +60,10 @@ class Share(NamedTuple):
 ALONE = Share()
 
 
-HIDEABLE = ("loss", "num_steps")
-"""What a rule may be judged without."""
+HIDEABLE = ("loss", "num_steps", "end")
+"""What a rule may be judged without: "num_steps" before the last fifth of the run, and "end" even then."""
+KNOWN_LATE = 0.8
+"""Share of a run after which a rule that was not told `num_steps` is told the end, if it can make use of it."""
 
 
 def hide(names: Sequence[str]) -> str:
@@ -149,6 +152,8 @@ def execute(request: Request) -> Run:
 def prepare_rule(rule: Rule, lr: float = 1.0, hidden: str = "") -> Build:
     """How a training run makes the optimizer of a rule: as users do, with names, the planned length, and the loss.
 
+    A rule that may run open, and is not told the length, is cooled down over the last fifth, as users are advised to.
+
     Args:
         rule: as trained.
         lr: factor on its steps.
@@ -157,10 +162,17 @@ def prepare_rule(rule: Rule, lr: float = 1.0, hidden: str = "") -> Build:
 
     def build(model: nn.Module, num_steps: int) -> Training:
         params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        planned = None if "num_steps" in hidden else num_steps
+        without = hidden.removeprefix("without ").split(", ")
+        planned = None if {"num_steps", "end"} & set(without) else num_steps
         optimizer = LearnedOptimizer(params, rule, lr, num_steps=planned)
-        if "loss" in hidden:
-            return Training(optimizer, lambda _: optimizer.step())
-        return Training(optimizer, lambda loss: optimizer.step(loss=loss))
+        cools = planned is None and rule.open_ended and "end" not in without
+        steps = count()
+
+        def step(loss: Tensor) -> None:
+            if next(steps) == int(KNOWN_LATE * num_steps) and cools:
+                optimizer.cool_down(num_steps - int(KNOWN_LATE * num_steps))
+            optimizer.step(loss=None if "loss" in without else loss)
+
+        return Training(optimizer, step)
 
     return build

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lopt.optim.guard.decisions import Guard, GuardOptions
-from lopt.optim.options import ADAMW, find_direction, find_plan
+from lopt.optim.options import ADAMW, find_direction
+from lopt.optim.plans import find_end
 from lopt.optim.units import STEP, Unit, add_up, make_member
 from lopt.optim.update import Transform
 from lopt.rules import Rule
@@ -197,7 +198,7 @@ def hear_loss(
     Raises:
         ValueError: some groups ascend and some descend; nothing has changed.
     """
-    direction, guard.num_steps = find_direction(groups), find_plan(groups)
+    direction, guard.num_steps = find_direction(groups), find_end(groups)
     guard.observe(None if loss is None else direction * float(loss))
     memory = guard.now.to_numbers()
     for group in groups:

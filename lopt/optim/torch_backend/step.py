@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lopt.core.random import fold_in
 from lopt.optim.group_adamw import GroupAdamW, give_numbers
+from lopt.optim.plans import list_plans, read_clock
 from lopt.optim.torch_backend.chunked import ChunkedTensor, chunk_length
 from lopt.optim.torch_backend.stacked import StackedTensors
 from lopt.optim.units import (
@@ -24,9 +25,7 @@ from lopt.optim.units import (
     Unit,
     import_sharding,
     is_readable,
-    list_num_steps,
     mirror_loss,
-    read_num_steps,
 )
 from lopt.optim.update import ParameterUpdate, Transform
 from lopt.rules import Clock, Rule, step_tensors
@@ -143,9 +142,7 @@ def step_units(
         if isinstance(rule, GroupAdamW):
             give_numbers(unit, tensors[-1])
     # The rule sees the counters from before the step; they advance after it, where the step was made.
-    clock = Clock(steps, None)
-    if rule.needs_num_steps:
-        clock = Clock(steps, *read_num_steps(steps, list_num_steps(live.units)))
+    clock = read_clock(steps, list_plans(live.units)) if rule.has_schedule else Clock(steps, None)
     sharded = any(unit.members[0].shard is not None for unit in live.units)
     loss = mirror_loss(loss, live.units)
     step_tensors(rule, tensors, loss, clock, import_sharding().to_means if sharded else divide_sums)

@@ -16,6 +16,7 @@ from lopt_kernels.launching.segments import Segment, Segments, by_elements, find
 from torch import Tensor
 
 from lopt.optim.group_adamw import GroupAdamW
+from lopt.optim.plans import find_run_steps, list_plans, number_plans
 from lopt.optim.triton_backend.parts import make_part
 from lopt.optim.units import (
     SEED,
@@ -23,11 +24,8 @@ from lopt.optim.units import (
     Member,
     Scaled,
     Unit,
-    find_run_steps,
     is_capturing,
-    list_num_steps,
     mirror_loss,
-    number_plans,
     read_number,
 )
 from lopt.rules import Clock, Rule
@@ -129,11 +127,11 @@ class FusedStep:
         # The program's launches read what that one has left, on the device.
         clock = Clock(self.steps, None)
         if self.rule.needs_num_steps:
-            num_steps = list_num_steps(units)
-            plans, places = number_plans(num_steps)
-            where = None if len(plans) == 1 else self._places.send(places)
-            run_steps = find_run_steps(self.steps, where, len(plans))
-            clock = Clock(self.steps, self._num_steps.send(num_steps), run_steps)
+            plans = list_plans(units)
+            distinct, places = number_plans(plans)
+            where = None if len(distinct) == 1 else self._places.send(places)
+            run_steps = find_run_steps(self.steps, where, len(distinct))
+            clock = Clock(self.steps, self._num_steps.send([plan.num_steps for plan in plans]), run_steps)
         self.program.run(items, sanitize, mirror_loss(loss, units), clock)
         for view in self.views:
             if view.source is not None:
