@@ -71,7 +71,7 @@ def summarize(measured: list[Figures]) -> Figures:
 def run(name: str, train: Train, make_optimizer: MakeOptimizer, seed: int) -> list[Figures]:
     start = time.perf_counter()
     measured = train(make_optimizer, seed)
-    told = ", ".join(f"{key} {value:.4g}" for key, value in summarize(measured).items())
+    told = ", ".join(f"{key} {value:#.4g}" for key, value in summarize(measured).items())
     print(f"{name}: {told} ({time.perf_counter() - start:.0f} s)", file=sys.stderr)
     return measured
 
@@ -82,7 +82,7 @@ def print_table(title: str, rows: dict[str, list[Figures]]) -> None:
     print(f"{title}\n\n| {'optimizer':{width}} | {' | '.join(columns)} |")
     print(f"|{'-' * (width + 2)}|{'|'.join('-' * (len(column) + 2) for column in columns)}|")
     for name, runs in rows.items():
-        cells = [f"{fmean(figures[column] for figures in runs):{len(column)}.4g}" for column in columns]
+        cells = [f"{fmean(figures[column] for figures in runs):#{len(column)}.4g}" for column in columns]
         print(f"| {name:{width}} | {' | '.join(cells)} |")
     print()
 
