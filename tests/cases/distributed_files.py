@@ -23,6 +23,7 @@ from distributed_workers import (
     gather,
     gather_all,
     make_optimizer,
+    make_rule,
     train,
     train_alone,
 )
@@ -37,6 +38,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+
+from lopt import LearnedOptimizer
 
 Pair = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -100,6 +103,26 @@ def sharded_checkpoint_resumes_bitwise(world: World) -> None:
     other = start(world)
     load(world, other, "checkpoint")
     assert_go_on_alike(world, pair, other, 3)
+
+
+@check("base")
+def checkpoint_of_a_run_that_cools_down_resumes_bitwise(world: World) -> None:
+    """Loaded by an optimizer that knows of no end yet; in both forms."""
+    for name, flat in (("nested", False), ("flat", True)):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        pairs = []
+        for _ in range(2):
+            model, _ = start(world)
+            pairs.append((model, LearnedOptimizer(model.named_parameters(), make_rule("base"))))
+        pair, other = pairs
+        train(*pair, 0, 2, world.rank, world.size)
+        pair[1].cool_down(9)
+        train(*pair, 2, 1, world.rank, world.size)
+        pair[1].cool_down(5)
+        save(world, pair, name, options)
+        load(world, other, name, options)
+        assert all(group["num_steps"] == 8 and group["cool_down"] == (2, 9 * 5 / 8) for group in other[1].param_groups)
+        assert_go_on_alike(world, pair, other, 3)
 
 
 @check("velo", also=(CONTROL, "lstm", "small_fc", "celo2", *REST))

@@ -145,6 +145,25 @@ def groups_with_numbers_of_their_own_equal_one_process(world: World) -> None:
     assert_moved_alike(gather_all(model), gather_all(alone), gather_all(Net(with_scalar=True)))
 
 
+@check("base")
+def open_run_cools_down_as_in_one_process(world: World) -> None:
+    """Beside a planned group."""
+
+    def run(model: nn.Module, part: int = 0, parts: int = 1) -> None:
+        named = list(model.named_parameters())
+        groups: list[dict[str, Any]] = [{"params": named[:2], "num_steps": PLANNED}, {"params": named[2:]}]
+        optimizer = LearnedOptimizer(groups, make_rule("base"))
+        train(model, optimizer, 0, 3, part, parts)
+        optimizer.cool_down(4)
+        train(model, optimizer, 3, 3, part, parts)
+        assert [group["num_steps"] for group in optimizer.param_groups] == [PLANNED, 7]
+
+    model, alone = make_sharded(init_device_mesh("cpu", (world.size,))), Net()
+    run(model, world.rank, world.size)
+    run(alone)
+    assert_moved_alike(gather_all(model), gather_all(alone), gather_all(Net()))
+
+
 # -- DTensors ------------------------------------------------------------------------------------------------------
 
 SHAPES = {
