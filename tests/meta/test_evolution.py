@@ -10,6 +10,7 @@ import torch
 from estimator_cases import Balance, Drift, FirstState, Trap, constant, flatten
 from torch import Tensor
 
+from lopt.core.random import derive_seeds, draw_normal
 from lopt.core.tensors import Params
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.estimators.evolution import Evolution, draw_perturbation
@@ -61,6 +62,48 @@ def test_the_first_estimate_is_the_mean_over_pairs_of_their_difference(name: str
 
 
 # -- guidance by a teacher ---------------------------------------------------------------------------------------------
+
+
+def run_member(loop: InnerLoop, task: int, steps: int, offset: float, moved: Tensor) -> Tensor:
+    """Losses `[steps]` of one task under momentum with meta-weights of its own."""
+    rule = RULES["momentum"](lr=0.01)
+    with torch.no_grad():
+        weights = rule.meta_weights()
+        weights["lr"] += offset
+        for w, x in zip(weights.values(), moved, strict=True):
+            w += x
+        return replace(loop, rule=rule).unroll(loop.start(torch.tensor([task])), steps, restart=False).losses[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("jitter", "objective"), [({"lr": 0.004}, "mean"), ({}, "log_tail"), ({"lr": 0.004}, "log_tail")]
+)
+def test_jitter_is_of_both_members_and_the_tail_is_of_whole_runs(jitter: dict[str, float], objective: str) -> None:
+    tasks, steps, sigma = 3, 20, 1e-3
+    loop = InnerLoop(RULES["momentum"](lr=0.01), QUADRATIC, 7, constant(steps))
+    estimator = build("full_es", steps, sigma=sigma, objective=objective, jitter=jitter)
+    found = estimator.estimate(loop, estimator.start(loop, torch.arange(tasks)))
+    start, offsets = loop.start(torch.arange(tasks)), []
+    expected = torch.zeros(len(flatten(found.gradient)), dtype=torch.float64)
+    for i in range(tasks):
+        noise = estimator.perturb(loop, select_slots(start, slice(i, i + 1)), start.episode[i : i + 1])[0]
+        seeds = derive_seeds(7, "jitter", torch.tensor([i]), torch.tensor([0]), 0)
+        offsets.append(float(jitter.get("lr", 0.0) * draw_normal(seeds, 1)))
+        first = start.first_loss[i]
+        values = []
+        for sign in (1, -1):
+            losses = run_member(loop, i, steps, offsets[-1], sign * sigma * noise)
+            tail = (losses[-2:] / first + 1e-5).log().mean()
+            values.append((losses.mean() if objective == "mean" else tail).double())
+        expected += (values[0] - values[1]) * noise / (2 * sigma) / tasks
+    torch.testing.assert_close(flatten(found.gradient).double(), expected, rtol=1e-2, atol=1e-5)
+    assert len(set(offsets)) == (tasks if jitter else 1)
+
+
+def test_jitter_of_a_meta_weight_that_there_is_not_is_refused() -> None:
+    loop = InnerLoop(RULES["momentum"](lr=0.01), QUADRATIC, 7)
+    with pytest.raises(ValueError, match=r"meta-weight .*'lrr'"):
+        build("es", 4, jitter={"lrr": 1.0}).start(loop, torch.arange(2))
 
 
 @pytest.mark.parametrize("name", EVOLUTION)
@@ -263,7 +306,8 @@ def test_the_lowest_loss_of_a_run_is_an_objective_of_whole_runs_only() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"sigma": 0.0}, "sigma must be positive"), ({"num_steps": 0}, "num_steps must be at least 1"),
-     ({"loss_clamp": 1.0}, "loss_clamp must be above 1"), ({"task_chunk": 0}, "task_chunk must be at least 1")],
+     ({"loss_clamp": 1.0}, "loss_clamp must be above 1"), ({"task_chunk": 0}, "task_chunk must be at least 1"),
+     ({"jitter": {"lr": 0.0}}, "jitter of 'lr' must be above 0")],
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

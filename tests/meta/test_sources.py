@@ -17,7 +17,7 @@ from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import Ranks
-from lopt.meta.trainer.source import list_families
+from lopt.meta.trainer.source import choose_sources, list_families
 from lopt.meta.trainer.trainer import Progress, Trainer
 from lopt.meta.trainer.validation import relate
 
@@ -120,6 +120,27 @@ def test_normalised_sources_resume_bitwise(tmp_path: Path) -> None:
     assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
     start_run(make_config(), tmp_path / "mean").run()
     assert hash_state(tmp_path / "mean") != hash_state(tmp_path / "whole")
+
+
+def test_a_step_learns_from_some_of_the_sources_and_resumes_bitwise(tmp_path: Path) -> None:
+    from training_cases import hash_state
+
+    config = make_config(trainer=MIXTURE["trainer"] | {"sources_per_step": 1})
+    start_run(config, tmp_path / "whole").run()
+    interrupt_and_resume(config, tmp_path / "halves")
+    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
+    kinds = Counter(str(line["kind"]) for line in read_metrics(tmp_path / "whole" / "metrics.jsonl"))
+    steps = [kinds["source bowls"], kinds["source rosenbrock"]]
+    assert sum(steps) == 6
+    assert min(steps) > 0
+
+
+def test_sources_are_chosen_evenly_and_by_the_step_alone() -> None:
+    chosen = [choose_sources(5, 2, 3, step) for step in range(1000)]
+    assert chosen == [choose_sources(5, 2, 3, step) for step in range(1000)]
+    assert {len(one) for one in chosen} == {2}
+    assert all(350 < sum(i in one for one in chosen) < 450 for i in range(5))
+    assert choose_sources(5, 0, 3, 0) == choose_sources(5, 5, 3, 0) == {0, 1, 2, 3, 4}
 
 
 def test_guidance_falls_to_nothing_and_resumes_bitwise(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class TrainerConfig:
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
         clip: largest global norm of the meta-gradient.
+        sources_per_step: how many of the sources an outer step learns from, drawn anew for each; 0 takes all.
         merge: of several sources' meta-gradients: their weighted "mean"; that of the "normalised" ones, each divided
             by a running root mean square of its norm, so that no source outweighs the others; or ("pcgrad") that of
             what is left of each without its parts against another one.
@@ -62,6 +63,7 @@ class TrainerConfig:
     weight_decay: float = 0.0
     beta2: float = 0.999
     clip: float = 1.0
+    sources_per_step: int = 0
     merge: str = "mean"
     seed: int = 0
     warm_start: str = ""
@@ -87,7 +89,15 @@ class TrainerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")
-        for name in ("memory_mib", "final_learning_rate", "warmup", "weight_decay", "seed", "patience"):
+        for name in (
+            "memory_mib",
+            "final_learning_rate",
+            "warmup",
+            "weight_decay",
+            "seed",
+            "patience",
+            "sources_per_step",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name} must not be negative, got {getattr(self, name)}")
         check_device(self.device)

@@ -11,13 +11,14 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lopt.core.names import choose
 from lopt.core.random import derive_seeds, draw_normal
 from lopt.core.tensors import Params
 from lopt.meta.estimators.base import Estimate, Estimator
@@ -59,13 +60,16 @@ class Evolution(Estimator):
         staggered: slots start in different phases, so that one window sees all of training.
         sigma: standard deviation of the perturbations.
         task_chunk: tasks that are run together; by default as many as fit into the processor's cache.
+        jitter: standard deviations of a normal offset on meta-weights, by name, that both members of a pair have for a
+            task's run and that nothing tells the rule of: what reads feedback learns to make up for it.
         compile: make steps, the rule's and the base learner's part, by compiled code. It is made once for each size of
             chunks (at most two), which takes some ten seconds. Not with a teacher; and not where the loop has a stride
             of its own, as on a GPU with kernels.
         stride: makes the steps by compiled code, or None.
 
     Raises:
-        ValueError: an option out of its range, or steps that are compiled and guided by a teacher.
+        ValueError: an option out of its range, or steps that are compiled and guided by a teacher. A name in `jitter`
+            that no meta-weight has is refused when tasks are started.
     """
 
     signs: ClassVar[tuple[int, ...]] = (1, -1)
@@ -76,6 +80,7 @@ class Evolution(Estimator):
 
     sigma: float = 0.01
     task_chunk: int | None = None
+    jitter: dict[str, float] = field(default_factory=dict)
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +91,9 @@ class Evolution(Estimator):
             raise ValueError(f"loss_clamp must be above 1, got {self.loss_clamp}")
         if self.task_chunk is not None and self.task_chunk < 1:
             raise ValueError(f"task_chunk must be at least 1, got {self.task_chunk}")
+        for name, deviation in self.jitter.items():
+            if not 0 < deviation < math.inf:
+                raise ValueError(f"jitter of {name!r} must be above 0 and finite, got {deviation}")
         if self.compile and self.teacher is not None:
             raise ValueError("steps that a teacher guides cannot be compiled: set compile = false")
         self.stride = CompiledStride() if self.compile else None
@@ -119,6 +127,8 @@ class Evolution(Estimator):
 
         Compiled steps are kept by the estimator: later windows find them.
         """
+        for name in self.jitter:
+            choose("meta-weight", name, loop.rule.meta_weights())
         return replace(super().configure(loop), stride=loop.stride or self.stride)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
@@ -168,13 +178,24 @@ class Evolution(Estimator):
             noise = self.perturb(loop, start, slots.episode[::members]).to(dtype)
             signed = (self.sigma * signs[:, None] * noise[:, None]).flatten(0, 1)
             moved = _split(signed, weights)
-            return {name: w + moved[name] for name, w in weights.items()}
+            return {name: w + moved[name] for name, w in weights.items()} | self._jitter(loop, slots, moved, weights)
 
         # Where one slot of a pair goes on (`es`), all members start the window from its state.
         return self.unroll(
             replace(loop, meta_weights=perturb_weights, members=members),
             pairs.slots if self.kept == members else repeat_slots(pairs.slots, members),
         )
+
+    def _jitter(self, loop: InnerLoop, slots: Slots, moved: Params, weights: Params) -> Params:
+        """Those of the members' meta-weights that have an offset of the task's own, with it."""
+        jittered = {}
+        for index, (name, deviation) in enumerate(self.jitter.items()):
+            w = weights[name]
+            # Named by slot and episode: members have these in common, and keep the offset for the whole run.
+            seeds = derive_seeds(loop.seed, "jitter", slots.ids, slots.episode, index)
+            offset = deviation * draw_normal(seeds, w.numel()).to(w.dtype).reshape(-1, *w.shape)
+            jittered[name] = w + moved[name] + offset
+        return jittered
 
     def _credit(self, loop: InnerLoop, pairs: Pairs, window: Window, values: Tensor) -> Tensor:
         """The gradient estimate of each pair, `[T, W]`, from what each step adds to each member, `[K, T * members]`."""

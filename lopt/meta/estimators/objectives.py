@@ -16,7 +16,9 @@ from lopt.tasks import TaskFamily
 from lopt.tasks.tuned_adam import COMMAND, TunedAdam, load_archive
 
 OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
-LOGARITHMIC = ("log", "baseline", "log_final")
+LOGARITHMIC = ("log", "baseline", "log_final", "log_tail")
+TAIL = 0.1  # of a run, whose losses "log_tail" averages
+TAIL_FLOOR = 1e-5  # of relative losses there: below it nobody cares which is lower
 
 
 def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normalize: bool, loss_clamp: float) -> Tensor:
@@ -26,7 +28,8 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         family: that the tasks are of.
         objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one, the same
             in units of tuned Adam's progress ("baseline"), the "final" losses of tasks that end in the window or
-            ("log_final") their logs relative to the first ones, or the lowest loss ("min").
+            ("log_final") their logs relative to the first ones, the mean of these over the last tenth of whole runs
+            ("log_tail"), or the lowest loss ("min").
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
 
@@ -47,6 +50,9 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
             raise ValueError(f"objective {objective!r} needs losses above 0, but a task's loss is negative; use 'mean'")
         # Losses of exactly 0 happen on easy tasks; their logarithm must not end the run.
         tiny = torch.finfo(losses.dtype).tiny
+        if objective == "log_tail":
+            tail = window.active & (window.steps > (1 - TAIL) * window.slots.horizon)
+            return (losses / first + TAIL_FLOOR).log() * tail / tail.sum(0)
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
             tuned = find_baseline(family)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lopt.core.random import derive_seeds, make_generator
 from lopt.meta.estimators import Estimate, Estimator
 from lopt.meta.trainer.ranks import Ranks
 from lopt.meta.unroll.horizons import HorizonSchedule
@@ -144,6 +145,19 @@ def join_rows(parts: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str,
     order = torch.cat([ids for ids, _ in parts]).argsort()
     split = [{name: _split_rows(value, len(ids)) for name, value in tensors.items()} for ids, tensors in parts]
     return {name: torch.cat([own[name] for own in split])[order].flatten(0, 1) for name in split[0]}
+
+
+def choose_sources(count: int, wanted: int, seed: int, step: int) -> set[int]:
+    """Numbers of the sources that an outer step learns from: a function of seed and step, equal on all ranks.
+
+    Args:
+        count: of all sources.
+        wanted: of those that are chosen; 0 is all.
+    """
+    if not 0 < wanted < count:
+        return set(range(count))
+    order = torch.randperm(count, generator=make_generator(derive_seeds(seed, "sources", step)))
+    return set(order[:wanted].tolist())
 
 
 def list_families(sources: Sequence[Source]) -> dict[str, TaskFamily]:

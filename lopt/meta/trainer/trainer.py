@@ -27,7 +27,7 @@ from lopt.meta.trainer.merging import Merger, Total, merge_ranks
 from lopt.meta.trainer.meta_weights import copy_rule, copy_weights, freeze_weights, load_weights
 from lopt.meta.trainer.outer_optimizer import OuterOptimizer
 from lopt.meta.trainer.ranks import FailedLead, Ranks
-from lopt.meta.trainer.source import Source, list_families
+from lopt.meta.trainer.source import Source, choose_sources, list_families
 from lopt.meta.trainer.state import RunState
 from lopt.meta.trainer.stop import MAX_DEAD_STEPS, Reason, Stop
 from lopt.meta.trainer.validation import Validator, log_validation
@@ -263,14 +263,15 @@ class Trainer:
         """One outer step; what to log of the whole, and of each source where there are several."""
         # Estimates on this rank's slots, one gradient of all ranks and sources, and the step.
         begin = time.perf_counter()
-        estimates = [source.estimate(self.step) for source in self.sources]
+        chosen = choose_sources(len(self.sources), self.config.sources_per_step, self.config.seed, self.step)
+        estimates = [source.estimate(self.step) if i in chosen else None for i, source in enumerate(self.sources)]
         totals = merge_ranks(estimates, self.rule.meta_weights(), self.ranks)
         total = self.merger(totals)
         stepped = self.outer.apply(total.gradient, self.step)
         seconds = time.perf_counter() - begin
         self.state.step += 1
         self.state.seconds += seconds
-        self.state.dead.count(total.metrics | stepped, self.slots)
+        self.state.dead.count(total.metrics | stepped, sum(self.sources[i].tasks for i in chosen))
         speed, stage = total.metrics["inner_steps"] / seconds, max(map(_find_stage, self.sources))
         whole = total.metrics | stepped | {"inner_steps_per_second": speed, "horizon_stage": stage}
         return whole, _describe_sources(self.sources, totals)
@@ -391,4 +392,5 @@ def _describe_sources(sources: Sequence[Source], totals: Sequence[Total]) -> dic
         source.name: total.metrics
         | {"gradient_norm": float(total.gradient.norm()), "horizon_stage": _find_stage(source)}
         for source, total in zip(sources, totals, strict=True)
+        if total.metrics
     }
