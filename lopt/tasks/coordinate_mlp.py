@@ -25,6 +25,7 @@ from lopt.tasks.module import ModuleTask
 Coordinates = TypeVar("Coordinates", bound="CoordinateMLP")
 
 ENCODINGS = ("fourier", "sine")
+PHOTOGRAPHS = {"both": slice(None), "temple": slice(0, 1), "flower": slice(1, 2)}
 SHRINK = 4
 """Pixels of a photograph that are averaged, in each direction, before it is cut."""
 
@@ -93,6 +94,7 @@ class CoordinateMLP(ModuleTask):
             the factor in all sines.
         size: height and width of a cut-out in pixels.
         batch_size: pixels per batch, drawn with replacement.
+        photograph: "both", or one of them: "temple" or "flower".
         horizon: steps that a task is meant to be trained for.
     Raises:
         ValueError: an option is out of range or unknown.
@@ -110,6 +112,7 @@ class CoordinateMLP(ModuleTask):
         frequency: float = 3.0,
         size: int = 32,
         batch_size: int = 128,
+        photograph: str = "both",
         horizon: int = 300,
     ) -> None:
         choose("encoding", encoding, ENCODINGS)
@@ -117,7 +120,8 @@ class CoordinateMLP(ModuleTask):
         if min(width, depth, features) < 1 or frequency <= 0:
             sizes = f"width={width}, depth={depth}, features={features}, frequency={frequency}"
             raise ValueError(f"sizes must be at least 1 and the frequency positive, got {sizes}")
-        self.photographs = F.avg_pool2d(to_pixels(load_photographs()), SHRINK)
+        kept = PHOTOGRAPHS[choose("photograph", photograph, PHOTOGRAPHS)]
+        self.photographs = F.avg_pool2d(to_pixels(load_photographs()[kept]), SHRINK)
         smallest = min(self.photographs.shape[2:])
         if not 4 <= size <= smallest:
             raise ValueError(f"size must be from 4 to {smallest} pixels, got {size}")

@@ -85,6 +85,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "frequency": 3.0,
         "size": 32,
         "batch_size": 128,
+        "photograph": "both",
         "horizon": 300,
     },
     "teacher_student": {
