@@ -9,7 +9,7 @@ their own in place of Adam's: an absolute one over the number of matrices, at mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import log, prod, sqrt
+from math import inf, log, prod, sqrt
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,6 +19,15 @@ from lopt.core.tensors import is_traced
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks.features import spread
 from lopt.rules.building_blocks.open_schedule import find_schedule
+from lopt.rules.building_blocks.step_controller import (
+    FEATURES,
+    STATE_KEYS,
+    Seen,
+    StepController,
+    describe_shapes,
+    is_matrix,
+    measure_step,
+)
 from lopt.rules.layout import Layout
 from lopt.rules.stages import (
     Accumulators,
@@ -38,7 +47,7 @@ MOMENTUM, SECOND, FACTORS = 0.9, 0.95, 0.95
 RIDGE = 1e-2  # of a factor's trace: where it has no full rank, a basis would follow rounding alone
 EAGER = 3  # first steps, each of which renews the bases
 TINY = 1e-24  # added to second moments: what is below counts as 0, and derivatives stay finite there
-SMALLEST_NORM = 1e-6  # of a direction before it is brought to its size
+SMALLEST_NORM = 1e-9  # of a direction before it is brought to its size
 SMALLEST_SCALE = 0.02  # of tensors that start at 0
 SIDES = ("left", "right")
 
@@ -48,11 +57,13 @@ class BaseDecision(NamedTuple):
 
     Attributes:
         size: root mean square of the step.
+        decay: share of a matrix that is taken away beside it.
         updates: that the tensor has had, with this one.
         due: bool: its bases are renewed in this step.
     """
 
     size: Tensor
+    decay: Tensor
     updates: Tensor
     due: Tensor
 
@@ -78,40 +89,49 @@ class Base(Rule):
 
     name = "base"
     open_ended = True
-    tensor_keys = ("scale",)
+    needs_loss = True
+    tensor_keys = ("scale", *STATE_KEYS)
+    feature_names = FEATURES
     square_keys = ("v",)
     line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
-    quick_config: ClassVar = {"size": 0.05, "relative": 4.0}
+    quick_config: ClassVar = {"size": 0.05, "relative": 4.0, "init_std": 0.1}
     temporaries = 2
 
     def __init__(
         self,
-        size: float = 0.015,
+        size: float = 0.0075,
         vector: float = 0.15,
         relative: float = 0.1,
-        depth: float = 1.0,
+        depth: float = 0.5,
+        decay: float = 0.02,
         max_side: int = 256,
         every: int = 5,
+        init_std: float = 0.01,
     ) -> None:
         super().__init__()
-        for key, value in (("size", size), ("vector", vector), ("relative", relative)):
+        for key, value in (("size", size), ("vector", vector), ("relative", relative), ("decay", decay)):
             if not value > 0:
                 raise ValueError(f"{key} must be above 0, got {value}")
         if not 1 <= max_side <= LIMIT:
             raise ValueError(f"max_side must be from 1 to {LIMIT}, got {max_side}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        if not 0 <= init_std < inf:
+            raise ValueError(f"init_std must be finite and at least 0, got {init_std}")
         self.max_side, self.every = max_side, every
-        self.log_size, self.log_vector, self.log_relative, self.depth = (
-            nn.Parameter(torch.tensor(x, dtype=torch.float32)) for x in (log(size), log(vector), log(relative), depth)
+        self.controller = StepController(init_std)
+        self.log_size, self.log_vector, self.log_relative, self.log_decay, self.depth = (
+            nn.Parameter(torch.tensor(x, dtype=torch.float32))
+            for x in (log(size), log(vector), log(relative), log(decay), depth)
         )
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         batch = p.shape[: p.ndim - layout.ndim]
         ones = [1] * (layout.ndim - 1)
         acc = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "scale": p.new_zeros(*batch, 1)}
+        acc |= self.controller.start(batch, p)
         for side, n in zip(SIDES, _find_sides(layout), strict=True):
-            if _is_matrix(layout) and 1 < n <= self.max_side:
+            if is_matrix(layout) and 1 < n <= self.max_side:
                 # A square in the form of what rows, or columns, share: a feature for each of them.
                 square = [n, n, *ones] if side == "left" else [n, 1, *layout.shape[1:]]
                 acc |= {f"{side}_{part}": p.new_zeros(*batch, *square) for part in ("factor", "basis")}
@@ -126,18 +146,19 @@ class Base(Rule):
         old, (means, layouts, clock) = tensors.tensor_state["scale"], (tensors.means, tensors.layouts, tensors.clock)
         # Groups of equal tensors come as [*batch, count, ...]; joined, every tensor has its row.
         power = [m["power"].flatten(-x.ndim) for m, x in zip(means, layouts, strict=True)]
-        scale = (torch.cat(power, old.ndim - 2) + TINY).sqrt().clamp(min=SMALLEST_SCALE)
-        scale = torch.where((clock.step == 0)[..., None], scale, old)
-        # Made where the state is, so that no copy makes the host wait for a device.
-        flags = [
-            old.new_full((x.shape[old.ndim - 2],), float(not _is_matrix(layout)))
-            for x, layout in zip(power, layouts, strict=True)
-        ]
-        count = sum(len(flag) for flag, layout in zip(flags, layouts, strict=True) if _is_matrix(layout))
-        return {"scale": scale}, {"size": self._find_sizes(scale[..., 0], torch.cat(flags), count, clock)}
+        rms = (torch.cat(power, old.ndim - 2) + TINY).sqrt()
+        scale = torch.where((clock.step == 0)[..., None], rms, old)[..., 0].clamp(min=SMALLEST_SCALE)
+        shapes = describe_shapes(layouts, [x.shape[old.ndim - 2] for x in power], old)
+        count = sum(x.shape[old.ndim - 2] for x, layout in zip(power, layouts, strict=True) if is_matrix(layout))
+        size = self._find_sizes(scale, shapes[:, 0], count, clock)
+        rows = {key: tensors.tensor_state[key] for key in STATE_KEYS}
+        rows, factor = self.controller(rows, Seen(scale, rms[..., 0], size, shapes, tensors.loss, clock))
+        size = size * factor
+        decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * size / scale
+        return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay}
 
     def _find_sizes(self, scale: Tensor, vectors: Tensor, count: int, clock: Clock) -> Tensor:
-        """The size of every tensor's step, `[*batch, n]`.
+        """The size of every tensor's step before the controller's factor, `[*batch, n]`.
 
         Args:
             vectors: 1 for those that are no matrices, `[n]`.
@@ -152,7 +173,9 @@ class Base(Rule):
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         due = (clock.step % self.every == 0) | (clock.step < EAGER)
-        return Decision(decided=BaseDecision(shared["size"], (clock.step + 1).to(shared["size"].dtype), due))
+        return Decision(
+            decided=BaseDecision(shared["size"], shared["decay"], (clock.step + 1).to(shared["size"].dtype), due)
+        )
 
     def move(self, e: Elements, decided: BaseDecision) -> Visit:
         m = torch.lerp(e.g, e.acc["m"], MOMENTUM)
@@ -161,15 +184,21 @@ class Base(Rule):
     def finish(self, delta: Tensor, read: Callable[[], Elements], decided: BaseDecision, layout: Layout) -> Finished:
         e = read()
         batch = delta.shape[: delta.ndim - layout.ndim]
-        shape = (*batch, *(_find_sides(layout) if _is_matrix(layout) else (1, prod(layout.shape))))
+        shape = (*batch, *(_find_sides(layout) if is_matrix(layout) else (1, prod(layout.shape))))
         g, m = e.g.reshape(shape), delta.reshape(shape)
         acc, bases = self._turn(e, g, decided.due)
-        first, second = (spread(1 - decay**decided.updates, 2) for decay in (MOMENTUM, SECOND))
-        v = torch.lerp(_rotate(g, bases).square(), e.acc["v"].reshape(shape), SECOND)
-        u = _rotate_back(_rotate(m / first, bases) / (v / second + TINY).sqrt(), bases).reshape(delta.shape)
-        norm = torch.linalg.vector_norm(u, dim=layout.axes, keepdim=True) + SMALLEST_NORM
-        factor = -spread(decided.size, layout.ndim) * sqrt(count_elements(layout.axes, layout)) / norm
-        return Finished(u, factor, acc | {"v": v.reshape(delta.shape)})
+        g, m = _rotate(g, bases), _rotate(m, bases)
+        v = torch.lerp(g.square(), e.acc["v"].reshape(shape), SECOND)
+        root = (v + TINY).sqrt()
+        u = m / root
+        unbias = (1 - MOMENTUM**decided.updates, 1 - SECOND**decided.updates)
+        measured, norm = measure_step(g, m, root, u, MOMENTUM, unbias)
+        # Corrections of the averages' bias are the same for all elements: they cancel in a step that has its own size.
+        factor = -decided.size * sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
+        # In the unit of u, as the caller multiplies both.
+        decay = spread(torch.where(decided.size > 0, decided.decay / factor, 0.0), layout.ndim)
+        delta = torch.addcmul(_rotate_back(u, bases).reshape(delta.shape), e.p, decay, value=-1)
+        return Finished(delta, spread(factor, layout.ndim), acc | {"v": v.reshape(delta.shape), "measured": measured})
 
     def _turn(self, e: Elements, g: Tensor, due: Tensor) -> tuple[Accumulators, list[Tensor | None]]:
         """The factors with this gradient in them, and the bases, renewed where they are due.
@@ -196,10 +225,6 @@ class Base(Rule):
             acc[f"{side}_factor"], acc[f"{side}_basis"] = factor.reshape(old.shape), basis.reshape(old.shape)
             bases.append(basis)
         return acc, bases
-
-
-def _is_matrix(layout: Layout) -> bool:
-    return sum(n > 1 for n in layout.shape) >= 2
 
 
 def _find_sides(layout: Layout) -> tuple[int, int]:

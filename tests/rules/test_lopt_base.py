@@ -14,7 +14,7 @@ from lopt.core.random import make_generator
 from lopt.rules import RULES, State
 from lopt.rules.building_blocks.open_schedule import DECAY_POWER, DECAY_STEPS
 
-HORIZON, SIZE, VECTOR, RELATIVE = 9, 0.03, 0.2, 0.5
+HORIZON, SIZE, VECTOR, RELATIVE, DECAY, DEPTH = 9, 0.03, 0.2, 0.5, 0.1, 0.7
 Matrix = NDArray[np.float64]
 
 
@@ -42,7 +42,7 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
     scale = np.sqrt(np.mean(p**2))
     sides = [np.zeros((rows, rows)), np.zeros((columns, columns))]
     bases = [np.eye(rows), np.eye(columns)]
-    size = min(SIZE / matrices * (1 if rows > 1 else VECTOR), RELATIVE * scale)
+    size = min(SIZE / matrices**DEPTH * (1 if rows > 1 else VECTOR), RELATIVE * scale)
     for t, g in enumerate(grads):
         m = 0.9 * m + 0.1 * g
         for i, product in enumerate((g @ g.T, g.T @ g)):
@@ -53,14 +53,16 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
         left, right = bases
         v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
         u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)))) @ right.T
-        p = p - size * (1 + cos(pi * t / HORIZON)) / 2 * u / np.sqrt(np.mean(u**2))
+        now = size * (1 + cos(pi * t / HORIZON)) / 2
+        p = p - now * u / np.sqrt(np.mean(u**2)) - (DECAY * now / scale * p if rows > 1 else 0)
     return p
 
 
 @pytest.mark.parametrize("max_side", [256, 5, 3])
 def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
     shapes = {"square": (4, 4), "wide": (4, 6), "window": (5, 2, 2), "vector": (7,), "column": (6, 1), "zero": (4, 4)}
-    rule = RULES["base"](size=SIZE, vector=VECTOR, relative=RELATIVE, max_side=max_side, every=4).double()
+    sizes = {"size": SIZE, "vector": VECTOR, "relative": RELATIVE, "depth": DEPTH, "decay": DECAY, "init_std": 0.0}
+    rule = RULES["base"](**sizes, max_side=max_side, every=4).double()
     start = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     start["zero"] = torch.zeros_like(start["zero"])
     grads = [{name: draw(100 * t + i, *shape) for i, (name, shape) in enumerate(shapes.items())} for t in range(6)]
@@ -98,7 +100,7 @@ def test_schedule_of_a_batch_of_planned_open_and_cooling_runs_is_that_of_numpy()
     opens = np.where(ends > 0, starts, steps)
     share = np.clip((steps - starts) / np.where(ends > 0, ends - starts, np.inf), 0, 1)
     expected = (1 + opens / DECAY_STEPS) ** -DECAY_POWER * (1 + np.cos(pi * share)) / 2
-    rule, params = RULES["base"](size=SIZE).double(), {"w": draw(1, 5, 3, 3)}
+    rule, params = RULES["base"](size=SIZE, init_std=0.0).double(), {"w": draw(1, 5, 3, 3)}
     state = State(torch.from_numpy(steps), rule.init_state(params, batch_ndim=1).accumulators)
     state.accumulators["w"]["scale"].fill_(1e6)
     grads, planned = {"w": draw(2, 5, 3, 3)}, [torch.from_numpy(x) for x in (ends, starts)]

@@ -25,7 +25,7 @@ from lopt.meta.estimators.truncated import Truncated
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, HandDesigned, Rule, State, files
-from lopt.rules.building_blocks import features
+from lopt.rules.building_blocks import features, step_controller
 from lopt.rules.lopt_base import RIDGE
 from lopt.tasks import Batch, Task, TaskFamily
 
@@ -204,6 +204,7 @@ def test_loss_matters_to_the_rules_that_read_it_and_none_is_as_if_never_told(
         return
     assert any(bool((told[0][0][name] != p).any()) for name, p in told[1][0].items())
     monkeypatch.setattr(features, "update_loss_buffer", lambda buffer, loss, decays: buffer)
+    monkeypatch.setattr(step_controller, "update_losses", lambda losses, *_: losses)
     frozen = rule.update(grads, params, state, torch.tensor(0.1), planned)
     assert_trees_equal(frozen, (without, state_without))
 

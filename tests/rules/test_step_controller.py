@@ -1,0 +1,154 @@
+"""The step controller against its formulas, written down a second time in numpy and float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lopt.core.random import make_generator
+from lopt.rules.building_blocks.step_controller import FEATURES, Seen, StepController, describe_shapes, measure_step
+from lopt.rules.layout import find_layout
+from lopt.rules.stages import Clock
+
+Numbers = NDArray[np.float64]
+SHAPES = [(6, 4), (5,), (3, 2, 2)]
+T, STEP = 40, 7
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=make_generator(seed), dtype=torch.float64)
+
+
+def cosine(a: Numbers, b: Numbers) -> float:
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def test_what_is_measured_of_a_step() -> None:
+    old, g, v = draw(1, 4, 6), draw(2, 4, 6), draw(3, 4, 6).square() + 0.1
+    m, root = 0.9 * old + 0.1 * g, v.sqrt()
+    first, second = 1 - 0.9**3, 1 - 0.95**3
+    unbias = (torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64))
+    measured, norm = measure_step(g, m, root, m / root, 0.9, unbias)
+    before, r = old.numpy() / root.numpy(), root.numpy()
+    expected = [
+        cosine(g.numpy() / r, before),
+        np.log(np.mean((m.numpy() / first) ** 2) / np.mean(v.numpy() / second)) / 4 + 0.75,
+        np.mean(r) ** 2 / np.mean(r**2),
+        (g.numpy() * before / np.sqrt(np.mean(before**2))).sum(),
+    ]
+    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-9)
+    assert float(norm) == pytest.approx(float((m / root).norm()))
+
+
+def test_before_the_first_step_nothing_is_said_of_its_agreement() -> None:
+    g = draw(1, 2, 3)
+    one = torch.ones((), dtype=torch.float64)
+    measured, _ = measure_step(g, 0.1 * g, g.abs(), 0.1 * g / g.abs(), 0.9, (0.1 * one, 0.05 * one))
+    assert measured[[0, 3]].tolist() == [0, 0]
+
+
+def describe_by_hand(state: dict[str, Numbers], seen: dict[str, Numbers]) -> Numbers:
+    """Features `[n, F]` from rows that have this step's averages in them."""
+    n = len(SHAPES)
+    sizes = np.array([np.prod(shape) for shape in SHAPES], dtype=np.float64)
+    matrix = np.array([len(shape) > 1 for shape in SHAPES])
+    rows = np.array([shape[0] for shape in SHAPES], dtype=np.float64)
+    cosines, taken = state["averages"].T
+    fast, slow, first = state["loss_mean"].T
+    x = np.stack(
+        [
+            np.ones(n),
+            np.full(n, 2 * STEP / T - 1),
+            np.full(n, np.exp(-10 * STEP / T)),
+            np.full(n, np.log10(T / 300)),
+            (~matrix).astype(np.float64),
+            np.log10(sizes) / 3 - 1,
+            np.where(matrix, np.log(rows / (sizes / rows)) / 4, 0),
+            np.full(n, np.log(matrix.sum()) / 2 - 0.7),
+            3 * cosines,
+            taken,
+            np.full(n, 3 * (cosines * sizes / sizes.sum()).sum()),
+            state["measured"][:, 1],
+            state["measured"][:, 2],
+            np.clip(np.log(seen["rms"] / seen["scale"]), -2, 4) / 2,
+            np.log10(seen["scale"]) + 1,
+            np.clip(np.log(fast / slow), -2, 2),
+            np.clip(np.log(fast / first + 1e-4), -9, 3) / 4,
+        ],
+        1,
+    )
+    assert x.shape[1] == len(FEATURES)
+    return x
+
+
+def test_an_open_run_counts_as_half_over() -> None:
+    controller = StepController()
+    with torch.no_grad():
+        controller.direct.copy_(0.3 * draw(1, *controller.direct.shape))
+    one, layouts = torch.ones(1), [find_layout((3, 3))]
+    for step, plan in ((20, 300), (400, 800)):
+        factors = []
+        for num_steps in (None, 0, plan):
+            rows = {key: x[None] for key, x in controller.start((), torch.zeros(1)).items()}
+            clock = Clock(torch.tensor([step]), None if num_steps is None else torch.tensor([num_steps]))
+            seen = Seen(one, one, one, describe_shapes(layouts, [1], one), torch.tensor([2.0]), clock)
+            factors.append(controller(rows, seen)[1].item())
+        assert factors[0] == factors[1] == factors[2] != 1
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_the_factor_is_that_of_the_formula(with_loss: bool) -> None:
+    controller = StepController().double()
+    with torch.no_grad():
+        controller.direct.copy_(0.3 * draw(1, *controller.direct.shape))
+        controller.readout.copy_(0.3 * draw(2, *controller.readout.shape))
+    layouts, n = [find_layout(shape) for shape in SHAPES], len(SHAPES)
+    rows = {
+        "gain": 0.1 * draw(3, n, 1),
+        "averages": 0.2 * draw(4, n, 2),
+        "measured": 0.2 * draw(5, n, 4),
+        "loss_mean": 1 + 0.2 * draw(6, n, 3).abs(),
+    }
+    scale, rms, size = (0.1 + draw(seed, n).abs() for seed in (7, 8, 9))
+    clock = Clock(torch.tensor([STEP]), torch.tensor([T]))
+    loss = torch.tensor([0.8], dtype=torch.float64) if with_loss else None
+    shapes = describe_shapes(layouts, [1] * n, scale)
+    with torch.no_grad():
+        new, factor = controller(rows, Seen(scale, rms, size, shapes, loss, clock))
+
+    state = {key: value.numpy().copy() for key, value in rows.items()}
+    if with_loss:
+        fast, slow, first = state["loss_mean"].T
+        state["loss_mean"] = np.stack(
+            [fast + 0.2 * (0.8 - fast), slow + (0.8 - slow) / min(STEP + 1, 5 + 0.2 * T), first], 1
+        )
+    share = (size.numpy() * state["measured"][:, 3]).sum() / state["loss_mean"][:, 0]
+    taken = np.clip(np.sign(share) * np.log1p(100 * np.abs(share)) / 3, -4, 4)
+    newest = np.stack([state["measured"][:, 0], taken], 1)
+    state["averages"] += max(0.1, 1 / (STEP + 1)) * (newest - state["averages"])
+    x = describe_by_hand(state, {"rms": rms.numpy(), "scale": scale.numpy()})
+    a, b, c = (w.detach().numpy() for w in (controller.direct, controller.hidden, controller.readout))
+    step, rate = (x @ a.T + np.tanh(x @ b.T) @ c.T).T * np.array([[1.0], [0.5]])
+    gain = np.clip(state["gain"][:, 0] + 0.5 * rate / (10 + 0.1 * T), -3, 3)
+    np.testing.assert_allclose(new["gain"][:, 0].numpy(), gain, rtol=1e-6)
+    np.testing.assert_allclose(new["averages"].numpy(), state["averages"], rtol=1e-9)
+    np.testing.assert_allclose(factor.numpy(), np.exp(np.clip(step + gain, -4, 3)), rtol=1e-6)
+
+
+def test_untrained_it_changes_nothing() -> None:
+    controller, layouts = StepController(), [find_layout((3, 3))]
+    rows = {key: x[None] for key, x in controller.start((), torch.zeros(1)).items()}
+    one = torch.ones(1)
+    seen = Seen(
+        one,
+        one,
+        one,
+        describe_shapes(layouts, [1], one),
+        torch.tensor([2.0]),
+        Clock(torch.tensor([0]), torch.tensor([9])),
+    )
+    _, factor = controller(rows, seen)
+    assert factor.tolist() == [1.0]
