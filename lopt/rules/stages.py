@@ -96,14 +96,14 @@ class Elements(NamedTuple):
 
     Attributes:
         g, p: gradient and parameter `[*batch, *shape]`.
-        acc: accumulators and fields, `[*batch, (features,) *shape or 1s]`.
+        acc: accumulators and fields, `[*batch, (features,) *shape or 1s]`; some are made when they are read.
         layout: of the whole parameter.
         whole: this is the whole parameter, and the fields that a stage makes are kept for the next ones.
     """
 
     g: Tensor
     p: Tensor
-    acc: Accumulators
+    acc: Mapping[str, Tensor]
     layout: Layout
     whole: bool = False
 

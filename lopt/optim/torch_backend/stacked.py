@@ -1,7 +1,8 @@
 """Small parameters of equal shape stepped together: the number of operations does not grow with their number.
 
-Every stage copies them, their gradients and their state into tensors `[k, *shape]`, runs with k as a batch dimension,
-and writes the results back. This costs less than one operation per parameter, and keeps nothing between the stages.
+Every stage copies them, their gradients and what it reads of their state into tensors `[k, *shape]`, runs with k as a
+batch dimension, and writes the results back. This costs less than one operation per parameter, and keeps nothing
+between the stages.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ class StackedTensors:
         self.count = len(params)
         self.batch: tuple[int, ...] = (len(params),)
         self.params, self.grads, self.update = list(params), list(grads), update
-        self.acc, self.extra = StackedState(states), StackedState(extras)
-        self.seen = [key for key in self.acc if key not in tensor_keys]
+        self.states, self.extras, self.tensor_keys = states, extras, tensor_keys
         self.fields: Accumulators = {}
+
+    @property
+    def acc(self) -> StackedState:
+        """The accumulators, stacked for as long as the caller holds them."""
+        return StackedState(self.states)
 
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """Call a stage once on all k parameters, stacked in fp32, and write its new accumulators back.
@@ -52,7 +57,9 @@ class StackedTensors:
         Returns:
             Sums `[k, ...]`, which are over the whole parameters, as these are never sharded.
         """
-        visit, _ = self._call(stage)
+        e, state = self._read()
+        visit = stage(e)
+        self._write(state, visit.acc)
         return visit.sums
 
     def keep(self, acc: Mapping[str, Tensor], fields: Mapping[str, Tensor] = NOTHING) -> None:
@@ -62,9 +69,7 @@ class StackedTensors:
             acc: by name; tensors that are left out stay.
             fields: of this step alone: no state has them.
         """
-        # Where all are live, the old state is not even stacked.
-        for key, value in acc.items():
-            self.acc.write(key, value if self.update.live is None else self.update.merge(value, self.acc[key]))
+        self._write(self.acc, acc)
         self.fields |= fields
 
     def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
@@ -73,61 +78,81 @@ class StackedTensors:
         Args:
             finish: called once for all of them, with the steps `[k, *shape]`.
         """
-        visit, e = self._call(stage)
+        e, state = self._read()
+        visit = stage(e)
+        self._write(state, visit.acc)
         delta = visit.delta
         assert delta is not None, "`move` makes the step"
         if finish is not None:
-            finished = finish(delta, lambda: e._replace(acc=e.acc | {key: self.acc[key] for key in visit.acc}))
-            self.keep(finished.acc)
+            finished = finish(delta, lambda: e)  # whose accumulators are those that were written
+            self._write(state, finished.acc)
             delta = finished.multiply()
         if self.update.transform is not None:
             # What the transform makes anew is written back, the rest stays; the copies here are never its memory.
-            old = dict(self.extra)
+            extra = StackedState(self.extras)
+            old = dict(extra)
             delta, new = self.update.transform(delta, e.g, old, False)
-            for key, value in new.items():
-                if value is not old[key]:
-                    self.extra.write(key, self.update.merge(value, old[key]))
-        # Parameters keep their dtype here, as the update rounds; a scalar has a dimension that the layout adds.
-        raw = torch.stack(self.params)
-        moved = self.update.move(raw.view(delta.shape), delta)
-        torch._foreach_copy_(self.params, list(moved.view(raw.shape).unbind(0)))
+            self._write(extra, {key: value for key, value in new.items() if value is not old[key]})
+        # Parameters keep their dtype here, as the update rounds.
+        p = e.p if self.params[0].dtype == e.p.dtype else torch.stack(self.params).view(delta.shape)
+        moved = self.update.move(p, delta)
+        # A scalar has a dimension that the layout adds.
+        torch._foreach_copy_(self.params, list(moved.view(self.count, *self.params[0].shape).unbind(0)))
 
-    def _call(self, stage: Callable[[Elements], Visit]) -> tuple[Visit, Elements]:
-        """Call the stage and keep the new accumulators."""
+    def _read(self) -> tuple[Elements, StackedState]:
+        """All k parameters for one stage, and the state that is behind what the stage sees of it."""
         shape = (*self.batch, *self.layout.shape)
         g = self.update.read(torch.stack(self.grads)).view(shape)
-        old = {key: self.acc[key] for key in self.seen}
-        e = Elements(g, torch.stack(self.params).float().view(shape), old | self.fields, self.layout)
-        visit = stage(e)
-        # `old` is at hand: `keep` would stack it a second time.
-        for key, value in visit.acc.items():
-            self.acc.write(key, self.update.merge(value, old[key]))
-        return visit, e
+        state = StackedState(self.states, self.fields, self.tensor_keys)
+        return Elements(g, torch.stack(self.params).float().view(shape), state, self.layout), state
+
+    def _write(self, state: StackedState, acc: Mapping[str, Tensor]) -> None:
+        """Write new accumulators back, where gradients are live; where all are, the old ones are not even stacked."""
+        for key, value in acc.items():
+            state.write(key, value if self.update.live is None else self.update.merge(value, state.stack(key)))
 
 
 class StackedState(Mapping[str, Tensor]):
-    """The states of k parameters as fp32 tensors `[k, ...]`, made when they are asked for, so that none is kept.
+    """The states of k parameters as fp32 tensors `[k, ...]`, each made when it is first asked for.
 
     Args:
         states: with equal keys, dtypes and shapes; written to in place.
+        fields: tensors `[k, ...]` of this step, which no state has.
+        hidden: keys of the states that are not seen.
     """
 
-    def __init__(self, states: Sequence[Accumulators]) -> None:
-        self.states = states
+    def __init__(
+        self, states: Sequence[Accumulators], fields: Mapping[str, Tensor] = NOTHING, hidden: Sequence[str] = ()
+    ) -> None:
+        self.states, self.stacks = states, dict(fields)
+        self.names = dict.fromkeys([*(key for key in (states[0] if states else ()) if key not in hidden), *fields])
 
     def __getitem__(self, key: str) -> Tensor:
-        return torch.stack([state[key] for state in self.states]).float()
+        if key not in self.names:
+            raise KeyError(key)
+        return self.stack(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.names  # without a copy
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.states[0] if self.states else ())
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.states[0]) if self.states else 0
+        return len(self.names)
+
+    def stack(self, key: str) -> Tensor:
+        """What is under `key`, hidden or not."""
+        if key not in self.stacks:
+            self.stacks[key] = torch.stack([state[key] for state in self.states]).float()
+        return self.stacks[key]
 
     def write(self, key: str, value: Tensor) -> None:
         """Put a new value back into the k tensors under `key`, in place, rounded once to their dtype.
 
         Args:
-            value: `[k, ...]`, in the order of the states.
+            value: `[k, ...]`, in the order of the states; what is read from now on.
         """
-        torch._foreach_copy_([state[key] for state in self.states], list(value.unbind(0)))
+        olds = [state[key] for state in self.states]
+        torch._foreach_copy_(olds, list(value.unbind(0)))
+        self.stacks[key] = value.to(olds[0].dtype).float()

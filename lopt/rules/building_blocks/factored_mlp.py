@@ -114,7 +114,7 @@ class FactoredMLP(FeatureMLP):
         if e.layout.factored is None:
             acc["averages"] = features.average(e.acc["averages"], features.lift(square + 1e-30, ndim), factored)
         # Features are of the new accumulators; their sums of squares need a pass of their own before `move` can scale.
-        new = e._replace(acc=e.acc | acc)
+        new = e._replace(acc={**e.acc, **acc})
         axes = self.norm_axes(e.layout)
         joined, fields = self.join_features(new)
         return Visit(acc, {"squares": features.sum_squares([joined], axes, e)}, fields=fields)

@@ -31,6 +31,7 @@ LARGEST = 1e12  # of gradients along a step
 SMALLEST_LOSS = 1e-12  # that shares are taken of
 TINY = 1e-24  # added to squares: what is below counts as 0
 SMALLEST_SHARE = 1e-4  # of the step's square that the step before must have to be told from rounding
+SMALL = 1 << 16  # elements of tensors whose products are summed, rather than taken as products of matrices
 AVERAGED = ("cos(g, step before)", "share of the loss that a step takes")
 MEASURED = (AVERAGED[0], "log signal to noise", "flatness of v", "g . step before")
 FEATURES = (
@@ -195,19 +196,21 @@ def measure_step(
     a, share = g / root, 1 - momentum
     g, m, a, u, root = (x.flatten(-2) for x in (g, m, a, u, root))
     uu, au, aa = _dot(u, u), _dot(a, u), _dot(a, a)
-    # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that.
-    along = (au - share * aa) / momentum
-    square = ((uu - 2 * share * au + share * share * aa) / momentum**2).clamp(min=0)
-    descent = (_dot(g, u) - share * _dot(g, a)) / momentum
+    # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that,
+    # times `momentum`, which cancels in the end.
+    along = torch.sub(au, aa, alpha=share)
+    square = torch.sub(uu, au + along, alpha=share).clamp(min=0)
+    descent = torch.sub(_dot(g, u), _dot(g, a), alpha=share)
     # What is left of the subtraction is rounding where there was no momentum before.
-    known = square > SMALLEST_SHARE * uu
+    known = square > SMALLEST_SHARE * momentum**2 * uu
+    inverse = (square + TINY).rsqrt()
     power, count = _dot(root, root), root.shape[-1]
     noise = (_dot(m, m) / unbias[0].square() + TINY) / (power / unbias[1] + TINY)
     measured = [
-        torch.where(known, _cosine(along, aa, square), 0.0),
+        torch.where(known, (along * inverse * (aa + TINY).rsqrt()).clamp(-1, 1), 0.0),
         noise.log().clamp(-8, 2) / 4 + 0.75,
         root.sum(-1).square() / (count * power + TINY),
-        torch.where(known, descent * sqrt(count) * (square + TINY).rsqrt(), 0.0),
+        torch.where(known, descent * inverse * sqrt(count), 0.0),
     ]
     return torch.stack(measured, -1), uu.sqrt()
 
@@ -243,12 +246,11 @@ def _plan(clock: Clock, dtype: torch.dtype) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """`[..., n], [..., n] -> [...]`, without their product in memory."""
+    """`[..., n], [..., n] -> [...]`."""
+    # A product that stays in the cache costs less than many small matrix products, whose call alone is dear.
+    if a.numel() <= SMALL:
+        return (a * b).sum(-1)
     return (a[..., None, :] @ b[..., None])[..., 0, 0]
-
-
-def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (product * ((a + TINY).rsqrt() * (b + TINY).rsqrt())).clamp(-1, 1)
 
 
 def _compare(loss: Tensor, other: Tensor, floor: float = 0.0) -> Tensor:
