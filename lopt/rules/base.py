@@ -13,6 +13,7 @@ A rule is written once, as stages of one step, each named after what it does and
     decide           one tensor    means, meta-weights, clock -> what `move` needs
     move             elements      the step
     finish           one tensor    the whole step at once (orthogonalisation)
+    review           all tensors   numbers of each step that was finished -> accumulators of `tensor_keys`
 
 `step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; the optimizer runs the same
 stages in place, part by part. A rule that looks at single elements only is shorter as an `ElementwiseRule`, one that
@@ -186,6 +187,16 @@ class Rule(Recorded, nn.Module, ABC):
         """
         return Finished(delta)
 
+    def review(self, tensors: AllTensors) -> Accumulators:
+        """What each tensor remembers of its step, once all are made: accumulators of `tensor_keys`, `[*batch, n, ...]`.
+
+        Arithmetic on few numbers costs as much for one tensor as for all, so that `finish` should leave it to this.
+
+        Args:
+            tensors: whose means are the numbers of `finish`; `tensor_state` is empty.
+        """
+        return {}
+
     @classmethod
     def has(cls, stage: str) -> bool:
         """Whether the rule overrides a stage, by the name of its method.
@@ -303,20 +314,22 @@ def step_tensors(
     shared: list[Means] = [{} for _ in tensors]
     if rule.tensor_keys:
         state, together = rule.decide_together(group.gather(rule.tensor_keys, means, loss))
-        for i, tensor in enumerate(tensors):
-            tensor.keep(group.take(i, state))
-            shared[i] = group.take(i, together)
+        group.keep(state)
+        shared = [group.take(i, together) for i in range(len(tensors))]
     by_clock = [rule.begin_step(one) for one in group.distinct_clocks]
     shared = [tensor_shared | by_clock[i % len(by_clock)] for i, tensor_shared in enumerate(shared)]
     for tensor, tensor_means, tensor_shared in zip(tensors, means, shared, strict=True):
         tensor.keep(*rule.update_lines(tensor_means, tensor.acc, tensor.layout, tensor_shared)[:2])
     updates = [partial(rule.update_state, shared=tensor_shared) for tensor_shared in shared]
     means = to_means(tensors, group.visit(rule, "update_state", updates))
+    numbers = []
     for i, tensor in enumerate(tensors):
         acc, fields, decided = rule.decide(means[i], tensor.acc, tensor.layout, group.clocks[i], shared[i])
         tensor.keep(acc, fields)
         finish = partial(rule.finish, decided=decided, layout=tensor.layout) if rule.has("finish") else None
-        tensor.move(partial(rule.move, decided=decided), finish)
+        numbers.append(tensor.move(partial(rule.move, decided=decided), finish))
+    if rule.has("review"):
+        group.keep(rule.review(group.gather((), numbers, loss)))
 
 
 class _TensorGroup:
@@ -339,12 +352,15 @@ class _TensorGroup:
             return [NOTHING] * len(self.tensors)
         return [tensor.visit(stage) for tensor, stage in zip(self.tensors, stages, strict=True)]
 
-    def gather(self, tensor_keys: Sequence[str], means: Sequence[Means], loss: Tensor | None) -> AllTensors:
+    def gather(
+        self, tensor_keys: Sequence[str], means: Sequence[Mapping[str, Tensor]], loss: Tensor | None
+    ) -> AllTensors:
         """Everything that there is to know of all tensors together."""
         indices = range(len(self.tensors))
         return AllTensors(
+            # One copy for all tensors: stacks of their own would be one for each group of equal ones.
             {
-                key: torch.cat([self._lift(i, self.tensors[i].acc[key]) for i in indices], self.dim)
+                key: torch.stack([row for tensor in self.tensors for row in tensor.list_rows(key)], self.dim)
                 for key in tensor_keys
             },
             [{key: self._lift(i, value) for key, value in means[i].items()} for i in indices],
@@ -352,6 +368,12 @@ class _TensorGroup:
             loss,
             self.clock,
         )
+
+    def keep(self, state: Accumulators) -> None:
+        """Give every tensor its rows of new accumulators of `tensor_keys`."""
+        rows = {key: value.unbind(self.dim) for key, value in state.items()}
+        for tensor, start in zip(self.tensors, self.starts, strict=False):  # behind the last start is the end
+            tensor.keep_rows({key: value[start : start + tensor.count] for key, value in rows.items()})
 
     def take(self, i: int, joined: Mapping[str, Tensor]) -> Means:
         """One tensor's part of `[*batch, n, ...]`; undoes `gather`."""

@@ -27,6 +27,7 @@ from lopt.rules.building_blocks.step_controller import (
     describe_shapes,
     is_matrix,
     measure_step,
+    multiply_step,
 )
 from lopt.rules.layout import Layout
 from lopt.rules.stages import (
@@ -58,13 +59,11 @@ class BaseDecision(NamedTuple):
     Attributes:
         size: root mean square of the step.
         decay: share of a matrix that is taken away beside it.
-        updates: that the tensor has had, with this one.
         due: bool: its bases are renewed in this step.
     """
 
     size: Tensor
     decay: Tensor
-    updates: Tensor
     due: Tensor
 
 
@@ -155,7 +154,8 @@ class Base(Rule):
         rows, factor = self.controller(rows, Seen(scale, rms[..., 0], size, shapes, tensors.loss, clock))
         size = size * factor
         decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * size / scale
-        return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay}
+        due = ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(size)
+        return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay, "due": due}
 
     def _find_sizes(self, scale: Tensor, vectors: Tensor, count: int, clock: Clock) -> Tensor:
         """The size of every tensor's step before the controller's factor, `[*batch, n]`.
@@ -172,10 +172,7 @@ class Base(Rule):
         return torch.minimum(absolute, log_relative + scale.log()).exp() * find_schedule(clock, scale.dtype)
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
-        due = (clock.step % self.every == 0) | (clock.step < EAGER)
-        return Decision(
-            decided=BaseDecision(shared["size"], shared["decay"], (clock.step + 1).to(shared["size"].dtype), due)
-        )
+        return Decision(decided=BaseDecision(**shared))
 
     def move(self, e: Elements, decided: BaseDecision) -> Visit:
         m = torch.lerp(e.g, e.acc["m"], MOMENTUM)
@@ -191,14 +188,20 @@ class Base(Rule):
         v = torch.lerp(g.square(), e.acc["v"].reshape(shape), SECOND)
         root = (v + TINY).sqrt()
         u = m / root
-        unbias = (1 - MOMENTUM**decided.updates, 1 - SECOND**decided.updates)
-        measured, norm = measure_step(g, m, root, u, MOMENTUM, unbias)
+        products, norm = multiply_step(g, m, root, u)
+        acc["v"], numbers = v.reshape(delta.shape), {"products": products}
         # Corrections of the averages' bias are the same for all elements: they cancel in a step that has its own size.
-        factor = -decided.size * sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
-        # In the unit of u, as the caller multiplies both.
-        decay = spread(torch.where(decided.size > 0, decided.decay / factor, 0.0), layout.ndim)
-        delta = torch.addcmul(_rotate_back(u, bases).reshape(delta.shape), e.p, decay, value=-1)
-        return Finished(delta, spread(factor, layout.ndim), acc | {"v": v.reshape(delta.shape), "measured": measured})
+        factor = decided.size * -sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
+        u, factor = _rotate_back(u, bases).reshape(delta.shape), spread(factor, layout.ndim)
+        if not is_matrix(layout):
+            return Finished(u, factor, acc, numbers)
+        delta = torch.addcmul(u * factor, e.p, spread(decided.decay, layout.ndim), value=-1)
+        return Finished(delta, None, acc, numbers)
+
+    def review(self, tensors: AllTensors) -> Accumulators:
+        products = torch.cat([numbers["products"] for numbers in tensors.means], -2)
+        updates = (tensors.clock.step + 1).to(products.dtype)
+        return {"measured": measure_step(products, MOMENTUM, (1 - MOMENTUM**updates, 1 - SECOND**updates))}
 
     def _turn(self, e: Elements, g: Tensor, due: Tensor) -> tuple[Accumulators, list[Tensor | None]]:
         """The factors with this gradient in them, and the bases, renewed where they are due.
@@ -206,7 +209,8 @@ class Base(Rule):
         Args:
             g: `[*batch, rows, columns]`.
         Returns:
-            New accumulators, and for each side its basis `[*batch, n, n]`, or None where it is not rotated.
+            New accumulators, without bases that stay, and for each side its basis `[*batch, n, n]`, or None where it is
+            not rotated.
         """
         # Where nothing can be waited for, bases are computed in every step, and kept where they are not due.
         readable = due.device.type == "cpu" and not is_traced()
@@ -220,9 +224,10 @@ class Base(Rule):
             old_factor, old = e.acc[f"{side}_factor"], e.acc[f"{side}_basis"]
             square = (*x.shape[:-1], x.shape[-2])
             factor, basis = torch.lerp(x @ x.mT, old_factor.reshape(square), FACTORS), old.reshape(square)
+            acc[f"{side}_factor"] = factor.reshape(old.shape)
             if renewed:
                 basis = torch.where(spread(due, 2), _iterate(factor, basis), basis)
-            acc[f"{side}_factor"], acc[f"{side}_basis"] = factor.reshape(old.shape), basis.reshape(old.shape)
+                acc[f"{side}_basis"] = basis.reshape(old.shape)
             bases.append(basis)
         return acc, bases
 

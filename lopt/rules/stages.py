@@ -160,11 +160,13 @@ class Finished(NamedTuple):
         delta: the step `[*batch, *shape]`.
         factor: on it, `[*batch, *shape or 1s]`: the caller multiplies where it writes. None: 1.
         acc: new accumulators of the whole tensor.
+        numbers: `[*batch, features]` by name, for `Rule.review`.
     """
 
     delta: Tensor
     factor: Tensor | None = None
     acc: Mapping[str, Tensor] = NOTHING
+    numbers: Mapping[str, Tensor] = NOTHING
 
     def multiply(self) -> Tensor:
         """The step with its factor."""
@@ -176,7 +178,8 @@ class AllTensors(NamedTuple):
 
     Attributes:
         tensor_state: the accumulators of `Rule.tensor_keys`, `[*batch, n, features]`.
-        means: of `measure`, `[*batch, count, ...]` for each tensor or group of `count` equal ones; n in all.
+        means: of `measure`, or numbers of `finish`, `[*batch, count, ...]` for each tensor or group of `count` equal
+            ones; n in all.
         layouts: of these groups.
         loss: training-batch loss `[*batch, 1 or n]`, or None; negated for tensors that are to ascend.
         clock: `[*batch, 1 or n]`.
@@ -215,6 +218,14 @@ class Steppable(Protocol):
     @property
     def acc(self) -> Mapping[str, Tensor]: ...
 
+    def list_rows(self, key: str) -> Sequence[Tensor]:
+        """The accumulator of one of the rule's `tensor_keys`, `[*batch, features]` of each of the parameters, without
+        the dimension that stacked ones have.
+        """
+
+    def keep_rows(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        """As `keep`, for accumulators of `tensor_keys` in the form that `list_rows` gives them."""
+
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """Call the stage on all elements that are here, in as many parts as suits, and keep the new accumulators.
 
@@ -230,12 +241,14 @@ class Steppable(Protocol):
             fields: found by later stages in `Elements.acc`, cut to the elements at hand.
         """
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Mapping[str, Tensor]:
         """As `visit`, for the stage whose delta is added to the parameter.
 
         Args:
             stage: `Rule.move`, with what was decided.
             finish: `Rule.finish`, which needs the whole tensor's delta at once; None for rules without it.
+        Returns:
+            `Finished.numbers`.
         """
 
 

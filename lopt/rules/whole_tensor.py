@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
 
 
 class WholeTensor:
@@ -36,6 +36,14 @@ class WholeTensor:
         self.fields |= visit.fields
         return visit
 
+    def list_rows(self, key: str) -> list[Tensor]:
+        """The tensor's own numbers under `key`, `[*batch, features]`."""
+        return [self.acc[key]]
+
+    def keep_rows(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take new numbers, one tensor for each name."""
+        self.acc |= {key: row for key, (row,) in rows.items()}
+
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """The sums of a stage that is called once, on the whole tensor; what it makes is kept for the later stages."""
         return self._call(stage).sums
@@ -45,16 +53,11 @@ class WholeTensor:
         self.acc |= acc
         self.fields |= fields
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Mapping[str, Tensor]:
         """Put a new tensor in the place of `p`, so that meta-gradients flow from it through the step to the rule."""
-        self.p = self.p + self.make_delta(stage, finish)
-
-    def make_delta(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Tensor:
-        """The step `[*batch, *shape]` that `move` would add to the parameter, for those who add it in another way."""
         delta = self._call(stage).delta
         assert delta is not None, "`move` makes the step"
-        if finish is not None:
-            finished = finish(delta, self._read)
-            self.acc |= finished.acc
-            delta = finished.multiply()
-        return delta
+        finished = Finished(delta) if finish is None else finish(delta, self._read)
+        self.acc |= finished.acc
+        self.p = self.p + finished.multiply()
+        return finished.numbers

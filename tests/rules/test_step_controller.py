@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopt.core.random import make_generator
-from lopt.rules.building_blocks.step_controller import FEATURES, Seen, StepController, describe_shapes, measure_step
+from lopt.rules.building_blocks.step_controller import (
+    FEATURES,
+    Seen,
+    StepController,
+    describe_shapes,
+    measure_step,
+    multiply_step,
+)
 from lopt.rules.layout import find_layout
 from lopt.rules.stages import Clock
 
@@ -31,7 +38,8 @@ def test_what_is_measured_of_a_step() -> None:
     m, root = 0.9 * old + 0.1 * g, v.sqrt()
     first, second = 1 - 0.9**3, 1 - 0.95**3
     unbias = (torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64))
-    measured, norm = measure_step(g, m, root, m / root, 0.9, unbias)
+    products, norm = multiply_step(g, m, root, m / root)
+    measured = measure_step(products, 0.9, unbias)
     before, r = old.numpy() / root.numpy(), root.numpy()
     expected = [
         cosine(g.numpy() / r, before),
@@ -46,7 +54,7 @@ def test_what_is_measured_of_a_step() -> None:
 def test_before_the_first_step_nothing_is_said_of_its_agreement() -> None:
     g = draw(1, 2, 3)
     one = torch.ones((), dtype=torch.float64)
-    measured, _ = measure_step(g, 0.1 * g, g.abs(), 0.1 * g / g.abs(), 0.9, (0.1 * one, 0.05 * one))
+    measured = measure_step(multiply_step(g, 0.1 * g, g.abs(), 0.1 * g / g.abs())[0], 0.9, (0.1 * one, 0.05 * one))
     assert measured[[0, 3]].tolist() == [0, 0]
 
 

@@ -6,7 +6,7 @@ the steps of one whole tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import product
 from math import prod
@@ -18,7 +18,7 @@ from torch import Tensor
 from lopt.optim.update import ParameterUpdate, Transform
 from lopt.rules.base import Rule
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
 
 if TYPE_CHECKING:
     from lopt.optim.sharding import Shard
@@ -87,6 +87,14 @@ class ChunkedTensor:
         before = product(*(_slice(size, 1) for size in self.shape[:axis]))
         return [(*index, one) for index in before for one in slices]
 
+    def list_rows(self, key: str) -> list[Tensor]:
+        """The tensor's own numbers under `key`, `[features]`."""
+        return [self.acc[key]]
+
+    def keep_rows(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        """Write numbers in place, one tensor for each name, where the gradient is live."""
+        self.keep({key: row for key, (row,) in rows.items()})
+
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """Call a stage on one chunk after the other, and write the accumulators of its elements back at once.
 
@@ -116,7 +124,7 @@ class ChunkedTensor:
         self.fields |= fields
         self.whole |= fields.keys()
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Mapping[str, Tensor]:
         """Add the step to the parameter in place, chunk by chunk.
 
         A rule with `finish`, and an update with a transform, need the step of the whole parameter at once: 4 bytes per
@@ -125,26 +133,30 @@ class ChunkedTensor:
         if finish is None and self.update.transform is None:
             for cut, visit in self._walk(stage):
                 self._write(cut, visit.delta)
-            return
+            return NOTHING
         # Both of these look at a whole step, which therefore needs memory.
-        delta, factor = torch.empty(self.shape, dtype=torch.float32, device=self.p.device), None
+        delta, factor, numbers = torch.empty(self.shape, dtype=torch.float32, device=self.p.device), None, NOTHING
         for cut, visit in self._walk(stage):
             assert visit.delta is not None, "`move` makes the step"
             self._cut(delta, cut).copy_(visit.delta)
         if finish is not None:
-            delta, factor = self._finish(delta, finish)
+            finished = self._finish(delta, finish)
+            delta, factor, numbers = finished.delta, finished.factor, finished.numbers
         if self.update.transform is not None:
             delta, factor = self._transform(delta if factor is None else delta * factor, self.update.transform), None
         for cut in self.cuts:
             chunk = self._cut(delta, cut)
             self._write(cut, chunk if factor is None else chunk * self._cut(factor, cut))
+        return numbers
 
-    def _finish(self, delta: Tensor, finish: Finish) -> tuple[Tensor, Tensor | None]:
-        """The finished step and the factor on it; shards are gathered for it."""
+    def _finish(self, delta: Tensor, finish: Finish) -> Finished:
+        """The finished step and the factor on it, of what is here; shards are gathered for it."""
         finished = finish(self._gather(delta), self._read)
         self.keep({key: self._take(a, whole=key in self.whole) for key, a in finished.acc.items()})
         factor = finished.factor
-        return self._take(finished.delta), None if factor is None else self._take(factor)
+        return finished._replace(
+            delta=self._take(finished.delta), factor=None if factor is None else self._take(factor)
+        )
 
     def _read(self) -> Elements:
         """The whole parameter with all that belongs to its elements, in fp32; shards are gathered for it."""
@@ -209,7 +221,7 @@ class ChunkedTensor:
             cut = (*cut, *(slice(0, size) for size in self.shape[len(cut) :]))
         for axis, one in enumerate(cut):
             dim = x.ndim - self.layout.ndim + axis
-            if x.shape[dim] != 1:
+            if x.shape[dim] not in (1, one.stop - one.start):
                 x = x.narrow(dim, one.start + (offset[axis] if offset else 0), one.stop - one.start)
         return x
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lopt.optim.update import ParameterUpdate
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
 
 
 class StackedTensors:
@@ -51,6 +51,18 @@ class StackedTensors:
         """The accumulators, stacked for as long as the caller holds them."""
         return StackedState(self.states)
 
+    def list_rows(self, key: str) -> list[Tensor]:
+        """Numbers of each of the k tensors under `key`, `[features]`, as the states hold them."""
+        return [state[key] for state in self.states]
+
+    def keep_rows(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        """Write numbers of each of the k tensors back, where gradients are live."""
+        if self.update.live is None:
+            olds = [state[key] for key in rows for state in self.states]
+            torch._foreach_copy_(olds, [row for values in rows.values() for row in values])
+        else:
+            self.keep({key: torch.stack(list(values)) for key, values in rows.items()})
+
     def visit(self, stage: Callable[[Elements], Visit]) -> Mapping[str, Sum]:
         """Call a stage once on all k parameters, stacked in fp32, and write its new accumulators back.
 
@@ -72,7 +84,7 @@ class StackedTensors:
         self._write(self.acc, acc)
         self.fields |= fields
 
-    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> None:
+    def move(self, stage: Callable[[Elements], Visit], finish: Finish | None) -> Mapping[str, Tensor]:
         """Add the steps to the k parameters in place, by the operations of one step on a stack of them.
 
         Args:
@@ -83,10 +95,10 @@ class StackedTensors:
         self._write(state, visit.acc)
         delta = visit.delta
         assert delta is not None, "`move` makes the step"
-        if finish is not None:
-            finished = finish(delta, lambda: e)  # whose accumulators are those that were written
-            self._write(state, finished.acc)
-            delta = finished.multiply()
+        # The accumulators of `e` are those that were written.
+        finished = Finished(delta) if finish is None else finish(delta, lambda: e)
+        self._write(state, finished.acc)
+        delta = finished.multiply()
         if self.update.transform is not None:
             # What the transform makes anew is written back, the rest stays; the copies here are never its memory.
             extra = StackedState(self.extras)
@@ -98,6 +110,7 @@ class StackedTensors:
         moved = self.update.move(p, delta)
         # A scalar has a dimension that the layout adds.
         torch._foreach_copy_(self.params, list(moved.view(self.count, *self.params[0].shape).unbind(0)))
+        return finished.numbers
 
     def _read(self) -> tuple[Elements, StackedState]:
         """All k parameters for one stage, and the state that is behind what the stage sees of it."""

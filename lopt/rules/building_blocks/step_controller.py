@@ -181,38 +181,45 @@ def update_losses(losses: Tensor, loss: Tensor | None, steps: Tensor, planned: T
     return torch.where(new.isfinite().all(-1, keepdim=True), new, losses)
 
 
-def measure_step(
-    g: Tensor, m: Tensor, root: Tensor, u: Tensor, momentum: float, unbias: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What the controller hears of a step, `[*batch, 4]` in the order of `MEASURED`, and the norm of u, `[*batch]`.
+def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over a tensor's step for `measure_step`, `[*batch, 9]`, and the norm of u, `[*batch]`.
 
     Args:
         g, m: gradient and new momentum in the bases of the step, `[*batch, rows, columns]`.
         root: of the second moment, above 0.
         u: m / root, the step before it is brought to its size.
-        momentum: share of the old momentum in m.
-        unbias: 1 less the decays' powers, of momentum and second moment, `[*batch]`.
     """
-    a, share = g / root, 1 - momentum
-    g, m, a, u, root = (x.flatten(-2) for x in (g, m, a, u, root))
-    uu, au, aa = _dot(u, u), _dot(a, u), _dot(a, a)
+    g, m, a, u, root = (x.flatten(-2) for x in (g, m, g / root, u, root))
+    pairs = [(u, u), (a, u), (a, a), (g, u), (g, a), (m, m), (root, root)]
+    sums = [_dot(x, y) for x, y in pairs]
+    return torch.stack([*sums, root.sum(-1), torch.full_like(sums[0], root.shape[-1])], -1), sums[0].sqrt()
+
+
+def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor]) -> Tensor:
+    """What the controller hears of a step, `[..., 4]` in the order of `MEASURED`.
+
+    Args:
+        products: what `multiply_step` made, `[..., 9]`.
+        momentum: share of the old momentum in m.
+        unbias: 1 less the decays' powers, of momentum and second moment; they broadcast against `[...]`.
+    """
+    uu, au, aa, gu, ga, mm, power, total, count = products.unbind(-1)
     # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that,
     # times `momentum`, which cancels in the end.
-    along = torch.sub(au, aa, alpha=share)
+    share = 1 - momentum
+    along, descent = torch.sub(au, aa, alpha=share), torch.sub(gu, ga, alpha=share)
     square = torch.sub(uu, au + along, alpha=share).clamp(min=0)
-    descent = torch.sub(_dot(g, u), _dot(g, a), alpha=share)
     # What is left of the subtraction is rounding where there was no momentum before.
     known = square > SMALLEST_SHARE * momentum**2 * uu
     inverse = (square + TINY).rsqrt()
-    power, count = _dot(root, root), root.shape[-1]
-    noise = (_dot(m, m) / unbias[0].square() + TINY) / (power / unbias[1] + TINY)
+    noise = (mm / unbias[0].square() + TINY) / (power / unbias[1] + TINY)
     measured = [
         torch.where(known, (along * inverse * (aa + TINY).rsqrt()).clamp(-1, 1), 0.0),
         noise.log().clamp(-8, 2) / 4 + 0.75,
-        root.sum(-1).square() / (count * power + TINY),
-        torch.where(known, descent * inverse * sqrt(count), 0.0),
+        total.square() / (count * power + TINY),
+        torch.where(known, descent * inverse * count.sqrt(), 0.0),
     ]
-    return torch.stack(measured, -1), uu.sqrt()
+    return torch.stack(measured, -1)
 
 
 def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tensor) -> Tensor:
@@ -229,9 +236,11 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
         vector, size = not is_matrix(layout), max(1, prod(layout.shape))
         ratio = 0.0 if vector else log(layout.shape[0] ** 2 / size) / 4
         row = [float(vector), log10(size) / 3 - 1, ratio, log(max(1, matrices)) / 2 - 0.7, size / max(1, total)]
-        # Filled where the state is, so that no copy makes the host wait for a device.
-        rows.append(torch.stack([like.new_full((count,), value) for value in row], -1))
-    return torch.cat(rows)
+        rows.append((row, count))
+    if like.device.type == "cpu":
+        return like.new_tensor([row for row, count in rows for _ in range(count)])
+    # Filled where the state is, so that no copy makes the host wait for a device.
+    return torch.cat([torch.stack([like.new_full((count,), x) for x in row], -1) for row, count in rows])
 
 
 def is_matrix(layout: Layout) -> bool:
