@@ -7,7 +7,7 @@ the steps of one whole tensor at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
@@ -196,18 +196,23 @@ class ChunkedTensor:
         # A chunk may overwrite its own accumulators at once, as no other one reads them; what chunks share waits.
         shared: Accumulators = {}
         for cut in self.cuts:
-            acc = {key: self._cut(a, cut, whole=key in self.whole) for key, a in self.fields.items()}
+            acc = Chunk(self.fields, partial(self._cut_field, cut=cut))
             g, p = self.update.read(self._cut(self.g, cut)), self._cut(self.p, cut).float()
-            visit = stage(Elements(g, p, {key: a.float() for key, a in acc.items()}, self.layout))
+            visit = stage(Elements(g, p, acc, self.layout))
             if not (visit.acc or visit.sums or visit.delta is not None):
                 return
             for key, new in visit.acc.items():
                 if self.acc[key].shape[-self.layout.ndim :] == self.shape:
-                    acc[key].copy_(self.update.merge(new, acc[key]))
+                    old = self._cut_field(key, cut)
+                    old.copy_(self.update.merge(new, old))
                 else:  # one number for all chunks: they all start from the old one
                     shared[key] = new
             yield cut, visit
         self.keep(shared)
+
+    def _cut_field(self, key: str, cut: Cut) -> Tensor:
+        """The part of an accumulator, or of a field of this step, that belongs to a chunk: a view."""
+        return self._cut(self.fields[key], cut, whole=key in self.whole)
 
     def _cut(self, x: Tensor, cut: Cut, whole: bool = False) -> Tensor:
         """The part of a tensor `[..., *shape]` that belongs to a chunk; dimensions of size 1 are shared.
@@ -224,6 +229,30 @@ class ChunkedTensor:
             if x.shape[dim] not in (1, one.stop - one.start):
                 x = x.narrow(dim, one.start + (offset[axis] if offset else 0), one.stop - one.start)
         return x
+
+
+class Chunk(Mapping[str, Tensor]):
+    """What a stage sees of the state and the fields of a chunk, in fp32; what it does not read is not even cut.
+
+    Args:
+        fields: of the whole tensor.
+        cut: gives the part of one of them by name.
+    """
+
+    def __init__(self, fields: Mapping[str, Tensor], cut: Callable[[str], Tensor]) -> None:
+        self.fields, self.cut = fields, cut
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.cut(key).float()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
 
 
 @cache

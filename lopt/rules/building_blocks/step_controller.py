@@ -31,7 +31,7 @@ LARGEST = 1e12  # of gradients along a step
 SMALLEST_LOSS = 1e-12  # that shares are taken of
 TINY = 1e-24  # added to squares: what is below counts as 0
 SMALLEST_SHARE = 1e-4  # of the step's square that the step before must have to be told from rounding
-SMALL = 1 << 16  # elements of tensors whose products are summed, rather than taken as products of matrices
+SMALL = 1 << 16  # elements of vectors that are copied to be multiplied with each other
 AVERAGED = ("cos(g, step before)", "share of the loss that a step takes")
 MEASURED = (AVERAGED[0], "log signal to noise", "flatness of v", "g . step before")
 FEATURES = (
@@ -106,19 +106,19 @@ class StepController(nn.Module):
         Args:
             state: rows `[*batch, n, ...]`, with what was `measure`d in the last step.
         """
-        state = self._average(state, seen)
-        x = self._describe(state, seen)
+        planned = _plan(seen.clock, seen.scale.dtype)
+        state = self._average(state, seen, planned)
+        x = self._describe(state, seen, planned)
         out = x @ self.direct.mT + torch.tanh(x @ self.hidden.mT) @ self.readout.mT
         step, rate = (out * self.scales).unbind(-1)
         gain = state["gain"][..., 0]
-        length = 10 + SHARE * _plan(seen.clock, gain.dtype)
-        gain = (gain + RATE * rate / length).clamp(-GAIN_RANGE, GAIN_RANGE)
+        gain = (gain + RATE * rate / (10 + SHARE * planned)).clamp(-GAIN_RANGE, GAIN_RANGE)
         return state | {"gain": gain[..., None]}, (step + gain).clamp(*STEP_RANGE).exp()
 
-    def _average(self, state: Accumulators, seen: Seen) -> Accumulators:
+    def _average(self, state: Accumulators, seen: Seen, planned: Tensor) -> Accumulators:
         """The rows with the last step's measurements and the present loss in them."""
         steps = seen.clock.step.to(seen.size.dtype)
-        losses = update_losses(state["loss_mean"], seen.loss, steps, _plan(seen.clock, steps.dtype))
+        losses = update_losses(state["loss_mean"], seen.loss, steps, planned)
         cosine, _, _, descent = state["measured"].unbind(-1)
         # How much of the loss the steps of all tensors take together, as their gradients say.
         level = losses[..., 0].abs()
@@ -128,10 +128,9 @@ class StepController(nn.Module):
         new = torch.stack([cosine, torch.where(level > 0, taken, 0.0).clamp(-4, 4)], -1)
         return {**state, "averages": torch.lerp(state["averages"], new, weight), "loss_mean": losses}
 
-    def _describe(self, state: Accumulators, seen: Seen) -> Tensor:
+    def _describe(self, state: Accumulators, seen: Seen, planned: Tensor) -> Tensor:
         """The features of every tensor, `[*batch, n, F]`, all of order 1."""
         like = seen.scale
-        planned = _plan(seen.clock, like.dtype)
         progress = (seen.clock.now.to(like.dtype) / planned).clamp(max=1)
         fast, slow, first = state["loss_mean"].unbind(-1)
         cosine, taken = state["averages"].unbind(-1)
@@ -182,7 +181,7 @@ def update_losses(losses: Tensor, loss: Tensor | None, steps: Tensor, planned: T
 
 
 def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over a tensor's step for `measure_step`, `[*batch, 9]`, and the norm of u, `[*batch]`.
+    """Sums over a tensor's step for `measure_step`, `[*batch, 10]`, and the norm of u, `[*batch]`.
 
     Args:
         g, m: gradient and new momentum in the bases of the step, `[*batch, rows, columns]`.
@@ -190,20 +189,28 @@ def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor
         u: m / root, the step before it is brought to its size.
     """
     g, m, a, u, root = (x.flatten(-2) for x in (g, m, g / root, u, root))
-    pairs = [(u, u), (a, u), (a, a), (g, u), (g, a), (m, m), (root, root)]
-    sums = [_dot(x, y) for x, y in pairs]
-    return torch.stack([*sums, root.sum(-1), torch.full_like(sums[0], root.shape[-1])], -1), sums[0].sqrt()
+    total = root.sum(-1)
+    if u.numel() <= SMALL:
+        # All products at once: of vectors that stay in the cache, a copy costs less than a call for each product.
+        rows = torch.stack([u, a, g, m, root], -2)
+        gram = rows @ rows.mT
+        sums = [gram[..., :3, :2].flatten(-2), gram.diagonal(dim1=-2, dim2=-1)[..., 3:]]
+    else:
+        au = _dot(a, u)
+        sums = [torch.stack([_dot(u, u), au, au, _dot(a, a), _dot(g, u), _dot(g, a), _dot(m, m), _dot(root, root)], -1)]
+    products = torch.cat([*sums, torch.stack([total, torch.full_like(total, root.shape[-1])], -1)], -1)
+    return products, products[..., 0].sqrt()
 
 
 def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor]) -> Tensor:
     """What the controller hears of a step, `[..., 4]` in the order of `MEASURED`.
 
     Args:
-        products: what `multiply_step` made, `[..., 9]`.
+        products: what `multiply_step` made, `[..., 10]`.
         momentum: share of the old momentum in m.
         unbias: 1 less the decays' powers, of momentum and second moment; they broadcast against `[...]`.
     """
-    uu, au, aa, gu, ga, mm, power, total, count = products.unbind(-1)
+    uu, au, _, aa, gu, ga, mm, power, total, count = products.unbind(-1)
     # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that,
     # times `momentum`, which cancels in the end.
     share = 1 - momentum
@@ -255,10 +262,7 @@ def _plan(clock: Clock, dtype: torch.dtype) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """`[..., n], [..., n] -> [...]`."""
-    # A product that stays in the cache costs less than many small matrix products, whose call alone is dear.
-    if a.numel() <= SMALL:
-        return (a * b).sum(-1)
+    """`[..., n], [..., n] -> [...]`, without their product in memory."""
     return (a[..., None, :] @ b[..., None])[..., 0, 0]
 
 
