@@ -39,10 +39,10 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
     """Where a matrix `[rows, columns]`, or a vector `[1, n]`, is after these gradients."""
     rows, columns = p.shape
     m, v = np.zeros_like(p), np.zeros_like(p)
-    scale = np.sqrt(np.mean(p**2))
+    scale, active = np.sqrt(np.mean(p**2)), np.array([np.mean(g != 0) for g in grads])
     sides = [np.zeros((rows, rows)), np.zeros((columns, columns))]
     bases = [np.eye(rows), np.eye(columns)]
-    size = min(SIZE / matrices**DEPTH * (1 if rows > 1 else VECTOR), RELATIVE * scale)
+    absolute = SIZE / matrices**DEPTH * (1 if rows > 1 else VECTOR)
     for t, g in enumerate(grads):
         m = 0.9 * m + 0.1 * g
         for i, product in enumerate((g @ g.T, g.T @ g)):
@@ -52,31 +52,42 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
                 bases[i] = find_signed_basis((sides[i] / np.trace(sides[i]) + 0.01 * np.eye(n)) @ bases[i])
         left, right = bases
         v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
-        u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)))) @ right.T
-        now = size * (1 + cos(pi * t / HORIZON)) / 2
-        p = p - now * u / np.sqrt(np.mean(u**2)) - (DECAY * now / scale * p if rows > 1 else 0)
+        u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)) + 1e-24)) @ right.T
+        now = min(absolute, RELATIVE * scale / active[t]) * (1 + cos(pi * t / HORIZON)) / 2
+        decay = DECAY * active[t] * now / max(scale, np.sqrt(np.mean(p**2)))
+        p = p - now * u / np.sqrt(np.mean(u**2)) - (decay * p if rows > 1 else 0)
     return p
 
 
 @pytest.mark.parametrize("max_side", [256, 5, 3])
 def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
-    shapes = {"square": (4, 4), "wide": (4, 6), "window": (5, 2, 2), "vector": (7,), "column": (6, 1), "zero": (4, 4)}
+    shapes = {
+        "square": (4, 4),
+        "wide": (4, 6),
+        "window": (5, 2, 2),
+        "vector": (7,),
+        "column": (6, 1),
+        "zero": (4, 4),
+        "table": (6, 4),
+    }
     sizes = {"size": SIZE, "vector": VECTOR, "relative": RELATIVE, "depth": DEPTH, "decay": DECAY, "init_std": 0.0}
     rule = RULES["base"](**sizes, max_side=max_side, every=4).double()
     start = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     start["zero"] = torch.zeros_like(start["zero"])
     grads = [{name: draw(100 * t + i, *shape) for i, (name, shape) in enumerate(shapes.items())} for t in range(6)]
+    for t, step in enumerate(grads):
+        step["table"][[t % 3, 3, 4]] = 0  # rows that are not looked up
     params, state = start, rule.init_state(start)
     with torch.no_grad():
         for step in grads:
             params, state = rule.update(step, params, state, num_steps=torch.tensor(HORIZON))
-    for name in ("square", "wide", "window", "vector", "column"):
+    for name in ("square", "wide", "window", "vector", "column", "table"):
         matrix = name not in ("vector", "column")
         form = (shapes[name][0], -1) if matrix else (1, -1)
         history = [step[name].reshape(form).numpy() for step in grads]
         begin = start[name].reshape(form).numpy()
         rotated = tuple(matrix and n <= max_side for n in begin.shape)
-        expected = step_by_hand(history, begin, 4, rotated if matrix else (False, False), 4)
+        expected = step_by_hand(history, begin, 5, rotated if matrix else (False, False), 4)
         # The logarithms of the sizes are fp32.
         moved, by_hand = params[name].reshape(form).numpy() - begin, expected - begin
         np.testing.assert_allclose(moved, by_hand, rtol=0, atol=1e-6 * np.abs(by_hand).max())
