@@ -92,6 +92,15 @@ class Draws:
         """
         return draw_uniform(derive_seeds(self.seed, "follow", slots.ids, slots.episode), 1) < share
 
+    def hides(self, slots: Slots, what: str, share: float) -> Tensor:
+        """From which tasks' rule something is hidden, bool `[T]`, from a task's start to its end.
+
+        Args:
+            what: names the draw.
+            share: of the tasks, as a probability.
+        """
+        return draw_uniform(derive_seeds(self.seed, f"hide {what}", slots.ids, slots.episode), 1)[:, 0] < share
+
     def batches(self, slots: Slots, split: str, first: int, count: int) -> list[Batch]:
         """The batches of `count` steps, `[T, ...]` each, the first of them `first` steps from now.
 

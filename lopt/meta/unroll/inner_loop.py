@@ -43,6 +43,8 @@ class InnerLoop:
         checkpoint_update: recompute the rule's update in backward instead of storing its activations.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
+        hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or the number of steps; the
+            latter for rules that may run open.
         guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
@@ -61,6 +63,8 @@ class InnerLoop:
     checkpoint_update: bool = False
     teacher: Rule | None = None
     follow: float = 0.0
+    hide_loss: float = 0.0
+    hide_end: float = 0.0
     guidance: float = 1.0
     update: Callable[..., tuple[Params, State]] | None = None
     meta_weights: Params | Callable[[Slots], Params] | None = None
@@ -77,6 +81,8 @@ class InnerLoop:
             )
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow must be a probability, got {self.follow}")
+        if self.hide_end and not self.rule.open_ended:
+            raise ValueError(f"hide_end is for rules that may run open, and {self.rule.name!r} may not: leave it out")
 
     @property
     def draws(self) -> Draws:
@@ -183,13 +189,18 @@ class InnerLoop:
     def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
         """The rule's step for all slots."""
         update, spec = self.update or partial(call_rule, self.rule), self.family.spec
+        loss, horizon = slots.loss, slots.horizon
+        if self.hide_loss:  # a loss that is not finite is as none
+            loss = loss.masked_fill(self.draws.hides(slots, "loss", self.hide_loss), torch.nan)
+        if self.hide_end:
+            horizon = horizon.masked_fill(self.draws.hides(slots, "end", self.hide_end), 0)
         args = (
             weights,
             view_params(self.rule, spec, slots.grad),
             view_params(self.rule, spec, slots.params),
             slots.state,
-            slots.loss,
-            slots.horizon,
+            loss,
+            horizon,
         )
         # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
         if self.checkpoint_update:
