@@ -170,7 +170,7 @@ class Base(Rule):
         active = (1 - still).clamp(min=LEAST_ACTIVE)
         size = self._find_sizes(scale, active, shapes[:, 0], matrices, clock)
         rows = {key: tensors.tensor_state[key] for key in STATE_KEYS}
-        rows, factor = self.controller(rows, Seen(scale, rms, size, shapes, tensors.loss, clock))
+        rows, factor = self.controller(rows, Seen(scale, rms, size, shapes[:, 1], tensors.loss, clock))
         size = size * factor
         # Rows of a table that are seldom active must not decay away: the share is that of the active ones.
         decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active * size / torch.maximum(rms, scale)

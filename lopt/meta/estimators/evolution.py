@@ -128,7 +128,7 @@ class Evolution(Estimator):
         Compiled steps are kept by the estimator: later windows find them.
         """
         for name in self.jitter:
-            choose("meta-weight", name, loop.rule.meta_weights())
+            choose("meta-weight", name, dict(loop.rule.named_parameters()))
         return replace(super().configure(loop), stride=loop.stride or self.stride)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Pairs:
@@ -178,7 +178,7 @@ class Evolution(Estimator):
             noise = self.perturb(loop, start, slots.episode[::members]).to(dtype)
             signed = (self.sigma * signs[:, None] * noise[:, None]).flatten(0, 1)
             moved = _split(signed, weights)
-            return {name: w + moved[name] for name, w in weights.items()} | self._jitter(loop, slots, moved, weights)
+            return {name: w + moved[name] for name, w in weights.items()} | self._jitter(loop, slots, moved)
 
         # Where one slot of a pair goes on (`es`), all members start the window from its state.
         return self.unroll(
@@ -186,15 +186,15 @@ class Evolution(Estimator):
             pairs.slots if self.kept == members else repeat_slots(pairs.slots, members),
         )
 
-    def _jitter(self, loop: InnerLoop, slots: Slots, moved: Params, weights: Params) -> Params:
+    def _jitter(self, loop: InnerLoop, slots: Slots, moved: Params) -> Params:
         """Those of the members' meta-weights that have an offset of the task's own, with it."""
-        jittered = {}
+        jittered, weights = {}, dict(loop.rule.named_parameters())  # also those that are not learned
         for index, (name, deviation) in enumerate(self.jitter.items()):
-            w = weights[name]
+            w = weights[name].detach()
             # Named by slot and episode: members have these in common, and keep the offset for the whole run.
             seeds = derive_seeds(loop.seed, "jitter", slots.ids, slots.episode, index)
             offset = deviation * draw_normal(seeds, w.numel()).to(w.dtype).reshape(-1, *w.shape)
-            jittered[name] = w + moved[name] + offset
+            jittered[name] = w + moved.get(name, 0) + offset
         return jittered
 
     def _credit(self, loop: InnerLoop, pairs: Pairs, window: Window, values: Tensor) -> Tensor:

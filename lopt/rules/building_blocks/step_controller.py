@@ -7,7 +7,7 @@ gradient agrees with the last step, in the gradient's signal to noise, and in th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log, log10, prod, sqrt
+from math import prod, sqrt
 from typing import NamedTuple
 
 import torch
@@ -33,21 +33,15 @@ TINY = 1e-24  # added to squares: what is below counts as 0
 SMALLEST_SHARE = 1e-4  # of the step's square that the step before must have to be told from rounding
 SMALL = 1 << 16  # elements of vectors that are copied to be multiplied with each other
 AVERAGED = ("cos(g, step before)", "share of the loss that a step takes")
-MEASURED = (AVERAGED[0], "log signal to noise", "flatness of v", "g . step before")
+MEASURED = (AVERAGED[0], "log signal to noise", "g . step before")
 FEATURES = (
     "1",
     "t/T",
     "exp(-10 t/T)",
-    "log T",
-    "is a vector",
-    "log size",
-    "log(rows/columns)",
-    "log matrices",
     *AVERAGED,
     "cos(g, step before) of all tensors",
-    *MEASURED[1:3],
+    MEASURED[1],
     "log growth",
-    "log initial rms",
     "trend of the loss",
     "log(loss/first loss)",
 )
@@ -60,7 +54,7 @@ class Seen(NamedTuple):
     Attributes:
         scale, rms: root mean squares of the initial and the present values, `[*batch, n]`.
         size: of the step before the controller's factor, `[*batch, n]`.
-        shapes: what `describe_shapes` says of them, `[n, 5]`.
+        share: of all elements, `[n]`.
         loss: `[*batch, 1 or n]`, or None.
         clock: `[*batch, 1 or n]`.
     """
@@ -68,7 +62,7 @@ class Seen(NamedTuple):
     scale: Tensor
     rms: Tensor
     size: Tensor
-    shapes: Tensor
+    share: Tensor
     loss: Tensor | None
     clock: Clock
 
@@ -76,7 +70,9 @@ class Seen(NamedTuple):
 class StepController(nn.Module):
     """`exp(clamp(step + z))`, `z <- clamp(z + 0.5 rate / (10 + T/10))`, with `step, rate = A f + C tanh(B f)`.
 
-    B is random and stays as it is; A and C are learned. Where they are 0, all factors are 1.
+    B is random and stays as it is; A and C are learned. Where they are 0, all factors are 1. Features are feedback
+    alone: what a tensor is (its shape, its place, how many there are) is the prior's to know, as learned from small
+    networks it would not carry over to large ones.
 
     Args:
         init_std: standard deviation of A and C before training.
@@ -119,7 +115,7 @@ class StepController(nn.Module):
         """The rows with the last step's measurements and the present loss in them."""
         steps = seen.clock.step.to(seen.size.dtype)
         losses = update_losses(state["loss_mean"], seen.loss, steps, planned)
-        cosine, _, _, descent = state["measured"].unbind(-1)
+        cosine, _, descent = state["measured"].unbind(-1)
         # How much of the loss the steps of all tensors take together, as their gradients say.
         level = losses[..., 0].abs()
         taken = (seen.size * descent.clamp(-LARGEST, LARGEST)).sum(-1, keepdim=True) / (level + SMALLEST_LOSS)
@@ -134,22 +130,15 @@ class StepController(nn.Module):
         progress = (seen.clock.now.to(like.dtype) / planned).clamp(max=1)
         fast, slow, first = state["loss_mean"].unbind(-1)
         cosine, taken = state["averages"].unbind(-1)
-        vector, size, ratio, matrices, weight = seen.shapes.unbind(-1)
         parts = [
             torch.ones_like(like),
             2 * progress - 1,
             (-10 * progress).exp(),
-            (planned / 300).log10(),
-            vector,
-            size,
-            ratio,
-            matrices,
             3 * cosine,
             taken,
-            3 * (cosine * weight).sum(-1, keepdim=True),
-            *state["measured"][..., 1:3].unbind(-1),
+            3 * (cosine * seen.share).sum(-1, keepdim=True),
+            state["measured"][..., 1],
             _log_ratio(seen.rms, seen.scale).clamp(-2, 4) / 2,
-            seen.scale.log10() + 1,
             _compare(fast, slow).clamp(-2, 2),
             _compare(fast, first, 1e-4).clamp(-9, 3) / 4,
         ]
@@ -181,7 +170,7 @@ def update_losses(losses: Tensor, loss: Tensor | None, steps: Tensor, planned: T
 
 
 def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over a tensor's step for `measure_step`, `[*batch, 10]`, and the norm of u, `[*batch]`.
+    """Sums over a tensor's step for `measure_step`, `[*batch, 9]`, and the norm of u, `[*batch]`.
 
     Args:
         g, m: gradient and new momentum in the bases of the step, `[*batch, rows, columns]`.
@@ -189,7 +178,6 @@ def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor
         u: m / root, the step before it is brought to its size.
     """
     g, m, a, u, root = (x.flatten(-2) for x in (g, m, g / root, u, root))
-    total = root.sum(-1)
     if u.numel() <= SMALL:
         # All products at once: of vectors that stay in the cache, a copy costs less than a call for each product.
         rows = torch.stack([u, a, g, m, root], -2)
@@ -198,19 +186,19 @@ def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor
     else:
         au = _dot(a, u)
         sums = [torch.stack([_dot(u, u), au, au, _dot(a, a), _dot(g, u), _dot(g, a), _dot(m, m), _dot(root, root)], -1)]
-    products = torch.cat([*sums, torch.stack([total, torch.full_like(total, root.shape[-1])], -1)], -1)
+    products = torch.cat([*sums, torch.full_like(sums[0][..., :1], root.shape[-1])], -1)
     return products, products[..., 0].sqrt()
 
 
 def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor]) -> Tensor:
-    """What the controller hears of a step, `[..., 4]` in the order of `MEASURED`.
+    """What the controller hears of a step, `[..., 3]` in the order of `MEASURED`.
 
     Args:
-        products: what `multiply_step` made, `[..., 10]`.
+        products: what `multiply_step` made, `[..., 9]`.
         momentum: share of the old momentum in m.
         unbias: 1 less the decays' powers, of momentum and second moment; they broadcast against `[...]`.
     """
-    uu, au, _, aa, gu, ga, mm, power, total, count = products.unbind(-1)
+    uu, au, _, aa, gu, ga, mm, power, count = products.unbind(-1)
     # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that,
     # times `momentum`, which cancels in the end.
     share = 1 - momentum
@@ -223,27 +211,23 @@ def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor
     measured = [
         torch.where(known, (along * inverse * (aa + TINY).rsqrt()).clamp(-1, 1), 0.0),
         noise.log().clamp(-8, 2) / 4 + 0.75,
-        total.square() / (count * power + TINY),
         torch.where(known, descent * inverse * count.sqrt(), 0.0),
     ]
     return torch.stack(measured, -1)
 
 
 def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tensor) -> Tensor:
-    """What of n tensors does not change: `[n, 5]`, is a vector, size, shape, number of matrices, share of elements.
+    """What of n tensors does not change: `[n, 2]`, whether each is a vector, and its share of all elements.
 
     Args:
         layouts, counts: of groups of equal tensors.
         like: gives dtype and device.
     """
-    matrices = sum(count for layout, count in zip(layouts, counts, strict=True) if is_matrix(layout))
     total = sum(count * prod(layout.shape) for layout, count in zip(layouts, counts, strict=True))
-    rows = []
-    for layout, count in zip(layouts, counts, strict=True):
-        vector, size = not is_matrix(layout), max(1, prod(layout.shape))
-        ratio = 0.0 if vector else log(layout.shape[0] ** 2 / size) / 4
-        row = [float(vector), log10(size) / 3 - 1, ratio, log(max(1, matrices)) / 2 - 0.7, size / max(1, total)]
-        rows.append((row, count))
+    rows = [
+        ((float(not is_matrix(layout)), prod(layout.shape) / max(1, total)), count)
+        for layout, count in zip(layouts, counts, strict=True)
+    ]
     if like.device.type == "cpu":
         return like.new_tensor([row for row, count in rows for _ in range(count)])
     # Filled where the state is, so that no copy makes the host wait for a device.
