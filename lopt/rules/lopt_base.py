@@ -49,7 +49,7 @@ RIDGE = 1e-2  # of a factor's trace: where it has no full rank, a basis would fo
 EAGER = 3  # first steps, each of which renews the bases
 TINY = 1e-24  # added to second moments: what is below counts as 0, and derivatives stay finite there
 SMALLEST_NORM = 1e-9  # of a direction before it is brought to its size
-SCALE_OF_ZERO = 0.02  # what tensors that start at 0 count as
+SCALE_OF_ZERO = 0.1  # what tensors that start at 0 count as: large enough not to hold them
 SMALLEST_SCALE = 0.002  # of others
 LEAST_ACTIVE = 1e-3  # share of the elements
 SIDES = ("left", "right")
@@ -73,12 +73,12 @@ class Base(Rule):
     """`p <- p - s u / rms(u) - decay s p / rms(p)`, u being Adam's direction in the eigenbases of G G' and G' G.
 
     Matrices are `[rows, rest]`; other tensors are not rotated, and not decayed. In a network of L matrices the size is
-    `s = c min(size / L^depth, relative rms(p_0) / a) z(t)`, the former times `vector` for tensors that are no matrices;
-    a is the share of the elements that have a gradient, which is small in tables of embeddings, and decay is times it.
-    z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c is what the learned
-    `StepController` makes of the last steps and of the loss, if it is told. All five numbers are learned, too, four by
-    their logarithms. At or beyond the end nothing moves. State: 8 bytes per element, and 8 for each element of a side's
-    square.
+    `s = c min(size / L^depth, relative rms(p_0) / a) z(t)`, the former times `vector` for other tensors, where there
+    are matrices; a is the share of the elements that have a gradient, which is small in tables of embeddings, and
+    decay is times it. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
+    is what the learned `StepController` makes of the last steps and of the loss, if it is told. All five numbers can
+    be learned, too, four by their logarithms. At or beyond the end nothing moves. State: 8 bytes per element, and 8
+    for each element of a side's square.
 
     Args:
         size, vector, relative, depth, decay: see above.
@@ -189,7 +189,9 @@ class Base(Rule):
         log_size, log_vector, log_relative, depth = (
             w[..., None] for w in (self.log_size, self.log_vector, self.log_relative, self.depth)
         )
-        absolute = log_size - depth * log(max(1, count)) + log_vector * vectors
+        absolute = log_size - depth * log(max(1, count))
+        if count:  # where there are no matrices, vectors are all that there is to learn
+            absolute = absolute + log_vector * vectors
         return torch.minimum(absolute, log_relative + (scale / active).log()).exp() * find_schedule(clock, scale.dtype)
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
