@@ -15,7 +15,6 @@ from typing import Any
 from torch.optim import AdamW, Optimizer
 
 from lopt import LearnedOptimizer
-from lopt.rules import RULES
 
 MakeOptimizer = Callable[[Any, int], Optimizer]
 Figures = dict[str, float]
@@ -26,7 +25,7 @@ TUNING_SEED = 100
 
 
 def make_lopt(parameters: Any, num_steps: int) -> Optimizer:
-    return LearnedOptimizer(parameters, rule=RULES["base"](), num_steps=num_steps)
+    return LearnedOptimizer(parameters, num_steps=num_steps)
 
 
 def make_adamw(rate: float) -> MakeOptimizer:

@@ -37,7 +37,7 @@ from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, fingerprint, load, load_card
 from lopt.rules.programs.registry import find_obstacle
 
-DEFAULT_RULE = "digits-lstm"
+DEFAULT_RULE = "lopt-base"
 
 
 class LearnedOptimizer(Optimizer):
@@ -49,11 +49,11 @@ class LearnedOptimizer(Optimizer):
 
     >>> import torch, lopt
     >>> model = torch.nn.Linear(3, 1)
-    >>> optimizer = lopt.LearnedOptimizer(model.parameters())
+    >>> optimizer = lopt.LearnedOptimizer(model.parameters(), num_steps=3)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
-    ...     model(torch.ones(2, 3)).square().mean().backward()
-    ...     optimizer.step()
+    ...     (loss := model(torch.ones(2, 3)).square().mean()).backward()
+    ...     optimizer.step(loss=loss)
     >>> optimizer.report().steps
     3
 
@@ -62,7 +62,7 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own. Rules
             that route by name (celo2: embeddings go to AdamW) need the names.
-        rule: a `Rule` (copied), the name of a shipped rule (`lopt.list_rules()`) or the path of a rule file.
+        rule: a `Rule` (copied), a shipped name (`lopt.list_rules()`; by default lopt-base) or a rule file's path.
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned, those before a resume included; rules that adapt to the share of training

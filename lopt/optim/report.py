@@ -94,7 +94,8 @@ class Counts:
                 if p.grad is not None:
                     self.steps[i] += 1
                     break
-        if self.horizon is not None and max(self.steps) > self.horizon:
+        # Rules that may run open have schedules for any length.
+        if self.horizon is not None and not self.rule.open_ended and max(self.steps) > self.horizon:
             advice = "" if self.guarded else ", or use guard=True, which falls back to AdamW where that is better"
             self.warn_once(
                 f"this run goes beyond the {self.horizon} steps on which rule {self.rule.name!r} was trained (its "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from plan_cases import draw, list_warnings, step_with
 from rule_cases import make_quick
 from torch import Tensor, nn
 
+import lopt
 from lopt import LearnedOptimizer
 from lopt.optim.report import Counts
 from lopt.optim.units import STEP
@@ -184,3 +187,17 @@ def test_warning_beyond_the_horizon_advises_the_guard_only_where_there_is_none(g
     found = list_warnings(optimizer, range(5), about="horizon")
     assert list(found) == [2]
     assert ("guard=True" in found[2]) is not guard
+
+
+def test_rules_that_may_run_open_are_not_bound_to_the_lengths_of_their_training(tmp_path: Path) -> None:
+    """Their schedules are of the run: only others warn where a run is longer than those of the card."""
+    for name in ("base", "adam"):
+        path = lopt.save(make_quick(name), tmp_path / f"{name}.safetensors", {"longest_run": 1})
+        p = nn.Parameter(torch.ones(2, 2))
+        p.grad = torch.ones(2, 2)
+        optimizer = LearnedOptimizer([p], path, num_steps=9)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step(loss=1.0)  # type: ignore[call-arg]
+        assert any("on which rule 'adam' was trained" in str(w.message) for w in caught) == (name == "adam")

@@ -68,7 +68,9 @@ def train_classifier(rule: str | os.PathLike[str]) -> Iterator[str]:
     from lopt.optim.learned_optimizer import DEFAULT_RULE, LearnedOptimizer
 
     yield _describe("LearnedOptimizer, this rule", *_fit(lambda params: LearnedOptimizer(params, rule=rule)))
-    yield _describe(f"LearnedOptimizer, {DEFAULT_RULE}", *_fit(LearnedOptimizer))
+    yield _describe(
+        f"LearnedOptimizer, the default {DEFAULT_RULE}", *_fit(lambda params: LearnedOptimizer(params, num_steps=STEPS))
+    )
     runs = {lr: _fit(lambda params, lr=lr: torch.optim.Adam(params, lr=lr)) for lr in ADAM_RATES}
     yield _describe(f"Adam, its default {ADAM_RATES[0]}", *runs[ADAM_RATES[0]])
     best = min(runs, key=lambda lr: runs[lr][0])
@@ -76,7 +78,7 @@ def train_classifier(rule: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _describe(name: str, loss: float, accuracy: float) -> str:
-    return f"{name:<31} train loss {loss:.4f}, test accuracy {accuracy:.1%}"
+    return f"{name:<31} train loss {loss:.2g}, test accuracy {accuracy:.1%}"
 
 
 def _fit(build: Callable[..., Optimizer]) -> tuple[float, float]:
@@ -86,6 +88,7 @@ def _fit(build: Callable[..., Optimizer]) -> tuple[float, float]:
     from torch.nn import functional as F
 
     from lopt.core.random import make_generator
+    from lopt.optim.learned_optimizer import LearnedOptimizer
     from lopt.tasks.data.splits import load_digits
 
     # The same weights for every optimizer, without touching the random state of the process.
@@ -103,7 +106,10 @@ def _fit(build: Callable[..., Optimizer]) -> tuple[float, float]:
             loss = F.cross_entropy(model(x[index]), y[index])
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            if isinstance(optimizer, LearnedOptimizer):
+                optimizer.step(loss=loss)
+            else:
+                optimizer.step()
     with torch.no_grad():
         held_x, held_y = digits["test"]
         accuracy = (model(held_x).argmax(-1) == held_y).float().mean()
