@@ -21,7 +21,7 @@ SIZE = 0.03  # of a matrix's step; a tensor's initial size allows for more
 
 
 def make_base() -> Rule:
-    return RULES["base"](size=SIZE)
+    return RULES["base"](size=SIZE, depth=1.0, decay=1e-12, init_std=0.0)
 
 
 def make_params(count: int = 1) -> list[nn.Parameter]:
