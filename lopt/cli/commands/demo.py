@@ -69,7 +69,7 @@ def train_classifier(rule: str | os.PathLike[str]) -> Iterator[str]:
 
     yield _describe("LearnedOptimizer, this rule", *_fit(lambda params: LearnedOptimizer(params, rule=rule)))
     yield _describe(
-        f"LearnedOptimizer, the default {DEFAULT_RULE}", *_fit(lambda params: LearnedOptimizer(params, num_steps=STEPS))
+        f"LearnedOptimizer, {DEFAULT_RULE}", *_fit(lambda params: LearnedOptimizer(params, num_steps=STEPS))
     )
     runs = {lr: _fit(lambda params, lr=lr: torch.optim.Adam(params, lr=lr)) for lr in ADAM_RATES}
     yield _describe(f"Adam, its default {ADAM_RATES[0]}", *runs[ADAM_RATES[0]])
