@@ -36,6 +36,11 @@ class Layout(NamedTuple):
         return len(self.shape)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether at least two dimensions are longer than 1."""
+        return sum([n > 1 for n in self.shape]) >= 2  # a list: torch.compile does not take generators here
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """All axes."""
         return tuple(range(-self.ndim, 0))

@@ -25,7 +25,6 @@ from lopt.rules.building_blocks.step_controller import (
     Seen,
     StepController,
     describe_shapes,
-    is_matrix,
     measure_step,
     multiply_step,
 )
@@ -136,7 +135,7 @@ class Base(Rule):
         acc = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "scale": p.new_zeros(*batch, 1)}
         acc |= self.controller.start(batch, p)
         for side, n in zip(SIDES, _find_sides(layout), strict=True):
-            if is_matrix(layout) and 1 < n <= self.max_side:
+            if layout.is_matrix and 1 < n <= self.max_side:
                 # A square in the form of what rows, or columns, share: a feature for each of them.
                 square = [n, n, *ones] if side == "left" else [n, 1, *layout.shape[1:]]
                 acc |= {f"{side}_{part}": p.new_zeros(*batch, *square) for part in ("factor", "basis")}
@@ -166,7 +165,7 @@ class Base(Rule):
         scale = torch.where(clock.step == 0, begin, old[..., 0]).clamp(min=SMALLEST_SCALE)
         counts = [m["power"].shape[old.ndim - 2] for m in means]
         shapes = describe_shapes(layouts, counts, old)
-        matrices = sum(count for count, layout in zip(counts, layouts, strict=True) if is_matrix(layout))
+        matrices = sum(count for count, layout in zip(counts, layouts, strict=True) if layout.is_matrix)
         active = (1 - still).clamp(min=LEAST_ACTIVE)
         size = self._find_sizes(scale, active, shapes[:, 0], matrices, clock)
         rows = {key: tensors.tensor_state[key] for key in STATE_KEYS}
@@ -204,7 +203,7 @@ class Base(Rule):
     def finish(self, delta: Tensor, read: Callable[[], Elements], decided: BaseDecision, layout: Layout) -> Finished:
         e = read()
         batch = delta.shape[: delta.ndim - layout.ndim]
-        shape = (*batch, *(_find_sides(layout) if is_matrix(layout) else (1, prod(layout.shape))))
+        shape = (*batch, *(_find_sides(layout) if layout.is_matrix else (1, prod(layout.shape))))
         g, m = e.g.reshape(shape), delta.reshape(shape)
         acc, bases = self._turn(e, g, decided.due)
         g, m = _rotate(g, bases), _rotate(m, bases)
@@ -216,7 +215,7 @@ class Base(Rule):
         # Corrections of the averages' bias are the same for all elements: they cancel in a step that has its own size.
         factor = decided.size * -sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
         u, factor = _rotate_back(u, bases).reshape(delta.shape), spread(factor, layout.ndim)
-        if not is_matrix(layout):
+        if not layout.is_matrix:
             return Finished(u, factor, acc, numbers)
         delta = torch.addcmul(u * factor, e.p, spread(decided.decay, layout.ndim), value=-1)
         return Finished(delta, None, acc, numbers)

@@ -67,8 +67,7 @@ class ChunkedTensor:
         self.shape = self.layout.shape if self.shard is None else self.shard.shape
         self.p, self.g, self.acc = p.view(self.shape), g.reshape(self.shape), acc
         self.fields = {key: a for key, a in acc.items() if key not in rule.tensor_keys}
-        # Of these and the fields, every process holds all.
-        self.whole = {*rule.line_keys, *rule.tensor_keys}
+        self.whole = set(rule.line_keys)  # of these and the fields, every process holds all
         if p.device.type == "cpu":
             keep_heap()
         self.length = chunk_length(self.p, self.fields, rule.temporaries)

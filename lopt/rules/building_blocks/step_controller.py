@@ -1,7 +1,8 @@
 """How large a step each tensor takes: a learned integrator of the step's logarithm, told what the last steps did.
 
 A rule that normalises its direction leaves one number per tensor to be decided. Feedback on it is in how the next
-gradient agrees with the last step, in the gradient's signal to noise, and in the loss.
+gradient agrees with the last step, in the gradient's signal to noise, and in the loss. The first is the hypergradient
+of Baydin et al. 2018, arXiv 1703.04782, as a cosine.
 """
 
 from __future__ import annotations
@@ -225,18 +226,13 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
     """
     total = sum(count * prod(layout.shape) for layout, count in zip(layouts, counts, strict=True))
     rows = [
-        ((float(not is_matrix(layout)), prod(layout.shape) / max(1, total)), count)
+        ((float(not layout.is_matrix), prod(layout.shape) / max(1, total)), count)
         for layout, count in zip(layouts, counts, strict=True)
     ]
     if like.device.type == "cpu":
         return like.new_tensor([row for row, count in rows for _ in range(count)])
     # Filled where the state is, so that no copy makes the host wait for a device.
     return torch.cat([torch.stack([like.new_full((count,), x) for x in row], -1) for row, count in rows])
-
-
-def is_matrix(layout: Layout) -> bool:
-    """Whether at least two dimensions are longer than 1."""
-    return sum(n > 1 for n in layout.shape) >= 2
 
 
 def _plan(clock: Clock, dtype: torch.dtype) -> Tensor:
