@@ -318,6 +318,7 @@ def _try_rates(
         meta_weights=weights,
         seed=tuning.seed,
         stream=STREAM,
+        pool="outer_valid",
     )
 
     def average(values: torch.Tensor) -> list[float | None]:

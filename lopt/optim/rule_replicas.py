@@ -20,8 +20,10 @@ def freeze_rule(rule: Rule) -> Rule:
     """A copy in fp32 that an optimizer steps with: the user's own rule stays trainable, and may be given to others.
 
     Raises:
-        ValueError: a meta-weight is not finite.
+        ValueError: a meta-weight is not finite, or the rule belongs to one model and is no optimizer for any.
     """
+    if rule.initial_params is not None:
+        raise ValueError(f"rule {rule.name!r} says where one model starts, too: it cannot step others")
     frozen: Rule = deepcopy(rule).float().requires_grad_(False)
     check_weights(frozen)
     return frozen

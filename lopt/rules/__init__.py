@@ -16,6 +16,7 @@ from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout
+from lopt.rules.learned_init import LearnedInit
 from lopt.rules.linear import Linear
 from lopt.rules.lopt_base import Base
 from lopt.rules.lstm import LSTM
@@ -51,8 +52,13 @@ RULES: dict[str, type[Rule]] = {
     "adamw": AdamW,
     "nadamw": NAdamW,
 }
+"""Rules that step any model."""
+
+BOUND_RULES: dict[str, type[Rule]] = {"learned_init": LearnedInit}
+"""Rules that belong to one model, whose shapes are in their configuration."""
 
 __all__ = [
+    "BOUND_RULES",
     "RULES",
     "Accumulators",
     "AllTensors",
@@ -62,6 +68,7 @@ __all__ = [
     "ElementwiseRule",
     "HandDesigned",
     "Layout",
+    "LearnedInit",
     "Means",
     "Rule",
     "State",

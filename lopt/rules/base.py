@@ -232,6 +232,11 @@ class Rule(Recorded, nn.Module, ABC):
             accumulators[name] = rule.init_accumulators(p.detach().contiguous().reshape(*batch, *layout.shape), layout)
         return State(torch.zeros(batch, dtype=torch.int64, device=device), accumulators)
 
+    @property
+    def initial_params(self) -> Params | None:
+        """The parameters that tasks start from, by name, where they are meta-weights; None: each task's own."""
+        return None
+
     def update(
         self,
         grads: Params,

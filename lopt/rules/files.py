@@ -22,7 +22,7 @@ from lopt.core.foreign_text import make_line, make_printable
 from lopt.core.names import suggest
 from lopt.core.schema import conform, list_options
 from lopt.core.tensors import Params
-from lopt.rules import RULES, Rule
+from lopt.rules import BOUND_RULES, RULES, Rule
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 PREFIX = "rule."
@@ -149,13 +149,14 @@ def _build(name: Any, config: Any, where: str, numbers: int) -> Rule:
     Args:
         numbers: that its tensors hold; of many more the configuration is refused before they are allocated.
     """
-    if not isinstance(name, str) or name not in RULES:
+    known = RULES | BOUND_RULES
+    if not isinstance(name, str) or name not in known:
         shown = make_printable(repr(name), MAX_NAME)
-        raise ValueError(f"{where}: this lopt has no rule {shown}. {suggest(name, RULES)}.")
+        raise ValueError(f"{where}: this lopt has no rule {shown}. {suggest(name, known)}.")
     try:
-        _check_config(config, RULES[name])
+        _check_config(config, known[name])
         with Allowance(numbers):
-            return RULES[name](**config)
+            return known[name](**config)
     except Exception as error:  # whatever a constructor makes of foreign arguments
         shown = make_printable(config, MAX_NAME)
         raise ValueError(
@@ -174,7 +175,7 @@ def _check_config(config: Any, constructor: type[Rule]) -> None:
 def _try_steps(rule: Rule, where: str) -> None:
     """Make two steps of small tensors: options that a constructor does not look at must not fail in a user's."""
     weight, bias = torch.linspace(-1, 1, 6, dtype=torch.float32).view(2, 3), torch.ones(3, dtype=torch.float32)
-    params: Params = {"weight": weight, "bias": bias}
+    params: Params = rule.initial_params or {"weight": weight, "bias": bias}
     loss, planned = torch.tensor(1.0, dtype=torch.float32), torch.tensor(10, dtype=torch.int64)
     try:
         with torch.no_grad():

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lopt.core.names import suggest
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.elementwise import safe_sqrt
+from lopt.rules.building_blocks.inner import build_inner
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, AllTensors, Clock, Decision, Elements, Means, Visit
 
@@ -153,17 +153,9 @@ def _without_nominal(e: Elements) -> Elements:
 
 def _build(name: str, config: dict[str, Any]) -> Rule:
     """The inner rule; ValueError if there is none, or if its step cannot be a residual."""
-    # At the call: the registry lists Star, and an inner rule is known by its name only when one is asked for.
-    from lopt.rules import RULES
-
-    if name not in RULES:
-        raise ValueError(f"star cannot wrap {name!r}: there is no such rule. {suggest(name, RULES)}.")
-    if issubclass(RULES[name], Star):
+    if name == Star.name:
         raise ValueError("star cannot wrap 'star': the accumulators would have the same names. Give another rule.")
-    try:
-        rule = RULES[name](**config)
-    except TypeError as error:
-        raise ValueError(f"star cannot wrap {name!r} with inner_config {config}: {error}") from error
+    rule = build_inner(Star.name, name, config)
     if rule.has("finish") or rule.has("delegate"):
         raise ValueError(
             f"star cannot wrap {name!r}: it steps whole tensors or leaves some of them to another rule, which is not "

@@ -7,7 +7,7 @@ docstring line is what `lopt list tasks` says of it. `TRANSFORMS` make families 
 from __future__ import annotations
 
 from lopt.tasks.autoencoder import Autoencoder
-from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
 from lopt.tasks.char_rnn import CharRNN
 from lopt.tasks.char_transformer import CharTransformer
 from lopt.tasks.conv import Conv
@@ -19,6 +19,7 @@ from lopt.tasks.module import ModuleTask
 from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.rosenbrock import Rosenbrock
+from lopt.tasks.sinusoid import Sinusoid
 from lopt.tasks.tabular import Tabular
 from lopt.tasks.teacher_student import TeacherStudent
 from lopt.tasks.transforms import TRANSFORMS, RandomScaling
@@ -39,7 +40,8 @@ TASKS: dict[str, type[TaskFamily]] = {
     "char_transformer": CharTransformer,
     "coordinate_mlp": CoordinateMLP,
     "teacher_student": TeacherStudent,
+    "sinusoid": Sinusoid,
     "module": ModuleTask,
 }
 
-__all__ = ["SPLITS", "TASKS", "TRANSFORMS", "Batch", "ModuleTask", "RandomScaling", "Task", "TaskFamily"]
+__all__ = ["POOLS", "SPLITS", "TASKS", "TRANSFORMS", "Batch", "ModuleTask", "RandomScaling", "Task", "TaskFamily"]

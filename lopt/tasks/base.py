@@ -18,7 +18,7 @@ from torch.func import vmap
 from lopt.core.names import choose
 from lopt.core.random import fold_in, make_generator
 from lopt.core.recorded import Recorded
-from lopt.core.tensors import Params, ParamSpec
+from lopt.core.tensors import Params, ParamSpec, stack_trees
 from lopt.tasks.tuned_adam import TunedAdam, find_default, find_measured
 
 Task = dict[str, Tensor]
@@ -29,6 +29,10 @@ Data = tuple[Tensor, Tensor]
 Family = TypeVar("Family", bound="TaskFamily")
 
 SPLITS = ("train", "inner_valid", "outer_valid", "test")
+"""Parts of the data within a task."""
+
+POOLS = ("train", "outer_valid", "test")
+"""Parts of the tasks: a rule learns from the first, is chosen on the second and judged on the last."""
 
 BRANCHES = 2**32
 """Above the lanes of `draw_uniform`: a branch's seed is none of the numbers that are drawn from the seed itself."""
@@ -50,7 +54,7 @@ class TaskFamily(Recorded, ABC):
     ...     name = "mean"
     ...     def __init__(self, dim: int = 3, noise: float = 0.1):
     ...         self.dim, self.noise = dim, noise
-    ...     def sample(self, generator):
+    ...     def sample(self, generator, pool="train"):
     ...         return {"point": torch.randn(self.dim, generator=generator)}
     ...     def init(self, task, generator):
     ...         return {"x": torch.zeros(self.dim)}
@@ -73,21 +77,39 @@ class TaskFamily(Recorded, ABC):
         name: the family's name in `TASKS`.
         horizon: number of steps that a task of this family is meant to be trained for.
         examples: the entries `[T, B, ...]` of a batch whose B rows are examples that the loss is a mean over.
+        judged: the split whose losses say how good a base learner is: the one that it learns from, or "inner_valid"
+            where a task has so few examples that it may know them by heart.
+        pool_key: the entry of a task, int64, that has no value in common with tasks of another pool; None where all
+            pools are the same, as there is no end of tasks.
     """
 
     name: ClassVar[str]
     horizon: int = 100
     examples: tuple[str, ...] = ()
+    judged: str = "train"
+    pool_key: str | None = None
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         """Draw what tells one task from the others of its family, such as the matrix of a quadratic.
 
         Args:
             generator: on the CPU, the only source of randomness, so that a seed names a task.
+            pool: one of `POOLS`; families without a `pool_key` draw the same whatever it is.
         Returns:
             Tensors without batch dimension; `{}`, the default, if tasks differ only in initial parameters and batches.
         """
         return {}
+
+    def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
+        """T tasks, `[T, ...]` on the CPU: those of `sample`, one after the other.
+
+        Families override it where many are drawn faster at once; a task must not depend on its company.
+
+        Args:
+            seeds: int64 `[T]` on the CPU; equal seeds are equal tasks.
+            pool: one of `POOLS`.
+        """
+        return stack_trees(self.sample(make_generator(seed), pool) for seed in seeds)
 
     def to(self: Family, device: torch.device | str) -> Family:
         """Move the tensors that the family itself holds, such as data sets, to where its tasks will be trained.

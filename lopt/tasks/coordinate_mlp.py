@@ -141,7 +141,7 @@ class CoordinateMLP(ModuleTask):
         self.photographs = self.photographs.to(device)
         return super().to(device)
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         ranges = [self.photographs.shape[0], *(n - self.size + 1 for n in self.photographs.shape[2:])]
         return {"place": torch.stack([torch.randint(high, (), generator=generator) for high in ranges])}
 

@@ -38,7 +38,7 @@ class Lasso(ExactTask):
             raise ValueError(f"dim and rows must be at least 1 and penalty not negative, {values}")
         self.dim, self.rows, self.penalty, self.horizon = dim, rows, penalty, horizon
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         matrix = torch.randn(self.rows, self.dim, generator=generator, dtype=torch.float32) / self.rows**0.5
         chosen = torch.rand(self.dim, generator=generator, dtype=torch.float32) < 0.25
         sparse = torch.randn(self.dim, generator=generator, dtype=torch.float32) * chosen

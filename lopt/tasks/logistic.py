@@ -41,7 +41,7 @@ class Logistic(ExactTask):
             raise ValueError(f"dim and count must be at least 1 and penalty not negative, {values}")
         self.dim, self.count, self.penalty, self.horizon = dim, count, penalty, horizon
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         scale = 10 ** (2 * torch.rand(self.dim, generator=generator, dtype=torch.float32) - 1)
         standard = torch.randn(self.count, self.dim, generator=generator, dtype=torch.float32)
         slope = 2 * torch.randn(self.dim, generator=generator, dtype=torch.float32) / self.dim**0.5

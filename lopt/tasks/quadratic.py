@@ -44,7 +44,7 @@ class Quadratic(ExactTask):
         self.dim, self.init_std, self.horizon = dim, init_std, horizon
         self.distribution = choose("distribution", distribution, DISTRIBUTIONS)
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         draw = torch.randn if self.distribution == "gaussian" else torch.rand
         return {
             "W": draw(self.dim, self.dim, generator=generator, dtype=torch.float32),

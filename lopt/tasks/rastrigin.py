@@ -37,7 +37,7 @@ class Rastrigin(ExactTask):
             raise ValueError(f"dim must be at least 1 and alpha not negative, got {dim} and {alpha}")
         self.dim, self.alpha, self.horizon = dim, alpha, horizon
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         return {
             "A": torch.randn(self.dim, self.dim, generator=generator, dtype=torch.float32),
             "b": torch.randn(self.dim, generator=generator, dtype=torch.float32),

@@ -47,7 +47,7 @@ class Rosenbrock(ExactTask):
         self.dim, self.steepness, self.spread, self.init_std = dim, steepness, spread, init_std
         self.horizon = horizon
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         return {"a": 1 + self.spread * (2 * torch.rand(self.dim - 1, generator=generator, dtype=torch.float32) - 1)}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:

@@ -71,7 +71,7 @@ class TeacherStudent(TaskFamily):
     def _build(self) -> nn.Module:
         return build_mlp(self.student_widths, str(self.config["activation"]))
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         return {
             str(layer): torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float32) / fan_in**0.5
             for layer, (fan_in, fan_out) in enumerate(pairwise(self.teacher_widths))

@@ -42,6 +42,7 @@ class Transform(TaskFamily):
     def __init__(self, family: TaskFamily) -> None:
         self.config["family"] = family.describe()
         self.family, self.horizon, self.examples = family, family.horizon, family.examples
+        self.judged, self.pool_key = family.judged, family.pool_key
         inner: TaskFamily = family
         while isinstance(inner, Transform):
             if inner.key == self.key:
@@ -58,8 +59,8 @@ class Transform(TaskFamily):
         self.family = self.family.to(device)
         return self
 
-    def sample(self, generator: torch.Generator) -> Task:
-        return self.family.sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        return self.family.sample(generator, pool)
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         return self.family.init(self._inner(task), generator)
@@ -146,8 +147,8 @@ class RandomScaling(Scaling):
         super().__init__(family, scale_range)
         self.level = choose("level", level, LEVELS)
 
-    def sample(self, generator: torch.Generator) -> Task:
-        task = self.family.sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        task = self.family.sample(generator, pool)
         spec = self.family.spec
         count = {"global": 1, "tensor": len(spec.names), "element": spec.size}[self.level]
         scale = self._draw_factors(generator, count)
@@ -247,8 +248,8 @@ class ReducedBatch(Transform):
             raise ValueError(f"{family.describe()} has no batches of examples that could be reduced")
         self.smallest = smallest
 
-    def sample(self, generator: torch.Generator) -> Task:
-        task = super().sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        task = super().sample(generator, pool)
         return task | {self.key: (torch.rand((), generator=generator, dtype=torch.float32) * log(self.smallest)).exp()}
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
@@ -282,8 +283,8 @@ class LossScaling(Scaling):
     def __init__(self, family: TaskFamily, scale_range: float = log(10)) -> None:
         super().__init__(family, scale_range)
 
-    def sample(self, generator: torch.Generator) -> Task:
-        task = super().sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        task = super().sample(generator, pool)
         return task | {self.key: self._draw_factors(generator)}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
@@ -319,8 +320,8 @@ class StaleGradients(Transform):
     def _inner(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in tensors.items() if key not in (self.key, self.delay)}
 
-    def sample(self, generator: torch.Generator) -> Task:
-        task = super().sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        task = super().sample(generator, pool)
         delay = torch.randint(self.low, self.high + 1, (), generator=generator)
         return task | {self.delay: delay, self.key: torch.zeros(self.high, self.family.spec.size, dtype=torch.float32)}
 

@@ -33,10 +33,10 @@ class Trap(TaskFamily):
         self.inner, self.poison, self.bad = TASKS["quadratic"](), poison, bad
         self.drawn = 0
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         bad = self.drawn in self.bad
         self.drawn += 1
-        return self.inner.sample(generator) | {"bad": torch.tensor(float(bad))}
+        return self.inner.sample(generator, pool) | {"bad": torch.tensor(float(bad))}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         params = self.inner.init(task, generator)

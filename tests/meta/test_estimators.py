@@ -36,8 +36,8 @@ class Double(TaskFamily):
         super().__init__()
         self.inner = TASKS["quadratic"](dim=4)
 
-    def sample(self, generator: torch.Generator) -> Task:
-        return {k: v.double() for k, v in self.inner.sample(generator).items()}
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        return {k: v.double() for k, v in self.inner.sample(generator, pool).items()}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
         return {k: v.double() for k, v in self.inner.init(task, generator).items()}

@@ -16,6 +16,7 @@ from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.estimators.evolution import Evolution, draw_perturbation
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import select_slots
+from lopt.meta.unroll.whole_runs import run_to_end
 from lopt.rules import RULES
 from lopt.tasks import TASKS, TaskFamily
 from lopt.tasks.base import Batch, Task
@@ -282,7 +283,7 @@ def test_whole_runs_end_at_their_own_horizons() -> None:
     rule = RULES["momentum"](lr=0.01)
     loop = InnerLoop(rule, QUADRATIC, 0, lambda seeds: 3 + 4 * (seeds % 3))
     slots = loop.start(torch.arange(6))
-    window = loop.run_to_end(slots)
+    window = run_to_end(loop, slots)
     assert window.active.sum(0).tolist() == slots.horizon.tolist()
     assert window.finished.sum(0).tolist() == [1] * 6
     for i in range(6):

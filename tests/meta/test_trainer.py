@@ -146,8 +146,8 @@ def test_curriculum_is_promoted_by_improvements_alone(needed: int, learning_rate
 
 def test_training_validation_and_evaluation_share_no_task() -> None:
     class Recorded(type(TASKS["quadratic"]())):  # type: ignore[misc]
-        def sample(self, generator: torch.Generator) -> Task:
-            task = super().sample(generator)
+        def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+            task = super().sample(generator, pool)
             drawn.append(task["y"].tolist())
             return task
 

@@ -39,8 +39,8 @@ class Poisoned(type(TASKS["quadratic"]())):  # type: ignore[misc]
         super().__init__(dim=2)
         self.poison, self.above = poison, above
 
-    def sample(self, generator: torch.Generator) -> Task:
-        task: Task = super().sample(generator)
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        task: Task = super().sample(generator, pool)
         return task | {"bad": (task["y"][0] > self.above).float()}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:

@@ -464,7 +464,7 @@ class Bowl(TaskFamily):
     def draw(self, generator: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=self.dtype)
 
-    def sample(self, generator: torch.Generator) -> Task:
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         scales = torch.logspace(-0.5, 0.5, 4, dtype=self.dtype)
         return {"A": self.draw(generator, 6, 4) * scales, "t": self.draw(generator, 4, 3)}
 

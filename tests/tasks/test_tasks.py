@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 from lopt.core.random import derive_seeds, make_generator
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
-from lopt.tasks import SPLITS, TASKS, TaskFamily
+from lopt.tasks import POOLS, SPLITS, TASKS, TaskFamily
 
 
 @pytest.fixture(params=FAMILIES)
@@ -85,9 +85,35 @@ def test_every_split_gives_finite_losses(family: TaskFamily, split: str) -> None
 def test_batches_differ_between_seeds_and_splits_unless_the_loss_is_exact(family: TaskFamily) -> None:
     tasks, _, batch = draw_tasks(family, 1)
     seeds = derive_seeds(0, "batch", torch.arange(1))
-    others = [family.batch(tasks, seeds + 1), family.batch(tasks, seeds, "test")]
     exact = family.full_batch(tasks, 1) is None
-    assert all(exact == all(torch.equal(batch[key], other[key]) for key in batch) for other in others)
+    for other, same in (
+        # A family that is not judged on its train split has few examples there, all of which are the batch.
+        (family.batch(tasks, seeds + 1), exact or family.judged != "train"),
+        (family.batch(tasks, seeds, "test"), exact),
+    ):
+        assert same == all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+def test_a_task_is_the_same_in_any_company(family: TaskFamily) -> None:
+    seeds = derive_seeds(0, "task", torch.arange(4))
+    together, alone = family.sample_all(seeds), family.sample_all(seeds[2:3])
+    assert together.keys() == alone.keys() == family.sample(make_generator(0)).keys()
+    assert all(torch.equal(x[2:3], alone[key]) for key, x in together.items())
+    assert all(x[0].shape == family.sample(make_generator(0))[key].shape for key, x in together.items())
+
+
+def test_pools_have_no_task_in_common(family: TaskFamily) -> None:
+    seeds = derive_seeds(0, "task", torch.arange(200))
+    drawn = {pool: family.sample_all(seeds, pool) for pool in POOLS}
+    if family.pool_key is None:
+        first = next(iter(drawn.values()))
+        assert all(torch.equal(x, tasks[key]) for tasks in drawn.values() for key, x in first.items())
+        return
+    values = {pool: set(tasks[family.pool_key].flatten().tolist()) for pool, tasks in drawn.items()}
+    assert all(len(found) > 20 for found in values.values())
+    assert not any(values[a] & values[b] for a in POOLS for b in POOLS if a < b)
+    one = family.sample(make_generator(1), "test")[family.pool_key]
+    assert not set(one.flatten().tolist()) & (values["train"] | values["outer_valid"])
 
 
 def test_config_rebuilds_the_family(family: TaskFamily) -> None:

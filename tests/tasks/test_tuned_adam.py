@@ -22,6 +22,7 @@ from lopt.evaluation.baselines import FORMAT
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.estimators.objectives import weigh_losses
 from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.whole_runs import run_to_end
 from lopt.rules import RULES
 from lopt.tasks import TASKS, TRANSFORMS
 from lopt.tasks.tuned_adam import ARCHIVE, COMMAND, LEAST_PROGRESS, TunedAdam, load_archive
@@ -157,7 +158,7 @@ def test_objective_is_the_mean_log_ratio_at_each_tasks_own_step_in_units_of_prog
     loop = InnerLoop(RULES["sgd"](lr=0.01), family, 3, lambda seeds: horizons if len(seeds) == 3 else seeds * 0 + 9)
     slots = loop.start(torch.arange(3))
     with torch.no_grad():
-        window = loop.run_to_end(slots) if whole else loop.unroll(slots, 8)
+        window = run_to_end(loop, slots) if whole else loop.unroll(slots, 8)
     assert window.steps[:8, 0].tolist() == ([1, 2, 3, 0, 0, 0, 0, 0] if whole else [1, 2, 3, 1, 2, 3, 4, 5])
     found = weigh_losses(window, family, "baseline", normalize=False, loss_clamp=1e9).sum(0)
     for task in range(3):

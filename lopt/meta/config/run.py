@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
 
+from lopt.core.names import choose
+from lopt.core.random import derive_seeds, make_generator
 from lopt.meta.config.build import build
 from lopt.meta.config.sources import Options, ResolvedSource, SourceConfig, check_scaling, draw, number_names, resolve
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimator
-from lopt.rules import RULES, Rule
+from lopt.rules import RULES, LearnedInit, Rule
+from lopt.rules.learned_init import RATES
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,26 @@ class ImitationConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """The table `[init]`, empty or not: the parameters that tasks start from are learned, too (`LearnedInit`).
+
+    Attributes:
+        rates: learned factors on the rule's step: "none", one for each "tensor", or for each "element".
+        rate: which they start from.
+        adapt: patterns of names of the parameters that a task changes; all by default.
+    """
+
+    rates: str = "none"
+    rate: float = 1.0
+    adapt: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        choose("init.rates", self.rates, RATES)
+        if self.rates == "none" and self.rate != 1:
+            raise ValueError('init.rate has no effect: there are no learned rates. Set init.rates to "element"')
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The table `[evaluation]`: what the finished rule is compared with tuned baselines on.
 
@@ -83,6 +106,7 @@ class RunConfig:
         name: labels the rule in reports.
         rule, task, estimator: tables whose `name` is an entry of `RULES`, `TASKS` and `ESTIMATORS`.
         description: in a line, what it is for.
+        init: where it is given, the initial parameters are learned, and the rule is what adapts them.
         horizon: a table for `HORIZONS`; without a name it is constant.
         random_scaling: x is short for a transform `random_scaling` by element with the range x.
         transforms: changes to the tasks that are trained on, one after the other, each an entry of `TRANSFORMS`.
@@ -98,6 +122,7 @@ class RunConfig:
     task: Options = field(default_factory=dict)
     estimator: Options = field(default_factory=dict)
     description: str = ""
+    init: InitConfig | None = None
     horizon: Options = field(default_factory=dict)
     random_scaling: float = 0.0
     transforms: list[Options] = field(default_factory=list)
@@ -156,10 +181,23 @@ class RunConfig:
     def build_rule(self) -> Rule:
         """The rule of section `[rule]` before any training, its meta-weights as its constructor draws them.
 
+        With `[init]` that is a `LearnedInit` around it, which starts from what the first family draws.
+
         Raises:
             ValueError: no such rule, or an option that it does not have or refuses.
         """
-        return build("rule", RULES, self.rule)
+        rule = build("rule", RULES, self.rule)
+        if self.init is None:
+            return rule
+        family, generator = (
+            self.list_families()[0].build_task(),
+            make_generator(derive_seeds(self.trainer.seed, "start")),
+        )
+        params = family.init(family.sample(generator), generator)
+        shapes = {name: list(p.shape) for name, p in params.items()}
+        learned = LearnedInit(shapes, rule.name, rule.config, self.init.adapt, self.init.rates, self.init.rate)
+        learned.set_initial(params)
+        return learned
 
     def build_estimator(self, source: ResolvedSource) -> Estimator:
         """A source's estimator, with the teacher of `[imitation]`, which all sources share in kind but not in object.

@@ -34,7 +34,9 @@ class Full(Backprop):
 
         A rule that looks at progress sees that length as the horizon.
         """
-        return replace(super().configure(loop), horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
+        return replace(
+            super().configure(loop), carries=False, horizon=lambda seeds: torch.full_like(seeds, self.num_steps)
+        )
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
         return self.configure(loop).start(ids)

@@ -14,6 +14,7 @@ from lopt.meta.estimators.base import Estimate
 from lopt.meta.estimators.evolution import Evolution, Pairs, draw_perturbation
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots, Window
+from lopt.meta.unroll.whole_runs import run_to_end
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,7 +61,7 @@ class FullES(Evolution):
             loop: with the members' meta-weights.
             slots: of all members, at their start.
         """
-        return loop.run_to_end(slots)
+        return run_to_end(loop, slots)
 
     def estimate(self, loop: InnerLoop, carry: Pairs) -> Estimate:
         estimate = super().estimate(loop, carry)

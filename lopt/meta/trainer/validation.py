@@ -147,6 +147,7 @@ class Validator:
                 seed=config.seed,
                 stream="validation",
                 split="outer_valid",
+                pool="outer_valid",
             )
             found = {key: x.cpu() for key, x in {**curves.metrics, "losses": curves.losses.T}.items()}
         # Back in the order of the tasks, so that means do not depend on the number of ranks.

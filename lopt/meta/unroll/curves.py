@@ -34,8 +34,9 @@ class Curves:
     """What T training runs of N steps leave behind. Diverged runs keep their infinities.
 
     Attributes:
-        losses: `[N + 1, T]`, the loss on the training batch of steps 0 to N; the first is before any update.
-        final: `[T]`, the loss of the last parameters on the whole train split.
+        losses: `[N + 1, T]`, the loss on the batch of steps 0 to N of the split that the family is judged on; the
+            first is before any update.
+        final: `[T]`, the loss of the last parameters on that whole split.
         metrics: `[T]` by name, of the last parameters on the whole test (or other) split, such as "accuracy".
         seconds: wall-clock time of the steps, all runs together.
     """
@@ -73,6 +74,7 @@ def run_curves(
     seed: int = 0,
     stream: str = "evaluation",
     split: str = "test",
+    pool: str = "test",
     chunk: int | None = None,
 ) -> Curves:
     """Train one new task of `family` per seed with `rule`, without gradients in the meta-weights.
@@ -84,6 +86,7 @@ def run_curves(
         seed, stream: name the draws of all seeds together; streams share no task with each other nor with
             meta-training.
         split: what the metrics are measured on.
+        pool: that tasks are drawn from, one of `lopt.tasks.POOLS`.
         chunk: runs worked on together, to bound memory.
     Raises:
         ValueError: `num_steps` is less than 1 or there are no seeds.
@@ -103,6 +106,8 @@ def run_curves(
             int(derive_seeds(seed, stream)),
             horizon=lambda draws: torch.full_like(draws, num_steps),
             meta_weights=weights,
+            meta_split=family.judged,
+            pool=pool,
         )
 
     with torch.no_grad():
@@ -126,16 +131,16 @@ def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Cu
     began = time.perf_counter()
     window = loop.unroll(slots, num_steps, restart=False)
     seconds = time.perf_counter() - began
-    losses = torch.cat([slots.loss[None], window.losses])
+    losses = torch.cat([window.first_loss[:1], window.losses])
     return Curves(losses, *_score(loop.family, window.slots, split), seconds)
 
 
 def _score(family: TaskFamily, slots: Slots, split: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss on the train split and metrics on `split`, `[T]` each."""
+    """Loss on the split that the family is judged on, and metrics on `split`, `[T]` each."""
     count = len(slots.ids)
     # The last batch says little of where a run has come to; families without a split have exact losses.
-    train = family.full_batch(slots.task, count, "train")
-    final = slots.loss if train is None else _evaluate(family, family.loss, slots.params, train)
+    judged = family.full_batch(slots.task, count, family.judged)
+    final = slots.loss if judged is None else _evaluate(family, family.loss, slots.params, judged)
     try:
         held_out = family.full_batch(slots.task, count, split)
     except ValueError:  # a user's data without that split

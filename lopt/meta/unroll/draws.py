@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lopt.core.random import derive_seeds, draw_uniform, make_generator
-from lopt.core.tensors import stack_trees
 from lopt.meta.unroll.slots import Slots
 from lopt.tasks import Batch, Task, TaskFamily
 
@@ -36,31 +35,46 @@ class Draws:
         seed: of all draws.
         horizon: draws the number of steps of new tasks; None takes the family's own.
         members: every task has this many slots, next to each other: what they share is drawn once.
+        pool: that tasks are of, one of `POOLS`.
     """
 
     family: TaskFamily
     seed: int
     horizon: Horizon | None = None
     members: int = 1
+    pool: str = "train"
 
-    def start_tasks(self, ids: Tensor, episode: Tensor) -> tuple[Task, Tensor]:
-        """New tasks `[T, ...]` and their flat initial parameters `[T, P]`, where `ids` is.
+    def start_tasks(self, ids: Tensor, episode: Tensor) -> Task:
+        """New tasks `[T, ...]`, where `ids` is.
 
         Args:
             ids, episode: of the slots, int64 `[T]`; equal pairs get the same task.
         """
         # On the CPU, so that a run has the same tasks on any device; once for the members of a pair.
-        names = list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))
-        drawn = {name: self._start_task(*name) for name in dict.fromkeys(names)}
-        params = torch.stack([drawn[name][1] for name in names]).to(ids.device)
-        task = stack_trees(drawn[name][0] for name in names)
-        return {key: x.to(ids.device) for key, x in task.items()}, params
+        names = _list_names(ids, episode)
+        places = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        unique = torch.tensor(list(places), dtype=torch.int64)
+        task = self.family.sample_all(derive_seeds(self.seed, "task", *unique.unbind(1)), self.pool)
+        if len(places) < len(names):
+            where = torch.tensor([places[name] for name in names], dtype=torch.int64)
+            task = {key: x[where] for key, x in task.items()}
+        return {key: x.to(ids.device) for key, x in task.items()}
 
-    def _start_task(self, slot: int, episode: int) -> tuple[Task, Tensor]:
-        """A slot's task of an episode, and its flat initial parameters `[P]`."""
-        task = self.family.sample(make_generator(derive_seeds(self.seed, "task", slot, episode)))
-        generator = make_generator(derive_seeds(self.seed, "init", slot, episode))
-        return task, self.family.spec.flatten(self.family.init(task, generator))
+    def start_params(self, ids: Tensor, episode: Tensor, task: Task) -> Tensor:
+        """The flat initial parameters `[T, P]` of new tasks, where `ids` is.
+
+        Args:
+            ids, episode: of the slots, int64 `[T]`; equal pairs get the same ones.
+            task: of `start_tasks`.
+        """
+        names = _list_names(ids, episode)
+        drawn: dict[tuple[int, int], Tensor] = {}
+        for i, name in enumerate(names):
+            if name not in drawn:
+                generator = make_generator(derive_seeds(self.seed, "init", *name))
+                one = {key: x[i].cpu() for key, x in task.items()}
+                drawn[name] = self.family.spec.flatten(self.family.init(one, generator))
+        return torch.stack([drawn[name] for name in names]).to(ids.device)
 
     def horizons(self, ids: Tensor, episode: Tensor) -> Tensor:
         """How many steps new tasks have, int64 `[T]`.
@@ -140,3 +154,8 @@ class Draws:
         if more > 0:
             drawn = {split: steps + self.batches(slots, split, 2, more) for split, steps in drawn.items()}
         return [dict(zip(drawn, steps, strict=True)) for steps in zip(*drawn.values(), strict=True)]
+
+
+def _list_names(ids: Tensor, episode: Tensor) -> list[tuple[int, int]]:
+    """By which slot and episode a task is drawn, for each of the slots."""
+    return list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))

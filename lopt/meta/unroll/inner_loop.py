@@ -11,18 +11,18 @@ the family measures loss and gradient there, on the next batch. Estimators see t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lopt.core.tensors import Params
 from lopt.meta.unroll.draws import Batches, Draws, Horizon
 from lopt.meta.unroll.imitation import imitate, start_teacher
-from lopt.meta.unroll.rule_calls import call_rule, join_params, view_params
-from lopt.meta.unroll.slots import Slots, Window, detach_slots, join_windows, put_slots, select_slots
+from lopt.meta.unroll.rule_calls import update_slots, view_params
+from lopt.meta.unroll.slots import Slots, Window, detach_slots, join_windows, put_slots
+from lopt.meta.unroll.starts import begin_tasks, check_start
 from lopt.rules import Rule, State
 from lopt.tasks import Batch, TaskFamily
 
@@ -48,6 +48,8 @@ class InnerLoop:
         guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
+        pool: that tasks are drawn from, one of `lopt.tasks.POOLS`.
+        carries: slots go on after a window; where they do not, what their next step would begin with is not measured.
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
             that makes them of the slots, called at the start of a window and whenever slots start new tasks.
         stride: makes the steps between restarts without derivatives, imitation or a single set of meta-weights.
@@ -71,6 +73,8 @@ class InnerLoop:
     stride: Stride | None = None
     members: int = 1
     meta_split: str = "train"
+    pool: str = "train"
+    carries: bool = True
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
@@ -83,6 +87,7 @@ class InnerLoop:
             raise ValueError(f"follow must be a probability, got {self.follow}")
         if self.hide_end and not self.rule.open_ended:
             raise ValueError(f"hide_end is for rules that may run open, and {self.rule.name!r} may not: leave it out")
+        check_start(self.rule, self.family)
 
     @property
     def draws(self) -> Draws:
@@ -90,7 +95,7 @@ class InnerLoop:
 
         It is made of the loop's settings, so that a loop with others (`dataclasses.replace`) draws by those.
         """
-        return Draws(self.family, self.seed, self.horizon, self.members)
+        return Draws(self.family, self.seed, self.horizon, self.members, self.pool)
 
     # -- the family's part -------------------------------------------------------------------------
 
@@ -106,13 +111,29 @@ class InnerLoop:
         # Evolution strategies run without derivatives, but base learners are trained by theirs all the same.
         with torch.enable_grad():
             flat = params.detach().requires_grad_()
-            losses = self._losses(flat, batch)
+            losses = self.losses(flat, batch)
             (grads,) = torch.autograd.grad(losses.sum(), [flat])
         return losses.detach(), grads
 
-    def _losses(self, flat: Tensor, batch: Batch) -> Tensor:
+    def differentiate(self, params: Tensor, batch: Batch, *, twice: bool) -> tuple[Tensor, Tensor]:
+        """Losses `[T]` as functions of the parameters `[T, P]`, and their gradients `[T, P]`, for second order.
+
+        Args:
+            twice: the gradients are functions of them, too; otherwise constants.
+        """
+        if not params.requires_grad:  # nothing that is learned has moved them yet
+            return self.evaluate(params, batch)
+        losses = self.losses(params, batch)
+        (grads,) = torch.autograd.grad(losses.sum(), params, create_graph=twice, retain_graph=True)
+        return losses, grads
+
+    def losses(self, flat: Tensor, batch: Batch) -> Tensor:
         """Losses `[T]` as functions of flat parameters `[T, P]`."""
-        return self.family.losses(self.family.spec.unflatten(flat), batch)
+        if self.order == 1:
+            return self.family.losses(self.family.spec.unflatten(flat), batch)
+        # Of torch's kernels for attention only the plain one has second derivatives.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.family.losses(self.family.spec.unflatten(flat), batch)
 
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that the slots' present losses and gradients were measured on, `[T, ...]` by name.
@@ -145,10 +166,15 @@ class InnerLoop:
     def restart(self, ids: Tensor, episode: Tensor) -> Slots:
         """New tasks for the slots `ids` in the given episodes, both int64 `[T]`, before their first step.
 
-        Loss and gradient at the initial parameters are there already: the first step of a rule begins with them.
+        Loss and gradient at the initial parameters are there already: the first step of a rule begins with them. Where
+        the rule learns these, they are left to the window that begins with them (`lopt.meta.unroll.starts`).
         """
         draws, spec = self.draws, self.family.spec
-        task, params = draws.start_tasks(ids, episode)
+        task, learned = draws.start_tasks(ids, episode), self.rule.initial_params
+        if learned is None:
+            params = draws.start_params(ids, episode, task)
+        else:
+            params = next(iter(learned.values())).new_zeros(len(ids), spec.size)
         horizon, empty = draws.horizons(ids, episode), params.new_zeros(len(ids))
         slots = Slots(
             ids=ids,
@@ -164,8 +190,23 @@ class InnerLoop:
             first_loss=empty,
         )
         # The first batch is drawn by the slots' names and tasks: so it takes slots to measure on it.
-        loss, grad = self.evaluate(params, self.batch(slots))
-        return slots._replace(loss=loss, grad=grad, first_loss=loss)
+        return slots if learned is not None else self.measure_first(slots)
+
+    def measure_first(self, slots: Slots) -> Slots:
+        """The slots with loss, gradient and first loss where they are, before their first step.
+
+        The first loss is of the data that losses are recorded on: what these are relative to, and clamped by.
+        """
+        batch = self.batch(slots)
+        if self.order == 2 and torch.is_grad_enabled():
+            loss, grad = self.differentiate(slots.params, batch, twice=True)
+        else:
+            loss, grad = self.evaluate(slots.params, batch)
+        first = loss.detach()
+        if self.meta_split != "train":
+            with torch.no_grad():
+                first = self.losses(slots.params, self.batch(slots, self.meta_split))
+        return slots._replace(loss=loss, grad=grad, first_loss=first)
 
     def renew(self, slots: Slots, done: Tensor) -> Slots:
         """The slots with the task of their next episode where they are done; the others as they are.
@@ -186,58 +227,41 @@ class InnerLoop:
         """
         return self.meta_weights(slots) if callable(self.meta_weights) else self.meta_weights
 
-    def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
-        """The rule's step for all slots."""
-        update, spec = self.update or partial(call_rule, self.rule), self.family.spec
-        loss, horizon = slots.loss, slots.horizon
-        if self.hide_loss:  # a loss that is not finite is as none
-            loss = loss.masked_fill(self.draws.hides(slots, "loss", self.hide_loss), torch.nan)
-        if self.hide_end:
-            horizon = horizon.masked_fill(self.draws.hides(slots, "end", self.hide_end), 0)
-        args = (
-            weights,
-            view_params(self.rule, spec, slots.grad),
-            view_params(self.rule, spec, slots.params),
-            slots.state,
-            loss,
-            horizon,
-        )
-        # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
-        if self.checkpoint_update:
-            params, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)
-        else:
-            params, state = update(*args)
-        return join_params(self.rule, spec, params), state
-
     def step(
-        self, slots: Slots, weights: Params | None = None, batches: Batches | None = None
+        self, slots: Slots, weights: Params | None = None, batches: Batches | None = None, *, last: bool = False
     ) -> tuple[Slots, Tensor, Tensor]:
         """One step of every slot, no restarts.
 
         Args:
             weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
             batches: of the step, from `batches`; by default they are drawn here.
+            last: of the window, after which nothing is differentiated.
         Returns:
             The slots, their losses `[T]` (differentiable) and the imitation losses `[T]`.
         """
         batches = batches or self.batches(slots, 1)[0]
-        # What the rule sees: for second order as functions of the parameters, and as the family delivers it.
-        seen = self._attach(slots) if self.order == 2 else slots
-        task, grad = self.family.deliver(seen.task, seen.grad, seen.step)
-        seen = seen._replace(task=task, grad=grad)
+        task, grad = self.family.deliver(slots.task, slots.grad, slots.step)
+        seen = slots._replace(task=task, grad=grad)
         # The step itself, and maybe the teacher's in its place.
-        params, state = self._update(seen, weights)
+        params, state = update_slots(self, seen, weights)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
             follows = self.draws.follows(slots, self.follow)
             params, teacher_state, imitation = imitate(self.teacher, self.family.spec, seen, params, follows)
         slots = slots._replace(step=slots.step + 1, task=task, params=params, state=state, teacher_state=teacher_state)
-        # Loss and gradient at the new parameters, which the next step begins with.
-        value, grad = self.evaluate(params, batches["train"])
+        # Loss and gradient at the new parameters, which the next step begins with; all else is of the recorded loss.
+        second = self.order == 2 and torch.is_grad_enabled()
+        value, grad = slots.loss, slots.grad.detach()
+        needed = self.carries or not last
+        if needed and second:
+            value, grad = self.differentiate(params, batches["train"], twice=not last)
+        elif needed:
+            value, grad = self.evaluate(params, batches["train"])
         slots = slots._replace(loss=value, grad=grad)
-        if self.order == 2:
-            return slots, self._losses(params, batches[self.meta_split]), imitation
-        if self.meta_split != "train":
+        if second:
+            apart = self.meta_split != "train" or not needed
+            return slots, self.losses(params, batches[self.meta_split]) if apart else value, imitation
+        if self.meta_split != "train" or not needed:
             value, grad = self.evaluate(params, batches[self.meta_split])
         if not torch.is_grad_enabled():
             return slots, value, imitation
@@ -246,18 +270,15 @@ class InnerLoop:
         surrogate = value + (grad * (params - params.detach())).sum(-1)
         return slots, surrogate, imitation
 
-    def _attach(self, slots: Slots) -> Slots:
-        """The slots with loss and gradient as functions of `slots.params`, for second order."""
-        # A window starts from constants: made leaves on a tensor of their own, since the carry is the caller's.
-        params = slots.params if slots.params.requires_grad else slots.params.detach().requires_grad_()
-        loss = self._losses(params, self.batch(slots))
-        (grad,) = torch.autograd.grad(loss.sum(), params, create_graph=True)
-        return slots._replace(loss=loss, grad=grad)
-
     # -- many steps --------------------------------------------------------------------------------
 
-    def _stride(self, slots: Slots, weights: Params | None, count: int) -> tuple[Slots, Window]:
-        """`count` steps of every slot, no restarts: the slots, and what the window says of these steps."""
+    def advance(self, slots: Slots, weights: Params | None, count: int, *, last: bool = True) -> tuple[Slots, Window]:
+        """`count` steps of every slot, no restarts: the slots, and what the window says of these steps.
+
+        Args:
+            weights: of the slots, from `find_weights`.
+            last: of the window; otherwise what they end with is still differentiated.
+        """
         # Known before the steps are made, as no slot restarts: the device need not be asked in between.
         first_loss, episode = (x.expand(count, -1) for x in (slots.first_loss, slots.episode))
         steps = slots.step + torch.arange(1, count + 1, device=slots.step.device)[:, None]
@@ -271,7 +292,8 @@ class InnerLoop:
             while len(records) < count:
                 ahead = 1 if torch.is_grad_enabled() else count - len(records)  # backpropagation is short of memory
                 for batches in self.batches(slots, ahead):
-                    slots, *record = self.step(slots, weights, batches)
+                    ends = last and len(records) == count - 1
+                    slots, *record = self.step(slots, weights, batches, last=ends)
                     records.append(record)
             losses, imitation = map(torch.stack, zip(*records, strict=True))
         values = [losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished)]
@@ -286,42 +308,16 @@ class InnerLoop:
         """
         strides, remaining = [], num_steps
         weights = self.find_weights(slots)
+        slots = begin_tasks(self, slots, weights)
         while remaining:
             # As many steps at once as no task ends within: only then are there restarts to look for.
             end = max(1, int((slots.horizon - slots.step).min())) if restart else remaining
-            slots, stride = self._stride(slots, weights, min(remaining, end))
+            slots, stride = self.advance(slots, weights, min(remaining, end), last=remaining <= end)
             remaining -= len(stride.losses)
             if len(stride.losses) == end and restart:
                 slots = self.renew(slots, stride.finished[-1])
                 # New tasks may come with other perturbations.
                 weights = self.find_weights(slots)
+                slots = begin_tasks(self, slots, weights) if remaining else slots
             strides.append(stride)
         return join_windows(strides, slots)
-
-    def run_to_end(self, slots: Slots) -> Window:
-        """Steps of every slot up to its own horizon; slots that are there rest.
-
-        Returns:
-            A window whose K is the longest way of a slot; where a slot rests, it is not `active` and its losses are 0.
-        """
-        weights = self.find_weights(slots)
-        running, index = slots, torch.arange(len(slots.ids), device=slots.ids.device)
-        loop, strides = self, []
-
-        def spread(values: Tensor) -> Tensor:
-            """The values of the slots that are running, `[n, T]`, and 0."""
-            return values.new_zeros(len(values), len(slots.ids)).index_copy(1, index, values)
-
-        while len(index):
-            running, stride = loop._stride(running, weights, max(1, int((running.horizon - running.step).min())))
-            strides.append(Window._make([*map(spread, stride[:-1]), running]))
-            slots = put_slots(slots, index, running)
-            # Those that are not there yet go on by themselves, so that nobody pays for slots that rest.
-            unfinished = (running.step < running.horizon).nonzero()[:, 0]
-            running, index = select_slots(running, unfinished), index[unfinished]
-            loop = replace(self, stride=None)  # another size each time
-            weights = None if weights is None else {key: w[unfinished] for key, w in weights.items()}
-        # What belongs to the task, and not to the step, is there for resting slots, too.
-        window = join_windows(strides, slots)
-        first_loss, episode = (x.expand_as(window.steps) for x in (slots.first_loss, slots.episode))
-        return window._replace(first_loss=first_loss, episode=episode)

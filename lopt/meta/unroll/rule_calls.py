@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from lopt.core.tensors import Params, ParamSpec
+from lopt.meta.unroll.slots import Slots
 from lopt.rules import Rule, State
+
+if TYPE_CHECKING:
+    from lopt.meta.unroll.inner_loop import InnerLoop
 
 
 def view_params(rule: Rule, spec: ParamSpec, flat: Tensor) -> Params:
@@ -47,6 +52,30 @@ def call_rule(rule: Rule, weights: Params | None, *args: Any) -> tuple[Params, S
     """
     result: tuple[Params, State] = rule(*args) if weights is None else functional_call(rule, weights, args)
     return result
+
+
+def update_slots(loop: InnerLoop, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
+    """The rule's step for all slots: parameters `[T, P]` and state after it.
+
+    Args:
+        loop: says what the rule is not told, and whether its activations are computed twice.
+        slots: with the gradients that the rule is to see.
+        weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
+    """
+    update, rule, spec = loop.update or partial(call_rule, loop.rule), loop.rule, loop.family.spec
+    loss, horizon = slots.loss, slots.horizon
+    if loop.hide_loss:  # a loss that is not finite is as none
+        loss = loss.masked_fill(loop.draws.hides(slots, "loss", loop.hide_loss), torch.nan)
+    if loop.hide_end:
+        horizon = horizon.masked_fill(loop.draws.hides(slots, "end", loop.hide_end), 0)
+    grads, params = view_params(rule, spec, slots.grad), view_params(rule, spec, slots.params)
+    args = (weights, grads, params, slots.state, loss, horizon)
+    # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
+    if loop.checkpoint_update:
+        after, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)
+    else:
+        after, state = update(*args)
+    return join_params(rule, spec, after), state
 
 
 def compile_rule(rule: Rule) -> Callable[..., tuple[Params, State]]:

@@ -1,0 +1,190 @@
+"""A learned initialisation: the parameters that a model starts from are meta-weights, beside those of any rule.
+
+Sources: Finn, Abbeel & Levine 2017, arXiv 1703.03400 (MAML: `sgd` inside); Li et al. 2017, arXiv 1707.09835 (Meta-SGD:
+`rates` of every element); Raghu et al. 2019, arXiv 1909.09157 (ANIL: `adapt` names the last layer).
+Differs from the sources: any rule adapts the model, a learned one, too; rates are factors on the step that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt.core.names import choose, suggest
+from lopt.core.tensors import Params
+from lopt.rules.base import Rule
+from lopt.rules.building_blocks.inner import build_inner
+from lopt.rules.layout import Layout
+from lopt.rules.stages import Accumulators, Elements, State, Visit
+
+RATES = ("none", "tensor", "element")
+INIT, RATE = "init", "rates"
+FLAT = "flat"
+"""The one name under which meta-training hands all parameters to a rule that works element by element."""
+
+
+class LearnedInit(Rule):
+    """`p_0 = init`, and `p <- p + rates * step`, where the step is the inner rule's: a start, and how to go on from it.
+
+    It is bound to one model: its meta-weights are `init.<parameter>`, with `rates` also `rates.<parameter>`, and those
+    of the inner rule, `inner.*`. Loss and planned number of steps reach the inner rule.
+
+    Args:
+        shapes: of the model's parameters, by name, in their order.
+        inner: name of the rule that adapts the model.
+        inner_config: its options.
+        adapt: patterns (as of files) of the parameters that are adapted; the others stay as they were learned. None
+            given: all.
+        rates: learned factors on the step: "none", one for each "tensor", or for each "element".
+        rate: which they start from.
+    Raises:
+        ValueError: no such inner rule, options that it does not accept, or a pattern that no parameter fits.
+    """
+
+    name = "learned_init"
+
+    def __init__(
+        self,
+        shapes: dict[str, list[int]],
+        inner: str = "sgd",
+        inner_config: dict[str, Any] | None = None,
+        adapt: list[str] | None = None,
+        rates: str = "none",
+        rate: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.inner, self.adapt = build_inner(self.name, inner, inner_config or {}), list(adapt or [])
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        if not self.shapes:
+            raise ValueError("shapes must name the parameters of a model, got none")
+        lists = {name: list(shape) for name, shape in self.shapes.items()}
+        self.config |= {"shapes": lists, "inner_config": self.inner.config, "adapt": self.adapt}
+        self.scaling = choose("rates", rates, RATES)
+        self.adapted = _find_adapted(self.shapes, self.adapt)
+        # What callers choose by is as the inner rule needs it; rates act on its whole step.
+        for key in ("elementwise", "needs_loss", "needs_num_steps", "open_ended", "tensor_keys", "line_keys"):
+            setattr(self, key, getattr(self.inner, key))
+        self.square_keys, self.feature_names = self.inner.square_keys, self.inner.feature_names
+        _register(self, INIT, {name: torch.zeros(shape, dtype=torch.float32) for name, shape in self.shapes.items()})
+        if rates != "none":
+            sizes = {name: self.shapes[name] if rates == "element" else () for name in self.shapes}
+            full = {k: torch.full(sizes[k], rate, dtype=torch.float32) for k in self.shapes if k in self.adapted}
+            _register(self, RATE, full)
+
+    # -- where tasks start ---------------------------------------------------------------------------------------------
+
+    @property
+    def initial_params(self) -> Params:
+        return {name: _read(self, INIT, name) for name in self.shapes}
+
+    def set_initial(self, params: Mapping[str, Tensor]) -> None:
+        """Start from these parameters, by name; they are copied.
+
+        Raises:
+            ValueError: other names or shapes than the rule's.
+        """
+        self.check_shapes({name: tuple(p.shape) for name, p in params.items()})
+        with torch.no_grad():
+            for name, own in self.initial_params.items():
+                own.copy_(params[name])
+
+    def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a model whose parameters have other names or shapes; their order does not matter.
+
+        Raises:
+            ValueError: the first of them is named.
+        """
+        for name in dict.fromkeys([*self.shapes, *shapes]):
+            own, given = self.shapes.get(name), shapes.get(name)
+            if own is None or given is None or tuple(own) != tuple(given):
+                expected, found = ("nothing" if x is None else str(list(x)) for x in (own, given))
+                raise ValueError(
+                    f"the learned initialisation is of another model: {name!r} is {expected} there and {found} here. "
+                    "Use the model that the rule was trained on"
+                )
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def init_state(self, params: Params, batch_ndim: int = 0) -> State:
+        return self.inner.init_state(params, batch_ndim)
+
+    def update(
+        self,
+        grads: Params,
+        params: Params,
+        state: State,
+        loss: Tensor | None = None,
+        num_steps: Tensor | None = None,
+        cool_start: Tensor | None = None,
+    ) -> tuple[Params, State]:
+        moved, state = self.inner.update(grads, params, state, loss, num_steps, cool_start)
+        if self.scaling == "none" and not self.adapt:
+            return moved, state
+        scaled = {name: p + self._find_factor(name) * (moved[name] - p) for name, p in params.items()}
+        return scaled, state
+
+    def _find_factor(self, name: str) -> Tensor:
+        """The factor on the step of a parameter, `[*batch or (), *shape or 1s]`.
+
+        Args:
+            name: of a parameter, or `FLAT` for all of them, one after the other.
+        """
+        if name in self.shapes:
+            return self._find_own_factor(name)
+        pieces = []
+        for own, shape in self.shapes.items():
+            factor = self._find_own_factor(own)
+            lead = factor.shape[: factor.ndim - len(shape)]
+            pieces.append(factor.expand(*lead, *shape).reshape(*lead, prod(shape)))
+        batch = max((piece.shape[:-1] for piece in pieces), key=len)  # some may be each slot's own
+        return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)
+
+    def _find_own_factor(self, name: str) -> Tensor:
+        ones = (1,) * len(self.shapes[name])
+        if name not in self.adapted or self.scaling == "none":
+            return _read(self, INIT, name).new_full(ones, float(name in self.adapted))
+        rate = _read(self, RATE, name)
+        return rate if self.scaling == "element" else rate.reshape(*rate.shape, *ones)
+
+    # -- stages, which are the inner rule's ----------------------------------------------------------------------------
+
+    def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
+        return self.inner.init_accumulators(p, layout)
+
+    def move(self, e: Elements, decided: Any) -> Visit:
+        return self.inner.move(e, decided)
+
+
+class _Names(nn.Module):
+    """A level of names with dots, which one module cannot have for its parameters."""
+
+
+def _register(rule: nn.Module, group: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a rule meta-weights `<group>.<name>`."""
+    for name, value in tensors.items():
+        node, *parts, last = rule, group, *name.split(".")
+        for part in parts:
+            if part not in node._modules:
+                node.add_module(part, _Names())
+            node = node.get_submodule(part)
+        node.register_parameter(last, nn.Parameter(value))
+
+
+def _read(rule: nn.Module, group: str, name: str) -> Tensor:
+    """The meta-weight of a name, or what `torch.func.functional_call` has put in its place."""
+    value: Tensor = reduce(getattr, [group, *name.split(".")], rule)  # type: ignore[assignment]
+    return value
+
+
+def _find_adapted(shapes: Mapping[str, Sequence[int]], patterns: Sequence[str]) -> set[str]:
+    """The names that fit one of the patterns; all without one."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in shapes):
+            raise ValueError(f"adapt: {pattern!r} fits no parameter of the model. {suggest(pattern, shapes)}")
+    return {name for name in shapes if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)}
