@@ -69,12 +69,13 @@ class BaseDecision(NamedTuple):
 
 
 class Base(Rule):
-    """`p <- p - s u / rms(u) - decay s p / rms(p)`, u being Adam's direction in the eigenbases of G G' and G' G.
+    """`p <- p - s u / rms(u) - decay s p / r`, u being Adam's direction in the eigenbases of G G' and G' G.
 
     Matrices are `[rows, rest]`; other tensors are not rotated, and not decayed. In a network of L matrices the size is
     `s = c min(size / L^depth, relative rms(p_0) / a) z(t)`, the former times `vector` for other tensors, where there
     are matrices; a is the share of the elements that have a gradient, which is small in tables of embeddings, and
-    decay is times it. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
+    decay is times it. It holds weights at a few times r, the larger of rms(p_0) and of what layers start with by
+    default, `(3 columns)^-0.5`; by rms(p_0) alone, weights that start small could not grow. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
     is what the learned `StepController` makes of the last steps and of the loss, if it is told. All five numbers can
     be learned, too, four by their logarithms. At or beyond the end nothing moves. State: 8 bytes per element, and 8
     for each element of a side's square.
@@ -107,7 +108,7 @@ class Base(Rule):
         vector: float = 0.15,
         relative: float = 0.1,
         depth: float = 0.5,
-        decay: float = 0.01,
+        decay: float = 0.06,
         max_side: int = 256,
         every: int = 5,
         init_std: float = 0.01,
@@ -172,7 +173,7 @@ class Base(Rule):
         rows, factor = self.controller(rows, Seen(scale, rms, size, shapes[:, 1], tensors.loss, clock))
         size = size * factor
         # Rows of a table that are seldom active must not decay away: the share is that of the active ones.
-        decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active * size / torch.maximum(rms, scale)
+        decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active * size / torch.maximum(scale, shapes[:, 2])
         due = ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(size)
         return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay, "due": due}
 

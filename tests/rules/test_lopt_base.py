@@ -54,7 +54,7 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
         v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
         u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)) + 1e-24)) @ right.T
         now = min(absolute, RELATIVE * scale / active[t]) * (1 + cos(pi * t / HORIZON)) / 2
-        decay = DECAY * active[t] * now / max(scale, np.sqrt(np.mean(p**2)))
+        decay = DECAY * active[t] * now / max(scale, (3 * columns) ** -0.5)
         p = p - now * u / np.sqrt(np.mean(u**2)) - (decay * p if rows > 1 else 0)
     return p
 

@@ -30,7 +30,7 @@ def _find_covered(config: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple
     """What all sources have of their own."""
     own = {
         "task": [bool(source.task) for source in config.source],
-        "estimator": [bool(source.estimator) for source in config.source],
+        "estimator": ["name" in source.estimator for source in config.source],
         "horizon": [bool(source.horizon) for source in config.source],
         "random_scaling": [source.random_scaling is not None for source in config.source],
         "transforms": [source.transforms is not None for source in config.source],

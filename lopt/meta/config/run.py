@@ -136,7 +136,8 @@ class RunConfig:
         # Written out in full, since a card must say which schedule it was.
         object.__setattr__(self, "horizon", {"name": "constant"} | self.horizon)
         for section in ("task", "estimator"):
-            if not getattr(self, section) and not (self.source and all(getattr(s, section) for s in self.source)):
+            named = ["name" in getattr(source, section) for source in self.source]
+            if not getattr(self, section) and not (named and all(named)):
                 raise ValueError(f"{section} is missing")
 
     def to_dict(self) -> dict[str, Any]:

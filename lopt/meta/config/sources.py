@@ -28,7 +28,7 @@ class SourceConfig:
 
     Attributes:
         task, estimator, horizon: as the sections of the same names, which are the defaults. An option of the task may
-            be drawn: see `lopt.meta.config.samplers`.
+            be drawn: see `lopt.meta.config.samplers`. An estimator without a name is the run's, with these options.
         name: what logs and reports call it; the task's name by default.
         tasks: slots; `trainer.tasks` by default.
         weight: of its meta-gradient.
@@ -127,7 +127,8 @@ def resolve(source: SourceConfig, defaults: SourceConfig) -> ResolvedSource:
     return ResolvedSource(
         name=source.name or name,
         task=task,
-        estimator=source.estimator or defaults.estimator,
+        # Without a name it is the run's, with these options changed.
+        estimator=source.estimator if "name" in source.estimator else defaults.estimator | source.estimator,
         horizon={"name": "constant"} | source.horizon if source.horizon else defaults.horizon,
         tasks=tasks,
         weight=source.weight,

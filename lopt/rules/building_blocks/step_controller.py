@@ -218,7 +218,8 @@ def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor
 
 
 def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tensor) -> Tensor:
-    """What of n tensors does not change: `[n, 2]`, whether each is a vector, and its share of all elements.
+    """What of n tensors does not change: `[n, 3]`, whether each is a vector, its share of all elements, and the root
+    mean square that torch's layers begin such matrices with (1 / sqrt(3 columns), of a uniform distribution).
 
     Args:
         layouts, counts: of groups of equal tensors.
@@ -226,7 +227,7 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
     """
     total = sum(count * prod(layout.shape) for layout, count in zip(layouts, counts, strict=True))
     rows = [
-        ((float(not layout.is_matrix), prod(layout.shape) / max(1, total)), count)
+        ((float(not layout.is_matrix), prod(layout.shape) / max(1, total), (3 * prod(layout.shape[1:])) ** -0.5), count)
         for layout, count in zip(layouts, counts, strict=True)
     ]
     if like.device.type == "cpu":
