@@ -41,6 +41,19 @@ def test_sources_take_the_sections_that_they_leave_out() -> None:
     assert (only.name, only.tasks, only.weight) == ("quadratic", 8, 1.0)
 
 
+def test_an_estimator_without_a_name_changes_the_run_s() -> None:
+    changed, plain = {"objective": "log"}, MIXTURE["source"][0]
+    config = make_config(source=[plain | {"estimator": changed}, plain])
+    first, second = config.list_sources()
+    assert (first.estimator, second.estimator) == (MIXTURE["estimator"] | changed, MIXTURE["estimator"])
+    # The run's table is read where a source only changes it, and there must be one.
+    parse_config(MIXTURE | {"source": [plain | {"estimator": changed}]})
+    with pytest.raises(ValueError, match="estimator is missing"):
+        parse_config(
+            {k: v for k, v in MIXTURE.items() if k != "estimator"} | {"source": [plain | {"estimator": changed}]}
+        )
+
+
 def test_transforms_change_what_is_trained_on_and_not_what_is_judged() -> None:
     transforms = [{"name": "loss_scaling"}, {"name": "random_scaling", "level": "tensor"}]
     config = make_config(
