@@ -74,11 +74,11 @@ class Base(Rule):
     Matrices are `[rows, rest]`; other tensors are not rotated, and not decayed. In a network of L matrices the size is
     `s = c min(size / L^depth, relative rms(p_0) / a) z(t)`, the former times `vector` for other tensors, where there
     are matrices; a is the share of the elements that have a gradient, which is small in tables of embeddings, and
-    decay is times it. It holds weights at a few times r, the larger of rms(p_0) and of what layers start with by
-    default, `(3 columns)^-0.5`; by rms(p_0) alone, weights that start small could not grow. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
-    is what the learned `StepController` makes of the last steps and of the loss, if it is told. All five numbers can
-    be learned, too, four by their logarithms. At or beyond the end nothing moves. State: 8 bytes per element, and 8
-    for each element of a side's square.
+    decay is times it. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
+    is what the learned `StepController` makes of the last steps and of the loss, if it is told. Decay holds weights at
+    a few times r, the larger of rms(p_0) and of what layers start with by default, `(3 columns)^-0.5`: by rms(p_0)
+    alone, weights that start small could not grow. All five numbers can be learned, too, four by their logarithms. At
+    or beyond the end nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
 
     Args:
         size, vector, relative, depth, decay: see above.
@@ -173,7 +173,8 @@ class Base(Rule):
         rows, factor = self.controller(rows, Seen(scale, rms, size, shapes[:, 1], tensors.loss, clock))
         size = size * factor
         # Rows of a table that are seldom active must not decay away: the share is that of the active ones.
-        decay = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active * size / torch.maximum(scale, shapes[:, 2])
+        share = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active
+        decay = share * size / torch.maximum(scale, shapes[:, 2])
         due = ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(size)
         return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay, "due": due}
 
