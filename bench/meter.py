@@ -54,11 +54,11 @@ class MeteredLoop(InnerLoop):
 
     meter: Meter = field(default_factory=Meter)
 
-    def batches(self, slots: Slots, count: int) -> list[Batches]:
-        return self.meter.time("data", lambda: super(MeteredLoop, self).batches(slots, count))
+    def batches(self, slots: Slots, count: int, *, ends: bool = False) -> list[Batches]:
+        return self.meter.time("data", lambda: super(MeteredLoop, self).batches(slots, count, ends=ends))
 
     def evaluate(self, params: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.meter.time("base learner", lambda: super(MeteredLoop, self).evaluate(params, batch))
 
-    def _update(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
-        return self.meter.time("rule", lambda: super(MeteredLoop, self)._update(slots, weights))
+    def update_slots(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
+        return self.meter.time("rule", lambda: super(MeteredLoop, self).update_slots(slots, weights))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,8 +34,14 @@ def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
     Returns:
         int64 tensor of the counters' broadcast shape (0-dim when all are integers).
     """
+    return fold_in(torch.tensor(_name_stream(seed, stream), dtype=torch.int64), *counters)
+
+
+@lru_cache(maxsize=4096)
+def _name_stream(seed: int, stream: str) -> int:
+    """The 64 bits, signed, that a stream's seeds begin with."""
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return fold_in(torch.tensor(int.from_bytes(digest[:8], "little", signed=True), dtype=torch.int64), *counters)
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:

@@ -104,10 +104,12 @@ class Backprop(Estimator):
             sick = select_slots(slots, (~healthy).nonzero()[:, 0])
             carried.append(loop.restart(sick.ids, sick.episode + 1))
         joined, scale = join_slots(carried), 1 / max(tally.alive, 1)
+        if len(carried) > 1:
+            joined = select_slots(joined, joined.ids.argsort())
         return Estimate(
             {name: total * scale for name, total in zip(weights, totals, strict=True)},
             tally.alive,
-            select_slots(joined, joined.ids.argsort()),
+            joined,
             tally.summarize(count),
         )
 
@@ -115,7 +117,8 @@ class Backprop(Estimator):
         self, loop: InnerLoop, slots: Slots, tasks: Tensor, num_steps: int, restart: bool
     ) -> list[tuple[Tensor, Window | None, list[Tensor]]]:
         """Summed gradients of the given tasks (indices into `slots`), and apart from them those to be dropped."""
-        window = loop.unroll(select_slots(slots, tasks), num_steps, restart=restart)
+        chosen = slots if len(tasks) == len(slots.ids) else select_slots(slots, tasks)
+        window = loop.unroll(chosen, num_steps, restart=restart)
         finite = find_finite(window)
         if finite.all():
             gradients = self._differentiate(loop, window)

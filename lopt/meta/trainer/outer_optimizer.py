@@ -72,7 +72,8 @@ class OuterOptimizer:
         if bool(norm.isfinite()) and float(norm) > 0:
             self.adamw.step()
         self.adamw.zero_grad()
-        update_average(self.average, self.rule, self.config.average, step + 1)
+        if self.config.average:
+            update_average(self.average, self.rule, self.config.average, step + 1)
         return {"gradient_norm": float(norm), "learning_rate": rate}
 
     # -- saving ----------------------------------------------------------------------------------------------------

@@ -115,13 +115,13 @@ class Draws:
         """
         return draw_uniform(derive_seeds(self.seed, f"hide {what}", slots.ids, slots.episode), 1)[:, 0] < share
 
-    def batches(self, slots: Slots, split: str, first: int, count: int) -> list[Batch]:
-        """The batches of `count` steps, `[T, ...]` each, the first of them `first` steps from now.
+    def batches(self, slots: Slots, splits: Iterable[str], first: int, count: int) -> list[Batches]:
+        """The batches of `count` steps, the first of them `first` steps from now.
 
         The family is asked once for all of these steps and for one member of each task.
 
         Args:
-            split: of the family's data.
+            splits: of the family's data; each step gets a batch `[T, ...]` of every one.
         """
         owners = slice(None, None, self.members)
         size = len(slots.ids[owners])
@@ -131,13 +131,15 @@ class Draws:
         task = {key: x[owners] for key, x in slots.task.items()}
         if count > 1:
             task = {key: x.repeat(count, *[1] * (x.ndim - 1)) for key, x in task.items()}
-        drawn = self.family.batch(task, seeds, split)
+        drawn = {split: self.family.batch(task, seeds, split) for split in dict.fromkeys(splits)}
 
         def pick(x: Tensor, i: int) -> Tensor:
-            values = x[i * size : (i + 1) * size]
+            values = x if count == 1 else x[i * size : (i + 1) * size]
             return values if self.members == 1 else values.repeat_interleave(self.members, 0)
 
-        return [{key: pick(x, i) for key, x in drawn.items()} for i in range(count)]
+        return [
+            {split: {key: pick(x, i) for key, x in tree.items()} for split, tree in drawn.items()} for i in range(count)
+        ]
 
     def batches_ahead(self, slots: Slots, splits: Iterable[str], count: int) -> list[Batches]:
         """The batches of the slots' next steps: of `count` of them, or of as many as are well drawn at once.
@@ -147,13 +149,13 @@ class Draws:
         Returns:
             One entry a step, from the next one on: at least one, at most `count`.
         """
-        drawn = {split: self.batches(slots, split, 1, 1) for split in dict.fromkeys(splits)}
+        drawn = self.batches(slots, splits, 1, 1)
+        if count == 1:
+            return drawn
         # The first batch tells how large others are.
-        size = sum(x.numel() for tree in (slots.task, *(steps[0] for steps in drawn.values())) for x in tree.values())
+        size = sum(x.numel() for tree in (slots.task, *drawn[0].values()) for x in tree.values())
         more = min(count, DRAWN_NUMBERS // max(1, size)) - 1
-        if more > 0:
-            drawn = {split: steps + self.batches(slots, split, 2, more) for split, steps in drawn.items()}
-        return [dict(zip(drawn, steps, strict=True)) for steps in zip(*drawn.values(), strict=True)]
+        return drawn + self.batches(slots, splits, 2, more) if more > 0 else drawn
 
 
 def _list_names(ids: Tensor, episode: Tensor) -> list[tuple[int, int]]:

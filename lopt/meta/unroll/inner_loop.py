@@ -141,15 +141,17 @@ class InnerLoop:
         Args:
             split: or those of another split for the same steps.
         """
-        return self.draws.batches(slots, split, 0, 1)[0]
+        return self.draws.batches(slots, (split,), 0, 1)[0][split]
 
-    def batches(self, slots: Slots, count: int) -> list[Batches]:
+    def batches(self, slots: Slots, count: int, *, ends: bool = False) -> list[Batches]:
         """The batches of up to `count` next steps, of the train split and of the one that losses are recorded on.
 
+        Args:
+            ends: nothing is learned from them: the train split is left out.
         Returns:
             One entry a step; fewer than `count` where that many would take too much memory at once.
         """
-        return self.draws.batches_ahead(slots, ("train", self.meta_split), count)
+        return self.draws.batches_ahead(slots, (self.meta_split,) if ends else ("train", self.meta_split), count)
 
     # -- starting tasks ----------------------------------------------------------------------------
 
@@ -197,7 +199,8 @@ class InnerLoop:
 
         The first loss is of the data that losses are recorded on: what these are relative to, and clamped by.
         """
-        batch = self.batch(slots)
+        batches = self.draws.batches(slots, ("train", self.meta_split), 0, 1)[0]
+        batch = batches["train"]
         if self.order == 2 and torch.is_grad_enabled():
             loss, grad = self.differentiate(slots.params, batch, twice=True)
         else:
@@ -205,7 +208,7 @@ class InnerLoop:
         first = loss.detach()
         if self.meta_split != "train":
             with torch.no_grad():
-                first = self.losses(slots.params, self.batch(slots, self.meta_split))
+                first = self.losses(slots.params, batches[self.meta_split])
         return slots._replace(loss=loss, grad=grad, first_loss=first)
 
     def renew(self, slots: Slots, done: Tensor) -> Slots:
@@ -227,6 +230,10 @@ class InnerLoop:
         """
         return self.meta_weights(slots) if callable(self.meta_weights) else self.meta_weights
 
+    def update_slots(self, slots: Slots, weights: Params | None) -> tuple[Tensor, State]:
+        """The rule's step for all slots, from what they see: parameters `[T, P]` and state after it."""
+        return update_slots(self, slots, weights)
+
     def step(
         self, slots: Slots, weights: Params | None = None, batches: Batches | None = None, *, last: bool = False
     ) -> tuple[Slots, Tensor, Tensor]:
@@ -243,7 +250,7 @@ class InnerLoop:
         task, grad = self.family.deliver(slots.task, slots.grad, slots.step)
         seen = slots._replace(task=task, grad=grad)
         # The step itself, and maybe the teacher's in its place.
-        params, state = update_slots(self, seen, weights)
+        params, state = self.update_slots(seen, weights)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
             follows = self.draws.follows(slots, self.follow)
@@ -291,9 +298,9 @@ class InnerLoop:
             records: list[list[Tensor]] = []
             while len(records) < count:
                 ahead = 1 if torch.is_grad_enabled() else count - len(records)  # backpropagation is short of memory
-                for batches in self.batches(slots, ahead):
-                    ends = last and len(records) == count - 1
-                    slots, *record = self.step(slots, weights, batches, last=ends)
+                final = last and len(records) + ahead == count
+                for batches in self.batches(slots, ahead, ends=final and ahead == 1 and not self.carries):
+                    slots, *record = self.step(slots, weights, batches, last=last and len(records) == count - 1)
                     records.append(record)
             losses, imitation = map(torch.stack, zip(*records, strict=True))
         values = [losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished)]

@@ -121,7 +121,7 @@ def join_slots(parts: list[Slots]) -> Slots:
     Args:
         parts: at least one, of the same rule and family.
     """
-    return _map(lambda *xs: torch.cat(xs), *parts)
+    return parts[0] if len(parts) == 1 else _map(lambda *xs: torch.cat(xs), *parts)
 
 
 def _map(function: Callable[..., Tensor], *slots: Slots) -> Slots:
