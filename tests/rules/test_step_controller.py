@@ -57,6 +57,12 @@ def test_before_the_first_step_nothing_is_said_of_its_agreement() -> None:
     assert measured[[0, 2]].tolist() == [0, 0]
 
 
+def test_long_sums_do_not_take_rounding_for_an_agreement() -> None:
+    g = torch.linspace(0.1, 1, 1 << 17, dtype=torch.float32)[None]
+    products, _ = multiply_step(g, 0.1 * g, g, torch.full_like(g, 0.1))
+    assert measure_step(products, 0.9, (torch.tensor(0.1), torch.tensor(0.05)))[[0, 2]].tolist() == [0, 0]
+
+
 def describe_by_hand(state: dict[str, Numbers], seen: dict[str, Numbers]) -> Numbers:
     """Features `[n, F]` from rows that have this step's averages in them."""
     n = len(SHAPES)

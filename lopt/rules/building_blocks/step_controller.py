@@ -33,6 +33,7 @@ SMALLEST_LOSS = 1e-12  # that shares are taken of
 TINY = 1e-24  # added to squares: what is below counts as 0
 SMALLEST_SHARE = 1e-4  # of the step's square that the step before must have to be told from rounding
 SMALL = 1 << 16  # elements of vectors that are copied to be multiplied with each other
+PART = 1 << 12  # elements of longer ones that are added up at once
 AVERAGED = ("cos(g, step before)", "share of the loss that a step takes")
 MEASURED = (AVERAGED[0], "log signal to noise", "g . step before")
 FEATURES = (
@@ -243,8 +244,12 @@ def _plan(clock: Clock, dtype: torch.dtype) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """`[..., n], [..., n] -> [...]`, without their product in memory."""
-    return (a[..., None, :] @ b[..., None])[..., 0, 0]
+    """`[..., n], [..., n] -> [...]`, without their product in memory; in parts, as rounding adds up in one long sum."""
+    whole = a.shape[-1] // PART * PART
+    parts = [x[..., :whole].reshape(*x.shape[:-1], -1, PART) for x in (a, b)]
+    rest = [x[..., whole:] for x in (a, b)]
+    pieces = [(x[..., None, :] @ y[..., None])[..., 0, 0] for x, y in (parts, rest)]
+    return pieces[0].sum(-1) + pieces[1]
 
 
 def _compare(loss: Tensor, other: Tensor, floor: float = 0.0) -> Tensor:
