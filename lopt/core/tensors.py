@@ -92,6 +92,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
+def is_plain(x: Tensor, batch_ndim: int = 0) -> bool:
+    """Whether it is what code outside of torch can work on: float32 on the CPU, each of the batch contiguous.
+
+    Args:
+        batch_ndim: leading dimensions that may have any strides.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return x.is_contiguous() or (batch_ndim > 0 and x[(0,) * batch_ndim].is_contiguous())
+
+
 @contextmanager
 def in_float32() -> Iterator[None]:
     """Build and run users' own code, or such as theirs, as under torch's usual default dtype, whatever that is now."""

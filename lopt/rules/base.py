@@ -15,9 +15,9 @@ A rule is written once, as stages of one step, each named after what it does and
     finish           one tensor    the whole step at once (orthogonalisation)
     review           all tensors   numbers of each step that was finished -> accumulators of `tensor_keys`
 
-`step_tensors` calls them in this order. `Rule.update` runs them on whole tensors, purely; the optimizer runs the same
-stages in place, part by part. A rule that looks at single elements only is shorter as an `ElementwiseRule`, one that
-looks at one tensor at a time as a `TensorRule`.
+`step_tensors` calls them in this order, but where `step_on_host` makes the step by compiled code. `Rule.update` runs
+them on whole tensors, purely; the optimizer runs the same stages in place, part by part. A rule that looks at single
+elements only is shorter as an `ElementwiseRule`, one that looks at one tensor at a time as a `TensorRule`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -36,7 +35,6 @@ from lopt.core.recorded import Recorded
 from lopt.core.tensors import Params
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.stages import (
-    NOTHING,
     Accumulators,
     AllTensors,
     Clock,
@@ -50,6 +48,7 @@ from lopt.rules.stages import (
     Visit,
     divide_sums,
 )
+from lopt.rules.tensor_group import TensorGroup
 from lopt.rules.whole_tensor import WholeTensor
 
 
@@ -197,6 +196,17 @@ class Rule(Recorded, nn.Module, ABC):
         """
         return {}
 
+    def step_on_host(self, group: TensorGroup, loss: Tensor | None) -> bool:
+        """The whole step by code that was compiled for the CPU, where a rule has some and it can be used.
+
+        Args:
+            group: of all the step's tensors; the new ones are kept there.
+            loss: as in `AllTensors`.
+        Returns:
+            False: nothing is done, and the stages make the step, which define what it is.
+        """
+        return False
+
     @classmethod
     def has(cls, stage: str) -> bool:
         """Whether the rule overrides a stage, by the name of its method.
@@ -313,7 +323,9 @@ def step_tensors(
         return
     if rule.needs_num_steps and clock.num_steps is None:
         raise ValueError(f"rule {rule.name!r} needs the planned number of steps: pass num_steps")
-    group = _TensorGroup(tensors, clock)
+    group = TensorGroup(tensors, clock)
+    if rule.step_on_host(group, loss):
+        return
     # Loops are over tensors and not over stages: sums are two collectives per step, whatever the number of tensors.
     means = to_means(tensors, group.visit(rule, "measure", [rule.measure] * len(tensors)))
     shared: list[Means] = [{} for _ in tensors]
@@ -321,7 +333,8 @@ def step_tensors(
         state, together = rule.decide_together(group.gather(rule.tensor_keys, means, loss))
         group.keep(state)
         shared = [group.take(i, together) for i in range(len(tensors))]
-    by_clock = [rule.begin_step(one) for one in group.distinct_clocks]
+    clocks = group.list_clocks()
+    by_clock = [rule.begin_step(one) for one in clocks]
     shared = [tensor_shared | by_clock[i % len(by_clock)] for i, tensor_shared in enumerate(shared)]
     for tensor, tensor_means, tensor_shared in zip(tensors, means, shared, strict=True):
         tensor.keep(*rule.update_lines(tensor_means, tensor.acc, tensor.layout, tensor_shared)[:2])
@@ -329,64 +342,9 @@ def step_tensors(
     means = to_means(tensors, group.visit(rule, "update_state", updates))
     numbers = []
     for i, tensor in enumerate(tensors):
-        acc, fields, decided = rule.decide(means[i], tensor.acc, tensor.layout, group.clocks[i], shared[i])
+        acc, fields, decided = rule.decide(means[i], tensor.acc, tensor.layout, clocks[i % len(clocks)], shared[i])
         tensor.keep(acc, fields)
         finish = partial(rule.finish, decided=decided, layout=tensor.layout) if rule.has("finish") else None
         numbers.append(tensor.move(partial(rule.move, decided=decided), finish))
     if rule.has("review"):
         group.keep(rule.review(group.gather((), numbers, loss)))
-
-
-class _TensorGroup:
-    """The tensors of a step, whose numbers are joined to `[*batch, n, ...]` for a rule and split again."""
-
-    def __init__(self, tensors: Sequence[Steppable], clock: Clock) -> None:
-        self.tensors = tensors
-        self.dim = len(tensors[0].batch) - tensors[0].stacked  # of the n parameters, behind the batch dimensions
-        self.starts = [0, *accumulate(tensor.count for tensor in tensors)]
-        one_clock = clock.step.ndim == self.dim
-        self.clock = clock.map(lambda x: x[..., None]) if one_clock else clock
-        self.clocks = [clock if one_clock else clock.map(partial(self._take, i)) for i in range(len(tensors))]
-        self.distinct_clocks = self.clocks[:1] if one_clock else self.clocks
-
-    def visit(
-        self, rule: Rule, name: str, stages: Sequence[Callable[[Elements], Visit]]
-    ) -> Sequence[Mapping[str, Sum]]:
-        """The sums of a stage on every tensor's elements; a stage that the rule does not have is not called."""
-        if not rule.has(name):
-            return [NOTHING] * len(self.tensors)
-        return [tensor.visit(stage) for tensor, stage in zip(self.tensors, stages, strict=True)]
-
-    def gather(
-        self, tensor_keys: Sequence[str], means: Sequence[Mapping[str, Tensor]], loss: Tensor | None
-    ) -> AllTensors:
-        """Everything that there is to know of all tensors together."""
-        indices = range(len(self.tensors))
-        return AllTensors(
-            # One copy for all tensors: stacks of their own would be one for each group of equal ones.
-            {
-                key: torch.stack([row for tensor in self.tensors for row in tensor.list_rows(key)], self.dim)
-                for key in tensor_keys
-            },
-            [{key: self._lift(i, value) for key, value in means[i].items()} for i in indices],
-            [tensor.layout for tensor in self.tensors],
-            loss,
-            self.clock,
-        )
-
-    def keep(self, state: Accumulators) -> None:
-        """Give every tensor its rows of new accumulators of `tensor_keys`."""
-        rows = {key: value.unbind(self.dim) for key, value in state.items()}
-        for tensor, start in zip(self.tensors, self.starts, strict=False):  # behind the last start is the end
-            tensor.keep_rows({key: value[start : start + tensor.count] for key, value in rows.items()})
-
-    def take(self, i: int, joined: Mapping[str, Tensor]) -> Means:
-        """One tensor's part of `[*batch, n, ...]`; undoes `gather`."""
-        return {key: self._take(i, value) for key, value in joined.items()}
-
-    def _lift(self, i: int, x: Tensor) -> Tensor:
-        return x if self.tensors[i].stacked else x.unsqueeze(self.dim)
-
-    def _take(self, i: int, x: Tensor) -> Tensor:
-        tensor, start = self.tensors[i], self.starts[i]
-        return x.narrow(self.dim, start, tensor.count) if tensor.stacked else x.select(self.dim, start)

@@ -8,16 +8,18 @@ their own in place of Adam's: an absolute one over the number of matrices, at mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, log, prod, sqrt
 from typing import ClassVar, NamedTuple
 
 import torch
+from lopt_kernels.host.rotated_adam import Constants
 from torch import Tensor, nn
 
 from lopt.core.tensors import is_traced
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks.features import spread
+from lopt.rules.building_blocks.host_step import is_ready, start_step
 from lopt.rules.building_blocks.open_schedule import find_schedule
 from lopt.rules.building_blocks.step_controller import (
     FEATURES,
@@ -41,6 +43,7 @@ from lopt.rules.stages import (
     Visit,
     count_elements,
 )
+from lopt.rules.tensor_group import TensorGroup
 
 LIMIT = 4096  # of sides: a foreign file must not make us allocate gigabytes
 MOMENTUM, SECOND, FACTORS = 0.9, 0.95, 0.95
@@ -48,6 +51,7 @@ RIDGE = 1e-2  # of a factor's trace: where it has no full rank, a basis would fo
 EAGER = 3  # first steps, each of which renews the bases
 TINY = 1e-24  # added to second moments: what is below counts as 0, and derivatives stay finite there
 SMALLEST_NORM = 1e-9  # of a direction before it is brought to its size
+CONSTANTS = Constants(MOMENTUM, SECOND, FACTORS, RIDGE, TINY, SMALLEST_NORM)  # that compiled code is told
 SCALE_OF_ZERO = 0.1  # what tensors that start at 0 count as: large enough not to hold them
 SMALLEST_SCALE = 0.002  # of others
 LEAST_ACTIVE = 1e-3  # share of the elements
@@ -155,16 +159,20 @@ class Base(Rule):
         )
 
     def decide_together(self, tensors: AllTensors) -> tuple[Accumulators, Means]:
-        old, (means, layouts, clock) = tensors.tensor_state["scale"], (tensors.means, tensors.layouts, tensors.clock)
+        pairs = list(zip(tensors.means, tensors.layouts, strict=True))
         # Groups of equal tensors come as [*batch, count, ...]; joined, every tensor has its row.
-        power, still = (
-            torch.cat([m[key].flatten(-x.ndim)[..., 0] for m, x in zip(means, layouts, strict=True)], old.ndim - 2)
-            for key in ("power", "still")
-        )
+        dim = tensors.tensor_state["scale"].ndim - 2
+        power, still = (torch.cat([m[k].flatten(-x.ndim)[..., 0] for m, x in pairs], dim) for k in ("power", "still"))
+        return self._decide_all(tensors, [m["power"].shape[dim] for m in tensors.means], power, still)
+
+    def _decide_all(
+        self, tensors: AllTensors, counts: Sequence[int], power: Tensor, still: Tensor
+    ) -> tuple[Accumulators, Means]:
+        """As `decide_together`, of the means of `measure`, `[*batch, n]`, for groups of `counts` equal tensors."""
+        old, layouts, clock = tensors.tensor_state["scale"], tensors.layouts, tensors.clock
         rms = (power + TINY).sqrt()
         begin = torch.where(power > TINY, rms.clamp(min=SMALLEST_SCALE), SCALE_OF_ZERO)
         scale = torch.where(clock.step == 0, begin, old[..., 0]).clamp(min=SMALLEST_SCALE)
-        counts = [m["power"].shape[old.ndim - 2] for m in means]
         shapes = describe_shapes(layouts, counts, old)
         matrices = sum(count for count, layout in zip(counts, layouts, strict=True) if layout.is_matrix)
         active = (1 - still).clamp(min=LEAST_ACTIVE)
@@ -175,8 +183,11 @@ class Base(Rule):
         # Rows of a table that are seldom active must not decay away: the share is that of the active ones.
         share = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active
         decay = share * size / torch.maximum(scale, shapes[:, 2])
-        due = ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(size)
-        return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay, "due": due}
+        return rows | {"scale": scale[..., None]}, {"size": size, "decay": decay, "due": self._find_due(clock, size)}
+
+    def _find_due(self, clock: Clock, like: Tensor) -> Tensor:
+        """Whose bases are renewed now, bool `[*batch, n]`."""
+        return ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(like)
 
     def _find_sizes(self, scale: Tensor, active: Tensor, vectors: Tensor, count: int, clock: Clock) -> Tensor:
         """The size of every tensor's step before the controller's factor, `[*batch, n]`.
@@ -223,9 +234,23 @@ class Base(Rule):
         return Finished(delta, None, acc, numbers)
 
     def review(self, tensors: AllTensors) -> Accumulators:
-        products = torch.cat([numbers["products"] for numbers in tensors.means], -2)
-        updates = (tensors.clock.step + 1).to(products.dtype)
+        return self._review_all(torch.cat([numbers["products"] for numbers in tensors.means], -2), tensors.clock)
+
+    def _review_all(self, products: Tensor, clock: Clock) -> Accumulators:
+        updates = (clock.step + 1).to(products.dtype)
         return {"measured": measure_step(products, MOMENTUM, (1 - MOMENTUM**updates, 1 - SECOND**updates))}
+
+    def step_on_host(self, group: TensorGroup, loss: Tensor | None) -> bool:
+        if not is_ready(group.clock.step.device):
+            return False
+        renewed = bool(self._find_due(group.clock, group.clock.step).any())
+        host = start_step(CONSTANTS, group.tensors, renewed)
+        if host is None:
+            return False
+        counts = [tensor.count for tensor in group.tensors]
+        state, decided = self._decide_all(group.gather(self.tensor_keys, [], loss), counts, *host.measure())
+        group.keep(state | self._review_all(host.step(**decided), group.clock))
+        return True
 
     def _turn(self, e: Elements, g: Tensor, due: Tensor) -> tuple[Accumulators, list[Tensor | None]]:
         """The factors with this gradient in them, and the bases, renewed where they are due.

@@ -192,6 +192,25 @@ class AllTensors(NamedTuple):
     clock: Clock
 
 
+class Memory(NamedTuple):
+    """One parameter as it lies in memory, for code that makes a whole step by itself, without torch's operations.
+
+    Attributes:
+        g, p: `[*batch, *shape]`, each of the batch contiguous.
+        acc: likewise.
+        new_p, new_acc: what is to be written, in part of the step or all of it; they may be `p` and `acc` themselves.
+        lr, weight_decay: of `p <- p + lr * step - lr * weight_decay * p`.
+    """
+
+    g: Tensor
+    p: Tensor
+    acc: Mapping[str, Tensor]
+    new_p: Tensor
+    new_acc: Mapping[str, Tensor]
+    lr: float = 1.0
+    weight_decay: float = 0.0
+
+
 Finish = Callable[[Tensor, Callable[[], Elements]], Finished]
 """The whole step, and a function that has the whole tensor's elements with new accumulators -> what `finish` makes."""
 
@@ -217,6 +236,18 @@ class Steppable(Protocol):
 
     @property
     def acc(self) -> Mapping[str, Tensor]: ...
+
+    def expose(self, keys: Sequence[str]) -> Sequence[Memory] | None:
+        """The memory of each of the parameters, float32 on the CPU, for one step that is then made there.
+
+        Args:
+            keys: accumulators that the step writes.
+        Returns:
+            None where it lies otherwise, or more is to be done than to add the step.
+        """
+
+    def adopt(self, memories: Sequence[Memory]) -> None:
+        """Take what has been written to the new tensors of `expose`, which may be the old ones."""
 
     def list_rows(self, key: str) -> Sequence[Tensor]:
         """The accumulator of one of the rule's `tensor_keys`, `[*batch, features]` of each of the parameters, without

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from lopt.core.tensors import is_plain
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Memory, Sum, Visit
 
 
 class WholeTensor:
@@ -35,6 +37,19 @@ class WholeTensor:
         self.acc |= visit.acc
         self.fields |= visit.fields
         return visit
+
+    def expose(self, keys: Sequence[str]) -> list[Memory] | None:
+        """Where the tensor lies, and new tensors, to be filled and handed to `adopt`."""
+        if not all(is_plain(x, len(self.batch)) for x in (self.g, self.p, *self.acc.values())):
+            return None
+        g, p, acc = self.g, self.p, self.acc
+        new = {key: torch.empty_like(acc[key]) for key in keys if key in acc}
+        return [Memory(g, p, acc, torch.empty_like(p, memory_format=torch.contiguous_format), new)]
+
+    def adopt(self, memories: Sequence[Memory]) -> None:
+        """Take the new tensors of `expose`, the only entry."""
+        (memory,) = memories
+        self.p, self.acc = memory.new_p, {**self.acc, **memory.new_acc}
 
     def list_rows(self, key: str) -> list[Tensor]:
         """The tensor's own numbers under `key`, `[*batch, features]`."""

@@ -148,6 +148,8 @@ def test_model_shapes_are_those_of_the_named_models() -> None:
     counts = {name: sum(torch.Size(shape).numel() for shape in shapes.values()) for name, shapes in MODELS.items()}
     assert counts == {
         "mlp": 9_457_162,
+        "mlp-small": 26_122,
+        "gpt-small": 208_320,
         "resnet50": 25_557_032,
         "vit": 86_567_656,
         "gpt2": 124_439_808,

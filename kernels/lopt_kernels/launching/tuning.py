@@ -115,9 +115,14 @@ def find_file() -> Path:
 
     `tiles.json` in `$LOPT_CACHE`, else in `lopt` below `$XDG_CACHE_HOME` or `~/.cache`. It need not exist.
     """
+    return find_cache() / NAME
+
+
+def find_cache() -> Path:
+    """The user's folder for what is measured or compiled once per machine; it need not exist."""
     # read at every call, not at import: they may be set later
     own, shared = os.environ.get("LOPT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(shared or os.path.expanduser("~/.cache"), "lopt"), NAME)
+    return Path(own or Path(shared or os.path.expanduser("~/.cache"), "lopt"))
 
 
 def name_gpu(device: torch.device) -> str | None:

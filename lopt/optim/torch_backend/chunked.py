@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lopt.core.tensors import is_plain
 from lopt.optim.update import ParameterUpdate, Transform
 from lopt.rules.base import Rule
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Memory, Sum, Visit
 
 if TYPE_CHECKING:
     from lopt.optim.sharding import Shard
@@ -85,6 +86,15 @@ class ChunkedTensor:
         slices = list(_slice(self.shape[axis], max(1, self.length // prod(self.shape[axis + 1 :]))))
         before = product(*(_slice(size, 1) for size in self.shape[:axis]))
         return [(*index, one) for index in before for one in slices]
+
+    def expose(self, keys: Sequence[str]) -> list[Memory] | None:
+        """Where the whole parameter lies: it is stepped in place."""
+        if self.shard is not None:
+            return None
+        return expose_in_place([self.p], [self.g], [self.acc], self.update)
+
+    def adopt(self, memories: Sequence[Memory]) -> None:
+        """Nothing is left to do: what was exposed is written in place."""
 
     def list_rows(self, key: str) -> list[Tensor]:
         """The tensor's own numbers under `key`, `[features]`."""
@@ -252,6 +262,17 @@ class Chunk(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.fields)
+
+
+def expose_in_place(
+    params: Sequence[Tensor], grads: Sequence[Tensor], accs: Sequence[Accumulators], update: ParameterUpdate
+) -> list[Memory] | None:
+    """The memory of parameters, which is written to itself; see `Steppable.expose`."""
+    everything = (x for p, g, acc in zip(params, grads, accs, strict=True) for x in (p, g, *acc.values()))
+    if not update.is_simple or not all(map(is_plain, everything)):
+        return None
+    lr, decay = float(update.lr), float(update.decay)
+    return [Memory(g, p, acc, p, acc, lr, decay) for p, g, acc in zip(params, grads, accs, strict=True)]
 
 
 @cache

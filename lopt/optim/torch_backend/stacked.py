@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lopt.optim.torch_backend.chunked import expose_in_place
 from lopt.optim.update import ParameterUpdate
 from lopt.rules.layout import find_layout
-from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Sum, Visit
+from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Memory, Sum, Visit
 
 
 class StackedTensors:
@@ -50,6 +51,13 @@ class StackedTensors:
     def acc(self) -> StackedState:
         """The accumulators, stacked for as long as the caller holds them."""
         return StackedState(self.states)
+
+    def expose(self, keys: Sequence[str]) -> list[Memory] | None:
+        """Where each of the k parameters lies, without a stack: they are stepped in place."""
+        return expose_in_place(self.params, self.grads, self.states, self.update)
+
+    def adopt(self, memories: Sequence[Memory]) -> None:
+        """Nothing is left to do: what was exposed is written in place."""
 
     def list_rows(self, key: str) -> list[Tensor]:
         """Numbers of each of the k tensors under `key`, `[features]`, as the states hold them."""

@@ -1,0 +1,306 @@
+// The step of rule `base` for many tensors on the CPU, without headers of torch: pointers and sizes come in a table.
+//
+// `lopt.rules.lopt_base` is the definition: measure, move and finish there are `measure` and `step` here, in the same
+// order up to rounding. Matrices are [rows, columns] in C order; every tensor is there `batch` times, at strides.
+// Compiled by `lopt_kernels.host.compiled` for the processor at hand; float is IEEE binary32, all products are own.
+
+#include "vectors.h"
+
+namespace {
+
+struct Constants {  // of the rule
+    float momentum, second, factors, ridge, tiny, smallest_norm;
+};
+
+// -- bases ----------------------------------------------------------------------------------------------------------
+
+// x -= tau v (v' x), for rows from `first` and columns from `begin`, which is a multiple of W; x [n, ld].
+void reflect(float* x, int64_t n, int64_t ld, const float* v, float tau, int64_t first, int64_t begin) {
+    constexpr int S = 4;
+    for (int64_t j = begin; j < ld; j += S * W) {
+        Vec sum[S] = {};
+        const int count = ld - j >= S * W ? S : (ld - j) / W;
+        for (int64_t i = first; i < n; i++)
+            for (int s = 0; s < count; s++) sum[s] += v[i] * load(x + i * ld + j + s * W);
+        for (int s = 0; s < count; s++) sum[s] *= tau;
+        for (int64_t i = first; i < n; i++)
+            for (int s = 0; s < count; s++) store(x + i * ld + j + s * W, load(x + i * ld + j + s * W) - v[i] * sum[s]);
+    }
+}
+
+// The orthogonal factor of x [n, ld] by Householder's reflections, with LAPACK's signs, as q [n, ld]; vs: room for
+// n * n + n floats. x is lost.
+void orthogonalise(float* x, int64_t n, int64_t ld, float* q, float* vs) {
+    float* taus = vs + n * n;
+    for (int64_t k = 0; k < n; k++) {
+        float* v = vs + k * n;
+        double rest = 0;
+        for (int64_t i = k + 1; i < n; i++) {
+            v[i] = x[i * ld + k];
+            rest += double(v[i]) * v[i];
+        }
+        const float alpha = x[k * ld + k];
+        v[k] = 1;
+        taus[k] = 0;
+        if (rest == 0) continue;
+        const double norm = sqrt(double(alpha) * alpha + rest), beta = alpha > 0 ? -norm : norm;
+        taus[k] = float((beta - alpha) / beta);
+        const float scale = float(1 / (alpha - beta));
+        for (int64_t i = k + 1; i < n; i++) v[i] *= scale;
+        // What is left of the diagonal is not looked at again.
+        reflect(x, n, ld, v, taus[k], k, k / W * W);
+    }
+    memset(q, 0, 4 * n * ld);
+    for (int64_t k = 0; k < n; k++) q[k * ld + k] = 1;
+    for (int64_t k = n - 1; k >= 0; k--)
+        if (taus[k] != 0) reflect(q, n, ld, vs + k * n, taus[k], k, k / W * W);
+}
+
+// One step of orthogonal iteration from `old` towards the eigenvectors of `factor`, all [n, n]; work: 4 n (pad(n) + 1).
+void renew_basis(const float* factor, const float* old, float* basis, int64_t n, float ridge, float* work,
+                 float* panel) {
+    const int64_t ld = pad(n);
+    float *relative = work, *x = relative + n * ld, *q = x + n * ld, *vs = q + n * ld;
+    float trace = 0;
+    for (int64_t i = 0; i < n; i++) trace += factor[i * n + i];
+    const float scale = trace > 0 ? 1 / trace : 0;
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j < n; j++) relative[i * ld + j] = factor[i * n + j] * scale;
+        for (int64_t j = n; j < ld; j++) relative[i * ld + j] = 0;
+        relative[i * ld + i] += ridge;
+    }
+    bool begins = true;
+    for (int64_t i = 0; i < n * n && begins; i++) begins = old[i] == 0;
+    if (begins)
+        memcpy(x, relative, 4 * n * ld);
+    else
+        multiply(n, n, n, {relative, ld, 1}, {old, n, 1}, x, ld, panel);
+    for (int64_t i = 0; i < n; i++) memset(x + i * ld + n, 0, 4 * (ld - n));
+    orthogonalise(x, n, ld, q, vs);
+    for (int64_t i = 0; i < n; i++) memcpy(basis + i * n, q + i * ld, 4 * n);
+}
+
+// -- one tensor -----------------------------------------------------------------------------------------------------
+
+struct Place {  // in every batch: `at + b * stride`; null where there is none
+    float* at;
+    int64_t stride;
+    float* of(int64_t b) const { return at == nullptr ? nullptr : at + b * stride; }
+};
+
+struct Tensor {  // a row of the table; `new_` may be the same places
+    int64_t rows, columns, is_matrix;
+    Place g, p, m, v, left_factor, left_basis, right_factor, right_basis;
+    Place new_p, new_m, new_v, new_left_factor, new_left_basis, new_right_factor, new_right_basis;
+};
+
+struct Sums {  // over a step, for `measure_step`
+    static constexpr int N = 7, BLOCK = 1024;
+    Vec uu = {}, au = {}, aa = {}, gu = {}, ga = {}, mm = {}, vv = {};
+    double total[N] = {};
+    int taken = 0;
+
+    // Takes W elements with their new second moment, and gives back the direction.
+    Vec take(Vec g, Vec m, Vec v, float tiny) {
+        const Vec root = root_of(v + tiny), u = m / root, a = g / root;
+        uu += u * u, au += a * u, aa += a * a, gu += g * u, ga += g * a, mm += m * m, vv += v;
+        if (++taken == BLOCK) fold();
+        return u;
+    }
+    // Many numbers are added up in parts, so that rounding does not add up, too.
+    void fold() {
+        Vec* parts[N] = {&uu, &au, &aa, &gu, &ga, &mm, &vv};
+        for (int i = 0; i < N; i++) total[i] += add_up(*parts[i]), *parts[i] = Vec{};
+        taken = 0;
+    }
+    void write(float* out, int64_t count, float tiny) {
+        fold();
+        const double power = total[6] + double(count) * tiny;
+        const double all[9] = {total[0], total[1], total[1], total[2], total[3],
+                               total[4], total[5], power,    double(count)};
+        for (int i = 0; i < 9; i++) out[i] = float(all[i]);
+    }
+};
+
+struct Number {  // of one tensor in one batch
+    float size, decay, lr, weight_decay;
+    bool due;
+};
+
+inline Vec average(Vec now, Vec old, float share) { return old - (old - now) * (1 - share); }
+
+inline float find_factor(const float* products, int64_t count, const Number& number, const Constants& c) {
+    return number.size * -sqrtf(float(count)) / (sqrtf(products[0]) + c.smallest_norm);
+}
+
+// p + lr (factor u - decay p), after the user's own decay.
+inline Vec move(Vec p, Vec u, float factor, const Number& number) {
+    const Vec delta = u * factor - p * number.decay;
+    return p - p * (number.lr * number.weight_decay) + delta * number.lr;
+}
+
+void step_plain(const Tensor& t, int64_t b, const Number& number, const Constants& c, float* products) {
+    const int64_t n = t.rows * t.columns;
+    const float *g = t.g.of(b), *p = t.p.of(b), *m = t.m.of(b), *v = t.v.of(b);
+    float *new_p = t.new_p.of(b), *new_m = t.new_m.of(b), *new_v = t.new_v.of(b);
+    Sums sums;
+    for (int64_t i = 0; i < n; i += W) {
+        const Vec x = load_some(g + i, n - i);
+        const Vec one = average(x, load_some(m + i, n - i), c.momentum);
+        const Vec two = average(x * x, load_some(v + i, n - i), c.second);
+        sums.take(x, one, two, c.tiny);
+        store_some(new_m + i, one, n - i);
+        store_some(new_v + i, two, n - i);
+    }
+    sums.write(products, n, c.tiny);
+    const float factor = find_factor(products, n, number, c);
+    for (int64_t i = 0; i < n; i += W) {
+        const Vec u = load_some(new_m + i, n - i) / root_of(load_some(new_v + i, n - i) + c.tiny);
+        store_some(new_p + i, move(load_some(p + i, n - i), u, factor, number), n - i);
+    }
+}
+
+void update_factor(const Place& old, const Place& fresh, const float* square, int64_t ld, int64_t n, int64_t b,
+                   float share) {
+    const float* from = old.of(b);
+    float* to = fresh.of(b);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < n; j++)
+            to[i * n + j] = from[i * n + j] - (from[i * n + j] - square[i * ld + j]) * (1 - share);
+}
+
+// The basis that is in force in this step, renewed where it is due.
+const float* turn(const Place& factor, const Place& old, const Place& fresh, int64_t n, int64_t b, bool due,
+                  float ridge, float* work, float* panel) {
+    if (due)
+        renew_basis(factor.of(b), old.of(b), fresh.of(b), n, ridge, work, panel);
+    else if (fresh.at != nullptr && fresh.of(b) != old.of(b))
+        memcpy(fresh.of(b), old.of(b), 4 * n * n);
+    return due ? fresh.of(b) : old.of(b);
+}
+
+void step_rotated(const Tensor& t, int64_t b, const Number& number, const Constants& c, float* products, float* work,
+                  float* panel) {
+    const int64_t R = t.rows, C = t.columns, ld = pad(C), n = R * C;
+    // Lines of gradient and momentum alternate, so that both are rotated by the same products: [R, 2 ld] or [2 R, ld].
+    float *x = work, *y = work + 2 * R * ld, *room = work + 4 * R * ld;
+    const float *g = t.g.of(b), *m = t.m.of(b);
+    float* new_m = t.new_m.of(b);
+    for (int64_t i = 0; i < R; i++)
+        for (int64_t j = 0; j < ld; j += W) {
+            const int64_t k = i * C + j, left = C - j;
+            const Vec now = load_some(g + k, left), one = average(now, load_some(m + k, left), c.momentum);
+            store(x + 2 * i * ld + j, now);
+            store(x + (2 * i + 1) * ld + j, one);
+            store_some(new_m + k, one, left);
+        }
+    const View gradient = {x, 2 * ld, 1};
+    const float *left = nullptr, *right = nullptr;
+    if (t.left_factor.at != nullptr) {
+        multiply(R, R, C, gradient, gradient.flip(), room, pad(R), panel);
+        update_factor(t.left_factor, t.new_left_factor, room, pad(R), R, b, c.factors);
+        left = turn(t.new_left_factor, t.left_basis, t.new_left_basis, R, b, number.due, c.ridge, room, panel);
+    }
+    if (t.right_factor.at != nullptr) {
+        multiply(C, C, R, gradient.flip(), gradient, room, ld, panel);
+        update_factor(t.right_factor, t.new_right_factor, room, ld, C, b, c.factors);
+        right = turn(t.new_right_factor, t.right_basis, t.new_right_basis, C, b, number.due, c.ridge, room, panel);
+    }
+    if (left != nullptr) {
+        multiply(R, 2 * ld, R, View{left, R, 1}.flip(), {x, 2 * ld, 1}, y, 2 * ld, panel);
+        float* other = x;
+        x = y, y = other;
+    }
+    if (right != nullptr) {
+        for (int64_t i = 0; i < 2 * R && ld > C; i++) memset(y + i * ld + C, 0, 4 * (ld - C));
+        multiply(2 * R, C, C, {x, ld, 1}, {right, C, 1}, y, ld, panel);
+        float* other = x;
+        x = y, y = other;
+    }
+    const float* v = t.v.of(b);
+    float* new_v = t.new_v.of(b);
+    Sums sums;
+    for (int64_t i = 0; i < R; i++)
+        for (int64_t j = 0; j < ld; j += W) {
+            const Vec now = load(x + 2 * i * ld + j), one = load(x + (2 * i + 1) * ld + j);
+            const Vec two = average(now * now, load_some(v + i * C + j, C - j), c.second);
+            store(y + i * ld + j, sums.take(now, one, two, c.tiny));
+            store_some(new_v + i * C + j, two, C - j);
+        }
+    sums.write(products, n, c.tiny);
+    if (left != nullptr) {
+        multiply(R, ld, R, {left, R, 1}, {y, ld, 1}, x, ld, panel);
+        float* other = x;
+        x = y, y = other;
+    }
+    if (right != nullptr) {
+        multiply(R, C, C, {y, ld, 1}, View{right, C, 1}.flip(), x, ld, panel);
+        y = x;
+    }
+    const float factor = find_factor(products, n, number, c);
+    const float* p = t.p.of(b);
+    float* new_p = t.new_p.of(b);
+    for (int64_t i = 0; i < R; i++)
+        for (int64_t j = 0; j < C; j += W) {
+            const int64_t k = i * C + j, count = C - j;
+            store_some(new_p + k, move(load_some(p + k, count), load(y + i * ld + j), factor, number), count);
+        }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of work that `lopt_step` needs.
+int64_t lopt_work(const Tensor* tensors, int64_t count, int64_t) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t rows = tensors[i].rows, columns = tensors[i].columns;
+        const int64_t left = tensors[i].left_factor.at == nullptr ? 0 : rows;
+        const int64_t right = tensors[i].right_factor.at == nullptr ? 0 : columns;
+        const int64_t n = left > right ? left : right;
+        const int64_t need = n > 0 ? 4 * rows * pad(columns) + 4 * n * (pad(n) + 1) : 0;
+        most = need > most ? need : most;
+    }
+    return KC * NR + most;
+}
+
+// Means of the squares of p and of where g is 0: [2, batch, count].
+void lopt_measure(const Tensor* tensors, int64_t count, int64_t batch, float* means) {
+    FlushToZero flush;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t b = 0; b < batch; b++) {
+            const int64_t n = tensors[i].rows * tensors[i].columns;
+            const float *g = tensors[i].g.of(b), *p = tensors[i].p.of(b);
+            double sum = 0;
+            int64_t zeros = 0;
+            for (int64_t k = 0; k < n;) {
+                Vec part = {};
+                for (const int64_t end = k + 1024 * W; k < n && k < end; k += W) {
+                    const Vec x = load_some(p + k, n - k);
+                    part += x * x;
+                }
+                sum += add_up(part);
+            }
+            for (int64_t k = 0; k < n; k++) zeros += g[k] == 0;
+            means[b * count + i] = float(sum / (n > 0 ? n : 1));
+            means[(batch + b) * count + i] = float(double(zeros) / (n > 0 ? n : 1));
+        }
+}
+
+// One step; numbers [batch, count] and products [batch, count, 9] in C order, rates [count, 2].
+void lopt_step(const Tensor* tensors, int64_t count, int64_t batch, const float* size, const float* decay,
+               const uint8_t* due, const float* rates, const Constants* constants, float* products, float* work) {
+    FlushToZero flush;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t b = 0; b < batch; b++) {
+            const Tensor& t = tensors[i];
+            const int64_t k = b * count + i;
+            const Number number = {size[k], t.is_matrix ? decay[k] : 0, rates[2 * i], rates[2 * i + 1], due[k] != 0};
+            if (t.left_factor.at == nullptr && t.right_factor.at == nullptr)
+                step_plain(t, b, number, *constants, products + 9 * k);
+            else
+                step_rotated(t, b, number, *constants, products + 9 * k, work + KC * NR, work);
+        }
+}
+}
