@@ -228,7 +228,14 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
     """
     total = sum(count * prod(layout.shape) for layout, count in zip(layouts, counts, strict=True))
     rows = [
-        ((float(not layout.is_matrix), prod(layout.shape) / max(1, total), (3 * prod(layout.shape[1:])) ** -0.5), count)
+        (
+            (
+                float(not layout.is_matrix),
+                prod(layout.shape) / max(1, total),
+                (3 * max(1, prod(layout.shape[1:]))) ** -0.5,
+            ),
+            count,
+        )
         for layout, count in zip(layouts, counts, strict=True)
     ]
     if like.device.type == "cpu":
