@@ -19,6 +19,7 @@ from lopt.meta.config.load import load_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.trainer.memory_plan import PeakMemory
 from lopt.meta.trainer.source import Source
 from lopt.meta.trainer.trainer import Progress, Trainer
 from lopt.meta.unroll.curves import run_curves
@@ -158,6 +159,22 @@ def test_second_order_measures_no_point_for_nothing(num_steps: int) -> None:
     full.estimate(loop, carry)
     # Queries of the steps in between are recorded, too.
     assert family.count == num_steps + 1 + num_steps
+
+
+@pytest.mark.parametrize("inner", ["sgd", "lstm"])
+def test_steps_computed_twice_take_less_memory_and_change_nothing(inner: str) -> None:
+    family = Sinusoid(shots=100, width=20)
+    rule = make_rule(family, inner)
+    rule.set_initial(family.init({}, torch.Generator().manual_seed(0)))
+    loop, found = InnerLoop(rule, family, 0), []
+    for checkpoint in (None, "step"):
+        with PeakMemory() as memory:
+            full = ESTIMATORS["full"](num_steps=20, order=2, objective_split="inner_valid", checkpoint=checkpoint)
+            found.append((full.estimate(loop, full.start(loop, torch.arange(4))).gradient, memory))
+    (plain, whole), (twice, parts) = found
+    assert parts.peak < 0.4 * whole.peak
+    for name, gradient in plain.items():
+        torch.testing.assert_close(twice[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_attention_is_differentiated_twice() -> None:

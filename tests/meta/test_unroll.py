@@ -93,7 +93,7 @@ def test_checkpointing_changes_no_number() -> None:
     gradients = []
     for checkpoint in (False, True):
         rule = RULES["lstm"](hidden=4)
-        loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(9), checkpoint_update=checkpoint)
+        loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(9), checkpoint="update" if checkpoint else None)
         window = loop.unroll(loop.start(torch.arange(2)), 6)
         gradients.append(torch.autograd.grad(window.losses.mean(), list(rule.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -30,7 +30,8 @@ class Backprop(Estimator):
         loss_clamp: losses above this multiple of the task's first loss have no gradient, either.
         order: 1, or 2 to differentiate through the base learner's gradients as well.
         task_chunk: tasks per backward pass, to bound memory; all by default.
-        checkpoint: "update" recomputes the rule's activations in backward, None stores them.
+        checkpoint: "update" recomputes the rule's activations in backward; with order 2 "step" also
+            the base learner's; None stores them.
         compile: run the rule's update through `torch.compile`.
 
     Raises:
@@ -48,7 +49,9 @@ class Backprop(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("order", self.order, (1, 2))
-        choose("checkpoint", self.checkpoint, (None, "update"))
+        choose("checkpoint", self.checkpoint, (None, "update", "step"))
+        if self.checkpoint == "step" and self.order == 1:
+            raise ValueError("checkpoint='step' is for order=2: with order=1 set 'update', nothing else is kept")
         if self.task_chunk is not None and self.task_chunk < 1:
             raise ValueError(f"task_chunk must be at least 1, got {self.task_chunk}")
         if self.order == 2 and self.compile:
@@ -62,7 +65,7 @@ class Backprop(Estimator):
         return replace(
             super().configure(loop),
             order=self.order,
-            checkpoint_update=self.checkpoint == "update",
+            checkpoint=self.checkpoint,
             update=self._compile(loop.rule) if self.compile else None,
         )
 

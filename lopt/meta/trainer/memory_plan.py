@@ -33,7 +33,7 @@ class MemoryPlan(NamedTuple):
     """How an estimator is to cut its windows, and what that takes.
 
     Attributes:
-        task_chunk, checkpoint: options of `Backprop`: tasks per backward pass, and whether updates are computed twice.
+        task_chunk, checkpoint: options of `Backprop`: tasks per backward pass, and what is computed twice.
         bytes: that one chunk's window is expected to take.
         whole: that the window of all tasks would take, nothing computed twice.
     """
@@ -50,7 +50,7 @@ class MemoryPlan(NamedTuple):
             tasks: of the source on this rank, of which a chunk is a part.
         """
         means = f"all {tasks} tasks" if self.task_chunk >= tasks else f"{self.task_chunk} of {tasks} tasks"
-        twice = ", computing updates twice" if self.checkpoint else ""
+        twice = f", computing {self.checkpoint}s twice" if self.checkpoint else ""
         return (
             f"backpropagation takes {means} at a time{twice}: about {self.bytes / 2**20:,.0f} MiB "
             f"({self.whole / 2**20:,.0f} MiB for all at once)"
@@ -72,7 +72,7 @@ def plan_memory(loop: InnerLoop, estimator: Estimator, tasks: int, budget: int) 
     whole = held + tasks * _measure_task(loop, estimator, None)
     best = None
     # Chunks cost little time, updates computed twice much: these only where chunks would be tiny.
-    for checkpoint in (None, "update"):
+    for checkpoint in (None, "update" if estimator.order == 1 else "step"):
         size = _measure_task(loop, estimator, checkpoint)
         chunk = max(0, min(tasks, (budget - held) // size))
         if chunk and (best is None or chunk > best.task_chunk):

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lopt.core.tensors import Params
 from lopt.meta.unroll.draws import Batches, Draws, Horizon
 from lopt.meta.unroll.imitation import imitate, start_teacher
+from lopt.meta.unroll.recomputed import call_step
 from lopt.meta.unroll.rule_calls import update_slots, view_params
 from lopt.meta.unroll.slots import Slots, Window, detach_slots, join_windows, put_slots
 from lopt.meta.unroll.starts import begin_tasks, check_start
@@ -40,7 +41,7 @@ class InnerLoop:
         seed: names all random draws.
         horizon: draws the number of steps of new tasks (the family's own by default).
         order: 1 feeds the rule constant gradients and losses (Andrychowicz et al. 2016), 2 differentiates through them.
-        checkpoint_update: recompute the rule's update in backward instead of storing its activations.
+        checkpoint: what is computed again in backward, not stored: the rule's "update", the whole "step", or nothing.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
         hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or the number of steps; the
@@ -62,7 +63,7 @@ class InnerLoop:
     seed: int
     horizon: Horizon | None = None
     order: int = 1
-    checkpoint_update: bool = False
+    checkpoint: str | None = None
     teacher: Rule | None = None
     follow: float = 0.0
     hide_loss: float = 0.0
@@ -300,7 +301,7 @@ class InnerLoop:
                 ahead = 1 if torch.is_grad_enabled() else count - len(records)  # backpropagation is short of memory
                 final = last and len(records) + ahead == count
                 for batches in self.batches(slots, ahead, ends=final and ahead == 1 and not self.carries):
-                    slots, *record = self.step(slots, weights, batches, last=last and len(records) == count - 1)
+                    slots, *record = call_step(self, slots, weights, batches, last=last and len(records) == count - 1)
                     records.append(record)
             losses, imitation = map(torch.stack, zip(*records, strict=True))
         values = [losses, imitation, first_loss, finished, episode, steps, torch.ones_like(finished)]

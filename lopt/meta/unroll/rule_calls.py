@@ -71,7 +71,7 @@ def update_slots(loop: InnerLoop, slots: Slots, weights: Params | None) -> tuple
     grads, params = view_params(rule, spec, slots.grad), view_params(rule, spec, slots.params)
     args = (weights, grads, params, slots.state, loss, horizon)
     # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
-    if loop.checkpoint_update:
+    if loop.checkpoint == "update":
         after, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)
     else:
         after, state = update(*args)
