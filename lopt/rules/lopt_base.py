@@ -8,7 +8,7 @@ their own in place of Adam's: an absolute one over the number of matrices, at mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import inf, log, prod, sqrt
 from typing import ClassVar, NamedTuple
 
@@ -55,6 +55,7 @@ CONSTANTS = Constants(MOMENTUM, SECOND, FACTORS, RIDGE, TINY, SMALLEST_NORM)  # 
 SCALE_OF_ZERO = 0.1  # what tensors that start at 0 count as: large enough not to hold them
 SMALLEST_SCALE = 0.002  # of others
 LEAST_ACTIVE = 1e-3  # share of the elements
+DECIDING = (SMALLEST_SCALE, SCALE_OF_ZERO, LEAST_ACTIVE)  # likewise
 SIDES = ("left", "right")
 
 
@@ -163,13 +164,8 @@ class Base(Rule):
         # Groups of equal tensors come as [*batch, count, ...]; joined, every tensor has its row.
         dim = tensors.tensor_state["scale"].ndim - 2
         power, still = (torch.cat([m[k].flatten(-x.ndim)[..., 0] for m, x in pairs], dim) for k in ("power", "still"))
-        return self._decide_all(tensors, [m["power"].shape[dim] for m in tensors.means], power, still)
-
-    def _decide_all(
-        self, tensors: AllTensors, counts: Sequence[int], power: Tensor, still: Tensor
-    ) -> tuple[Accumulators, Means]:
-        """As `decide_together`, of the means of `measure`, `[*batch, n]`, for groups of `counts` equal tensors."""
         old, layouts, clock = tensors.tensor_state["scale"], tensors.layouts, tensors.clock
+        counts = [m["power"].shape[dim] for m in tensors.means]
         rms = (power + TINY).sqrt()
         begin = torch.where(power > TINY, rms.clamp(min=SMALLEST_SCALE), SCALE_OF_ZERO)
         scale = torch.where(clock.step == 0, begin, old[..., 0]).clamp(min=SMALLEST_SCALE)
@@ -234,22 +230,23 @@ class Base(Rule):
         return Finished(delta, None, acc, numbers)
 
     def review(self, tensors: AllTensors) -> Accumulators:
-        return self._review_all(torch.cat([numbers["products"] for numbers in tensors.means], -2), tensors.clock)
-
-    def _review_all(self, products: Tensor, clock: Clock) -> Accumulators:
-        updates = (clock.step + 1).to(products.dtype)
+        products = torch.cat([numbers["products"] for numbers in tensors.means], -2)
+        updates = (tensors.clock.step + 1).to(products.dtype)
         return {"measured": measure_step(products, MOMENTUM, (1 - MOMENTUM**updates, 1 - SECOND**updates))}
 
     def step_on_host(self, group: TensorGroup, loss: Tensor | None) -> bool:
+        # The files of `lopt_kernels.host` have the formulas of the stages and of the controller once more: constants
+        # are handed over, what else changes there changes in both.
         if not is_ready(group.clock.step.device):
             return False
         renewed = bool(self._find_due(group.clock, group.clock.step).any())
-        host = start_step(CONSTANTS, group.tensors, renewed)
+        host = start_step(CONSTANTS, (*DECIDING, self.every, EAGER), group.tensors, renewed)
         if host is None:
             return False
-        counts = [tensor.count for tensor in group.tensors]
-        state, decided = self._decide_all(group.gather(self.tensor_keys, [], loss), counts, *host.measure())
-        group.keep(state | self._review_all(host.step(**decided), group.clock))
+        weights = (self.log_size, self.log_vector, self.log_relative, self.depth, self.log_decay)
+        networks = (self.controller.direct, self.controller.readout, self.controller.hidden)
+        rows, decided = host.decide((*weights, *networks), group.gather(self.tensor_keys, [], loss))
+        group.keep(rows | host.step(*decided))
         return True
 
     def _turn(self, e: Elements, g: Tensor, due: Tensor) -> tuple[Accumulators, list[Tensor | None]]:

@@ -104,7 +104,7 @@ class StepController(nn.Module):
         Args:
             state: rows `[*batch, n, ...]`, with what was `measure`d in the last step.
         """
-        planned = _plan(seen.clock, seen.scale.dtype)
+        planned = plan_steps(seen.clock, seen.scale.dtype)
         state = self._average(state, seen, planned)
         x = self._describe(state, seen, planned)
         out = x @ self.direct.mT + torch.tanh(x @ self.hidden.mT) @ self.readout.mT
@@ -244,7 +244,7 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
     return torch.cat([torch.stack([like.new_full((count,), x) for x in row], -1) for row, count in rows])
 
 
-def _plan(clock: Clock, dtype: torch.dtype) -> Tensor:
+def plan_steps(clock: Clock, dtype: torch.dtype) -> Tensor:
     """The run's number of steps, `[*batch, 1 or n]`; where no end is known, what makes it half over, at least 300."""
     guess = (2 * clock.now.to(dtype)).clamp(min=OPEN_STEPS)
     return guess if clock.num_steps is None else torch.where(clock.num_steps > 0, clock.num_steps.to(dtype), guess)

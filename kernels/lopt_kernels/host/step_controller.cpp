@@ -1,0 +1,165 @@
+// How large a step each tensor takes under rule `base`, for all tensors and batches: a few numbers of each.
+//
+// The definitions are `Base.decide_together` of `lopt.rules.lopt_base`, and `StepController.forward` and `measure_step`
+// of `lopt.rules.building_blocks.step_controller`, in the same order up to rounding. Arrays are in C order, of B
+// batches and n tensors; float is IEEE binary32.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int FEATURES = 10, HIDDEN = 6, OUTPUTS = 2;
+
+struct Weights {  // a meta-weight: of the rule, or of each batch at a stride
+    const float* at;
+    int64_t stride;
+    const float* of(int64_t b) const { return at + b * stride; }
+};
+
+struct Rule {
+    Weights log_size, log_vector, log_relative, depth, log_decay, direct, readout, hidden;
+};
+
+struct Rows {  // of every tensor: [B, n, 1], [B, n, 1], [B, n, 2], [B, n, 3], [B, n, 3]
+    float *scale, *gain, *averages, *measured, *loss_mean;
+};
+
+struct Run {  // [B, columns], or loss null and else [B, loss_columns]; columns are 1 or n
+    const int64_t *step, *now;
+    const float *planned, *schedule, *loss;
+    int64_t columns, loss_columns;
+};
+
+struct Constants {
+    float tiny, smallest_scale, scale_of_zero, least_active;
+    float lowest, highest, gain_range, rate, share, average, fast, largest, smallest_loss, smallest_share;
+    float log_count, has_matrices, every, eager;
+    float output_scales[OUTPUTS];
+};
+
+// As torch's: what is no number stays so.
+inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+inline float least(float a, float b) { return a < b || a != a ? a : b; }
+inline float most(float a, float b) { return a > b || a != a ? a : b; }
+inline float lerp(float a, float b, float w) { return w < 0.5f ? a + w * (b - a) : b - (b - a) * (1 - w); }
+
+inline float log_ratio(float above, float below, float floor, const Constants& c) {
+    return logf((above + c.tiny) / (below + c.tiny) + floor);
+}
+
+float compare(float loss, float other, float floor, const Constants& c) {
+    if (loss > 0 && other > 0) return log_ratio(loss, other, floor, c);
+    return (loss - other) / (fabsf(other) + c.smallest_loss);
+}
+
+void update_losses(const float* old, float* fresh, const float* loss, float steps, float planned, const Constants& c) {
+    memcpy(fresh, old, 3 * sizeof(float));
+    if (loss == nullptr) return;
+    const bool begins = old[0] == 0 && old[1] == 0 && old[2] == 0;
+    const float x = *loss, slowly = 1 / least(steps + 1, 5 + 0.2f * planned);
+    const float all[3] = {begins ? x : old[0] + (x - old[0]) * c.fast, begins ? x : old[1] + (x - old[1]) * slowly,
+                          begins ? x : old[2]};
+    if (isfinite(all[0]) && isfinite(all[1]) && isfinite(all[2])) memcpy(fresh, all, sizeof all);
+}
+
+// Step and rate, before their scales: A f + C tanh(B f).
+void run_network(const float* x, const Rule& rule, int64_t b, float* out) {
+    const float *direct = rule.direct.of(b), *readout = rule.readout.of(b), *hidden = rule.hidden.of(b);
+    for (int o = 0; o < OUTPUTS; o++) {
+        out[o] = 0;
+        for (int f = 0; f < FEATURES; f++) out[o] += direct[o * FEATURES + f] * x[f];
+    }
+    for (int h = 0; h < HIDDEN; h++) {
+        float sum = 0;
+        for (int f = 0; f < FEATURES; f++) sum += hidden[h * FEATURES + f] * x[f];
+        for (int o = 0; o < OUTPUTS; o++) out[o] += readout[o * HIDDEN + h] * tanhf(sum);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The new rows, and of every tensor the size of its step, its decay, and whether its bases are due, [B, n] each.
+// means: of the squares of p, and of where g is 0, [2, B, n]; shapes: what `describe_shapes` says, [n, 3].
+void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, const Rows* fresh, const Run* run,
+                 const Constants* constants, const float* means, const float* shapes, float* size, float* decay,
+                 uint8_t* due) {
+    const Constants& c = *constants;
+    for (int64_t b = 0; b < batch; b++) {
+        const auto clock = [&](int64_t i) { return b * run->columns + (run->columns == 1 ? 0 : i); };
+        float descent = 0, agreement = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t k = b * n + i, t = clock(i);
+            const float power = means[k], rms = sqrtf(power + c.tiny);
+            const float begin = power > c.tiny ? most(rms, c.smallest_scale) : c.scale_of_zero;
+            const float scale = most(run->step[t] == 0 ? begin : old->scale[k], c.smallest_scale);
+            const float active = most(1 - means[batch * n + k], c.least_active);
+            float absolute = *rule->log_size.of(b) - *rule->depth.of(b) * c.log_count;
+            if (c.has_matrices != 0) absolute += *rule->log_vector.of(b) * shapes[3 * i];
+            const float relative = *rule->log_relative.of(b) + logf(scale / active);
+            fresh->scale[k] = scale;
+            size[k] = expf(least(absolute, relative)) * run->schedule[t];
+            descent += size[k] * clamp(old->measured[3 * k + 2], -c.largest, c.largest);
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t k = b * n + i, t = clock(i);
+            const float steps = float(run->step[t]), planned = run->planned[t];
+            const float* loss =
+                run->loss == nullptr ? nullptr : run->loss + b * run->loss_columns + (run->loss_columns == 1 ? 0 : i);
+            update_losses(old->loss_mean + 3 * k, fresh->loss_mean + 3 * k, loss, steps, planned, c);
+            // How much of the loss the steps of all tensors take together, as their gradients say.
+            const float level = fabsf(fresh->loss_mean[3 * k]), share = descent / (level + c.smallest_loss);
+            const float taken = copysignf(log1pf(100 * fabsf(share)), share) / 3;
+            const float weight = most(1 / (steps + 1), c.average);
+            const float news[2] = {old->measured[3 * k], clamp(level > 0 ? taken : 0, -4, 4)};
+            for (int j = 0; j < 2; j++) fresh->averages[2 * k + j] = lerp(old->averages[2 * k + j], news[j], weight);
+            agreement += fresh->averages[2 * k] * shapes[3 * i + 1];
+        }
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t k = b * n + i, t = clock(i);
+            const float planned = run->planned[t], progress = least(float(run->now[t]) / planned, 1);
+            const float *averages = fresh->averages + 2 * k, *losses = fresh->loss_mean + 3 * k;
+            const float rms = sqrtf(means[k] + c.tiny), scale = fresh->scale[k];
+            const float x[FEATURES] = {1,
+                                       2 * progress - 1,
+                                       expf(-10 * progress),
+                                       3 * averages[0],
+                                       averages[1],
+                                       3 * agreement,
+                                       old->measured[3 * k + 1],
+                                       clamp(log_ratio(rms, scale, 0, c), -2, 4) / 2,
+                                       clamp(compare(losses[0], losses[1], 0, c), -2, 2),
+                                       clamp(compare(losses[0], losses[2], 1e-4f, c), -9, 3) / 4};
+            float out[OUTPUTS];
+            run_network(x, *rule, b, out);
+            const float gain = old->gain[k] + c.rate * (out[1] * c.output_scales[1]) / (10 + c.share * planned);
+            fresh->gain[k] = clamp(gain, -c.gain_range, c.gain_range);
+            size[k] *= expf(clamp(out[0] * c.output_scales[0] + fresh->gain[k], c.lowest, c.highest));
+            const float active = most(1 - means[batch * n + k], c.least_active);
+            const float kept = expf(*rule->log_decay.of(b)) * (1 - shapes[3 * i]) * active;
+            decay[k] = kept * size[k] / most(scale, shapes[3 * i + 2]);
+            due[k] = run->step[t] % int64_t(c.every) == 0 || run->step[t] < int64_t(c.eager);
+        }
+    }
+}
+
+// What the controller hears of a step, [B, n, 3], from its products [B, n, 9]; step: [B, columns], before it.
+void lopt_review(int64_t n, int64_t batch, const int64_t* step, int64_t columns, const float* products,
+                 const Constants* constants, float momentum, float second, float* measured) {
+    const Constants& c = *constants;
+    const float share = 1 - momentum;
+    for (int64_t k = 0; k < n * batch; k++) {
+        const double updates = double(step[columns == 1 ? k / n : k] + 1);
+        const float first = float(1 - pow(momentum, updates)), other = float(1 - pow(second, updates));
+        const float *x = products + 9 * k, uu = x[0], au = x[1], aa = x[3], gu = x[4], ga = x[5], mm = x[6];
+        const float along = au - share * aa, down = gu - share * ga, square = most(uu - share * (au + along), 0);
+        const bool known = square > c.smallest_share * momentum * momentum * uu;
+        const float inverse = 1 / sqrtf(square + c.tiny);
+        const float noise = (mm / (first * first) + c.tiny) / (x[7] / other + c.tiny);
+        measured[3 * k] = known ? clamp(along * inverse / sqrtf(aa + c.tiny), -1, 1) : 0;
+        measured[3 * k + 1] = clamp(logf(noise), -8, 2) / 4 + 0.75f;
+        measured[3 * k + 2] = known ? down * inverse * sqrtf(x[8]) : 0;
+    }
+}
+}
