@@ -12,6 +12,7 @@ from lopt.tasks.char_rnn import CharRNN
 from lopt.tasks.char_transformer import CharTransformer
 from lopt.tasks.conv import Conv
 from lopt.tasks.coordinate_mlp import CoordinateMLP
+from lopt.tasks.glyphs import Glyphs
 from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
@@ -41,6 +42,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "coordinate_mlp": CoordinateMLP,
     "teacher_student": TeacherStudent,
     "sinusoid": Sinusoid,
+    "glyphs": Glyphs,
     "module": ModuleTask,
 }
 

@@ -74,7 +74,9 @@ def test_unknown_split_lists_the_known_ones(family: TaskFamily) -> None:
 def test_every_split_gives_finite_losses(family: TaskFamily, split: str) -> None:
     tasks, params, batch = draw_tasks(family, 2)
     part = family.batch(tasks, torch.tensor([1, 2]), split)
-    assert {key: x.shape for key, x in part.items()} == {key: x.shape for key, x in batch.items()}
+    # A family that is judged on other data than it learns from may have more of them.
+    first = 2 if family.judged != "train" else 0
+    assert {key: x.shape[first:] for key, x in part.items()} == {key: x.shape[first:] for key, x in batch.items()}
     assert vmap(family.loss)(params, part).isfinite().all()
     whole = family.full_batch(tasks, 2, split)
     if whole is not None:
