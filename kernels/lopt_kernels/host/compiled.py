@@ -1,7 +1,8 @@
 """C++ files beside this one as libraries, compiled for the processor at hand when they are first asked for, and kept.
 
-They need a compiler and nothing else, no headers of torch or Python: that takes a second or two for each, once per machine.
-Libraries lie in `lopt_kernels.launching.tuning.find_cache()`, under a name that tells source, compiler and processor.
+They need a compiler and nothing else, no headers of torch or Python: that takes a second or two for each, once per
+machine. Libraries lie in `lopt_kernels.launching.tuning.find_cache()`, under a name that tells source, compiler and
+processor.
 """
 
 from __future__ import annotations
