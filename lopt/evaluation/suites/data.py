@@ -59,11 +59,7 @@ def digit_vectors() -> Data:
 @cache
 def noisy_digit_vectors() -> Data:
     """The digits as vectors, a fifth of the train labels drawn at random; those held out are right."""
-    (x, y), held_out = digit_vectors()
-    generator = make_generator(7)
-    wrong = torch.rand(len(y), generator=generator) < 0.2
-    drawn = torch.randint(10, y.shape, generator=generator)
-    return Data((x, torch.where(wrong, drawn, y)), held_out)
+    return mislabel(digit_vectors(), 0.2, 10, 7)
 
 
 @cache
@@ -147,11 +143,7 @@ def letter_vectors() -> Data:
 @cache
 def noisy_letter_vectors() -> Data:
     """The letters as vectors, three tenths of the train labels drawn at random; those held out are right."""
-    (x, y), held_out = letter_vectors()
-    generator = make_generator(8)
-    wrong = torch.rand(len(y), generator=generator) < 0.3
-    drawn = torch.randint(CLASSES, y.shape, generator=generator)
-    return Data((x, torch.where(wrong, drawn, y)), held_out)
+    return mislabel(letter_vectors(), 0.3, CLASSES, 8)
 
 
 @cache
@@ -223,7 +215,16 @@ def diabetes_table() -> Data:
     return _merge(load_table("diabetes"))
 
 
-# -- cutting -----------------------------------------------------------------------------------------------------------
+# -- spoiling and cutting ----------------------------------------------------------------------------------------------
+
+
+def mislabel(given: Data, share: float, classes: int, seed: int) -> Data:
+    """Inputs with classes, a share of the train labels drawn anew from all classes; those held out stay right."""
+    (x, y), held_out = given
+    generator = make_generator(seed)
+    wrong = torch.rand(len(y), generator=generator) < share
+    drawn = torch.randint(classes, y.shape, generator=generator)
+    return Data((x, torch.where(wrong, drawn, y)), held_out)
 
 
 def _merge(splits: dict[str, tuple[Tensor, Tensor]]) -> Data:
