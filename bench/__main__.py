@@ -11,6 +11,7 @@ from bench.gpu.tune import tune
 from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.levels import levels
+from bench.quality.robustness import robustness
 from bench.quality.suite import suite
 from bench.speed.meta import meta
 from bench.speed.overhead import overhead
@@ -33,6 +34,7 @@ COMMANDS = (
     levels,
     meta,
     overhead,
+    robustness,
     scaling,
     soak,
     step,
