@@ -7,6 +7,8 @@ from io import BytesIO
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bench.quality.departures import Axis
 from lopt.evaluation.behaviour.panels import name_curves
 from lopt.evaluation.report.curves import DEFAULT_STYLE, LIGHT, STYLES
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 COLUMNS, INCHES = 5, (2.0, 3.05)  # panels side by side; width and height of one with both figures
 HEAD = 0.95  # inches above the panels
+SHADES = 64  # of the picture's colours
 NARROWEST = 7.4  # inches, for the words above
 LOOKS: tuple[tuple[str, Any, float], ...] = (
     (LIGHT.subject, "-", 2.2),
@@ -41,20 +44,21 @@ def draw_multiples(points: Sequence[Point], axes: dict[str, Axis], titles: Seque
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from PIL import Image
 
-    columns = min(COLUMNS, len(axes))
-    rows = -(-len(axes) // columns)
+    places = find_places(axes)
+    rows, columns = (1 + max(numbers) for numbers in zip(*places, strict=True))
     width, height = max(NARROWEST, INCHES[0] * columns + 0.4), INCHES[1] * rows + HEAD
     with matplotlib.style.context(["default", {"font.sans-serif": ["DejaVu Sans"], "font.size": 8}]):
-        layout = ConstrainedLayoutEngine(h_pad=0.05, rect=(0, 0, 1, 1 - HEAD / height))
+        layout = ConstrainedLayoutEngine(h_pad=0.06, rect=(0, 0, 1, 1 - HEAD / height))
         figure = Figure((width, height), dpi=dpi, facecolor=LIGHT.background, layout=layout)
         grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 2] * rows)
-        for i, (name, axis) in enumerate(axes.items()):
-            row, column = divmod(i, columns)
+        for (name, axis), (row, column) in zip(axes.items(), places, strict=True):
+            alike = [point for point in points if axes[point.axis].model == axis.model]
             own = [point for point in points if point.axis == name]
             for j, key in enumerate(REACH):
                 panel = figure.add_subplot(grid[2 * row + j, column])
-                _draw_panel(panel, own, axis, key, titles, _find_limits(points, key))
+                draw_panel(panel, own, axis, key, titles, find_limits(alike, key))
                 panel.set_ylabel(("training", "validation")[j] if column == 0 else "", color=LIGHT.text)
                 panel.set_title(axis.title if j == 0 else "", color=LIGHT.text, size=8.5, weight="bold")
                 panel.tick_params(labelleft=column == 0, labelbottom=j == 1)
@@ -67,21 +71,34 @@ def draw_multiples(points: Sequence[Point], axes: dict[str, Axis], titles: Seque
         caption = fill(caption, int(16 * width))
         figure.text(y=1 - 0.5 / height, s=caption, linespacing=1.3, color=LIGHT.faint, size=8, **words)
         name_curves(figure, [(title, look[0]) for title, look in zip(titles, LOOKS, strict=True)])
-        stream = BytesIO()
-        FigureCanvasAgg(figure).print_png(stream)
+        canvas, stream = FigureCanvasAgg(figure), BytesIO()
+        canvas.draw()
+        # A few hues and their shades: a palette takes half of the bytes.
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(SHADES).save(stream, "png")
     return stream.getvalue()
 
 
-def _find_limits(points: Sequence[Point], key: str) -> tuple[float, float]:
-    """The same for all panels: what there is, with some room, within `REACH`."""
+def find_places(axes: dict[str, Axis]) -> list[tuple[int, int]]:
+    """Row and column of each axis; another model begins another row, as its panels have other limits."""
+    row, column, places = 0, -1, []
+    models = [axis.model for axis in axes.values()]
+    for model, before in zip(models, [models[0], *models], strict=False):
+        row, column = (row + 1, 0) if model != before or column == COLUMNS - 1 else (row, column + 1)
+        places.append((row, column))
+    return places
+
+
+def find_limits(points: Sequence[Point], key: str) -> tuple[float, float]:
+    """The same for all panels of a model: what there is, with some room, within `REACH`."""
     low, high = REACH[key]
     values = [value for point in points if (value := getattr(point, key)) is not None]
     return max(low, min([*values, 0.5]) / 1.3), min(high, max([*values, 2.0]) * 1.3)
 
 
-def _draw_panel(
+def draw_panel(
     panel: Axes, points: Sequence[Point], axis: Axis, key: str, titles: Sequence[str], limits: tuple[float, float]
 ) -> None:
+    """The lines of all contenders along one axis, one of the two losses, into empty axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = limits
@@ -99,7 +116,7 @@ def _draw_panel(
             panel.plot([place], [at], color=color, marker=mark, ms=size, zorder=3 + rank, clip_on=False)
     panel.set(yscale="log", ylim=limits, xlim=(-0.3, len(axis.values) - 0.7))
     panel.set_xticks(list(places), [f"{v:g}" if isinstance(v, float | int) else v for v in axis.values])
-    panel.yaxis.set_major_locator(LogLocator(numticks=5))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=5))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.grid(axis="y", color=LIGHT.grid, lw=0.8)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from torch import nn
 
+from bench.quality import multiples
 from bench.quality import robustness as module
 from bench.quality.departures import AXES, Axis, Program, load_digits
-from bench.quality.multiples import draw_multiples
 from bench.quality.robustness import GRID, Contender, Point, Sweep, carry_out, execute, list_points, robustness
 from lopt.evaluation.suites.archive import Archive
 from lopt.evaluation.suites.contenders import rate
@@ -170,15 +171,29 @@ def test_one_axis_is_run_drawn_and_not_run_again(
     assert json.loads(out.read_text())["points"] == found
 
 
-def test_losses_that_are_not_finite_are_drawn(tiny_base: None) -> None:
-    titles = ["a", "b", "c", "d"]
-    axis = Axis("steps", "num_steps", (3, 12))
+def test_losses_beyond_a_panel_and_those_not_finite_sit_on_its_edge_as_triangles() -> None:
+    axis, titles = Axis("batch", "batch_size", (8, 64, 512)), ["a", "b", "c", "d"]
+    ratios = {"a": (1e-9, 1.0, None), "b": (0.1, 1.0, 10.0), "c": (1e9, 1.0, 10.0), "d": (1.0, 1.0, 1.0)}
     points = [
-        Point("steps", value, title, 1.0, [None], [None], None if title == "a" else 1e9, 1.0)
-        for value in axis.values
+        Point("batch", value, title, 1.0, [1.0], [1.0], ratio, 1.0)
         for title in titles
+        for value, ratio in zip(axis.values, ratios[title], strict=True)
     ]
-    assert draw_multiples(points, {"steps": axis}, titles).startswith(b"\x89PNG")
+    panel = Figure().add_subplot()
+    multiples.draw_panel(panel, points, axis, "train_ratio", titles, multiples.find_limits(points, "train_ratio"))
+    marks = {line.get_marker(): [] for line in panel.lines}
+    for line in panel.lines:
+        marks[line.get_marker()].append((line.get_xdata()[0], line.get_ydata()[0]))
+    assert sorted(marks["^"]) == [(0, 1e3), (2, 1e3)]
+    assert marks["v"] == [(0, 1e-3)]
+    assert len(marks["o"]) == 9
+    assert multiples.draw_multiples(points, {"batch": axis}, titles).startswith(b"\x89PNG")
+
+
+def test_axes_of_another_model_begin_another_row() -> None:
+    models = ["perceptron"] * 6 + ["gpt"] * 2
+    axes = {str(i): Axis("steps", "num_steps", (100, 200), model) for i, model in enumerate(models)}
+    assert multiples.find_places(axes) == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (2, 0), (2, 1)]
 
 
 def test_an_unknown_axis_names_the_known_ones() -> None:
