@@ -19,7 +19,7 @@ from estimator_cases import constant
 from rule_cases import make_quick
 from task_cases import FAMILIES, draw_tasks
 from torch import Tensor, nn
-from training_cases import hash_state, make_config
+from training_cases import fit_init, hash_state, make_config
 
 import lopt
 from lopt.cli.run_folder import start_run
@@ -114,7 +114,7 @@ def train(folder: Path, estimator: str, rule: str, **task: Any) -> str:
     raw = make_config(steps=3, validate_every=2, checkpoint_every=3).to_dict()
     options = {"name": estimator, "num_steps": 3, **ESTIMATORS[estimator].quick_config}
     rule_options = {"name": rule, **RULES[rule].quick_config}
-    start_run(parse_config(raw | {"estimator": options, "rule": rule_options} | task), folder).run()
+    start_run(parse_config(fit_init(raw | {"estimator": options, "rule": rule_options} | task)), folder).run()
     return hash_state(folder)
 
 

@@ -58,6 +58,10 @@ class Bowl(TaskFamily):
         return 0.5 * (batch["h"] * params["x"].square()).sum()
 
 
+GRADIENTS = tuple(name for name, estimator in ESTIMATORS.items() if not estimator.needs_init)
+"""Those that estimate the gradient of a meta-loss."""
+
+
 class Variant(NamedTuple):
     """An entry of `ESTIMATORS` with options.
 
@@ -260,7 +264,7 @@ def measure_all(
 
 @click.command()
 @click.option(
-    "--estimator", "names", multiple=True, type=click.Choice(sorted(ESTIMATORS)), help="Only these; repeatable."
+    "--estimator", "names", multiple=True, type=click.Choice(sorted(GRADIENTS)), help="Only these; repeatable."
 )
 @click.option("--horizon", default=100, show_default=True, type=click.IntRange(min=1), help="Steps of a run.")
 @click.option("--window", "windows", default=(2, 5, 10, 20, 50, 100), show_default=True, multiple=True, help="K.")
@@ -317,7 +321,7 @@ def estimators(
         highlight=False,
     )
     results = []
-    variants = list_variants(names or tuple(ESTIMATORS), objective, sigma)
+    variants = list_variants(names or GRADIENTS, objective, sigma)
     for result in measure_all(rule, variants, horizon, windows, tasks, repeats, truth):
         results.append(result)
         console.print(f"{result['estimator']}, K = {result['steps']}: bias {result['bias']:.3g}", highlight=False)

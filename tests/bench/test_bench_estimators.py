@@ -12,8 +12,15 @@ import torch
 from click.testing import CliRunner
 
 from bench.__main__ import cli
-from bench.quality.estimators import REFERENCE_SEED, Reference, find_reference, make_loop, move_rule, summarize
-from lopt.meta.estimators import ESTIMATORS
+from bench.quality.estimators import (
+    GRADIENTS,
+    REFERENCE_SEED,
+    Reference,
+    find_reference,
+    make_loop,
+    move_rule,
+    summarize,
+)
 from lopt.rules import RULES, Rule
 
 HORIZON, WINDOWS = 10, (2, 10)
@@ -56,7 +63,7 @@ def find(run: Run, estimator: str, steps: int = HORIZON) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_estimator_is_measured_at_every_window_with_finite_figures(run: Run) -> None:
     output, found, picture = run
-    assert {r["estimator"].split(",")[0] for r in found["results"]} == set(ESTIMATORS)
+    assert {r["estimator"].split(",")[0] for r in found["results"]} == set(GRADIENTS)
     for name in ("truncated, order 1", "truncated, order 2", "es", "pes", "nres", "es_single"):
         assert [r["steps"] for r in found["results"] if r["estimator"] == name] == list(WINDOWS)
     for r in found["results"]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.tensors import Params
-from lopt.rules import Rule
+from lopt.meta.estimators import ESTIMATORS
+from lopt.rules import LearnedInit, Rule
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Elements, Visit
 from lopt.tasks import TASKS, TaskFamily
@@ -22,6 +23,18 @@ def constant(steps: int) -> Callable[[Tensor], Tensor]:
 
 def flatten(gradient: Params) -> Tensor:
     return torch.cat([g.flatten() for g in gradient.values()])
+
+
+def fit(name: str, rule: Rule, family: TaskFamily) -> Rule:
+    """The rule, or around it what an estimator of initialisations learns."""
+    if not ESTIMATORS[name].needs_init:
+        return rule
+    spec = family.spec
+    shapes = dict(zip(spec.names, map(list, spec.shapes), strict=True))
+    learned = LearnedInit(shapes, rule.name, rule.config)
+    learned.inner.load_state_dict(rule.state_dict())
+    learned.inner.requires_grad_(False)
+    return learned
 
 
 class Trap(TaskFamily):

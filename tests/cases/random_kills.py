@@ -18,7 +18,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import torch
 import torch.utils.tensorboard
-from training_cases import describe_result, make_config
+from training_cases import describe_result, fit_init, make_config
 
 from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.meta.config.load import parse_config
@@ -28,8 +28,8 @@ from lopt.meta.trainer.log import RunLog
 
 def make_run(estimator: str, compiled: bool) -> RunConfig:
     raw = make_config(steps=12, validate_every=4, checkpoint_every=3, learning_rate=0.03, patience=3).to_dict()
-    raw["estimator"] = {"name": estimator, "num_steps": 4, "compile": compiled}
-    return parse_config(raw)
+    raw["estimator"] = {"name": estimator, "num_steps": 4} | ({"compile": True} if compiled else {})
+    return parse_config(fit_init(raw))
 
 
 def fork_run(config: RunConfig, folder: Path) -> int:

@@ -54,6 +54,13 @@ def make_config(**trainer: object) -> RunConfig:
     return parse_config(raw)
 
 
+def fit_init(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same run with a learned initialisation, if its estimator learns nothing else."""
+    if not ESTIMATORS[raw["estimator"]["name"]].needs_init:
+        return raw
+    return raw | {"init": {}, "trainer": raw["trainer"] | {"train_only": ["init.*"]}}
+
+
 def hash_state(folder: Path) -> str:
     """Of everything in the checkpoint but wall-clock time."""
     tensors, metadata = load_state(folder / CHECKPOINT)

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from training_cases import describe_result, make_config
+from training_cases import describe_result, fit_init, make_config
 
 from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.meta.config.load import parse_config
@@ -72,7 +72,7 @@ def make_run(estimator: str) -> RunConfig:
     if estimator == "full_es":
         raw["estimator"]["num_steps"] = 0
     raw["trainer"] |= {"learning_rate": 1e-30}
-    return parse_config(raw)
+    return parse_config(fit_init(raw))
 
 
 def run_to_end(config: RunConfig, folder: Path) -> None:

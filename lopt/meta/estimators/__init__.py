@@ -1,7 +1,8 @@
 """Estimators of the meta-gradient. A new one is one file here and one line in `ESTIMATORS`.
 
 `truncated` and `full` differentiate (`Backprop`); `es`, `full_es`, `pes`, `nres` and `es_single` compare perturbed
-rules (`Evolution`). The names are those of presets, and of the contract tests that every entry has to pass.
+rules (`Evolution`); `reptile` follows tasks. The names are those of presets, and of the contract tests that every
+entry has to pass.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from lopt.meta.estimators.full import Full
 from lopt.meta.estimators.full_es import FullES
 from lopt.meta.estimators.nres import NRES
 from lopt.meta.estimators.pes import PES
+from lopt.meta.estimators.reptile import Reptile
 from lopt.meta.estimators.truncated import Truncated
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -23,6 +25,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "pes": PES,
     "nres": NRES,
     "es_single": ESSingle,
+    "reptile": Reptile,
 }
 
 __all__ = ["ESTIMATORS", "Estimate", "Estimator"]

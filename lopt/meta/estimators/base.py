@@ -70,6 +70,7 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
         truncates: what a step does beyond its window is left out, so the gradient is biased if windows are short.
         metrics: names of what every estimate tells, at least.
         quick_config: options with which the contract tests run it on their small problems, beside `num_steps`.
+        needs_init: is for rules that say where tasks start, and learns that alone.
         fewest_steps: what `num_steps` must be at least; 0 where that means something.
         num_steps: steps of a window, K.
 
@@ -81,6 +82,7 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
     truncates: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = METRICS
     quick_config: ClassVar[Mapping[str, Any]] = {}
+    needs_init: ClassVar[bool] = False
     fewest_steps: ClassVar[int] = 1
 
     num_steps: int = 20
