@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lopt.core.version import VERSION as __version__
     from lopt.meta.trainer.trainer import Trainer
+    from lopt.optim.adaptation import adapt, adapt_all
     from lopt.optim.learned_optimizer import LearnedOptimizer
     from lopt.optim.param_groups import group_parameters
     from lopt.rules.files import list_rules, load, load_card, save
@@ -22,6 +23,8 @@ __all__ = [
     "LearnedOptimizer",
     "Trainer",
     "__version__",
+    "adapt",
+    "adapt_all",
     "group_parameters",
     "list_rules",
     "load",
@@ -32,6 +35,8 @@ __all__ = [
 _HOMES = {
     "LearnedOptimizer": "lopt.optim.learned_optimizer",
     "Trainer": "lopt.meta.trainer.trainer",
+    "adapt": "lopt.optim.adaptation",
+    "adapt_all": "lopt.optim.adaptation",
     "group_parameters": "lopt.optim.param_groups",
     "list_rules": "lopt.rules.files",
     "load": "lopt.rules.files",

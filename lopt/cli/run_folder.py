@@ -34,7 +34,6 @@ from lopt.core.version import VERSION
 from lopt.evaluation.settings import check_label, list_settings
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
-from lopt.meta.config.sources import ResolvedSource
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart
@@ -99,26 +98,19 @@ def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> 
         command: that began the run.
     """
     resolved = config.list_sources()
-    lengths = {_find_longest(config, source): source for source in resolved}
-    longest = lengths[max(lengths)]
+    longest = max(resolved, key=config.find_longest)
     return {
         "name": config.name,
         "description": config.description,
         "tasks": "; ".join(source.family.describe() for source in sources),
         "horizon": longest.horizon,
-        "longest_run": max(lengths),
+        "longest_run": config.find_longest(longest),
         "estimator": resolved[0].estimator if len(resolved) == 1 else {s.name: s.estimator for s in resolved},
         "seed": config.trainer.seed,
         "command": command,
         "licence": "Apache-2.0",
         "config": config.to_dict(),
     }
-
-
-def _find_longest(config: RunConfig, source: ResolvedSource) -> int:
-    """Steps of the longest run that a source trains on."""
-    estimator = config.build_estimator(source)
-    return source.build_horizon().longest if estimator.draws_horizons else estimator.num_steps
 
 
 def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None, held: ExitStack | None = None) -> Trainer:

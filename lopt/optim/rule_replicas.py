@@ -23,7 +23,7 @@ def freeze_rule(rule: Rule) -> Rule:
         ValueError: a meta-weight is not finite, or the rule belongs to one model and is no optimizer for any.
     """
     if rule.initial_params is not None:
-        raise ValueError(f"rule {rule.name!r} says where one model starts, too: it cannot step others")
+        raise ValueError(f"rule {rule.name!r} says where one model starts, too: adapt that model by lopt.adapt")
     frozen: Rule = deepcopy(rule).float().requires_grad_(False)
     check_weights(frozen)
     return frozen

@@ -33,7 +33,7 @@ class LearnedInit(Rule):
     """`p_0 = init`, and `p <- p + rates * step`, where the step is the inner rule's: a start, and how to go on from it.
 
     It is bound to one model: its meta-weights are `init.<parameter>`, with `rates` also `rates.<parameter>`, and those
-    of the inner rule, `inner.*`. Loss and planned number of steps reach the inner rule.
+    of the inner rule, `inner.*`. Loss and planned number of steps reach the inner rule. `lopt.adapt` applies it.
 
     Args:
         shapes: of the model's parameters, by name, in their order.
@@ -43,6 +43,7 @@ class LearnedInit(Rule):
             given: all.
         rates: learned factors on the step: "none", one for each "tensor", or for each "element".
         rate: which they start from.
+        trained_steps: the most steps that it is trained for; 0 if that is not known.
     Raises:
         ValueError: no such inner rule, options that it does not accept, or a pattern that no parameter fits.
     """
@@ -57,6 +58,7 @@ class LearnedInit(Rule):
         adapt: list[str] | None = None,
         rates: str = "none",
         rate: float = 1.0,
+        trained_steps: int = 0,
     ) -> None:
         super().__init__()
         self.inner, self.adapt = build_inner(self.name, inner, inner_config or {}), list(adapt or [])
@@ -65,6 +67,7 @@ class LearnedInit(Rule):
             raise ValueError("shapes must name the parameters of a model, got none")
         lists = {name: list(shape) for name, shape in self.shapes.items()}
         self.config |= {"shapes": lists, "inner_config": self.inner.config, "adapt": self.adapt}
+        self.trained_steps = trained_steps
         self.scaling = choose("rates", rates, RATES)
         self.adapted = _find_adapted(self.shapes, self.adapt)
         # What callers choose by is as the inner rule needs it; rates act on its whole step.

@@ -180,7 +180,7 @@ def write_pickle(path: str) -> None:
         (["eval", "cut.safetensors"], "cut.safetensors"),
         (["eval", "linear.safetensors"], "no training card that names a task"),
         (["eval", "linear.safetensors", "--task", "quadratc"], "quadratc.*Did you mean quadratic"),
-        (["eval", "linear.safetensors", "--task", "quadratic", "--steps", "0"], "0 is not in the range"),
+        (["eval", "linear.safetensors", "--task", "quadratic", "--steps", "0"], "at least 1.*got .0."),
         (["eval", "linear.safetensors", "--task", "quadratic", "--baselines", "adamm"], "adamm.*Did you mean adam"),
         (["eval", "linear.safetensors", "--task", "quadratic", "--set", "dim=2.5"], "task.dim.*whole number.*2.5"),
         (["eval", "linear.safetensors", "--task", "quadratic", "--set", "dim=2\nx=3"], "override looks like"),

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from lopt.cli.console import ARCHIVE, RUNS, compare_all, make_folder, open_rule, show
+from lopt.cli.few_shot import parse_numbers
 
 if TYPE_CHECKING:
     from lopt.rules import Rule
@@ -25,6 +26,7 @@ Examples:
   lopt eval runs/q --steps 200 --seeds 50
   lopt eval my.safetensors --task mlp --set width=40 --set activation=relu --baselines adam,nesterov
   lopt eval my.safetensors --suite development --workers 2
+  lopt eval runs/sinusoid-maml --shots 5,10,20 --steps 1,10 --tasks 600
 
 RULE is a shipped name (see `lopt list shipped`), the name of an untrained rule (`lopt list rules`), a rule file or the
 folder of a run. Without --task, --set and --steps it is judged on all settings that its training card names; with
@@ -36,12 +38,13 @@ folder of a run. Without --task, --set and --steps it is judged on all settings 
 @click.argument("rule")
 @click.option("--task", help="Task family, see `lopt list tasks`.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Option of the task; repeatable.")
-@click.option("--steps", type=click.IntRange(min=1), multiple=True, help="Length of the runs; repeatable.")
+@click.option("--steps", multiple=True, help="Length of the runs, or several: 1,10; repeatable.")
+@click.option("--shots", multiple=True, help="Adapt a learned start to so many examples, or several: 5,10,20.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Held-out tasks [default: the card's, or 20].")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws other held-out tasks.")
 @click.option("--baselines", help="Comma-separated; all seven by default.")
 @click.option("--suite", type=click.Choice(["development", "heldout", "large"]), help="Judge on a suite of programs.")
-@click.option("--tasks", help="Of the suite: some, comma-separated.")
+@click.option("--tasks", help="Of a suite: some, comma-separated. With --shots: how many held-out ones [default: 600].")
 @click.option("--lr", type=float, help="On a suite: factor on the rule's steps [default: 1].")
 @click.option(
     "--without",
@@ -66,10 +69,15 @@ def judge_rule(
     archive: Path | None,
     out: Path | None,
     as_json: bool,
+    shots: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Compare RULE with learning-rate-tuned optimizers on held-out tasks; tables, pictures, one HTML page."""
     own = {name: options.pop(name) for name in ("tasks", "lr", "without", "against", "workers")}
+    options["steps"] = tuple(parse_numbers("--steps", options["steps"]))
+    if shots:
+        _judge_on_shots(rule, shots, suite, seeds, archive, out, as_json, **own, **options)
+        return
     if suite is None and any(own.values()):
         raise click.UsageError("--tasks, --lr, --without, --against and --workers are of a --suite")
     if suite is not None and any(value for name, value in options.items() if name != "criterion"):
@@ -79,6 +87,33 @@ def judge_rule(
         _judge_on_suite(path, learned, card, suite, out, as_json, num_seeds=seeds, tuned=archive, **own)
     else:
         _judge_on_tasks(rule, path, learned, card, out, as_json, seeds=seeds, archive=archive or ARCHIVE, **options)
+
+
+def _judge_on_shots(
+    rule: str,
+    shots: tuple[str, ...],
+    suite: str | None,
+    seeds: int | None,
+    archive: Path | None,
+    out: Path | None,
+    as_json: bool,
+    *,
+    tasks: str | None,
+    steps: tuple[int, ...],
+    seed: int,
+    criterion: str,
+    **others: Any,
+) -> None:
+    from lopt.cli.few_shot import TASKS, judge_few_shots
+
+    if suite or seeds or archive or any(others.values()) or criterion != "final":
+        raise click.UsageError("with --shots give --steps, --tasks, --seed, --out and --json alone")
+    (count,) = parse_numbers("--tasks", [tasks]) if tasks else [TASKS]
+    path, learned, card = open_rule(rule)
+    numbers = parse_numbers("--shots", shots)
+    console = Console(stderr=as_json)
+    given = {"steps": steps, "tasks": count, "seed": seed, "out": out, "as_json": as_json}
+    judge_few_shots(path, learned, card, numbers, console, **given)  # type: ignore[arg-type]
 
 
 def _judge_on_tasks(

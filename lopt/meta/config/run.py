@@ -196,9 +196,15 @@ class RunConfig:
         )
         params = family.init(family.sample(generator), generator)
         shapes = {name: list(p.shape) for name, p in params.items()}
-        learned = LearnedInit(shapes, rule.name, rule.config, self.init.adapt, self.init.rates, self.init.rate)
+        longest = max(map(self.find_longest, self.list_sources()))
+        learned = LearnedInit(shapes, rule.name, rule.config, self.init.adapt, self.init.rates, self.init.rate, longest)
         learned.set_initial(params)
         return learned
+
+    def find_longest(self, source: ResolvedSource) -> int:
+        """Steps of the longest run that a source trains on."""
+        estimator = self.build_estimator(source)
+        return source.build_horizon().longest if estimator.draws_horizons else estimator.num_steps
 
     def build_estimator(self, source: ResolvedSource) -> Estimator:
         """A source's estimator, with the teacher of `[imitation]`, which all sources share in kind but not in object.
