@@ -28,8 +28,8 @@ from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.slots import Slots, Window, join_slots, repeat_slots, select_slots
 from lopt.rules import Rule
 
-CACHE_NUMBERS = 2**20
-"""Parameters and state of the slots that are worked on together on a CPU."""
+CACHE_NUMBERS, HOST_NUMBERS = 2**20, 2**23
+"""Parameters and state of the slots that are worked on together on a CPU; the latter where compiled code steps them."""
 
 
 class Pairs(NamedTuple):
@@ -141,7 +141,7 @@ class Evolution(Estimator):
     def estimate(self, loop: InnerLoop, carry: Pairs) -> Estimate:
         loop, tally, count = self.configure(loop), Tally(), len(carry.drift)
         # Chunks only bound memory: their sums add up, and pairs know nothing of each other.
-        size = self.task_chunk or fit_chunk(carry, len(self.signs))
+        size = self.task_chunk or fit_chunk(loop.rule, carry, len(self.signs))
         chunks = [select_pairs(carry, begin, begin + size) for begin in range(0, count, size)]
         sums, squares, pairs = zip(*(self._run_chunk(loop, chunk, tally) for chunk in chunks), strict=True)
         # Dropped pairs have added 0: the mean is over the others, and 0 where none is left.
@@ -259,12 +259,14 @@ def join_pairs(parts: list[Pairs]) -> Pairs:
     return Pairs(join_slots([part.slots for part in parts]), torch.cat([part.drift for part in parts]))
 
 
-def fit_chunk(pairs: Pairs, members: int) -> int:
+def fit_chunk(rule: Rule, pairs: Pairs, members: int) -> int:
     """How many pairs are worked on together: on a CPU equal parts that its cache holds, otherwise all.
 
-    A step touches each slot's parameters and state several times; from the cache that is several times faster.
+    A step touches each slot's parameters and state several times; from the cache that is several times faster. Compiled
+    code goes through them once, slot by slot, so that more of them only share what a step costs beside.
 
     Args:
+        rule: that steps them.
         pairs: all of them, for their sizes and device.
         members: slots that are run for each pair.
     """
@@ -275,7 +277,8 @@ def fit_chunk(pairs: Pairs, members: int) -> int:
     accumulators = [a for fields in slot.state.accumulators.values() for a in fields.values()]
     numbers = sum(x[0].numel() for x in (slot.params, *accumulators))
     count = len(pairs.drift)
-    chunks = math.ceil(count / max(1, CACHE_NUMBERS // (numbers * members)))
+    limit = HOST_NUMBERS if rule.has("step_on_host") else CACHE_NUMBERS
+    chunks = math.ceil(count / max(1, limit // (numbers * members)))
     # As equal as can be: a step of a small last chunk would cost nearly that of a full one.
     return math.ceil(count / max(1, chunks))
 
