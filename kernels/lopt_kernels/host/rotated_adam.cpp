@@ -14,49 +14,113 @@ struct Constants {  // of the rule
 
 // -- bases ----------------------------------------------------------------------------------------------------------
 
-// x -= tau v (v' x), for rows from `first` and columns from `begin`, which is a multiple of W; x [n, ld].
-void reflect(float* x, int64_t n, int64_t ld, const float* v, float tau, int64_t first, int64_t begin) {
-    constexpr int S = 4;
-    for (int64_t j = begin; j < ld; j += S * W) {
-        Vec sum[S] = {};
-        const int count = ld - j >= S * W ? S : (ld - j) / W;
-        for (int64_t i = first; i < n; i++)
-            for (int s = 0; s < count; s++) sum[s] += v[i] * load(x + i * ld + j + s * W);
-        for (int s = 0; s < count; s++) sum[s] *= tau;
-        for (int64_t i = first; i < n; i++)
-            for (int s = 0; s < count; s++) store(x + i * ld + j + s * W, load(x + i * ld + j + s * W) - v[i] * sum[s]);
+// x -= tau v (v' x) in N vectors of columns, for rows from `first` on; x [n, ld].
+template <int N>
+void reflect_columns(float* x, int64_t n, int64_t ld, const float* v, float tau, int64_t first) {
+    Vec sum[N] = {};
+    for (int64_t i = first; i < n; i++)
+        for (int s = 0; s < N; s++) sum[s] += v[i] * load(x + i * ld + s * W);
+    for (int s = 0; s < N; s++) sum[s] *= tau;
+    for (int64_t i = first; i < n; i++)
+        for (int s = 0; s < N; s++) store(x + i * ld + s * W, load(x + i * ld + s * W) - v[i] * sum[s]);
+}
+
+// The same in the vectors of columns from `begin` to `end`.
+void reflect(float* x, int64_t n, int64_t ld, const float* v, float tau, int64_t first, int64_t begin, int64_t end) {
+    int64_t j = begin / W * W;
+    for (; end - j > 3 * W; j += 4 * W) reflect_columns<4>(x + j, n, ld, v, tau, first);
+    if (end - j > 2 * W)
+        reflect_columns<3>(x + j, n, ld, v, tau, first);
+    else if (end - j > W)
+        reflect_columns<2>(x + j, n, ld, v, tau, first);
+    else if (end > j)
+        reflect_columns<1>(x + j, n, ld, v, tau, first);
+}
+
+// The reflection that makes 0 of column k of x [n, ld] below its diagonal, as v from element k on, and its tau.
+float find_reflection(const float* x, int64_t n, int64_t ld, int64_t k, float* v) {
+    for (int64_t i = k + 1; i < n; i++) v[i] = x[i * ld + k];
+    v[k] = 1;
+    Vec squares = {};
+    for (int64_t i = k + 1; i < n; i += W) {
+        const Vec some = load_some(v + i, n - i);
+        squares += some * some;
+    }
+    const double rest = add_up(squares), alpha = x[k * ld + k];
+    if (rest == 0) return 0;
+    const double norm = sqrt(alpha * alpha + rest), beta = alpha > 0 ? -norm : norm;
+    const float scale = float(1 / (alpha - beta));
+    for (int64_t i = k + 1; i < n; i++) v[i] *= scale;
+    return float((beta - alpha) / beta);
+}
+
+constexpr int64_t SMALL = 96;  // sides of which reflections are applied one by one
+constexpr int64_t PANEL = 16;  // of others, reflections that products apply together (Schreiber and Van Loan 1989)
+
+struct Block {  // reflections k .. k + count as 1 - V T V': V' is vs[k], T [PANEL, PANEL] is upper triangular
+    int64_t k, count;
+    float t[PANEL * PANEL];
+};
+
+void find_triangle(const float* vs, const float* taus, int64_t n, Block& block, float* panel) {
+    float gram[PANEL * PANEL];
+    const View v = {vs + block.k * n + block.k, n, 1};
+    multiply(block.count, block.count, n - block.k, v, v.flip(), gram, PANEL, panel);
+    for (int64_t j = 0; j < block.count; j++) {
+        const float tau = taus[block.k + j];
+        for (int64_t i = 0; i < PANEL; i++) {
+            float sum = 0;
+            for (int64_t l = i; l < j; l++) sum += block.t[i * PANEL + l] * gram[l * PANEL + j];
+            block.t[i * PANEL + j] = i < j ? -tau * sum : i == j ? tau : 0;
+        }
     }
 }
 
-// The orthogonal factor of x [n, ld] by Householder's reflections, with LAPACK's signs, as q [n, ld]; vs: room for
-// n * n + n floats. x is lost.
-void orthogonalise(float* x, int64_t n, int64_t ld, float* q, float* vs) {
-    float* taus = vs + n * n;
-    for (int64_t k = 0; k < n; k++) {
-        float* v = vs + k * n;
-        double rest = 0;
-        for (int64_t i = k + 1; i < n; i++) {
-            v[i] = x[i * ld + k];
-            rest += double(v[i]) * v[i];
+// x -= V (T or T') V' x in columns from `begin` on; room: 2 PANEL ld floats.
+void reflect_block(float* x, int64_t n, int64_t ld, const float* vs, const Block& block, bool flipped, int64_t begin,
+                   float* room, float* panel) {
+    const int64_t k = block.k, rows = n - k, columns = ld - begin;
+    if (columns <= 0) return;
+    float *inner = room, *outer = room + PANEL * ld, *part = x + k * ld + begin;
+    const View v = {vs + k * n + k, n, 1}, t = {block.t, PANEL, 1};
+    multiply(block.count, columns, rows, v, {part, ld, 1}, inner, ld, panel);
+    multiply(block.count, columns, block.count, flipped ? t.flip() : t, {inner, ld, 1}, outer, ld, panel);
+    for (int64_t i = 0; i < block.count; i++)
+        for (int64_t j = 0; j < columns; j += W) store(outer + i * ld + j, -load(outer + i * ld + j));
+    multiply(rows, columns, block.count, v.flip(), {outer, ld, 1}, part, ld, panel, true);
+}
+
+// The orthogonal factor of x [n, ld] by Householder's reflections, with LAPACK's signs, as q [n, ld]; x is lost.
+// vs: room for n * n + n + 2 PANEL ld floats.
+void orthogonalise(float* x, int64_t n, int64_t ld, float* q, float* vs, float* panel) {
+    float *taus = vs + n * n, *room = taus + n;
+    memset(vs, 0, 4 * n * n);
+    // Few columns are sooner done by one reflection after the other.
+    const int64_t size = n > SMALL ? PANEL : n;
+    const auto reflect_many = [&](float* to, int64_t k, int64_t count, bool flipped, int64_t begin) {
+        Block block = {k, count, {}};
+        find_triangle(vs, taus, n, block, panel);
+        reflect_block(to, n, ld, vs, block, flipped, begin, room, panel);
+    };
+    for (int64_t k = 0; k < n; k += size) {
+        const int64_t end = n - k < size ? n : k + size;
+        for (int64_t j = k; j < end; j++) {
+            taus[j] = find_reflection(x, n, ld, j, vs + j * n);
+            reflect(x, n, ld, vs + j * n, taus[j], j, j, end);  // what is left of j is not looked at again
         }
-        const float alpha = x[k * ld + k];
-        v[k] = 1;
-        taus[k] = 0;
-        if (rest == 0) continue;
-        const double norm = sqrt(double(alpha) * alpha + rest), beta = alpha > 0 ? -norm : norm;
-        taus[k] = float((beta - alpha) / beta);
-        const float scale = float(1 / (alpha - beta));
-        for (int64_t i = k + 1; i < n; i++) v[i] *= scale;
-        // What is left of the diagonal is not looked at again.
-        reflect(x, n, ld, v, taus[k], k, k / W * W);
+        if (end < n) reflect_many(x, k, size, true, end);
     }
     memset(q, 0, 4 * n * ld);
     for (int64_t k = 0; k < n; k++) q[k * ld + k] = 1;
-    for (int64_t k = n - 1; k >= 0; k--)
-        if (taus[k] != 0) reflect(q, n, ld, vs + k * n, taus[k], k, k / W * W);
+    if (size == n)
+        for (int64_t k = n - 1; k >= 0; k--) reflect(q, n, ld, vs + k * n, taus[k], k, k, n);
+    else
+        for (int64_t k = (n - 1) / size * size; k >= 0; k -= size)
+            reflect_many(q, k, n - k < size ? n - k : size, false, k);
 }
 
-// One step of orthogonal iteration from `old` towards the eigenvectors of `factor`, all [n, n]; work: 4 n (pad(n) + 1).
+// One step of orthogonal iteration from `old` towards the eigenvectors of `factor`, all [n, n].
+// work: room for 4 n (pad(n) + 1) + 2 PANEL pad(n) floats.
 void renew_basis(const float* factor, const float* old, float* basis, int64_t n, float ridge, float* work,
                  float* panel) {
     const int64_t ld = pad(n);
@@ -76,7 +140,7 @@ void renew_basis(const float* factor, const float* old, float* basis, int64_t n,
     else
         multiply(n, n, n, {relative, ld, 1}, {old, n, 1}, x, ld, panel);
     for (int64_t i = 0; i < n; i++) memset(x + i * ld + n, 0, 4 * (ld - n));
-    orthogonalise(x, n, ld, q, vs);
+    orthogonalise(x, n, ld, q, vs, panel);
     for (int64_t i = 0; i < n; i++) memcpy(basis + i * n, q + i * ld, 4 * n);
 }
 
@@ -102,7 +166,7 @@ struct Sums {  // over a step, for `measure_step`
 
     // Takes W elements with their new second moment, and gives back the direction.
     Vec take(Vec g, Vec m, Vec v, float tiny) {
-        const Vec root = root_of(v + tiny), u = m / root, a = g / root;
+        const Vec root = invert_root(v + tiny), u = m * root, a = g * root;
         uu += u * u, au += a * u, aa += a * a, gu += g * u, ga += g * a, mm += m * m, vv += v;
         if (++taken == BLOCK) fold();
         return u;
@@ -155,7 +219,7 @@ void step_plain(const Tensor& t, int64_t b, const Number& number, const Constant
     sums.write(products, n, c.tiny);
     const float factor = find_factor(products, n, number, c);
     for (int64_t i = 0; i < n; i += W) {
-        const Vec u = load_some(new_m + i, n - i) / root_of(load_some(new_v + i, n - i) + c.tiny);
+        const Vec u = load_some(new_m + i, n - i) * invert_root(load_some(new_v + i, n - i) + c.tiny);
         store_some(new_p + i, move(load_some(p + i, n - i), u, factor, number), n - i);
     }
 }
@@ -259,7 +323,7 @@ int64_t lopt_work(const Tensor* tensors, int64_t count, int64_t) {
         const int64_t left = tensors[i].left_factor.at == nullptr ? 0 : rows;
         const int64_t right = tensors[i].right_factor.at == nullptr ? 0 : columns;
         const int64_t n = left > right ? left : right;
-        const int64_t need = n > 0 ? 4 * rows * pad(columns) + 4 * n * (pad(n) + 1) : 0;
+        const int64_t need = n > 0 ? 4 * rows * pad(columns) + 4 * n * (pad(n) + 1) + 2 * PANEL * pad(n) : 0;
         most = need > most ? need : most;
     }
     return KC * NR + most;
