@@ -75,7 +75,7 @@ def list_gpt2_shapes(width: int = 768, depth: int = 12, vocabulary: int = 50257,
 MODELS: dict[str, Shapes] = {
     "mlp": list_mlp_shapes([3072, 1536, 1536, 1536, 10]),
     "mlp-small": list_mlp_shapes([64, 128, 128, 10]),
-    "gpt-small": list_gpt2_shapes(width=64, depth=4, vocabulary=65, context=64),
+    "gpt-small": list_gpt2_shapes(width=64, depth=2, vocabulary=65, context=64),
     "resnet50": list_resnet_shapes(),
     "vit": list_vit_shapes(),
     "gpt2": list_gpt2_shapes(),

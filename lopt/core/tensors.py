@@ -92,15 +92,18 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
-def is_plain(x: Tensor, batch_ndim: int = 0) -> bool:
-    """Whether it is what code outside of torch can work on: float32 on the CPU, each of the batch contiguous.
+def are_plain(tensors: Iterable[Tensor], batch_ndim: int = 0) -> bool:
+    """Whether they are what code outside of torch can work on: float32 on the CPU, each of the batch contiguous.
 
     Args:
         batch_ndim: leading dimensions that may have any strides.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
-        return False
-    return x.is_contiguous() or (batch_ndim > 0 and x[(0,) * batch_ndim].is_contiguous())
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+        if not (x.is_contiguous() or (batch_ndim > 0 and x[(0,) * batch_ndim].is_contiguous())):
+            return False
+    return True
 
 
 @contextmanager

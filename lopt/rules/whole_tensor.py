@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import is_plain
+from lopt.core.tensors import are_plain
 from lopt.rules.layout import find_layout
 from lopt.rules.stages import NOTHING, Accumulators, Elements, Finish, Finished, Memory, Sum, Visit
 
@@ -40,7 +40,7 @@ class WholeTensor:
 
     def expose(self, keys: Sequence[str]) -> list[Memory] | None:
         """Where the tensor lies, and new tensors, to be filled and handed to `adopt`."""
-        if not all(is_plain(x, len(self.batch)) for x in (self.g, self.p, *self.acc.values())):
+        if not are_plain((self.g, self.p, *self.acc.values()), len(self.batch)):
             return None
         g, p, acc = self.g, self.p, self.acc
         new = {key: torch.empty_like(acc[key]) for key in keys if key in acc}

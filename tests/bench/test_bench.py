@@ -149,7 +149,7 @@ def test_model_shapes_are_those_of_the_named_models() -> None:
     assert counts == {
         "mlp": 9_457_162,
         "mlp-small": 26_122,
-        "gpt-small": 208_320,
+        "gpt-small": 108_352,
         "resnet50": 25_557_032,
         "vit": 86_567_656,
         "gpt2": 124_439_808,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lopt.core.random import derive_seeds, draw_uniform, make_generator
+from lopt.core.tensors import is_traced
 from lopt.meta.unroll.slots import Slots
 from lopt.tasks import Batch, Task, TaskFamily
 
@@ -113,7 +115,11 @@ class Draws:
             what: names the draw.
             share: of the tasks, as a probability.
         """
-        return draw_uniform(derive_seeds(self.seed, f"hide {what}", slots.ids, slots.episode), 1)[:, 0] < share
+        stream = f"hide {what}"
+        if slots.ids.device.type != "cpu" or is_traced():
+            return _draw_places(self.seed, stream, slots.ids, slots.episode) < share
+        # It is asked for at every step, and does not change until slots start new tasks.
+        return _recall_places(self.seed, stream, tuple(slots.ids.tolist()), tuple(slots.episode.tolist())) < share
 
     def batches(self, slots: Slots, splits: Iterable[str], first: int, count: int) -> list[Batches]:
         """The batches of `count` steps, the first of them `first` steps from now.
@@ -161,3 +167,14 @@ class Draws:
 def _list_names(ids: Tensor, episode: Tensor) -> list[tuple[int, int]]:
     """By which slot and episode a task is drawn, for each of the slots."""
     return list(zip(ids.cpu().tolist(), episode.cpu().tolist(), strict=True))
+
+
+def _draw_places(seed: int, stream: str, ids: Tensor, episode: Tensor) -> Tensor:
+    """A number in [0, 1) for each slot's task, `[T]`."""
+    return draw_uniform(derive_seeds(seed, stream, ids, episode), 1)[:, 0]
+
+
+@lru_cache(maxsize=64)
+def _recall_places(seed: int, stream: str, ids: tuple[int, ...], episode: tuple[int, ...]) -> Tensor:
+    """The same on the CPU, drawn once."""
+    return _draw_places(seed, stream, *(torch.tensor(x, dtype=torch.int64) for x in (ids, episode)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lopt.core.tensors import is_plain
+from lopt.core.tensors import are_plain
 from lopt.optim.update import ParameterUpdate, Transform
 from lopt.rules.base import Rule
 from lopt.rules.layout import find_layout
@@ -269,7 +269,7 @@ def expose_in_place(
 ) -> list[Memory] | None:
     """The memory of parameters, which is written to itself; see `Steppable.expose`."""
     everything = (x for p, g, acc in zip(params, grads, accs, strict=True) for x in (p, g, *acc.values()))
-    if not update.is_simple or not all(map(is_plain, everything)):
+    if not update.is_simple or not are_plain(everything):
         return None
     lr, decay = float(update.lr), float(update.decay)
     return [Memory(g, p, acc, p, acc, lr, decay) for p, g, acc in zip(params, grads, accs, strict=True)]
