@@ -10,6 +10,7 @@ from bench.gpu.kernels import kernels
 from bench.gpu.tune import tune
 from bench.quality.estimators import estimators
 from bench.quality.families import families
+from bench.quality.glyphs import glyphs
 from bench.quality.levels import levels
 from bench.quality.robustness import robustness
 from bench.quality.suite import suite
@@ -29,6 +30,7 @@ COMMANDS = (
     compile_kernels,
     estimators,
     families,
+    glyphs,
     gpu,
     kernels,
     levels,

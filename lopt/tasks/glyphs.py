@@ -43,8 +43,9 @@ class Glyphs(TaskFamily):
         ways: classes of a task.
         shots: drawings of each that are learned from.
         queries: other drawings of each that a task is judged on.
-        network: "conv" (3 x 3 convolutions of stride 2 with `width` and twice as many channels, a layer of 4 `width`
-            units) or "mlp" (two such layers); a last layer, "head", in both.
+        network: "conv" (two 3 x 3 convolutions of stride 2, with `width` and twice as many channels, and a layer of 4
+            `width` features, all normalised over a drawing, ReLU between them) or "mlp" (two layers of 4 `width` units
+            with ReLU); both end with a layer "head".
         width: see `network`.
         size: pixels of a side.
         data: "dejavu" or "omniglot:FOLDER", read by `load_drawings`.
@@ -78,8 +79,8 @@ class Glyphs(TaskFamily):
         self.network, self.width, self.size = choose("network", network, NETWORKS), width, size
         self.images, self.counts, self.pools = load_drawings(data, size)
         self._check_data(data)
-        self.module = self._build()
-        self.batched = BatchedLosses(self.module, F.cross_entropy) if network == "mlp" else None
+        self.module = self.build_network()
+        self.batched = BatchedLosses(self.module[1:], F.cross_entropy) if network == "mlp" else None
 
     def _check_data(self, data: str) -> None:
         few = next((pool for pool, numbers in self.pools.items() if len(numbers) < self.ways), None)
@@ -92,19 +93,26 @@ class Glyphs(TaskFamily):
                 f"{fewest} of some; take fewer"
             )
 
-    def _build(self) -> nn.Sequential:
+    def build_network(self, ways: int | None = None) -> nn.Sequential:
+        """The network, with torch's random weights; all but its last layer give the features of a drawing.
+
+        Args:
+            ways: classes that it tells apart, by default those of a task.
+        """
         width, size = self.width, self.size
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if self.network == "conv":
-            layers["first"], layers["relu"] = nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()
-            layers["second"], layers["relu2"] = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()
-            layers["flat"] = nn.Flatten()
-            inputs = 2 * width * (((size + 1) // 2 + 1) // 2) ** 2
+            side = ((size + 1) // 2 + 1) // 2
+            layers["first"] = nn.Conv2d(1, width, 3, stride=2, padding=1)
+            layers["norm1"], layers["relu1"] = nn.GroupNorm(1, width, affine=False), nn.ReLU()
+            layers["second"] = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+            layers["norm2"], layers["relu2"] = nn.GroupNorm(1, 2 * width, affine=False), nn.ReLU()
+            layers["flat"], layers["features"] = nn.Flatten(), nn.Linear(2 * width * side**2, 4 * width)
+            layers["norm3"] = nn.LayerNorm(4 * width, elementwise_affine=False)
         else:
-            layers["first"], layers["relu"] = nn.Linear(size * size, 4 * width), nn.ReLU()
-            inputs = 4 * width
-        layers["features"], layers["relu3"] = nn.Linear(inputs, 4 * width), nn.ReLU()
-        layers["head"] = nn.Linear(4 * width, self.ways)
+            layers["flat"], layers["first"], layers["relu1"] = nn.Flatten(), nn.Linear(size**2, 4 * width), nn.ReLU()
+            layers["features"], layers["relu2"] = nn.Linear(4 * width, 4 * width), nn.ReLU()
+        layers["head"] = nn.Linear(4 * width, ways or self.ways)
         return nn.Sequential(layers)
 
     def to(self: G, device: torch.device | str) -> G:
@@ -125,7 +133,7 @@ class Glyphs(TaskFamily):
         return {"characters": characters, "drawings": (order + missing.double()).argsort(2)[..., :needed]}
 
     def init(self, task: Task, generator: torch.Generator) -> Params:
-        return draw_weights(self._build, generator)
+        return draw_weights(self.build_network, generator)
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         support = choose("split", split, SPLITS) == "train"
@@ -138,7 +146,7 @@ class Glyphs(TaskFamily):
         return self.batch(tasks, tasks["characters"], split)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        return F.cross_entropy(self._classify(params, batch["x"]), batch["y"])
+        return F.cross_entropy(self.classify(params, batch["x"]), batch["y"])
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         if self.batched is None:
@@ -146,9 +154,9 @@ class Glyphs(TaskFamily):
         return self.batched(params, batch["x"].flatten(2), batch["y"])
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        return {"accuracy": (self._classify(params, batch["x"]).argmax(-1) == batch["y"]).float().mean()}
+        return {"accuracy": (self.classify(params, batch["x"]).argmax(-1) == batch["y"]).float().mean()}
 
-    def _classify(self, params: Params, x: Tensor) -> Tensor:
-        x = x if self.network == "conv" else x.flatten(1)
+    def classify(self, params: Params, x: Tensor) -> Tensor:
+        """Logits `[n, ways]` of one task's drawings `[n, 1, size, size]`."""
         logits: Tensor = functional_call(self.module, params, (x,))
         return logits

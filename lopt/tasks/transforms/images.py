@@ -150,6 +150,9 @@ class Augment(Transform):
         # The coordinates of the maps go from -1 to 1.
         self.ranges = torch.tensor([turn, shear, zoom, 2 * shift, 2 * shift], dtype=torch.float64)
 
+    def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
+        return self.family.sample_all(seeds, pool)
+
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         batch = super().batch(tasks, seeds, split)
         images = _as_images(batch["x"])
