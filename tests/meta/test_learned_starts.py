@@ -44,6 +44,7 @@ def make_rule(family: Sinusoid, inner: str = "sgd") -> LearnedInit:
     [
         [],
         ["init.rates=element", "trainer.train_only=[]", "estimator.num_steps=2", "trainer.average=0.9"],
+        ["trainer.train_only=[]", "trainer.learning_rates={'init.*'=1e-3}"],
         ["rule={name='lstm', hidden=3}", "trainer.train_only=[]", "estimator.order=1"],
         ["estimator={name='truncated', num_steps=3, objective_split='inner_valid'}", "horizon.steps=5"],
         ["estimator={name='pes', num_steps=2}", "horizon.steps=4"],
@@ -199,3 +200,24 @@ def test_an_initialisation_of_another_model_is_refused_before_anything_runs(tmp_
 def test_rates_that_nobody_learns_are_refused() -> None:
     with pytest.raises(ValueError, match="rate has no effect"):
         make_config("init.rate=0.5")
+
+
+def test_weights_that_fit_a_pattern_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    options = ["init.rates=element", "trainer.train_only=[]", "trainer.warmup=0", "trainer.learning_rate=1e-2"]
+    rates = "trainer.learning_rates={'rates.*'=1e-3, 'init.4.*'=1e-4, 'init.*'=5.0}"
+    trainer = start_run(make_config(*options, rates, "estimator.num_steps=2"), tmp_path / "run")
+    before = {name: w.detach().clone() for name, w in trainer.rule.named_parameters()}
+    trainer.train_step()
+    moved = {name: (w.detach() - before[name]).abs().max().item() for name, w in trainer.rule.named_parameters()}
+    # AdamW's first step is the rate itself, wherever there is a gradient.
+    assert moved["rates.0.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["init.4.bias"] == pytest.approx(1e-4, rel=1e-2)
+    assert moved["init.0.weight"] == pytest.approx(5.0, rel=1e-2)
+    assert moved["inner.lr"] == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learning_rates: 'rate.*' fits nothing learned"):
+        start_run(make_config("trainer.learning_rates={'rate.*'=1e-3}"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"learning_rates: 'init.*' must be positive"):
+        make_config("trainer.learning_rates={'init.*'=0.0}")

@@ -26,6 +26,8 @@ class TrainerConfig:
         tasks: slots of each source, T.
         learning_rate: of AdamW on the meta-weights; linear warm-up over `warmup` steps, then cosine decay to
             `final_learning_rate` times this.
+        learning_rates: peaks of their own, in place of `learning_rate`, for meta-weights whose names fit a pattern (as
+            of files); of several that fit the first one.
         weight_decay: AdamW's.
         beta2: AdamW's second decay.
         clip: largest global norm of the meta-gradient.
@@ -58,6 +60,7 @@ class TrainerConfig:
     steps: int = 1000
     tasks: int = 8
     learning_rate: float = 3e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
     final_learning_rate: float = 0.01
     warmup: int = 20
     weight_decay: float = 0.0
@@ -89,6 +92,9 @@ class TrainerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}")
+        for pattern, rate in self.learning_rates.items():
+            if not rate > 0:
+                raise ValueError(f"trainer.learning_rates: {pattern!r} must be positive, got {rate}")
         for name in (
             "memory_mib",
             "final_learning_rate",

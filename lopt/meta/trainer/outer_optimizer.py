@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lopt.core.names import suggest
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.trainer.meta_weights import copy_weights, update_average
 from lopt.rules import Rule
@@ -25,14 +28,16 @@ class OuterOptimizer:
 
     Args:
         rule: whose weights are stepped in place; which of them are learned is settled before.
-        config: learning rate and its schedule, `clip`, `beta2`, `weight_decay`, `average`.
+        config: learning rates and their schedule, `clip`, `beta2`, `weight_decay`, `average`.
+    Raises:
+        ValueError: a pattern of `learning_rates` fits no meta-weight that is learned.
     """
 
     def __init__(self, rule: Rule, config: TrainerConfig) -> None:
         self.rule, self.config = rule, config
         self.average = copy_weights(rule, learned=True)
         self.adamw = torch.optim.AdamW(
-            rule.meta_weights().values(),
+            _group_weights(rule, config),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -67,7 +72,7 @@ class OuterOptimizer:
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.config.clip)
         rate = self.learning_rate(step)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * (group["peak"] / self.config.learning_rate)
         # A step on nothing would still decay the weights and move AdamW's averages.
         if bool(norm.isfinite()) and float(norm) > 0:
             self.adamw.step()
@@ -110,3 +115,16 @@ class OuterOptimizer:
                 index, key = name.removeprefix(MOMENTS).split(".", 1)
                 state.setdefault(int(index), {})[key] = value
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
+
+
+def _group_weights(rule: Rule, config: TrainerConfig) -> list[dict[str, Any]]:
+    """The learned weights in groups of AdamW, one for each peak of the learning rate."""
+    weights = rule.meta_weights()
+    for pattern in config.learning_rates:
+        if not any(fnmatchcase(name, pattern) for name in weights):
+            raise ValueError(f"trainer.learning_rates: {pattern!r} fits nothing learned. {suggest(pattern, weights)}")
+    groups: dict[float, list[Tensor]] = {}
+    for name, weight in weights.items():
+        fitting = (rate for pattern, rate in config.learning_rates.items() if fnmatchcase(name, pattern))
+        groups.setdefault(next(fitting, config.learning_rate), []).append(weight)
+    return [{"params": members, "peak": peak} for peak, members in groups.items()]
