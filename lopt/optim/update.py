@@ -46,12 +46,12 @@ class ParameterUpdate(NamedTuple):
 
     @property
     def is_simple(self) -> bool:
-        """Whether the parameter becomes `p + lr * delta - lr * decay * p`, with numbers that are known, and that is
-        all; an lr of 0, with which nothing moves, is not.
+        """Whether the parameter becomes `p + lr * delta - lr * decay * p`, with numbers that are known, of a gradient
+        that is negated at most; an lr of 0, with which nothing moves, is not.
         """
         known = isinstance(self.lr, float) and isinstance(self.decay, float) and self.lr != 0
         more = (self.unscale, self.live, self.seeds, self.transform)
-        return known and not (self.maximize or self.sanitize or self.limit) and all(x is None for x in more)
+        return known and not (self.sanitize or self.limit) and all(x is None for x in more)
 
     def read(self, g: Tensor) -> Tensor:
         """The gradient as a rule shall see it: sanitized, unscaled, limited, signed.

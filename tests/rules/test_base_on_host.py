@@ -197,7 +197,6 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone() -> None:
         ("float64", {}),
         ("bfloat16", {}),
         ("transposed", {}),
-        ("float32", {"maximize": True}),
         ("float32", {"guard": True}),
         ("float32", {"nonfinite": "sanitize"}),
     ],

@@ -271,6 +271,7 @@ def expose_in_place(
     everything = (x for p, g, acc in zip(params, grads, accs, strict=True) for x in (p, g, *acc.values()))
     if not update.is_simple or not are_plain(everything):
         return None
+    grads = [-g for g in grads] if update.maximize else grads
     lr, decay = float(update.lr), float(update.decay)
     return [Memory(g, p, acc, p, acc, lr, decay) for p, g, acc in zip(params, grads, accs, strict=True)]
 
