@@ -19,10 +19,12 @@ class Times(NamedTuple):
     Attributes:
         done: until the device is done.
         returned: until the call returns; on the CPU the same.
+        cpu: of the process's CPU time, which other processes lengthen less.
     """
 
     done: list[float]
     returned: list[float]
+    cpu: list[float]
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,15 +35,16 @@ def synchronize(device: torch.device) -> None:
 
 def time_calls(call: Callable[[], object], repeats: int, seconds: float, device: torch.device) -> Times:
     """Time calls one by one: `repeats` of them, or as many as start within `seconds`, but at least `MIN_REPEATS`."""
-    times = Times([], [])
+    times = Times([], [], [])
     synchronize(device)
     begin = time.perf_counter()
     while len(times.done) < repeats and (len(times.done) < MIN_REPEATS or time.perf_counter() - begin < seconds):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         call()
         times.returned.append(time.perf_counter() - start)
         synchronize(device)
         times.done.append(time.perf_counter() - start)
+        times.cpu.append(time.process_time() - cpu)
     return times
 
 

@@ -39,12 +39,12 @@ def measure(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seconds: f
 
     Returns:
         `seconds` of each repeat, each waited for, `repeats`, and of them `ns_per_parameter` (median, p10, p90);
-        `host_seconds` (likewise; until `step` returns); `first_seconds` (of the first step, with all compilation);
-        `state_bytes_per_parameter`; `transient_bytes` (peak of what a step allocates beyond parameters, gradients,
-        state and meta-weights) and `transient_bytes_per_parameter`; `aten_calls` of a step; `final_is_finite`;
-        `backend` and `backend_reason`. On a GPU `queued_seconds` (median, p10, p90; steps that the device has waiting),
-        `launches` (kernels of a step) and `copies` (beside them). With `graph`, `graph_seconds` of its replay or
-        `graph_error`.
+        `host_seconds` (likewise; until `step` returns); `cpu_seconds` (mean, with steps that do more than others);
+        `first_seconds` (of the first step, with all compilation); `state_bytes_per_parameter`; `transient_bytes` (peak
+        of what a step allocates beyond parameters, gradients, state and meta-weights) and
+        `transient_bytes_per_parameter`; `aten_calls` of a step; `final_is_finite`; `backend` and `backend_reason`. On a
+        GPU `queued_seconds` (median, p10, p90; steps that the device has waiting), `launches` (kernels of a step) and
+        `copies` (beside them). With `graph`, `graph_seconds` of its replay or `graph_error`.
     """
     params = make_params(shapes, drawn)
     device = drawn[0][0].device
@@ -63,6 +63,7 @@ def measure(entry: Entry, shapes: Shapes, drawn: Drawn, repeats: int, seconds: f
         "repeats": len(times.done),
         "ns_per_parameter": {key: value / count * 1e9 for key, value in summarize(times.done).items()},
         "host_seconds": summarize(times.returned),
+        "cpu_seconds": sum(times.cpu) / len(times.cpu),
         "first_seconds": first,
         "state_bytes_per_parameter": state_bytes / count,
         "transient_bytes": transient,
@@ -192,6 +193,7 @@ def list_columns(count: int) -> list[tuple[str, Callable[[Result], str]]]:
         ("/ AdamW\nforeach", write("over_adamw_foreach")),
         ("/ AdamW\nfused", write("over_adamw_fused")),
         ("/ memory\nbound", write("over_memory_bound")),
+        ("CPU\nms", lambda r: write("cpu_seconds", 1e3)(r) if "queued_seconds" not in r else ""),
         ("x faster\nthan naive", write("faster_than_naive")),
         ("state\nB/param", lambda r: f"{r['state_bytes_per_parameter']:.2f}"),
         ("transient\nB/param", lambda r: f"{r['transient_bytes_per_parameter']:.3f}"),

@@ -64,14 +64,12 @@ class HostStep:
         assert library is not None, "callers ask `is_available` first"
         self.library, self.items, self.constants = library, items, array("f", constants)
         self.shape = (1 if batch is None else batch, len(items))
-        self.table = array("q")
+        numbers: list[int] = []
         for rows, columns, is_matrix, tensors, *_ in items:
-            self.table.extend((rows, columns, is_matrix))
+            numbers += (rows, columns, is_matrix)
             for x in tensors:
-                if x is None:
-                    self.table.extend((0, 0))
-                else:
-                    self.table.extend((x.data_ptr(), 0 if batch is None else x.stride(0)))
+                numbers += (0, 0) if x is None else (x.data_ptr(), 0 if batch is None else x.stride(0))
+        self.table = array("q", numbers)
         self.told = (self.table.buffer_info()[0], self.shape[1], self.shape[0])
 
     def measure(self) -> Tensor:
