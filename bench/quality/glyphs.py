@@ -27,9 +27,10 @@ from lopt.meta.trainer.trainer import RULE
 from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, load, load_card
 from lopt.tasks.glyphs import Glyphs
+from lopt.tasks.transforms import Augment, RotateClasses
 
 WAYS = (5, 20)
-PROTOTYPE_WAYS, PROTOTYPE_STEPS = 30, 3000
+PROTOTYPE_WAYS, PROTOTYPE_STEPS = 60, 1500
 JOINT_STEPS, TUNING_STEPS = 1500, 20
 PIXELS, PROTOTYPES = "nearest drawing", "prototypical network"
 RANDOM, JOINT = "fine-tuning, random start", "fine-tuning, joint start"
@@ -54,7 +55,9 @@ class Learned:
     def __init__(self, family: Glyphs, prototype_steps: int, joint_steps: int) -> None:
         began = time.process_time()
         most = min(map(len, family.pools.values()))
-        self.embed = train_prototypes(change(family, ways=min(PROTOTYPE_WAYS, most)), prototype_steps)
+        wide = change(family, ways=min(PROTOTYPE_WAYS, most))
+        # As the presets train: more classes and more drawings than there are.
+        self.embed = train_prototypes(wide, prototype_steps, episodes=Augment(RotateClasses(wide)))
         self.seconds = {PROTOTYPES: time.process_time() - began}
         self.joint = train_jointly(family, joint_steps)
         self.seconds[JOINT] = time.process_time() - began - self.seconds[PROTOTYPES]

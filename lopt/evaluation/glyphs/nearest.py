@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lopt.core.random import derive_seeds, make_generator
 from lopt.evaluation.glyphs.episodes import Episodes
+from lopt.tasks import TaskFamily
 from lopt.tasks.glyphs import Glyphs
 from lopt.tasks.module import draw_weights
 
@@ -51,11 +52,14 @@ def score_by_prototypes(support: Tensor, classes: Tensor, queries: Tensor) -> Te
     return -(queries[:, None] - means).square().sum(2)
 
 
-def train_prototypes(family: Glyphs, steps: int, *, learning_rate: float = 2e-3, seed: int = 0) -> nn.Module:
+def train_prototypes(
+    family: Glyphs, steps: int, *, episodes: TaskFamily | None = None, learning_rate: float = 2e-3, seed: int = 0
+) -> nn.Module:
     """A network that puts drawings of a character next to each other, learned on the characters for training.
 
     Args:
-        family: of the episodes, one a step, and of the network: its own without the last layer.
+        family: of the network: its own without the last layer.
+        episodes: where the tasks are from, one a step; by default the family. Transforms of it are for more drawings.
         steps: of Adam, whose learning rate falls to 0 as a cosine.
         seed: of weights and episodes.
     Returns:
@@ -63,13 +67,13 @@ def train_prototypes(family: Glyphs, steps: int, *, learning_rate: float = 2e-3,
     """
     whole = family.build_network()
     whole.load_state_dict(draw_weights(family.build_network, make_generator(derive_seeds(seed, "prototypes"))))
-    network = whole[:-1]
+    network, episodes = whole[:-1], episodes or family
     optimizer = torch.optim.Adam(network.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         seeds = derive_seeds(seed, "episode", torch.tensor([step], dtype=torch.int64))
-        tasks = family.sample_all(seeds)
-        support, queries = (family.batch(tasks, seeds, split) for split in ("train", "inner_valid"))
+        tasks = episodes.sample_all(seeds)
+        support, queries = (episodes.batch(tasks, seeds, split) for split in ("train", "inner_valid"))
         vectors = network(torch.cat([support["x"][0], queries["x"][0]]))
         count = support["y"].shape[1]
         loss = F.cross_entropy(score_by_prototypes(vectors[:count], support["y"][0], vectors[count:]), queries["y"][0])

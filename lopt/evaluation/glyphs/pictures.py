@@ -31,9 +31,10 @@ def draw_tasks(episodes: Episodes, found: Tensor, *, rows: int = 6, dpi: int = 1
     )
     panels = [_frame(support, torch.full((*support.shape[:2], 3), 0.5, dtype=torch.float32)), _frame(queries, frames)]
     widths = [panel.shape[1] for panel in panels]
-    figure = Figure(figsize=(7.4, 0.35 + 7.4 * panels[0].shape[0] / (sum(widths) + 12)), layout="constrained")
+    figure = Figure(figsize=(7.4, 0.2 + 7.2 * panels[0].shape[0] / (sum(widths) + 12)), layout="constrained")
     share = float(episodes.score(found).mean())
-    titles = [f"{support.shape[1]} examples", f"other drawings of the same characters; told: {share:.1%} of all tasks"]
+    told = f"other drawings of the same characters, told right (green) or wrong (red): {share:.1%} right in all"
+    titles = [f"{support.shape[1]} examples", f"{told} {len(found)} tasks"]
     axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": widths})
     for panel, title, ax in zip(panels, titles, axes, strict=True):
         ax.imshow(panel.numpy(), interpolation="nearest")
