@@ -76,14 +76,16 @@ class BaseDecision(NamedTuple):
 class Base(Rule):
     """`p <- p - s u / rms(u) - decay s p / r`, u being Adam's direction in the eigenbases of G G' and G' G.
 
-    Matrices are `[rows, rest]`; other tensors are not rotated, and not decayed. In a network of L matrices the size is
-    `s = c min(size / L^depth, relative rms(p_0) / a) z(t)`, the former times `vector` for other tensors, where there
-    are matrices; a is the share of the elements that have a gradient, which is small in tables of embeddings, and
-    decay is times it. z is a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c
-    is what the learned `StepController` makes of the last steps and of the loss, if it is told. Decay holds weights at
-    a few times r, the larger of rms(p_0) and of what layers start with by default, `(3 columns)^-0.5`: by rms(p_0)
-    alone, weights that start small could not grow. All five numbers can be learned, too, four by their logarithms. At
-    or beyond the end nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
+    Matrices are `[rows, rest]`; other tensors are not rotated, and not decayed. In a network of M matrices the size is
+    `s = c min(size / L^depth, relative q / a) z(t)`, the former times `vector` for other tensors, where there are
+    matrices; L is M / (1 + G), at least 1, G being the number of vectors that start at 1, as the gains of
+    normalisations do: depth is counted between these. q is rms(p_0), and for matrices beside such gains r, below. a is
+    the share of the elements that have a gradient, which is small in tables of embeddings, and decay is times it. z is
+    a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c is what the learned
+    `StepController` makes of the last steps and of the loss, if it is told. Decay holds weights at a few times r, the
+    larger of rms(p_0) and of what layers start with by default, `(3 columns)^-0.5`: by rms(p_0) alone, weights that
+    start small could not grow. All five numbers can be learned, too, four by their logarithms. At or beyond the end
+    nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
 
     Args:
         size, vector, relative, depth, decay: see above.
@@ -172,7 +174,7 @@ class Base(Rule):
         shapes = describe_shapes(layouts, counts, old)
         matrices = sum(count for count, layout in zip(counts, layouts, strict=True) if layout.is_matrix)
         active = (1 - still).clamp(min=LEAST_ACTIVE)
-        size = self._find_sizes(scale, active, shapes[:, 0], matrices, clock)
+        size = self._find_sizes(scale, active, shapes, matrices, clock)
         rows = {key: tensors.tensor_state[key] for key in STATE_KEYS}
         rows, factor = self.controller(rows, Seen(scale, rms, size, shapes[:, 1], tensors.loss, clock))
         size = size * factor
@@ -185,22 +187,27 @@ class Base(Rule):
         """Whose bases are renewed now, bool `[*batch, n]`."""
         return ((clock.step % self.every == 0) | (clock.step < EAGER)).expand_as(like)
 
-    def _find_sizes(self, scale: Tensor, active: Tensor, vectors: Tensor, count: int, clock: Clock) -> Tensor:
+    def _find_sizes(self, scale: Tensor, active: Tensor, shapes: Tensor, count: int, clock: Clock) -> Tensor:
         """The size of every tensor's step before the controller's factor, `[*batch, n]`.
 
         Args:
             active: share of the elements that have a gradient, by whose inverse tables may make larger steps.
-            vectors: 1 for those that are no matrices, `[n]`.
+            shapes: what `describe_shapes` says.
             count: of the matrices.
         """
         # Meta-weights have the batch dimensions, or none.
         log_size, log_vector, log_relative, depth = (
             w[..., None] for w in (self.log_size, self.log_vector, self.log_relative, self.depth)
         )
-        absolute = log_size - depth * log(max(1, count))
+        vectors, _, usual, may_be_gains = shapes.unbind(-1)
+        gains = (may_be_gains * (scale == 1)).sum(-1, keepdim=True)
+        absolute = log_size - depth * (count / (1 + gains)).clamp(min=1).log()
         if count:  # where there are no matrices, vectors are all that there is to learn
             absolute = absolute + log_vector * vectors
-        return torch.minimum(absolute, log_relative + (scale / active).log()).exp() * find_schedule(clock, scale.dtype)
+        # What is normalised may start at any scale: a matrix that starts small is none that has to stay so.
+        free = (gains > 0) & (vectors == 0)
+        relative = log_relative + (torch.where(free, torch.maximum(scale, usual), scale) / active).log()
+        return torch.minimum(absolute, relative).exp() * find_schedule(clock, scale.dtype)
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         return Decision(decided=BaseDecision(**shared))

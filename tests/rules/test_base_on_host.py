@@ -60,6 +60,8 @@ def run_optimizer(told: bool, planned: bool, steps: int = STEPS) -> lopt.Learned
     """An optimizer after `steps` steps, with and without loss and plan."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape)) for shape in [*SHAPES, (17, 5), (33,)]]
+    nn.init.ones_(params[-1])  # as gains of a normalisation begin
+    nn.init.normal_(params[-2], std=1e-3)
     optimizer = lopt.LearnedOptimizer(
         params, RULES["base"](init_std=0.3), lr=0.7, weight_decay=0.1, num_steps=40 if planned else None
     )

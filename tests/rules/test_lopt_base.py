@@ -35,14 +35,22 @@ def find_signed_basis(x: Matrix) -> Matrix:
     return np.stack(columns, 1)
 
 
-def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[bool, bool], every: int) -> Matrix:
-    """Where a matrix `[rows, columns]`, or a vector `[1, n]`, is after these gradients."""
+def step_by_hand(
+    grads: list[Matrix], p: Matrix, depth: float, rotated: tuple[bool, bool], every: int, normalised: bool
+) -> Matrix:
+    """Where a matrix `[rows, columns]`, or a vector `[1, n]`, is after these gradients.
+
+    Args:
+        depth: number of matrices, or how many there are from one normalisation to the next.
+    """
     rows, columns = p.shape
     m, v = np.zeros_like(p), np.zeros_like(p)
     scale, active = np.sqrt(np.mean(p**2)), np.array([np.mean(g != 0) for g in grads])
     sides = [np.zeros((rows, rows)), np.zeros((columns, columns))]
     bases = [np.eye(rows), np.eye(columns)]
-    absolute = SIZE / matrices**DEPTH * (1 if rows > 1 else VECTOR)
+    absolute = SIZE / depth**DEPTH * (1 if rows > 1 else VECTOR)
+    usual = (3 * columns) ** -0.5
+    start = max(scale, usual) if normalised and rows > 1 else scale
     for t, g in enumerate(grads):
         m = 0.9 * m + 0.1 * g
         for i, product in enumerate((g @ g.T, g.T @ g)):
@@ -53,14 +61,14 @@ def step_by_hand(grads: list[Matrix], p: Matrix, matrices: int, rotated: tuple[b
         left, right = bases
         v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
         u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)) + 1e-24)) @ right.T
-        now = min(absolute, RELATIVE * scale / active[t]) * (1 + cos(pi * t / HORIZON)) / 2
-        decay = DECAY * active[t] * now / max(scale, (3 * columns) ** -0.5)
+        now = min(absolute, RELATIVE * start / active[t]) * (1 + cos(pi * t / HORIZON)) / 2
+        decay = DECAY * active[t] * now / max(scale, usual)
         p = p - now * u / np.sqrt(np.mean(u**2)) - (decay * p if rows > 1 else 0)
     return p
 
 
-@pytest.mark.parametrize("max_side", [256, 5, 3])
-def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
+@pytest.mark.parametrize(("max_side", "gains"), [(256, 0), (5, 0), (3, 0), (256, 2)])
+def test_steps_are_those_of_the_formula_in_numpy(max_side: int, gains: int) -> None:
     shapes = {
         "square": (4, 4),
         "wide": (4, 6),
@@ -69,11 +77,17 @@ def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
         "column": (6, 1),
         "zero": (4, 4),
         "table": (6, 4),
+        "small": (4, 5),
+        "one": (1,),  # which is no gain of a normalisation, as it is alone
+        **{f"gain {i}": (7,) for i in range(gains)},
     }
     sizes = {"size": SIZE, "vector": VECTOR, "relative": RELATIVE, "depth": DEPTH, "decay": DECAY, "init_std": 0.0}
     rule = RULES["base"](**sizes, max_side=max_side, every=4).double()
     start = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     start["zero"] = torch.zeros_like(start["zero"])
+    start["small"] *= 1e-2
+    for name in ("one", *(f"gain {i}" for i in range(gains))):
+        start[name] = torch.ones_like(start[name])
     grads = [{name: draw(100 * t + i, *shape) for i, (name, shape) in enumerate(shapes.items())} for t in range(6)]
     for t, step in enumerate(grads):
         step["table"][[t % 3, 3, 4]] = 0  # rows that are not looked up
@@ -81,13 +95,14 @@ def test_steps_are_those_of_the_formula_in_numpy(max_side: int) -> None:
     with torch.no_grad():
         for step in grads:
             params, state = rule.update(step, params, state, num_steps=torch.tensor(HORIZON))
-    for name in ("square", "wide", "window", "vector", "column", "table"):
-        matrix = name not in ("vector", "column")
+    for name in set(shapes) - {"zero"}:
+        matrix = name in ("square", "wide", "window", "table", "small")
         form = (shapes[name][0], -1) if matrix else (1, -1)
         history = [step[name].reshape(form).numpy() for step in grads]
         begin = start[name].reshape(form).numpy()
         rotated = tuple(matrix and n <= max_side for n in begin.shape)
-        expected = step_by_hand(history, begin, 5, rotated if matrix else (False, False), 4)
+        sides = rotated if matrix else (False, False)
+        expected = step_by_hand(history, begin, 6 / (1 + gains), sides, 4, gains > 0)
         # The logarithms of the sizes are fp32.
         moved, by_hand = params[name].reshape(form).numpy() - begin, expected - begin
         np.testing.assert_allclose(moved, by_hand, rtol=0, atol=1e-6 * np.abs(by_hand).max())

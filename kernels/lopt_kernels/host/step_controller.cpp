@@ -33,7 +33,7 @@ struct Run {  // [B, columns], or loss null and else [B, loss_columns]; columns 
 struct Constants {
     float tiny, smallest_scale, scale_of_zero, least_active;
     float lowest, highest, gain_range, rate, share, average, fast, largest, smallest_loss, smallest_share;
-    float log_count, has_matrices, every, eager;
+    float matrices, every, eager;
     float output_scales[OUTPUTS];
 };
 
@@ -81,24 +81,31 @@ void run_network(const float* x, const Rule& rule, int64_t b, float* out) {
 extern "C" {
 
 // The new rows, and of every tensor the size of its step, its decay, and whether its bases are due, [B, n] each.
-// means: of the squares of p, and of where g is 0, [2, B, n]; shapes: what `describe_shapes` says, [n, 3].
+// means: of the squares of p, and of where g is 0, [2, B, n]; shapes: what `describe_shapes` says, [n, 4].
 void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, const Rows* fresh, const Run* run,
                  const Constants* constants, const float* means, const float* shapes, float* size, float* decay,
                  uint8_t* due) {
     const Constants& c = *constants;
     for (int64_t b = 0; b < batch; b++) {
         const auto clock = [&](int64_t i) { return b * run->columns + (run->columns == 1 ? 0 : i); };
-        float descent = 0, agreement = 0;
+        float descent = 0, agreement = 0, gains = 0;
         for (int64_t i = 0; i < n; i++) {
-            const int64_t k = b * n + i, t = clock(i);
+            const int64_t k = b * n + i;
             const float power = means[k], rms = sqrtf(power + c.tiny);
             const float begin = power > c.tiny ? most(rms, c.smallest_scale) : c.scale_of_zero;
-            const float scale = most(run->step[t] == 0 ? begin : old->scale[k], c.smallest_scale);
-            const float active = most(1 - means[batch * n + k], c.least_active);
-            float absolute = *rule->log_size.of(b) - *rule->depth.of(b) * c.log_count;
-            if (c.has_matrices != 0) absolute += *rule->log_vector.of(b) * shapes[3 * i];
+            fresh->scale[k] = most(run->step[clock(i)] == 0 ? begin : old->scale[k], c.smallest_scale);
+            if (fresh->scale[k] == 1) gains += shapes[4 * i + 3];
+        }
+        const float depth = logf(most(c.matrices / (1 + gains), 1));
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t k = b * n + i, t = clock(i);
+            const float active = most(1 - means[batch * n + k], c.least_active), vector = shapes[4 * i];
+            float absolute = *rule->log_size.of(b) - *rule->depth.of(b) * depth;
+            if (c.matrices > 0) absolute += *rule->log_vector.of(b) * vector;
+            // What is normalised may start at any scale: a matrix that starts small is none that has to stay so.
+            const bool free = gains > 0 && vector == 0;
+            const float scale = free ? most(fresh->scale[k], shapes[4 * i + 2]) : fresh->scale[k];
             const float relative = *rule->log_relative.of(b) + logf(scale / active);
-            fresh->scale[k] = scale;
             size[k] = expf(least(absolute, relative)) * run->schedule[t];
             descent += size[k] * clamp(old->measured[3 * k + 2], -c.largest, c.largest);
         }
@@ -114,7 +121,7 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
             const float weight = most(1 / (steps + 1), c.average);
             const float news[2] = {old->measured[3 * k], clamp(level > 0 ? taken : 0, -4, 4)};
             for (int j = 0; j < 2; j++) fresh->averages[2 * k + j] = lerp(old->averages[2 * k + j], news[j], weight);
-            agreement += fresh->averages[2 * k] * shapes[3 * i + 1];
+            agreement += fresh->averages[2 * k] * shapes[4 * i + 1];
         }
         for (int64_t i = 0; i < n; i++) {
             const int64_t k = b * n + i, t = clock(i);
@@ -137,8 +144,8 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
             fresh->gain[k] = clamp(gain, -c.gain_range, c.gain_range);
             size[k] *= expf(clamp(out[0] * c.output_scales[0] + fresh->gain[k], c.lowest, c.highest));
             const float active = most(1 - means[batch * n + k], c.least_active);
-            const float kept = expf(*rule->log_decay.of(b)) * (1 - shapes[3 * i]) * active;
-            decay[k] = kept * size[k] / most(scale, shapes[3 * i + 2]);
+            const float kept = expf(*rule->log_decay.of(b)) * (1 - shapes[4 * i]) * active;
+            decay[k] = kept * size[k] / most(scale, shapes[4 * i + 2]);
             due[k] = run->step[t] % int64_t(c.every) == 0 || run->step[t] < int64_t(c.eager);
         }
     }

@@ -26,8 +26,7 @@ class Constants(NamedTuple):
     """Those of rule and controller, which have their reasons, in the order of the file's.
 
     Attributes:
-        log_count: the logarithm of the number of matrices, 0 without any.
-        has_matrices: 0 or 1.
+        matrices: their number.
     """
 
     tiny: float
@@ -44,8 +43,7 @@ class Constants(NamedTuple):
     largest: float
     smallest_loss: float
     smallest_share: float
-    log_count: float
-    has_matrices: float
+    matrices: float
     every: float
     eager: float
     step_scale: float
@@ -78,7 +76,7 @@ def decide(
         weights: in the order of `WEIGHT_NDIMS`, of the rule or `[B, ...]`.
         rows: scale, gain, averages, measured and loss_mean, `[B, n, ...]`; all but measured are new in what comes back.
         means: of the squares of p and of where g is 0, `[2, B, n]`.
-        shapes: `[n, 3]`, see `describe_shapes`.
+        shapes: `[n, 4]`, see `describe_shapes`.
     """
     library = _load()
     assert library is not None, "callers ask `is_available` first"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import log, prod
+from math import prod
 
 import torch
 from lopt_kernels.host import rotated_adam, step_controller
@@ -143,8 +143,7 @@ def _describe_all(
         largest=controller.LARGEST,
         smallest_loss=controller.SMALLEST_LOSS,
         smallest_share=controller.SMALLEST_SHARE,
-        log_count=log(max(1, matrices)),
-        has_matrices=float(matrices > 0),
+        matrices=float(matrices),
         every=every,
         eager=eager,
         step_scale=controller.OUTPUT_SCALES[0],

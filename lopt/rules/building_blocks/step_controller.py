@@ -219,25 +219,22 @@ def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor
 
 
 def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tensor) -> Tensor:
-    """What of n tensors does not change: `[n, 3]`, whether each is a vector, its share of all elements, and the root
-    mean square that torch's layers begin such matrices with (1 / sqrt(3 columns), of a uniform distribution).
+    """What of n tensors does not change: `[n, 4]`, whether each is a vector, its share of all elements, the root mean
+    square that torch's layers begin such matrices with (1 / sqrt(3 columns), of a uniform distribution), and whether it
+    may be the gains of a normalisation: one dimension of more than one element.
 
     Args:
         layouts, counts: of groups of equal tensors.
         like: gives dtype and device.
     """
     total = sum(count * prod(layout.shape) for layout, count in zip(layouts, counts, strict=True))
-    rows = [
-        (
-            (
-                float(not layout.is_matrix),
-                prod(layout.shape) / max(1, total),
-                (3 * max(1, prod(layout.shape[1:]))) ** -0.5,
-            ),
-            count,
-        )
-        for layout, count in zip(layouts, counts, strict=True)
-    ]
+
+    def describe(layout: Layout) -> tuple[float, float, float, float]:
+        size, columns = prod(layout.shape), max(1, prod(layout.shape[1:]))
+        gains = size > 1 and len(layout.shape) == 1
+        return float(not layout.is_matrix), size / max(1, total), (3 * columns) ** -0.5, float(gains)
+
+    rows = [(describe(layout), count) for layout, count in zip(layouts, counts, strict=True)]
     if like.device.type == "cpu":
         return like.new_tensor([row for row, count in rows for _ in range(count)])
     # Filled where the state is, so that no copy makes the host wait for a device.
