@@ -31,7 +31,7 @@ from lopt.tasks.transforms import Augment, RotateClasses
 
 WAYS = (5, 20)
 PROTOTYPE_WAYS, PROTOTYPE_STEPS = 60, 1500
-JOINT_STEPS, TUNING_STEPS = 1500, 20
+JOINT_STEPS, TUNING_STEPS = 4000, 20
 PIXELS, PROTOTYPES = "nearest drawing", "prototypical network"
 RANDOM, JOINT = "fine-tuning, random start", "fine-tuning, joint start"
 
@@ -82,7 +82,7 @@ def classify_without_rules(
 
 
 def load_rule(path: Path) -> tuple[str, Rule, Glyphs, int]:
-    """A trained start: its name, itself, the family that it is for, and the steps that it was trained for.
+    """A trained start: the name of its folder or file, itself, the family that it is for, and its number of steps.
 
     Raises:
         click.ClickException: it is none of glyphs.
@@ -93,7 +93,7 @@ def load_rule(path: Path) -> tuple[str, Rule, Glyphs, int]:
     family = None if card.config is None else card.config.list_families()[0].build_task()
     if not isinstance(family, Glyphs):
         raise click.ClickException(f"{file} was not trained on glyphs; train it with `lopt train glyphs-maml`")
-    return card.name or file.stem, load(file), family, find_longest_run(content) or 1
+    return path.stem, load(file), family, find_longest_run(content) or 1
 
 
 def summarize_rows(family: Glyphs, found: Mapping[str, Tensor], tasks: int) -> dict[str, dict[str, float]]:
@@ -141,6 +141,8 @@ def glyphs(
     torch.set_num_threads(threads)
     console = setting.make_console()
     rules = [load_rule(run) for run in runs]
+    if len({rule[0] for rule in rules}) < len(rules):
+        raise click.UsageError("the folders or files of RUNS must have different names, as rows of the table do")
     first = rules[0][2] if rules else Glyphs()
     learned = None if without_baselines else Learned(first, PROTOTYPE_STEPS, JOINT_STEPS)
     results: dict[int, dict[str, dict[str, float]]] = {}

@@ -28,12 +28,15 @@ def test_starts_and_baselines_are_judged_on_the_same_tasks(tmp_path: Path, monke
     found = json.loads(out.read_text())["results"]
     others = [glyphs.PIXELS, glyphs.PROTOTYPES, glyphs.RANDOM, glyphs.JOINT]
     assert {ways: list(rows) for ways, rows in found.items()} == {
-        "5": ["glyphs-maml, 1 step", "glyphs-maml, 2 steps", *others],
+        "5": ["run, 1 step", "run, 2 steps", *others],
         "3": others,
     }
     assert all(0 <= row["accuracy"] <= 1 for rows in found.values() for row in rows.values())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "glyphs-maml, 1 step" in result.output
+    assert "run, 1 step" in result.output
+    twice = CliRunner().invoke(glyphs.glyphs, [str(tmp_path / "run"), str(tmp_path / "run")])
+    assert twice.exit_code == 2
+    assert "must have different names" in twice.output
 
 
 def test_a_rule_of_other_tasks_is_refused(tmp_path: Path) -> None:

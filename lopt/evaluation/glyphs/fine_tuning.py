@@ -17,7 +17,7 @@ from lopt.tasks.data.splits import to_pixels
 from lopt.tasks.glyphs import Glyphs
 from lopt.tasks.module import draw_weights
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates to choose from."""
 
 

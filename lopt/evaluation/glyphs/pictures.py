@@ -33,8 +33,8 @@ def draw_tasks(episodes: Episodes, found: Tensor, *, rows: int = 6, dpi: int = 1
     widths = [panel.shape[1] for panel in panels]
     figure = Figure(figsize=(7.4, 0.2 + 7.2 * panels[0].shape[0] / (sum(widths) + 12)), layout="constrained")
     share = float(episodes.score(found).mean())
-    told = f"other drawings of the same characters, told right (green) or wrong (red): {share:.1%} right in all"
-    titles = [f"{support.shape[1]} examples", f"{told} {len(found)} tasks"]
+    told = f"other drawings, told right (green) or wrong (red); over {len(found)} tasks {share:.1%} right"
+    titles = [f"{support.shape[1]} examples", told]
     axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": widths})
     for panel, title, ax in zip(panels, titles, axes, strict=True):
         ax.imshow(panel.numpy(), interpolation="nearest")
