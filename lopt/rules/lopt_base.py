@@ -108,6 +108,7 @@ class Base(Rule):
     line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
     quick_config: ClassVar = {"size": 0.05, "relative": 4.0, "init_std": 0.1}
     temporaries = 2
+    decay_scale = 1e-3  # so that weight_decay is what it is to AdamW at its default rate; by lr = 1, 0.01 ruins a run
 
     def __init__(
         self,
