@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lopt.cli.run_folder import resume_run, start_run
 from lopt.core.documents import parse_toml
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
@@ -15,7 +18,7 @@ from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
-from lopt.meta.trainer.trainer import Trainer
+from lopt.meta.trainer.trainer import Progress, Trainer
 from lopt.rules import RULES
 from lopt.rules.files import fingerprint, load, load_card
 from lopt.tasks import TASKS
@@ -74,6 +77,24 @@ def hash_state(folder: Path) -> str:
 def timeless(folder: Path) -> list[dict[str, object]]:
     lines = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in lines]
+
+
+def check_resume(config: RunConfig, folder: Path, *, stop: int, resumes: int) -> None:
+    """A run that is interrupted after step `stop`, and goes on from step `resumes`, ends bitwise as one that is not."""
+    start_run(config, folder / "whole").run()
+    trainer = start_run(config, folder / "halves")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(interrupt)
+    _, resumed = resume_run(folder / "halves")
+    assert resumed.step == resumes
+    resumed.run()
+    assert hash_state(folder / "halves") == hash_state(folder / "whole")
+    assert timeless(folder / "halves") == timeless(folder / "whole")
 
 
 def make_trainer(estimator: str = "truncated", folder: Path | str | None = None, **options: object) -> Trainer:

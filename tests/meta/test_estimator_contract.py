@@ -10,13 +10,11 @@ import torch
 from estimator_cases import Bowl, Drift, Trap, constant, fit, flatten
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from training_cases import fit_init, hash_state, make_config, timeless
+from training_cases import check_resume, fit_init, make_config
 
-from lopt.cli.run_folder import resume_run, start_run
 from lopt.core.tensors import Params
 from lopt.meta.config.load import parse_config
 from lopt.meta.estimators import ESTIMATORS, Estimator
-from lopt.meta.trainer.trainer import Progress
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import TASKS
@@ -34,20 +32,7 @@ def test_it_resumes_bitwise(name: str, tmp_path: Path) -> None:
     raw = make_config(steps=8, validate_every=3, checkpoint_every=3).to_dict()
     options = {"name": name, "num_steps": 4, **ESTIMATORS[name].quick_config}
     config = parse_config(fit_init(raw | {"estimator": options, "rule": {"name": "linear"}}))
-    start_run(config, tmp_path / "whole").run()
-    trainer = start_run(config, tmp_path / "halves")
-
-    def stop(progress: Progress) -> None:
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(stop)
-    _, resumed = resume_run(tmp_path / "halves")
-    assert resumed.step == 3
-    resumed.run()
-    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
-    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+    check_resume(config, tmp_path, stop=5, resumes=3)
 
 
 def test_it_depends_on_its_carry_alone_and_changes_neither_carry_nor_rule(name: str) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training_cases import hash_state, timeless
+from training_cases import check_resume
 
-from lopt.cli.run_folder import resume_run, start_run
+from lopt.cli.run_folder import start_run
 from lopt.evaluation.glyphs.episodes import classify_by_rule, draw_episodes
 from lopt.meta.config.load import load_config
 from lopt.meta.config.run import RunConfig
-from lopt.meta.trainer.trainer import Progress
 from lopt.rules import LearnedInit
 from lopt.rules.files import load
 from lopt.tasks import Task
@@ -35,18 +34,7 @@ def make_config(preset: str, *overrides: str) -> RunConfig:
 )
 def test_a_run_resumes_bitwise(preset: str, overrides: list[str], tmp_path: Path) -> None:
     config = make_config(preset, *overrides)
-    start_run(config, tmp_path / "whole").run()
-    trainer = start_run(config, tmp_path / "halves")
-
-    def stop(progress: Progress) -> None:
-        if progress.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(stop)
-    resume_run(tmp_path / "halves")[1].run()
-    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
-    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+    check_resume(config, tmp_path, stop=3, resumes=2)
 
 
 def test_training_meets_no_character_of_other_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

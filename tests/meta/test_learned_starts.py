@@ -10,9 +10,9 @@ import pytest
 import torch
 from estimator_cases import constant
 from torch import Tensor
-from training_cases import hash_state, timeless
+from training_cases import check_resume
 
-from lopt.cli.run_folder import resume_run, start_run
+from lopt.cli.run_folder import start_run
 from lopt.core.tensors import Params
 from lopt.evaluation.baselines import tune_baseline
 from lopt.meta.config.load import load_config
@@ -21,7 +21,7 @@ from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.trainer.memory_plan import PeakMemory
 from lopt.meta.trainer.source import Source
-from lopt.meta.trainer.trainer import Progress, Trainer
+from lopt.meta.trainer.trainer import Trainer
 from lopt.meta.unroll.curves import run_curves
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES, LearnedInit
@@ -52,20 +52,7 @@ def make_rule(family: Sinusoid, inner: str = "sgd") -> LearnedInit:
 )
 def test_a_run_resumes_bitwise(overrides: list[str], tmp_path: Path) -> None:
     config = make_config(*overrides)
-    start_run(config, tmp_path / "whole").run()
-    trainer = start_run(config, tmp_path / "halves")
-
-    def stop(progress: Progress) -> None:
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(stop)
-    _, resumed = resume_run(tmp_path / "halves")
-    assert resumed.step == 3
-    resumed.run()
-    assert hash_state(tmp_path / "halves") == hash_state(tmp_path / "whole")
-    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+    check_resume(config, tmp_path, stop=5, resumes=3)
 
 
 def test_a_few_steps_of_the_preset_lower_the_loss_of_tasks_that_it_never_saw(tmp_path: Path) -> None:
