@@ -14,6 +14,7 @@ from lopt.rules.building_blocks.hand_designed import HandDesigned
 from lopt.rules.building_blocks.tensor_rule import TensorRule
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
+from lopt.rules.gradient_memory import GradientMemory
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.learned_init import LearnedInit
@@ -41,6 +42,7 @@ RULES: dict[str, type[Rule]] = {
     "celo2": Celo2,
     "celo2_base": Celo2Base,
     "hierarchical_rnn": HierarchicalRNN,
+    "gradient_memory": GradientMemory,
     "star": Star,
     "blend": Blend,
     "base": Base,
