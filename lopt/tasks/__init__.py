@@ -21,6 +21,10 @@ from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.rosenbrock import Rosenbrock
 from lopt.tasks.sinusoid import Sinusoid
+from lopt.tasks.streams.permuted_digits import PermutedDigits
+from lopt.tasks.streams.random_walk import RandomWalk
+from lopt.tasks.streams.rotating import Rotating
+from lopt.tasks.streams.tracking import Tracking
 from lopt.tasks.tabular import Tabular
 from lopt.tasks.teacher_student import TeacherStudent
 from lopt.tasks.transforms import TRANSFORMS, RandomScaling
@@ -43,6 +47,10 @@ TASKS: dict[str, type[TaskFamily]] = {
     "teacher_student": TeacherStudent,
     "sinusoid": Sinusoid,
     "glyphs": Glyphs,
+    "tracking": Tracking,
+    "random_walk": RandomWalk,
+    "rotating": Rotating,
+    "permuted_digits": PermutedDigits,
     "module": ModuleTask,
 }
 

@@ -132,13 +132,25 @@ class TaskFamily(Recorded, ABC):
             Tensors of the same names and shapes for all tasks of the family, without batch dimension.
         """
 
+    def drift(self, tasks: Task, steps: Tensor) -> Task:
+        """T tasks as they are at a step, for families whose tasks change while they are learned; here they do not.
+
+        What it returns is what `batch` and `full_batch` are given.
+
+        Args:
+            tasks: tensors `[T, ...]` as they were drawn; entries that only tell how a task changes may be left out.
+            steps: int64 `[T]`, made before the batch is seen. Nothing else may matter, as steps are asked for in any
+                order and ahead of time, and there is no last one.
+        """
+        return tasks
+
     @abstractmethod
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         """The mini-batches of T tasks for one step.
 
         Args:
-            tasks: tensors `[T, ...]`; what `deliver` remembers there is not read, as batches of later steps are drawn
-                before it changes.
+            tasks: tensors `[T, ...]`, from `drift`; what `deliver` remembers there is not read, as batches of later
+                steps are drawn before it changes.
             seeds: int64 `[T]`; equal seeds give equal batches.
             split: one of `SPLITS`.
         Returns:

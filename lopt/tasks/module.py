@@ -135,7 +135,7 @@ class ModuleTask(TaskFamily, unrecorded=("build", "loss", "data")):
             dtypes = {k: p.dtype for k, p in weights.items()} or "none"
             raise ValueError(f"{type(self.module).__name__} needs trainable parameters, all float32, and has {dtypes}")
         params = {k: _disturb(p, seed) for seed, (k, p) in enumerate(weights.items())}
-        tasks = stack_trees([self.sample(make_generator(0))] * TRIAL)
+        tasks = self.drift(stack_trees([self.sample(make_generator(0))] * TRIAL), torch.zeros(TRIAL, dtype=torch.int64))
         batch = self.batch(tasks, derive_seeds(0, "trial", torch.arange(TRIAL)))
         # The generator is forked, as a module may draw numbers before it is refused.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

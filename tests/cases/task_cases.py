@@ -71,5 +71,5 @@ def draw_tasks(family: TaskFamily, count: int) -> tuple[dict[str, Tensor], Tenso
     for i in range(count):
         tasks.append(family.sample(make_generator(10 + i)))
         params.append(family.init(tasks[-1], make_generator(20 + i)))
-    batch = family.batch(stack_trees(tasks), derive_seeds(0, "batch", torch.arange(count)))
-    return stack_trees(tasks), stack_trees(params), batch
+    drifted = family.drift(stack_trees(tasks), torch.zeros(count, dtype=torch.int64))
+    return drifted, stack_trees(params), family.batch(drifted, derive_seeds(0, "batch", torch.arange(count)))

@@ -137,12 +137,12 @@ def _run_chunk(loop: InnerLoop, seeds: Tensor, num_steps: int, split: str) -> Cu
 
 def _score(family: TaskFamily, slots: Slots, split: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss on the split that the family is judged on, and metrics on `split`, `[T]` each."""
-    count = len(slots.ids)
+    count, task = len(slots.ids), family.drift(slots.task, slots.step)
     # The last batch says little of where a run has come to; families without a split have exact losses.
-    judged = family.full_batch(slots.task, count, family.judged)
+    judged = family.full_batch(task, count, family.judged)
     final = slots.loss if judged is None else _evaluate(family, family.loss, slots.params, judged)
     try:
-        held_out = family.full_batch(slots.task, count, split)
+        held_out = family.full_batch(task, count, split)
     except ValueError:  # a user's data without that split
         held_out = None
     return final, {} if held_out is None else _evaluate(family, family.metrics, slots.params, held_out)

@@ -133,10 +133,10 @@ class Draws:
         size = len(slots.ids[owners])
         steps = slots.step[owners] + torch.arange(first, first + count, device=slots.ids.device)[:, None]
         seeds = derive_seeds(self.seed, "batch", slots.ids[owners], slots.episode[owners], steps).flatten()
-        # Several steps are as many tasks to the family: one call draws for all of them.
+        # Several steps are as many tasks to the family, each as it is at its step: one call draws for all of them.
         task = {key: x[owners] for key, x in slots.task.items()}
-        if count > 1:
-            task = {key: x.repeat(count, *[1] * (x.ndim - 1)) for key, x in task.items()}
+        drifted = [self.family.drift(task, step) for step in steps]
+        task = drifted[0] if count == 1 else {key: torch.cat([x[key] for x in drifted]) for key in drifted[0]}
         drawn = {split: self.family.batch(task, seeds, split) for split in dict.fromkeys(splits)}
 
         def pick(x: Tensor, i: int) -> Tensor:
@@ -158,8 +158,9 @@ class Draws:
         drawn = self.batches(slots, splits, 1, 1)
         if count == 1:
             return drawn
-        # The first batch tells how large others are.
-        size = sum(x.numel() for tree in (slots.task, *drawn[0].values()) for x in tree.values())
+        # The first batch tells how large others are; what only says how a task drifts is not copied for each step.
+        task = self.family.drift(slots.task, slots.step)
+        size = sum(x.numel() for tree in (task, *drawn[0].values()) for x in tree.values())
         more = min(count, DRAWN_NUMBERS // max(1, size)) - 1
         return drawn + self.batches(slots, splits, 2, more) if more > 0 else drawn
 

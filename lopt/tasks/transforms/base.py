@@ -55,6 +55,11 @@ class Transform(TaskFamily):
     def init(self, task: Task, generator: torch.Generator) -> Params:
         return self.family.init(self._inner(task), generator)
 
+    def drift(self, tasks: Task, steps: Tensor) -> Task:
+        inner = self._inner(tasks)
+        own = {key: value for key, value in tasks.items() if key not in inner}
+        return own | self.family.drift(inner, steps)
+
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         return self.family.batch(self._inner(tasks), seeds, split)
 
