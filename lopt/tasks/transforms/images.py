@@ -170,8 +170,9 @@ class Augment(Transform):
 
 def _draw_batch(family: TaskFamily) -> Batch:
     """The whole train split, or some of it."""
-    tasks = stack_trees([family.sample(make_generator(0))])
-    return family.full_batch(tasks, 1) or family.batch(tasks, torch.zeros(1, dtype=torch.int64))
+    zero = torch.zeros(1, dtype=torch.int64)
+    tasks = family.drift(stack_trees([family.sample(make_generator(0))]), zero)
+    return family.full_batch(tasks, 1) or family.batch(tasks, zero)
 
 
 def _check_images(transform: Transform) -> None:
