@@ -143,3 +143,20 @@ def test_a_run_that_never_improves_says_so_and_its_card_too(tmp_path: Path) -> N
 def test_a_rule_that_fails_on_all_tasks_is_an_error_and_no_result() -> None:
     with pytest.raises(ValueError, match=r"diverges on all 8 held-out tasks, with its best weights \(step 0\)"):
         make_trainer(TASKS["quadratic"](dim=2), RULES["sgd"](lr=1e30)).run()
+
+
+def test_the_error_of_classifiers_may_decide_and_other_families_refuse_it() -> None:
+    config = TrainerConfig(**(CONFIG | {"validation_metric": "error"}))
+    digits = TASKS["mlp"](width=4, batch_size=16)
+    rule = RULES["sgd"](lr=0.3)
+    found = Validator({"digits": digits}, config, Ranks()).judge(rule).figures
+    accuracy = run_curves(
+        rule, digits, torch.arange(8), 10, seed=0, stream="validation", split="outer_valid", pool="outer_valid"
+    ).metrics["accuracy"]
+    assert found["error"] == pytest.approx(1 - float(accuracy.mean()), abs=1e-6)
+    both = Validator({"digits": digits, "wine": TASKS["tabular"]()}, config, Ranks()).judge(rule)
+    errors = [own["error"] for own in both.families.values()]
+    assert errors[0] != errors[1]
+    assert both.figures["error"] == pytest.approx(sum(errors) / 2)
+    with pytest.raises(ValueError, match=r"quadratic measures no accuracy: set trainer.validation_metric"):
+        make_trainer(TASKS["quadratic"](dim=2), validation_metric="error").run()

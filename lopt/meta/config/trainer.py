@@ -12,7 +12,7 @@ from lopt.core.devices import check_device
 from lopt.core.names import choose
 
 MERGES = ("mean", "normalised", "pcgrad")
-METRICS = ("final", "mean", "log")
+METRICS = ("final", "mean", "log", "error")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class TrainerConfig:
         validate_every: outer steps between validations.
         validation_tasks, validation_steps: held-out tasks of each family, and their length.
         validation_metric: what "best" means: "final" (mean loss over the last tenth of the steps), "mean" or "log";
-            with several families the mean over them of its log relative to the first loss.
+            with several families the mean over them of its log relative to the first loss. Of classifiers also
+            "error": the share of held-out examples that they have wrong at the end.
         patience: validations without a better one after which the run ends; 0 goes on to the last step.
         checkpoint_every: outer steps between checkpoints.
         device: of rule, data and slots: "cpu", "cuda" (under torchrun each process its own GPU) or such as "cuda:1".

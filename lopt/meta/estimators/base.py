@@ -122,6 +122,7 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
             teacher=self.teacher,
             follow=self.follow * loop.guidance,
             meta_split=self.objective_split,
+            meta_metric=self.objective_metric,
             hide_loss=self.hide_loss,
             hide_end=self.hide_end,
         )

@@ -77,6 +77,7 @@ class Evolution(Estimator):
     persistent: ClassVar[bool] = False
     staggered: ClassVar[bool] = True
     metrics = (*METRICS, "gradient_noise")
+    differentiates: ClassVar[bool] = False
 
     sigma: float = 0.01
     task_chunk: int | None = None

@@ -25,15 +25,15 @@ class FullES(Evolution):
 
     Attributes:
         num_steps: length of the runs; 0 (default) takes each task's horizon.
-        objective: also "min", the lowest loss of the run, and "log_tail", the mean over its last tenth of the log
-            relative to the first loss.
+        objective: also "min", the lowest loss of the run, "tail", the mean over its last tenth, and "log_tail", the
+            mean there of the log relative to the first loss.
     """
 
     name = "full_es"
     staggered = False
     kept = 1
     fewest_steps = 0
-    objectives = (*Evolution.objectives, "min", "log_tail")
+    objectives = (*Evolution.objectives, "min", "tail", "log_tail")
 
     num_steps: int = 0
 

@@ -16,8 +16,11 @@ from lopt.tasks import TaskFamily
 from lopt.tasks.tuned_adam import COMMAND, TunedAdam, load_archive
 
 OBJECTIVES = ("mean", "sum", "log", "baseline", "final", "log_final")
+OBJECTIVE_METRICS = ("accuracy",)
+"""Metrics that may be minimised instead of the loss, as errors: shares, of which more is better."""
+
 LOGARITHMIC = ("log", "baseline", "log_final", "log_tail")
-TAIL = 0.1  # of a run, whose losses "log_tail" averages
+TAIL = 0.1  # of a run, whose losses "tail" and "log_tail" average
 TAIL_FLOOR = 1e-5  # of relative losses there: below it nobody cares which is lower
 
 
@@ -29,7 +32,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         objective: the "mean" or "sum" of the window's losses, the mean "log" loss relative to the first one, the same
             in units of tuned Adam's progress ("baseline"), the "final" losses of tasks that end in the window or
             ("log_final") their logs relative to the first ones, the mean of these over the last tenth of whole runs
-            ("log_tail"), or the lowest loss ("min").
+            ("log_tail"), the mean loss there ("tail"), or the lowest loss ("min").
         normalize: divide every loss by the task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count, and are differentiated, as this multiple.
 
@@ -51,8 +54,7 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         # Losses of exactly 0 happen on easy tasks; their logarithm must not end the run.
         tiny = torch.finfo(losses.dtype).tiny
         if objective == "log_tail":
-            tail = window.active & (window.steps > (1 - TAIL) * window.slots.horizon)
-            return (losses / first + TAIL_FLOOR).log() * tail / tail.sum(0)
+            return (losses / first + TAIL_FLOOR).log() * weigh_tail(window)
         relative = (losses / first).clamp(min=tiny).log()
         if objective == "baseline":
             tuned = find_baseline(family)
@@ -64,11 +66,19 @@ def weigh_losses(window: Window, family: TaskFamily, objective: str, *, normaliz
         losses = losses / first
     if objective == "final":
         return losses * window.finished.to(losses.dtype)
+    if objective == "tail":
+        return losses * weigh_tail(window)
     if objective == "min":
         # Resting steps have losses that mean nothing, and could be the lowest.
         where = losses.masked_fill(~window.active, math.inf).argmin(0, keepdim=True)
         return losses * torch.zeros_like(losses).scatter(0, where, 1.0)
     return losses * active / count if objective == "mean" else losses * active
+
+
+def weigh_tail(window: Window) -> Tensor:
+    """What the steps of whole runs count for in a mean over each one's last tenth, `[K, T]`."""
+    tail = window.active & (window.steps > (1 - TAIL) * window.slots.horizon)
+    return tail / tail.sum(0)
 
 
 def find_baseline(family: TaskFamily) -> TunedAdam:

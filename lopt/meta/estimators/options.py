@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.meta.estimators.objectives import LOGARITHMIC, OBJECTIVES, weigh_losses
+from lopt.meta.estimators.objectives import LOGARITHMIC, OBJECTIVE_METRICS, OBJECTIVES, weigh_losses
 from lopt.meta.unroll.slots import Window
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
@@ -25,26 +25,45 @@ class ObjectiveOptions:
 
     Attributes:
         objectives: names that `objective` may have.
+        differentiates: the objective has to have a derivative, which a metric has not.
         objective: "mean", "sum", "log" (all phases of training count alike), "baseline" (in units of tuned Adam's
             progress), "final" or "log_final", averaged over tasks; `weigh_losses` has the formulas.
         objective_split: data that the objective is measured on: "train", or "inner_valid" to train for generalisation.
+        objective_metric: "accuracy" minimises the share of examples that are classified wrongly in place of the loss,
+            by an objective that takes no logarithm: "final", "mean", "sum", "min" or "tail". "" is the loss.
         normalize: divide every loss by its task's first loss, so that tasks of different scale count alike.
         loss_clamp: losses above this multiple of the task's first loss count as this multiple.
 
     Raises:
-        ValueError: an objective or a split that there is not, or `normalize` where it changes nothing.
+        ValueError: an objective, a split or a metric that there is not or that cannot be minimised like this, or
+            `normalize` where it changes nothing.
     """
 
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    differentiates: ClassVar[bool] = True
 
     objective: str = "mean"
     objective_split: str = "train"
+    objective_metric: str = ""
     normalize: bool = False
     loss_clamp: float = 10.0
 
     def __post_init__(self) -> None:
         choose("objective", self.objective, self.objectives)
         choose("objective_split", self.objective_split, SPLITS)
+        choose("objective_metric", self.objective_metric, ("", *OBJECTIVE_METRICS))
+        if self.objective_metric and self.differentiates:
+            raise ValueError(
+                f"objective_metric {self.objective_metric!r} has no derivative, and this estimator needs one: take one "
+                "of evolution strategies, such as full_es, or leave it out"
+            )
+        if self.objective_metric and self.objective in LOGARITHMIC:
+            raise ValueError(
+                f"objective {self.objective!r} is of logarithms, and an error of {self.objective_metric} may be 0: "
+                "set objective to 'final', 'mean' or, with full_es, 'tail'"
+            )
+        if self.objective_metric and self.normalize:
+            raise ValueError("normalize has no effect on objective_metric, which is a share anyway: leave it out")
         if self.normalize and self.objective in LOGARITHMIC:
             raise ValueError(
                 f"normalize has no effect on objective {self.objective!r}, which is relative to the first loss anyway: "

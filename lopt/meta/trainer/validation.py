@@ -28,14 +28,18 @@ FAILURE = 1e6
 """A loss that is not finite, or above so many times the largest one of its family without any step, counts as that."""
 
 
+ERROR = "error"
+
+
 class Validation(NamedTuple):
     """What held-out tasks say.
 
     Attributes:
         figures: of one family the `final` loss (mean over the last tenth of the steps), the `mean` loss and the mean
-            `log` loss, means over tasks, and what else the family measures. Of several families the means over them of
-            the logarithms of these losses, relative to each task's first loss: 0 is no progress, -1 a loss of 1/e.
-            With them go the numbers of tasks that are `left_out` and on which the rule `diverged`.
+            `log` loss, means over tasks, and what else the family measures, with 1 - accuracy as `error`. Of several
+            families the means over them of the logarithms of these losses, relative to each task's first loss: 0 is no
+            progress, -1 a loss of 1/e; and the mean `error` where all have one. With them go the numbers of tasks that
+            are `left_out` and on which the rule `diverged`.
         families: the figures of each family by itself, if there are several.
         losses: `[N, T]` of each, after steps 1 to N, as they are.
     """
@@ -88,7 +92,7 @@ class Validator:
         Args:
             rule: on its device.
         Raises:
-            ValueError: no task of a family is sound.
+            ValueError: no task of a family is sound, or the metric that decides is an error that one does not measure.
             FailedLead: this on rank 0.
             LostRank: another process is gone.
         """
@@ -102,13 +106,18 @@ class Validator:
             losses, diverged = reference.bound(curves[name])
             counts = {"left_out": float((~reference.sound).sum()), "diverged": float(diverged)}
             measured = {key: float(value[reference.sound].mean()) for key, value in found.items()}
-            figures[name] = summarize(losses) | measured | counts
+            errors = {ERROR: 1 - measured["accuracy"]} if "accuracy" in measured else {}
+            if self.config.validation_metric == ERROR and not errors:
+                raise self._refusal(f"{name} measures no accuracy: set trainer.validation_metric to 'final'")
+            figures[name] = summarize(losses) | measured | errors | counts
             relative.append(relate(first[reference.sound].double(), losses))
         # One family has losses that mean something by themselves; several have not.
         if len(figures) == 1:
             return Validation(next(iter(figures.values())), {}, curves)
         merged = {key: sum(own[key] for own in relative) / len(relative) for key in relative[0]}
         merged |= {key: sum(own[key] for own in figures.values()) for key in ("left_out", "diverged")}
+        if all(ERROR in own for own in figures.values()):
+            merged[ERROR] = sum(own[ERROR] for own in figures.values()) / len(figures)
         return Validation(merged, figures, curves)
 
     def _measure(self, name: str, device: torch.device) -> Reference:
@@ -119,14 +128,17 @@ class Validator:
             losses = self._run_tasks(still, self.families[name])["losses"].T.double()
             sound = losses.isfinite().all(0)
             if not sound.any():
-                # Every rank finds this; rank 0 is the one that explains.
-                raise (ValueError if self.ranks.leads else FailedLead)(
+                raise self._refusal(
                     f"{name}: on none of the {len(sound)} held-out tasks are losses and gradients finite, even where "
                     "no step is made: no rule can be judged on them. Look for NaN or infinite values in the data, "
                     "and for a loss that overflows at its start"
                 )
             self._references[name] = Reference(sound, float(losses[:, sound].abs().max()) or 1.0)
         return self._references[name]
+
+    def _refusal(self, text: str) -> Exception:
+        """What to raise where families cannot be judged: every rank finds this, and rank 0 is the one that explains."""
+        return (ValueError if self.ranks.leads else FailedLead)(text)
 
     def _run_tasks(self, rule: Rule, family: TaskFamily) -> dict[str, Tensor]:
         """`losses` `[T, N + 1]` and the family's metrics `[T]`, of all tasks in their order, on the CPU.

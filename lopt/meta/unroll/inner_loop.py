@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lopt.core.tensors import Params
 from lopt.meta.unroll.draws import Batches, Draws, Horizon
+from lopt.meta.unroll.errors import measure_errors
 from lopt.meta.unroll.imitation import imitate, start_teacher
 from lopt.meta.unroll.recomputed import call_step
 from lopt.meta.unroll.rule_calls import update_slots, view_params
@@ -44,18 +45,17 @@ class InnerLoop:
         checkpoint: what is computed again in backward, not stored: the rule's "update", the whole "step", or nothing.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
-        hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or the number of steps; the
-            latter for rules that may run open.
+        hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or, if it may run open, the end.
         guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
+        meta_metric: such as "accuracy": 1 - this is recorded instead of the losses; without a derivative, at first 1.
         pool: that tasks are drawn from, one of `lopt.tasks.POOLS`.
         carries: slots go on after a window; where they do not, what their next step would begin with is not measured.
         meta_weights: one set of meta-weights per slot, `[T, ...]` by name, instead of the rule's own; or a function
             that makes them of the slots, called at the start of a window and whenever slots start new tasks.
         stride: makes the steps between restarts without derivatives, imitation or a single set of meta-weights.
-        members: every task has this many slots, next to each other and always at the same step; what they share is
-            drawn once.
+        members: slots of every task, next to each other and always at the same step; what they share is drawn once.
     """
 
     rule: Rule
@@ -74,6 +74,7 @@ class InnerLoop:
     stride: Stride | None = None
     members: int = 1
     meta_split: str = "train"
+    meta_metric: str = ""
     pool: str = "train"
     carries: bool = True
 
@@ -207,7 +208,9 @@ class InnerLoop:
         else:
             loss, grad = self.evaluate(slots.params, batch)
         first = loss.detach()
-        if self.meta_split != "train":
+        if self.meta_metric:  # an error is a share already; families that do not measure it are refused here
+            first = torch.ones_like(measure_errors(self, slots.params, batches))
+        elif self.meta_split != "train":
             with torch.no_grad():
                 first = self.losses(slots.params, batches[self.meta_split])
         return slots._replace(loss=loss, grad=grad, first_loss=first)
@@ -250,7 +253,6 @@ class InnerLoop:
         batches = batches or self.batches(slots, 1)[0]
         task, grad = self.family.deliver(slots.task, slots.grad, slots.step)
         seen = slots._replace(task=task, grad=grad)
-        # The step itself, and maybe the teacher's in its place.
         params, state = self.update_slots(seen, weights)
         imitation, teacher_state = torch.zeros_like(slots.loss), slots.teacher_state
         if self.teacher is not None:
@@ -266,6 +268,8 @@ class InnerLoop:
         elif needed:
             value, grad = self.evaluate(params, batches["train"])
         slots = slots._replace(loss=value, grad=grad)
+        if self.meta_metric:
+            return slots, measure_errors(self, params, batches), imitation
         if second:
             apart = self.meta_split != "train" or not needed
             return slots, self.losses(params, batches[self.meta_split]) if apart else value, imitation
