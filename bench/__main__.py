@@ -12,6 +12,7 @@ from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.glyphs import glyphs
 from bench.quality.levels import levels
+from bench.quality.recommend import recommend
 from bench.quality.robustness import robustness
 from bench.quality.suite import suite
 from bench.speed.meta import meta
@@ -36,6 +37,7 @@ COMMANDS = (
     levels,
     meta,
     overhead,
+    recommend,
     robustness,
     scaling,
     soak,

@@ -17,15 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import setting
+from bench.quality.few_shot_runs import load_start
 from lopt.evaluation.glyphs.episodes import classify_by_rule, draw_episodes
 from lopt.evaluation.glyphs.fine_tuning import train_jointly, tune_fine_tuning
 from lopt.evaluation.glyphs.nearest import classify_by_pixels, classify_by_prototypes, train_prototypes
 from lopt.evaluation.glyphs.pictures import draw_tasks
-from lopt.evaluation.settings import read_card
 from lopt.evaluation.statistics import summarize
-from lopt.meta.trainer.trainer import RULE
-from lopt.rules import Rule
-from lopt.rules.files import find_longest_run, load, load_card
 from lopt.tasks.glyphs import Glyphs
 from lopt.tasks.transforms import Augment, RotateClasses
 
@@ -81,21 +78,6 @@ def classify_without_rules(
     return found, rates
 
 
-def load_rule(path: Path) -> tuple[str, Rule, Glyphs, int]:
-    """A trained start: the name of its folder or file, itself, the family that it is for, and its number of steps.
-
-    Raises:
-        click.ClickException: it is none of glyphs.
-    """
-    file = path / RULE if path.is_dir() else path
-    content = load_card(file)
-    card = read_card(content)
-    family = None if card.config is None else card.config.list_families()[0].build_task()
-    if not isinstance(family, Glyphs):
-        raise click.ClickException(f"{file} was not trained on glyphs; train it with `lopt train glyphs-maml`")
-    return path.stem, load(file), family, find_longest_run(content) or 1
-
-
 def summarize_rows(family: Glyphs, found: Mapping[str, Tensor], tasks: int) -> dict[str, dict[str, float]]:
     """Mean accuracy and half of its 95 % interval, by row."""
     episodes, rows = draw_episodes(family, tasks), {}
@@ -140,19 +122,19 @@ def glyphs(
     """
     torch.set_num_threads(threads)
     console = setting.make_console()
-    rules = [load_rule(run) for run in runs]
-    if len({rule[0] for rule in rules}) < len(rules):
+    rules = [load_start(run, Glyphs, "glyphs-maml") for run in runs]
+    if len({rule.label for rule in rules}) < len(rules):
         raise click.UsageError("the folders or files of RUNS must have different names, as rows of the table do")
-    first = rules[0][2] if rules else Glyphs()
+    first = rules[0].family if rules else Glyphs()
     learned = None if without_baselines else Learned(first, PROTOTYPE_STEPS, JOINT_STEPS)
     results: dict[int, dict[str, dict[str, float]]] = {}
     rates: dict[int, dict[str, float]] = {}
-    for count in dict.fromkeys((*(rule[2].ways for rule in rules), *ways)):
+    for count in dict.fromkeys((*(rule.family.ways for rule in rules), *ways)):
         family, found = change(first, ways=count), {}
-        for label, rule, own, length in rules:
-            for num_steps in (steps or (length,)) if own.ways == count else ():
-                row = f"{label}, {num_steps} step{'s' * (num_steps > 1)}"
-                found[row] = classify_by_rule(rule, own, tasks, num_steps)
+        for start in rules:
+            for num_steps in (steps or (start.steps,)) if start.family.ways == count else ():
+                row = f"{start.label}, {num_steps} step{'s' * (num_steps > 1)}"
+                found[row] = classify_by_rule(start.rule, start.family, tasks, num_steps)
         if learned is not None:
             others, rates[count] = classify_without_rules(family, learned, tasks, TUNING_STEPS)
             found |= others

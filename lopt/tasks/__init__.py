@@ -19,6 +19,7 @@ from lopt.tasks.mlp import MLP
 from lopt.tasks.module import ModuleTask
 from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
+from lopt.tasks.recommend import Recommend
 from lopt.tasks.rosenbrock import Rosenbrock
 from lopt.tasks.sinusoid import Sinusoid
 from lopt.tasks.streams.permuted_digits import PermutedDigits
@@ -47,6 +48,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "teacher_student": TeacherStudent,
     "sinusoid": Sinusoid,
     "glyphs": Glyphs,
+    "recommend": Recommend,
     "tracking": Tracking,
     "random_walk": RandomWalk,
     "rotating": Rotating,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from task_cases import FAMILIES, draw_tasks
+from task_cases import FAMILIES, build, draw_tasks
 from torch.func import grad, vmap
 
 from lopt.core.random import derive_seeds, make_generator
@@ -18,7 +20,7 @@ QUIET = {"tracking": {"batch_size": 32, "period": 100}, "random_walk": {"batch_s
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> TaskFamily:
-    return FAMILIES[request.param]()
+    return build(FAMILIES[request.param])
 
 
 def test_equal_seeds_draw_equal_tasks(family: TaskFamily) -> None:
@@ -160,7 +162,7 @@ def test_to_moves_what_a_family_holds(family: TaskFamily) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(TASKS) - {"module"}))
 def test_adam_lowers_the_loss_in_a_few_dozen_steps(name: str) -> None:
-    family = TASKS[name](**QUIET.get(name, {}))
+    family = build(partial(TASKS[name], **QUIET.get(name, {})))
     loop = InnerLoop(RULES["adam"](lr=0.01), family, seed=0)
     slots = loop.start(torch.arange(4))
     window = loop.unroll(slots, 40, restart=False)

@@ -1,0 +1,51 @@
+"""Trained starts that a bench is given by folder or file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import click
+
+from lopt.evaluation.settings import read_card
+from lopt.meta.trainer.trainer import RULE
+from lopt.rules import Rule
+from lopt.rules.files import find_longest_run, load, load_card
+from lopt.tasks import TaskFamily
+
+F = TypeVar("F", bound=TaskFamily)
+
+
+@dataclass(frozen=True)
+class Start(Generic[F]):
+    """A trained start.
+
+    Attributes:
+        label: the name of its folder or file.
+        family: that it is for.
+        steps: that it was trained for.
+    """
+
+    label: str
+    rule: Rule
+    family: F
+    steps: int
+
+
+def load_start(path: Path, kind: type[F], preset: str) -> Start[F]:
+    """A start that was trained on a family of this kind.
+
+    Args:
+        path: of a run folder or a rule file.
+        preset: which trains on it, to name in an error.
+    Raises:
+        click.ClickException: it is for other tasks.
+    """
+    file = path / RULE if path.is_dir() else path
+    content = load_card(file)
+    card = read_card(content)
+    family = None if card.config is None else card.config.list_families()[0].build_task()
+    if not isinstance(family, kind):
+        raise click.ClickException(f"{file} was not trained on {kind.name}; train it with `lopt train {preset}`")
+    return Start(path.stem, load(file), family, find_longest_run(content) or 1)
