@@ -106,9 +106,12 @@ class GradientMemory(Rule):
     def update_state(self, e: Elements, shared: Means) -> Visit:
         ndim, axes = e.layout.ndim, e.layout.axes
         v = torch.lerp(e.g * e.g, e.acc["v"], spread(shared["decay"], ndim))
-        n = lift(_normalise(e.g, v, shared["correction"], ndim), ndim)
-        products = {"own": n * n, "like": n * e.acc["memory"], "square": lift(e.p * e.p, ndim)}
-        return Visit({"v": v}, {key: Sum(x.sum(axes, keepdim=True), axes) for key, x in products.items()})
+        # Products of matrices, as the memory is read once by them and nothing of its size is made.
+        n = _normalise(e.g, v, shared["correction"], ndim).flatten(-ndim)
+        like = (e.acc["memory"].flatten(-ndim) @ n[..., None])[..., 0]
+        own, square = (x.square().sum(-1, keepdim=True) for x in (n, e.p.flatten(-ndim)))
+        sums = {"own": own, "like": like, "square": square}
+        return Visit({"v": v}, {key: Sum(spread(x, ndim), axes) for key, x in sums.items()})
 
     def decide(self, means: Means, acc: Mapping[str, Tensor], layout: Layout, clock: Clock, shared: Means) -> Decision:
         own, like, square = (means[key].flatten(-layout.ndim)[..., 0] for key in ("own", "like", "square"))
@@ -138,7 +141,8 @@ class GradientMemory(Rule):
         ndim = e.layout.ndim
         n = lift(_normalise(e.g, e.acc["v"], decided.correction, ndim), ndim)
         memory = torch.cat([n, e.acc["memory"].narrow(-ndim - 1, 0, self.length - 1)], -ndim - 1)
-        return Visit({"memory": memory}, delta=-(spread(decided.weights, ndim) * memory).sum(-ndim - 1))
+        found = decided.weights.unsqueeze(-2) @ memory.flatten(-ndim)
+        return Visit({"memory": memory}, delta=-found.reshape(e.p.shape))
 
 
 def _normalise(g: Tensor, v: Tensor, correction: Tensor, ndim: int) -> Tensor:
