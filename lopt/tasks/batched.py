@@ -92,6 +92,7 @@ class BatchedLosses:
             else:
                 weight, bias = params[step[0]], None if step[1] is None else params[step[1]]
                 h = weight @ h if bias is None else torch.baddbmm(bias[..., None], weight, h)
+        h = h.to(x.dtype)  # under autocast the products are rounded: the loss is not, as torch's own are not
         if self.loss is F.mse_loss:
             return (h - y.mT).square().mean((1, 2))
         return -h.log_softmax(1).gather(1, y[:, None])[:, 0].mean(1)

@@ -35,7 +35,8 @@ class Backprop(Estimator):
         compile: run the rule's update through `torch.compile`.
 
     Raises:
-        ValueError: an option out of its range, or a compiled update that would be differentiated twice.
+        ValueError: an option out of its range, or a compiled update or rounded losses that would be differentiated
+            twice.
     """
 
     loss_clamp: float = 1e3
@@ -56,6 +57,8 @@ class Backprop(Estimator):
             raise ValueError(f"task_chunk must be at least 1, got {self.task_chunk}")
         if self.order == 2 and self.compile:
             raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
+        if self.order == 2 and self.precision != "fp32":
+            raise ValueError(f"order=2 needs precision='fp32', got {self.precision!r}; set order=1 or leave it out")
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The loop with the common settings, and with how the rule's update is made and differentiated.

@@ -18,7 +18,7 @@ from torch import Tensor
 from lopt.core.tensors import Params
 from lopt.meta.estimators.bookkeeping import METRICS
 from lopt.meta.estimators.objectives import find_baseline
-from lopt.meta.estimators.options import GuidanceOptions, HidingOptions, ObjectiveOptions
+from lopt.meta.estimators.options import GuidanceOptions, HidingOptions, ObjectiveOptions, PrecisionOptions
 from lopt.meta.unroll.inner_loop import InnerLoop
 
 Carry = Any
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
+class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, PrecisionOptions, ABC):
     """Estimates the gradient of a rule's meta-loss over a family of tasks, a window of steps at a time.
 
     An estimator is pure: all that goes on between calls is in the carry, and all draws are named by the loop's seed
@@ -91,6 +91,7 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
         ObjectiveOptions.__post_init__(self)
         GuidanceOptions.__post_init__(self)
         HidingOptions.__post_init__(self)
+        PrecisionOptions.__post_init__(self)
         if self.num_steps < self.fewest_steps:
             raise ValueError(f"num_steps must be at least {self.fewest_steps}, got {self.num_steps}")
 
@@ -108,7 +109,8 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
         return self
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
-        """The loop with this estimator's settings: whom tasks follow, what losses are measured on, what is hidden.
+        """The loop with this estimator's settings: whom tasks follow, what losses are measured on and how
+        precisely, what is hidden.
 
         Args:
             loop: rule, family, seed, horizons and what is left of the guidance, as a source gives them.
@@ -125,6 +127,7 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, ABC):
             meta_metric=self.objective_metric,
             hide_loss=self.hide_loss,
             hide_end=self.hide_end,
+            precision=self.precision,
         )
 
     @abstractmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lopt.core.names import choose
 from lopt.meta.estimators.objectives import LOGARITHMIC, OBJECTIVE_METRICS, OBJECTIVES, weigh_losses
+from lopt.meta.unroll.inner_loop import PRECISIONS
 from lopt.meta.unroll.slots import Window
 from lopt.rules import Rule
 from lopt.tasks import TaskFamily
@@ -122,3 +123,20 @@ class HidingOptions:
         for name in ("hide_loss", "hide_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+
+
+@dataclass(eq=False, kw_only=True)
+class PrecisionOptions:
+    """How precisely base learners compute; rules, parameters and all that is accumulated stay as they are.
+
+    Attributes:
+        precision: "fp32", or "bf16" to measure losses and gradients under autocast, in first order.
+
+    Raises:
+        ValueError: a precision that there is not.
+    """
+
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        choose("precision", self.precision, PRECISIONS)

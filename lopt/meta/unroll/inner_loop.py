@@ -11,7 +11,9 @@ the family measures loss and gradient there, on the next batch. Estimators see t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from lopt.meta.unroll.slots import Slots, Window, detach_slots, join_windows, pu
 from lopt.meta.unroll.starts import begin_tasks, check_start
 from lopt.rules import Rule, State
 from lopt.tasks import Batch, TaskFamily
+
+PRECISIONS = ("fp32", "bf16")
+"""Of the base learners' losses and gradients."""
 
 Stride = Callable[["InnerLoop", "Slots", Params, int], "tuple[Slots, Tensor]"]
 """Makes n steps of all slots, which have meta-weights of their own: the slots after them, and losses `[n, T]`."""
@@ -46,6 +51,7 @@ class InnerLoop:
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
         hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or, if it may run open, the end.
+        precision: of the base learners' losses and gradients, one of `PRECISIONS`; "bf16" is autocast to it.
         guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
         meta_split: the data that the recorded losses are measured on; gradients for the rule always come from "train".
@@ -68,6 +74,7 @@ class InnerLoop:
     follow: float = 0.0
     hide_loss: float = 0.0
     hide_end: float = 0.0
+    precision: str = "fp32"
     guidance: float = 1.0
     update: Callable[..., tuple[Params, State]] | None = None
     meta_weights: Params | Callable[[Slots], Params] | None = None
@@ -130,12 +137,9 @@ class InnerLoop:
         return losses, grads
 
     def losses(self, flat: Tensor, batch: Batch) -> Tensor:
-        """Losses `[T]` as functions of flat parameters `[T, P]`."""
-        if self.order == 1:
-            return self.family.losses(self.family.spec.unflatten(flat), batch)
-        # Of torch's kernels for attention only the plain one has second derivatives.
-        with sdpa_kernel(SDPBackend.MATH):
-            return self.family.losses(self.family.spec.unflatten(flat), batch)
+        """Losses `[T]` as functions of flat parameters `[T, P]`, in the parameters' dtype whatever the precision."""
+        with _open_context(self, flat.device):
+            return self.family.losses(self.family.spec.unflatten(flat), batch).to(flat.dtype)
 
     def batch(self, slots: Slots, split: str = "train") -> Batch:
         """The batches that the slots' present losses and gradients were measured on, `[T, ...]` by name.
@@ -333,3 +337,12 @@ class InnerLoop:
                 slots = begin_tasks(self, slots, weights) if remaining else slots
             strides.append(stride)
         return join_windows(strides, slots)
+
+
+def _open_context(loop: InnerLoop, device: torch.device) -> AbstractContextManager[Any]:
+    """What base learners' losses are measured in."""
+    if loop.precision == "bf16":
+        # Not cached: parameters are others in every step, and graphs that are captured must not share their casts.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    # Of torch's kernels for attention only the plain one has second derivatives.
+    return sdpa_kernel(SDPBackend.MATH) if loop.order == 2 else nullcontext()
