@@ -30,20 +30,14 @@ Scores = dict[str, Tensor]
 """By row the mean error of every user `[users]`."""
 
 
-def make_table(results: Mapping[int, Mapping[str, Mapping[str, Any]]], users: int) -> Table:
-    """A row per way of guessing, three columns per number of known ratings."""
-    heads = [head for shots in results for head in (f"error, {shots} known", f"to {RIDGE}", "to whole stars")]
-    table = setting.start_table(f"mean error in stars for {users} new users", ["", *heads])
-    for label in dict.fromkeys(label for rows in results.values() for label in rows):
-        table.add_row(label, *(text for rows in results.values() for text in _write_cells(rows.get(label))))
+def make_table(shots: int, rows: Mapping[str, Mapping[str, Any]], users: int) -> Table:
+    """A row per way of guessing: the error, and its ratios to those of two baselines."""
+    title = f"mean error in stars for {users} new users, {shots} known ratings"
+    table = setting.start_table(title, ["", "error", f"to {RIDGE}", "to whole stars"])
+    for label, row in rows.items():
+        ratios = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**row[name]) for name in (RIDGE, WHOLE))
+        table.add_row(label, f"{row['error']:.3f} \u00b1 {row['interval']:.3f}", *ratios)
     return table
-
-
-def _write_cells(row: Mapping[str, Any] | None) -> list[str]:
-    if row is None:
-        return [""] * 3
-    ratios = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**row[name]) for name in (RIDGE, WHOLE))
-    return [f"{row['error']:.3f} \u00b1 {row['interval']:.3f}", *ratios]
 
 
 def summarize_rows(scores: Scores) -> dict[str, dict[str, Any]]:
@@ -101,8 +95,8 @@ def recommend(
         results[count] = summarize_rows(scores[count])
         content = {"results": results, "settings": settings, "versions": setting.list_versions()}
         setting.write_json(file, content)
+        console.print(make_table(count, results[count], len(family.pools["test"])))
     if picture is not None:
         if drawn is None:
             raise click.UsageError("--picture shows the guesses of a run: name one in RUNS")
         picture.write_bytes(draw_guesses(scores, *drawn))
-    console.print(make_table(results, len(next(iter(scores[count].values())))))
