@@ -14,8 +14,10 @@ from lopt.rules.building_blocks.hand_designed import HandDesigned
 from lopt.rules.building_blocks.tensor_rule import TensorRule
 from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
+from lopt.rules.gain import Gain
 from lopt.rules.gradient_memory import GradientMemory
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
+from lopt.rules.idbd import IDBD
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.learned_init import LearnedInit
 from lopt.rules.linear import Linear
@@ -43,6 +45,7 @@ RULES: dict[str, type[Rule]] = {
     "celo2_base": Celo2Base,
     "hierarchical_rnn": HierarchicalRNN,
     "gradient_memory": GradientMemory,
+    "gain": Gain,
     "star": Star,
     "blend": Blend,
     "base": Base,
@@ -53,6 +56,7 @@ RULES: dict[str, type[Rule]] = {
     "adam": Adam,
     "adamw": AdamW,
     "nadamw": NAdamW,
+    "idbd": IDBD,
 }
 """Rules that step any model."""
 
