@@ -14,6 +14,7 @@ from bench.quality.glyphs import glyphs
 from bench.quality.levels import levels
 from bench.quality.recommend import recommend
 from bench.quality.robustness import robustness
+from bench.quality.streams import streams
 from bench.quality.suite import suite
 from bench.speed.meta import meta
 from bench.speed.overhead import overhead
@@ -42,6 +43,7 @@ COMMANDS = (
     scaling,
     soak,
     step,
+    streams,
     suite,
     tune,
 )

@@ -21,12 +21,13 @@ from lopt.tasks.streams.stream import check_counts, split_seeds
 class Rotating(TaskFamily):
     """Tell `classes` Gaussians apart whose means lie evenly on the unit circle, which turns; cross-entropy.
 
-    The network is 2-width-...-classes. A task is its angle at the start, its speed and its direction. A metric is the
-    accuracy.
+    The network is inputs-width-...-classes. A task is its angle at the start, its speed and its direction. A metric is
+    the accuracy.
 
     Args:
         classes: number of Gaussians.
-        std: of each of them, in both directions.
+        std: of each of them, in both directions: how much no network can know.
+        inputs: the two that matter, and others that are N(0, 1) and do not.
         slow, fast: speeds of tasks are log-uniform between these, in turns per step.
         width: units of every hidden layer.
         depth: number of hidden layers.
@@ -44,6 +45,7 @@ class Rotating(TaskFamily):
         self,
         classes: int = 4,
         std: float = 0.4,
+        inputs: int = 2,
         slow: float = 0.0002,
         fast: float = 0.005,
         width: int = 16,
@@ -53,13 +55,15 @@ class Rotating(TaskFamily):
         horizon: int = 1000,
     ) -> None:
         check_network(width, depth, activation)
-        check_counts(batch_size=batch_size, classes=classes - 1)
+        check_counts(batch_size=batch_size)
+        if classes < 2 or inputs < 2:
+            raise ValueError(f"classes and inputs must be at least 2, got {classes} and {inputs}")
         if not 0 < slow <= fast < 0.5 or std <= 0:
             found = f"slow={slow}, fast={fast}, std={std}"
             raise ValueError(f"speeds must be 0 < slow <= fast < 0.5 and std above 0, got {found}")
-        self.classes, self.std, self.slow, self.fast = classes, std, slow, fast
+        self.classes, self.std, self.inputs, self.slow, self.fast = classes, std, inputs, slow, fast
         self.batch_size, self.horizon = batch_size, horizon
-        self.widths, self.activation = [2, *[width] * depth, classes], activation
+        self.widths, self.activation = [inputs, *[width] * depth, classes], activation
         self.module = build_mlp(self.widths, activation)
         self.batched = BatchedLosses(self.module, F.cross_entropy)
 
@@ -80,8 +84,8 @@ class Rotating(TaskFamily):
         y = draw_indices(branch_seeds(seeds, 0), self.batch_size, self.classes)
         angle = 2 * pi * (tasks["phase"][:, None] + y / self.classes)
         means = torch.stack([angle.cos(), angle.sin()], -1)
-        noise = draw_normal(seeds, 2 * self.batch_size).view(-1, self.batch_size, 2)
-        return {"x": (means + self.std * noise).float(), "y": y}
+        x = draw_normal(seeds, self.inputs * self.batch_size).view(-1, self.batch_size, self.inputs)
+        return {"x": torch.cat([means + self.std * x[..., :2], x[..., 2:]], -1).float(), "y": y}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         return F.cross_entropy(functional_call(self.module, params, (batch["x"],)), batch["y"])
