@@ -16,6 +16,7 @@ from bench.quality.recommend import recommend
 from bench.quality.robustness import robustness
 from bench.quality.streams import streams
 from bench.quality.suite import suite
+from bench.quality.widths import widths
 from bench.speed.meta import meta
 from bench.speed.overhead import overhead
 from bench.speed.scaling import scaling
@@ -46,6 +47,7 @@ COMMANDS = (
     streams,
     suite,
     tune,
+    widths,
 )
 for command in COMMANDS:
     cli.add_command(command)

@@ -11,8 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import lopt
 from lopt.core.random import make_generator
+from lopt.meta.unroll.curves import run_curves
+from lopt.rules import RULES
 from lopt.rules.gradient_memory import GradientMemory
+from lopt.tasks import TASKS
 
 Numbers = NDArray[np.float64]
 STEPS, T = 6, 10
@@ -98,6 +102,16 @@ def test_nothing_moves_at_the_end_of_a_planned_run() -> None:
     with torch.no_grad():
         new, _ = rule.update({"w": draw(2, 3, 4)}, params, state, num_steps=torch.tensor(T))
     assert torch.equal(new["w"], params["w"])
+
+
+def test_the_shipped_rule_ends_below_tuned_adam_on_a_width_that_it_was_not_trained_on() -> None:
+    """Adam has the learning rate and schedule that `python -m bench widths` found on other tasks of this width."""
+    family, seeds = TASKS["conv"](width=4), torch.arange(4)
+    ours, adam = (
+        run_curves(rule, family, seeds, 200).final.mean()
+        for rule in (lopt.load("conv-memory"), RULES["adam"](lr=0.0625, schedule="cosine"))
+    )
+    assert ours < 0.8 * adam
 
 
 @pytest.mark.parametrize(
