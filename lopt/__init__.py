@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lopt.optim.adaptation import adapt, adapt_all
     from lopt.optim.learned_optimizer import LearnedOptimizer
     from lopt.optim.param_groups import group_parameters
+    from lopt.optim.portfolio.choosing import choose
+    from lopt.optim.portfolio.files import load_portfolio
     from lopt.rules.files import list_rules, load, load_card, save
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "__version__",
     "adapt",
     "adapt_all",
+    "choose",
     "group_parameters",
     "list_rules",
     "load",
     "load_card",
+    "load_portfolio",
     "save",
 ]
 
@@ -37,10 +41,12 @@ _HOMES = {
     "Trainer": "lopt.meta.trainer.trainer",
     "adapt": "lopt.optim.adaptation",
     "adapt_all": "lopt.optim.adaptation",
+    "choose": "lopt.optim.portfolio.choosing",
     "group_parameters": "lopt.optim.param_groups",
     "list_rules": "lopt.rules.files",
     "load": "lopt.rules.files",
     "load_card": "lopt.rules.files",
+    "load_portfolio": "lopt.optim.portfolio.files",
     "save": "lopt.rules.files",
 }
 

@@ -1,4 +1,4 @@
-"""The program: `lopt demo | train | sweep | eval | import | list | inspect | report`. Wiring only.
+"""The program: `lopt demo | train | sweep | eval | portfolio | import | list | inspect | report`. Wiring only.
 
 A command is a file in `lopt/cli/commands`. What is heavy (torch, matplotlib, the rules) they import when they run, so
 that `lopt --help` answers at once.
@@ -19,6 +19,7 @@ from lopt.cli.commands.evaluate import judge_rule
 from lopt.cli.commands.import_rule import import_weights
 from lopt.cli.commands.inspect_rule import show_rule
 from lopt.cli.commands.list import list_kinds
+from lopt.cli.commands.portfolio import learn_portfolio
 from lopt.cli.commands.report import report_run
 from lopt.cli.commands.sweep import sweep_settings
 from lopt.cli.commands.train import train_rule
@@ -36,6 +37,7 @@ for command in (
     train_rule,
     sweep_settings,
     judge_rule,
+    learn_portfolio,
     run_demo,
     import_weights,
     list_kinds,
