@@ -12,6 +12,7 @@ from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.glyphs import glyphs
 from bench.quality.levels import levels
+from bench.quality.molecules import molecules
 from bench.quality.recommend import recommend
 from bench.quality.robustness import robustness
 from bench.quality.streams import streams
@@ -38,6 +39,7 @@ COMMANDS = (
     kernels,
     levels,
     meta,
+    molecules,
     overhead,
     recommend,
     robustness,

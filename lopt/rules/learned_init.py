@@ -144,7 +144,7 @@ class LearnedInit(Rule):
         for own, shape in self.shapes.items():
             factor = self._find_own_factor(own)
             lead = factor.shape[: factor.ndim - len(shape)]
-            pieces.append(factor.expand(*lead, *shape).reshape(*lead, prod(shape)))
+            pieces.append(factor.expand((*lead, *shape)).reshape((*lead, prod(shape))))
         batch = max((piece.shape[:-1] for piece in pieces), key=len)  # some may be each slot's own
         return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)
 
@@ -153,7 +153,7 @@ class LearnedInit(Rule):
         if name not in self.adapted or self.scaling == "none":
             return _read(self, INIT, name).new_full(ones, float(name in self.adapted))
         rate = _read(self, RATE, name)
-        return rate if self.scaling == "element" else rate.reshape(*rate.shape, *ones)
+        return rate if self.scaling == "element" else rate.reshape((*rate.shape, *ones))
 
     # -- stages, which are the inner rule's ----------------------------------------------------------------------------
 

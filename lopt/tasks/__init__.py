@@ -17,6 +17,7 @@ from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
 from lopt.tasks.module import ModuleTask
+from lopt.tasks.molecule import Molecule
 from lopt.tasks.quadratic import Quadratic
 from lopt.tasks.rastrigin import Rastrigin
 from lopt.tasks.recommend import Recommend
@@ -49,6 +50,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "sinusoid": Sinusoid,
     "glyphs": Glyphs,
     "recommend": Recommend,
+    "molecule": Molecule,
     "tracking": Tracking,
     "random_walk": RandomWalk,
     "rotating": Rotating,

@@ -18,6 +18,7 @@ from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.optim.learned_optimizer import LearnedOptimizer
 from lopt.rules import RULES, LearnedInit
 from lopt.rules.files import load, save
+from lopt.rules.learned_init import FLAT
 from lopt.tasks import TASKS, Batch, Task
 from lopt.tasks.sinusoid import Sinusoid
 
@@ -126,6 +127,20 @@ def test_a_step_of_zero_rate_leaves_the_initialisation_where_it_is() -> None:
     window = loop.unroll(loop.start(SLOTS), 3, restart=False)
     expected = family.spec.flatten(rule.initial_params).detach()
     assert torch.equal(window.slots.params, expected.expand(3, -1))
+
+
+def test_a_single_number_has_a_rate_of_its_own() -> None:
+    rule = LearnedInit({"w": [2], "b": []}, "sgd", {"lr": 0.5}, rates="tensor")
+    with torch.no_grad():
+        rule.get_parameter("rates.w").fill_(2)
+        rule.get_parameter("rates.b").fill_(3)
+    params = {"w": torch.zeros(2), "b": torch.zeros(())}
+    moved, _ = rule.update({"w": torch.ones(2), "b": torch.ones(())}, params, rule.init_state(params))
+    assert moved["w"].tolist() == [-1, -1]
+    assert moved["b"].item() == -1.5
+    flat = {FLAT: torch.zeros(4, 3)}
+    together, _ = rule.update({FLAT: torch.ones(4, 3)}, flat, rule.init_state(flat, 1))
+    assert together[FLAT].tolist() == [[-1, -1, -1.5]] * 4
 
 
 def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
