@@ -113,9 +113,11 @@ class Tuning:
         """How many tasks decide between the finalists on a family.
 
         Returns:
-            `num_seeds`, if it is given; otherwise 32 to 512, fewer the more parameters a task has, which bounds the
-            cost of a search.
+            `num_seeds`, if it is given; otherwise 32 to 512, fewer the more parameters a task has and few where a
+            gradient takes rollouts, which bounds the cost of a search.
         """
+        if family.black_box:
+            return self.num_seeds or 32
         return self.num_seeds or min(512, max(32, 2**16 // max(family.spec.size, 1)))
 
 

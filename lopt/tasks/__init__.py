@@ -10,6 +10,7 @@ from lopt.tasks.autoencoder import Autoencoder
 from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
 from lopt.tasks.char_rnn import CharRNN
 from lopt.tasks.char_transformer import CharTransformer
+from lopt.tasks.control.control import Control
 from lopt.tasks.conv import Conv
 from lopt.tasks.coordinate_mlp import CoordinateMLP
 from lopt.tasks.glyphs import Glyphs
@@ -51,6 +52,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "glyphs": Glyphs,
     "recommend": Recommend,
     "molecule": Molecule,
+    "control": Control,
     "tracking": Tracking,
     "random_walk": RandomWalk,
     "rotating": Rotating,

@@ -175,6 +175,27 @@ class TaskFamily(Recorded, ABC):
         """
         return vmap(self.loss)(params, batch)
 
+    def losses_and_grads(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """Losses `[T]` and gradients `[T, ...]` of T tasks, as constants, for a rule to see; here autograd's.
+
+        Families override it whose base learners see no derivative, such as policies that learn from rollouts. They are
+        for first order then, and for no transform.
+
+        Args:
+            params, batch: as in `losses`.
+        """
+        # Evolution strategies run without derivatives, but base learners are trained by theirs all the same.
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            losses = self.losses(leaves, batch)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return losses.detach(), dict(zip(leaves, grads, strict=True))
+
+    @property
+    def black_box(self) -> bool:
+        """Whether gradients are not derivatives of `losses`, but estimates of the family's own."""
+        return type(self).losses_and_grads is not TaskFamily.losses_and_grads
+
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         """The whole split for `count` tasks, `[count, ...]`, on which final losses are measured without noise.
 

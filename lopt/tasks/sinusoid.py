@@ -17,18 +17,14 @@ from torch.nn import functional as F
 from lopt.core.names import choose
 from lopt.core.random import draw_uniform
 from lopt.core.tensors import Params
-from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
 from lopt.tasks.batched import BatchedLosses
 from lopt.tasks.mlp import build_mlp, check_network
 from lopt.tasks.module import draw_weights
+from lopt.tasks.strips import STRIPS, draw_strips
 
 EVEN = 100
 """Points, evenly over all x, on which a wave is judged."""
-
-STRIPS = 1000
-"""Parts of the range of phases; of ten in a row eight are for training, and one for each of the other pools."""
-
-PLACES = {"train": range(8), "outer_valid": range(8, 9), "test": range(9, 10)}
 
 
 class Sinusoid(TaskFamily):
@@ -77,12 +73,9 @@ class Sinusoid(TaskFamily):
         return {key: value[0] for key, value in self.sample_all(seed, pool).items()}
 
     def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
-        places = PLACES[choose("pool", pool, POOLS)]
         drawn = draw_uniform(seeds, 4 + self.shots + self.queries)
-        row = (drawn[:, 0] * (STRIPS // 10)).long()
-        strip = 10 * row + places.start + (drawn[:, 1] * len(places)).long()
-        # Where in its strip a phase is takes what is left of the number that the strip was drawn by.
-        phase = (strip + (drawn[:, 1] * len(places)) % 1) * (pi / STRIPS)
+        strip, place = draw_strips(drawn[:, :2], pool)
+        phase = place * (pi / STRIPS)
         wave = torch.stack([0.1 + 4.9 * drawn[:, 2], phase, 1 + self.spread * (2 * drawn[:, 3] - 1)], 1)
         x = (10 * drawn[:, 4:, None] - 5).float()
         return {

@@ -86,12 +86,7 @@ class InnerLoop:
     carries: bool = True
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {self.order}")
-        if self.order == 2 and self.update is not None:
-            raise ValueError(
-                "order=2 differentiates twice and cannot use a compiled update; set order=1 or compile=false"
-            )
+        _check_order(self)
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow must be a probability, got {self.follow}")
         if self.hide_end and not self.rule.open_ended:
@@ -117,12 +112,9 @@ class InnerLoop:
             params: flat, `[T, P]`.
             batch: one of every slot.
         """
-        # Evolution strategies run without derivatives, but base learners are trained by theirs all the same.
-        with torch.enable_grad():
-            flat = params.detach().requires_grad_()
-            losses = self.losses(flat, batch)
-            (grads,) = torch.autograd.grad(losses.sum(), [flat])
-        return losses.detach(), grads
+        with _open_context(self, params.device):
+            losses, grads = self.family.losses_and_grads(self.family.spec.unflatten(params.detach()), batch)
+        return losses.to(params.dtype), self.family.spec.flatten(grads)
 
     def differentiate(self, params: Tensor, batch: Batch, *, twice: bool) -> tuple[Tensor, Tensor]:
         """Losses `[T]` as functions of the parameters `[T, P]`, and their gradients `[T, P]`, for second order.
@@ -337,6 +329,19 @@ class InnerLoop:
                 slots = begin_tasks(self, slots, weights) if remaining else slots
             strides.append(stride)
         return join_windows(strides, slots)
+
+
+def _check_order(loop: InnerLoop) -> None:
+    """Refuse an order that there is not, and the second one where derivatives cannot be differentiated."""
+    if loop.order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {loop.order}")
+    if loop.order == 2 and loop.update is not None:
+        raise ValueError("order=2 differentiates twice and cannot use a compiled update; set order=1 or compile=false")
+    if loop.order == 2 and loop.family.black_box:
+        raise ValueError(
+            f"order=2 differentiates the gradients of base learners, and those of {loop.family.name!r} "
+            "are estimates of a black box; set order=1"
+        )
 
 
 def _open_context(loop: InnerLoop, device: torch.device) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ class Transform(TaskFamily):
     Args:
         family: the inner family.
     Raises:
-        ValueError: the inner family has been transformed in this way already.
+        ValueError: the inner family has been transformed in this way already, or is a black box.
     """
 
     key: ClassVar[str]
@@ -33,6 +33,10 @@ class Transform(TaskFamily):
         self.config["family"] = family.describe()
         self.family, self.horizon, self.examples = family, family.horizon, family.examples
         self.judged, self.pool_key = family.judged, family.pool_key
+        if family.black_box:
+            raise ValueError(
+                f"{self.name} changes losses and their derivatives, and {family.name!r} has estimates of them"
+            )
         inner: TaskFamily = family
         while isinstance(inner, Transform):
             if inner.key == self.key:
