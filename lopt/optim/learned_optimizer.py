@@ -339,7 +339,7 @@ class LearnedOptimizer(Optimizer):
         rounded = self.stochastic_rounding and p.dtype == torch.bfloat16
         seed = derive_seed(name, p, self.param_groups) if rounded else None
         with torch.no_grad():
-            return init_state(rule, p.detach(), seed, self.guard is not None, self.state_dtype)
+            return init_state(rule, p, seed, self.guard is not None, self.state_dtype, self.param_groups)
 
 
 def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:

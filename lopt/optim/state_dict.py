@@ -21,6 +21,7 @@ from lopt.optim.options import check_group, check_rule, find_direction
 from lopt.optim.parameter_names import list_names
 from lopt.optim.units import SEED, STEP, import_sharding, is_sharded
 from lopt.rules import Rule, find_layout
+from lopt.rules.stages import PLACE
 
 Group = dict[str, Any]
 FindRule = Callable[[str, Tensor, Group], Rule]
@@ -35,7 +36,12 @@ MAX_NAME = 80  # characters of a name in an error
 
 
 def init_state(
-    rule: Rule, p: Tensor, seed: int | None, guarded: bool, dtype: torch.dtype = torch.float32
+    rule: Rule,
+    p: Tensor,
+    seed: int | None,
+    guarded: bool,
+    dtype: torch.dtype = torch.float32,
+    groups: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Tensor]:
     """A parameter's state before its first step.
 
@@ -43,9 +49,12 @@ def init_state(
         dtype: of the rule's `compact_keys`; all else is in fp32.
         seed: of its stochastic rounding, if it is rounded so.
         guarded: with what the guard keeps.
+        groups: the optimizer's, for rules that ask for the parameter's place among all.
     Returns:
         The int64 counter "step" `[]`, "seed" likewise, the rule's accumulators, and tensors named "guard_*".
     """
+    place = find_place(p, groups) if PLACE in rule.tensor_keys else 0
+    p = p.detach()
     state = {STEP: torch.zeros((), dtype=torch.int64, device=p.device)}
     if seed is not None:
         state[SEED] = torch.full((), seed, dtype=torch.int64, device=p.device)
@@ -58,6 +67,8 @@ def init_state(
     else:
         state |= rule.init_state({"": p.float()}).accumulators[""]
         state |= init_guard(p.reshape(layout.shape)) if guarded else {}
+    if PLACE in rule.tensor_keys:
+        state[PLACE].fill_(place)
     return state | {key: state[key].to(dtype) for key in rule.compact_keys}
 
 
@@ -67,9 +78,13 @@ def derive_seed(name: str, p: Tensor, groups: Iterable[Mapping[str, Any]]) -> in
     Args:
         groups: the optimizer's; where the parameter has no name, its place among all tells it apart.
     """
-    params = [q for group in groups for q in group["params"]]
-    place = next((i for i, q in enumerate(params) if q is p), 0)
-    return int(derive_seeds(0, f"stochastic rounding of {name or place}"))
+    return int(derive_seeds(0, f"stochastic rounding of {name or find_place(p, groups)}"))
+
+
+def find_place(p: Tensor, groups: Iterable[Mapping[str, Any]]) -> int:
+    """A parameter's number among all of an optimizer's, in the order in which they were given; 0 for a stranger."""
+    params = (q for group in groups for q in group["params"])
+    return next((i for i, q in enumerate(params) if q is p), 0)
 
 
 def check_parts(state_dict: Any) -> None:

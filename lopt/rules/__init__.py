@@ -16,6 +16,7 @@ from lopt.rules.celo import Celo, CeloAdam
 from lopt.rules.celo2 import Celo2, Celo2Base
 from lopt.rules.gain import Gain
 from lopt.rules.gradient_memory import GradientMemory
+from lopt.rules.graph import Graph
 from lopt.rules.hierarchical_rnn import HierarchicalRNN
 from lopt.rules.idbd import IDBD
 from lopt.rules.layout import Layout, find_layout
@@ -37,6 +38,7 @@ RULES: dict[str, type[Rule]] = {
     "rnnprop": RNNprop,
     "linear": Linear,
     "small_fc": SmallFC,
+    "graph": Graph,
     "mlp": MLPLOpt,
     "velo": VeLO,
     "celo": Celo,

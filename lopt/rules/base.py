@@ -35,6 +35,7 @@ from lopt.core.recorded import Recorded
 from lopt.core.tensors import Params
 from lopt.rules.layout import Layout, find_layout
 from lopt.rules.stages import (
+    PLACE,
     Accumulators,
     AllTensors,
     Clock,
@@ -60,7 +61,8 @@ class Rule(Recorded, nn.Module, ABC):
         needs_loss: reads the training loss; without it, what depends on it stays as it was.
         needs_num_steps: cannot run without the planned number of steps.
         open_ended: follows a schedule for which the number of steps need not be known, now or ever (`open_schedule`).
-        tensor_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`.
+        tensor_keys: accumulators that belong to a tensor as a whole, `[*batch, features]`; `PLACE`, `[*batch, 1]`, is
+            filled in with the tensor's number in the model.
         line_keys: accumulators that rows or columns share; they start at 0.
         compact_keys: accumulators that may be kept in bfloat16.
         square_keys: accumulators that are averages of squares, so that none of their numbers is below 0.
@@ -235,11 +237,13 @@ class Rule(Recorded, nn.Module, ABC):
         accumulators = {}
         batch: torch.Size = torch.Size()
         device = None
-        for name, p in params.items():
+        for place, (name, p) in enumerate(params.items()):
             batch, device = p.shape[:batch_ndim], p.device
             layout = find_layout(tuple(p.shape[batch_ndim:]))
             rule = self.delegate(name, layout) or self
             accumulators[name] = rule.init_accumulators(p.detach().contiguous().reshape(*batch, *layout.shape), layout)
+            if PLACE in rule.tensor_keys:
+                accumulators[name][PLACE].fill_(place)
         return State(torch.zeros(batch, dtype=torch.int64, device=device), accumulators)
 
     @property

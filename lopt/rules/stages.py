@@ -18,6 +18,9 @@ from lopt.rules.layout import Layout
 
 Accumulators = dict[str, Tensor]
 Means = dict[str, Tensor]
+PLACE = "place"
+"""The accumulator of rules that ask where in the model a tensor is: its number among the parameters, from 0."""
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
