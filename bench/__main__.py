@@ -8,6 +8,7 @@ from bench.gpu.compile import compile_kernels
 from bench.gpu.gpu import gpu
 from bench.gpu.kernels import kernels
 from bench.gpu.tune import tune
+from bench.quality.control import control
 from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.glyphs import glyphs
@@ -32,6 +33,7 @@ def cli() -> None:
 
 COMMANDS = (
     compile_kernels,
+    control,
     estimators,
     families,
     glyphs,

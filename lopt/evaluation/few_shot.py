@@ -104,7 +104,7 @@ def compare_few_shot(
     for k, n in columns:
         own = with_shots(family, k)
         contenders = {label: [rule], RANDOM: [RULES[name]() for name in OPTIMIZERS]}
-        contenders[JOINT] = [_wrap(joint, name) for name in OPTIMIZERS]
+        contenders[JOINT] = [wrap_start(joint, name) for name in OPTIMIZERS]
         for row, rules in contenders.items():
             tell(f"{row}: {k} shots, {n} steps")
             chosen, tuned = (rules[0], "") if row == label else tune(rules, own, n, seed)
@@ -139,19 +139,21 @@ def with_shots(family: TaskFamily, shots: int) -> TaskFamily:
     return TASKS[family.name](**{**family.config, "shots": shots})
 
 
-def train_jointly(family: TaskFamily, seed: int) -> LearnedInit:
+def train_jointly(
+    family: TaskFamily, seed: int, *, steps: int = JOINT_STEPS, learning_rate: float = 3e-3
+) -> LearnedInit:
     """Weights that are trained on all tasks together, as one: an initialisation that is learned for no step at all."""
     generator = make_generator(derive_seeds(seed, "joint"))
     params = family.init(family.sample(generator), generator)
     rule = LearnedInit({name: list(p.shape) for name, p in params.items()}, "sgd", {"lr": 0.0})
     rule.set_initial(params)
     config = TrainerConfig(
-        steps=JOINT_STEPS,
+        steps=steps,
         tasks=25,
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         train_only=["init.*"],
         seed=seed,
-        validate_every=JOINT_STEPS,
+        validate_every=steps,
         validation_tasks=100,
         validation_steps=1,
     )
@@ -163,8 +165,16 @@ def train_jointly(family: TaskFamily, seed: int) -> LearnedInit:
     return trained
 
 
-def tune(rules: Sequence[Rule], family: TaskFamily, steps: int, seed: int) -> tuple[Rule, str]:
-    """The best of some optimizers with the best of `RATES`, on tasks of the pool "outer_valid".
+def tune(
+    rules: Sequence[Rule],
+    family: TaskFamily,
+    steps: int,
+    seed: int,
+    *,
+    grid: Sequence[float] = RATES,
+    tasks: int = TUNING_TASKS,
+) -> tuple[Rule, str]:
+    """The best of some optimizers with the best of some learning rates, on tasks of the pool "outer_valid".
 
     Args:
         rules: with a meta-weight `lr`, or `inner.lr`.
@@ -172,13 +182,13 @@ def tune(rules: Sequence[Rule], family: TaskFamily, steps: int, seed: int) -> tu
         The rule with that rate, and what it is.
     """
     best: tuple[float, Rule, str] | None = None
-    ids = torch.arange(TUNING_TASKS).repeat(len(RATES))
+    ids = torch.arange(tasks).repeat(len(grid))
     for rule in rules:
         key = "inner.lr" if isinstance(rule, LearnedInit) else "lr"
-        rates = torch.tensor(RATES, dtype=torch.float32).repeat_interleave(TUNING_TASKS)
+        rates = torch.tensor(grid, dtype=torch.float32).repeat_interleave(tasks)
         options = {"seed": seed, "stream": "few-shot tuning", "pool": "outer_valid"}
         curves = run_curves(rule, family, ids, steps, meta_weights={key: rates}, **options)  # type: ignore[arg-type]
-        for rate, mean in zip(RATES, curves.final.double().view(len(RATES), -1).mean(1).tolist(), strict=True):
+        for rate, mean in zip(grid, curves.final.double().view(len(grid), -1).mean(1).tolist(), strict=True):
             mean = mean if isfinite(mean) else inf
             if best is None or mean < best[0]:
                 name = rule.inner.name if isinstance(rule, LearnedInit) else rule.name
@@ -187,7 +197,7 @@ def tune(rules: Sequence[Rule], family: TaskFamily, steps: int, seed: int) -> tu
     return best[1:]
 
 
-def _wrap(joint: LearnedInit, name: str) -> LearnedInit:
+def wrap_start(joint: LearnedInit, name: str) -> LearnedInit:
     """The joint weights with another optimizer to go on."""
     rule = LearnedInit({key: list(shape) for key, shape in joint.shapes.items()}, name)
     rule.set_initial(joint.initial_params)
@@ -197,7 +207,7 @@ def _wrap(joint: LearnedInit, name: str) -> LearnedInit:
 def _set_rate(rule: Rule, key: str, rate: float) -> Rule:
     """A copy with this learning rate."""
     if isinstance(rule, LearnedInit):
-        copy: Rule = _wrap(rule, rule.inner.name)
+        copy: Rule = wrap_start(rule, rule.inner.name)
     else:
         copy = RULES[rule.name](**rule.config)
     copy.load_state_dict(rule.state_dict() | {key: torch.tensor(rate, dtype=torch.float32)})

@@ -1,0 +1,106 @@
+"""Returns on held-out bodies: a learned start after few steps, beside tuned learning from scratch and a joint start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bench import setting
+from bench.quality.few_shot_runs import load_start
+from lopt.evaluation.control import draw_returns, follow_returns
+from lopt.evaluation.few_shot import JOINT, OPTIMIZERS, RANDOM, train_jointly, tune, wrap_start
+from lopt.evaluation.statistics import summarize
+from lopt.rules import RULES
+from lopt.tasks.control.control import Control
+
+GRID = tuple(10 ** (k / 4) for k in range(-6, 3))
+"""Learning rates of baselines, from .03 to 3."""
+
+JOINT_RATE = 3e-2
+
+
+def make_table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], bodies: int, few: int, reference: str) -> Table:
+    """A row per start, columns by step; the difference to the reference is of few steps."""
+    steps = list(next(iter(rows.values())))
+    title = f"return on {bodies} held-out bodies; less than it is {reference}"
+    table = setting.start_table(title, ["", *(f"{n} steps" for n in steps), f"{few} steps less reference"])
+    for label, cells in rows.items():
+        texts = [f"{cell['return']:.2f} \u00b1 {cell['interval']:.2f}" for cell in cells.values()]
+        less = cells[str(few)]
+        table.add_row(label, *texts, f"{less['difference']:+.2f} \u00b1 {less['difference_interval']:.2f}")
+    return table
+
+
+def summarize_rows(returns: Mapping[str, Tensor], few: int, many: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Means with half of their 95 % intervals over bodies, and differences to learning from scratch for many steps.
+
+    Args:
+        returns: `[many + 1, bodies]` by row.
+    """
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, values in returns.items():
+        rows[label] = {}
+        for n in (0, few, many):
+            own, paired = (summarize(x.tolist()) for x in (values[n], values[n] - returns[RANDOM][many]))
+            rows[label][str(n)] = {
+                "return": own.mean,
+                "interval": 1.96 * (own.stderr or 0.0),
+                "difference": paired.mean,
+                "difference_interval": 1.96 * (paired.stderr or 0.0),
+            }
+    return rows
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option("--bodies", default=32, show_default=True, type=click.IntRange(min=2), help="Held-out bodies.")
+@click.option("--steps", default=30, show_default=True, type=click.IntRange(min=2), help="Of learning from scratch.")
+@click.option("--tuning-tasks", default=32, show_default=True, type=click.IntRange(min=1), help="Bodies to tune on.")
+@click.option("--joint-steps", default=300, show_default=True, type=click.IntRange(min=1), help="Of joint training.")
+@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
+def control(
+    run: Path,
+    bodies: int,
+    steps: int,
+    tuning_tasks: int,
+    joint_steps: int,
+    threads: int,
+    picture: Path | None,
+    file: Path | None,
+) -> None:
+    """Judge a learned start by the returns of held-out bodies.
+
+    RUN is a run folder or rule file of a start trained on control. Baselines take the better of SGD and Adam with the
+    best of nine learning rates on other bodies, tuned for STEPS steps, and for as few as RUN is trained for.
+    """
+    torch.set_num_threads(threads)
+    console, start = setting.make_console(), load_start(run, Control, "control-arm")
+    family, few = start.family, start.steps
+    if few >= steps:
+        raise click.UsageError(f"--steps must be above the {few} steps that {run} is trained for, got {steps}")
+    joint = train_jointly(family, 0, steps=joint_steps, learning_rate=JOINT_RATE)
+    contenders = {RANDOM: [RULES[name]() for name in OPTIMIZERS], JOINT: [wrap_start(joint, x) for x in OPTIMIZERS]}
+    returns, tuned = {start.label: follow_returns(start.rule, family, bodies, steps)}, {}
+    for row, rules in contenders.items():
+        for n in (steps, few):
+            label = row if n == steps else f"{row}, tuned for {few} steps"
+            rule, tuned[label] = tune(rules, family, n, 0, grid=GRID, tasks=tuning_tasks)
+            returns[label] = follow_returns(rule, family, bodies, steps)
+    rows = summarize_rows(returns, few, steps)
+    curves = {label: values.mean(1).tolist() for label, values in returns.items()}
+    content = {"results": rows, "tuned": tuned, "curves": curves, "versions": setting.list_versions()}
+    setting.write_json(file, content)
+    console.print(make_table(rows, bodies, few, f"{RANDOM} after {steps} steps"))
+    for label, text in tuned.items():
+        console.print(f"{label}: {text}")
+    if picture is not None:
+        drawn = {label: values for label, values in returns.items() if label in (start.label, RANDOM, JOINT)}
+        picture.write_bytes(draw_returns(drawn, start.label, RANDOM, few))
