@@ -1,7 +1,8 @@
 """Base: Adam in the eigenbases of the gradient's second moments, every tensor's step of one size that depth divides.
 
-Source of the direction: SOAP, Vyas et al. 2024, arXiv 2409.11321. Differs from the source: a basis follows by one step
-of orthogonal iteration, without sorting; vectors, and sides above `max_side`, are not rotated. Steps have sizes of
+Source of the direction: SOAP, Vyas et al. 2024, arXiv 2409.11321. Differs from the source: momentum is Nesterov's, as
+in NAdam; bases are those of `lopt.rules.building_blocks.eigenbases`, long sides in blocks, renewed in every step at
+first; rows of a table that few of have a gradient, vectors, and sides above 4096 are not rotated. Steps have sizes of
 their own in place of Adam's: an absolute one over the number of matrices, at most a share of the tensor's initial size
 (LAMB, You et al. 2020, arXiv 1904.00962), on the schedule of `lopt.rules.building_blocks.open_schedule`.
 """
@@ -18,6 +19,18 @@ from torch import Tensor, nn
 
 from lopt.core.tensors import is_traced
 from lopt.rules.base import Rule
+from lopt.rules.building_blocks.eigenbases import (
+    RIDGE,
+    SIDES,
+    find_block,
+    find_form,
+    iterate,
+    read_blocks,
+    rotate,
+    rotate_back,
+    split,
+    write_blocks,
+)
 from lopt.rules.building_blocks.features import spread
 from lopt.rules.building_blocks.host_step import is_ready, start_step
 from lopt.rules.building_blocks.open_schedule import find_schedule
@@ -45,18 +58,19 @@ from lopt.rules.stages import (
 )
 from lopt.rules.tensor_group import TensorGroup
 
-LIMIT = 4096  # of sides: a foreign file must not make us allocate gigabytes
+LIMIT = 4096  # of blocks: a foreign file must not make us allocate gigabytes
+LONGEST = 4096  # side that is rotated: longer ones are tables of embeddings, whose rows have little in common
 MOMENTUM, SECOND, FACTORS = 0.9, 0.95, 0.95
-RIDGE = 1e-2  # of a factor's trace: where it has no full rank, a basis would follow rounding alone
-EAGER = 3  # first steps, each of which renews the bases
+EAGER = 20  # first steps, each of which renews the bases: they start from the identity
 TINY = 1e-24  # added to second moments: what is below counts as 0, and derivatives stay finite there
 SMALLEST_NORM = 1e-9  # of a direction before it is brought to its size
-CONSTANTS = Constants(MOMENTUM, SECOND, FACTORS, RIDGE, TINY, SMALLEST_NORM)  # that compiled code is told
+LEAST_LINES = 0.5  # share of a side that must have a gradient for a new basis: rows of a table have little in common
+CONSTANTS = Constants(MOMENTUM, SECOND, FACTORS, RIDGE, TINY, SMALLEST_NORM, LEAST_LINES)  # that compiled code is told
 SCALE_OF_ZERO = 0.1  # what tensors that start at 0 count as: large enough not to hold them
 SMALLEST_SCALE = 0.002  # of others
 LEAST_ACTIVE = 1e-3  # share of the elements
 DECIDING = (SMALLEST_SCALE, SCALE_OF_ZERO, LEAST_ACTIVE)  # likewise
-SIDES = ("left", "right")
+PARTS = ("factor", "basis")
 
 
 class BaseDecision(NamedTuple):
@@ -85,12 +99,12 @@ class Base(Rule):
     `StepController` makes of the last steps and of the loss, if it is told. Decay holds weights at a few times r, the
     larger of rms(p_0) and of what layers start with by default, `(3 columns)^-0.5`: by rms(p_0) alone, weights that
     start small could not grow. All five numbers can be learned, too, four by their logarithms. At or beyond the end
-    nothing moves. State: 8 bytes per element, and 8 for each element of a side's square.
+    nothing moves. State: 8 bytes per element, and 8 per row (column) for each row (column) of a block.
 
     Args:
         size, vector, relative, depth, decay: see above.
-        max_side: a longer side of a matrix is not rotated.
-        every: the bases are renewed every so many steps.
+        max_side: a longer side of a matrix is rotated in blocks of at most so many rows, or columns.
+        every: the bases are renewed every so many steps, and in each of the first 20.
         init_std: standard deviation of the controller's initial weights; 0 makes it 1 until it is trained.
     Raises:
         ValueError: an option out of its range, or a `max_side` beyond 4096.
@@ -105,7 +119,7 @@ class Base(Rule):
     tensor_keys = ("scale", *STATE_KEYS)
     feature_names = FEATURES
     square_keys = ("v",)
-    line_keys = tuple(f"{side}_{part}" for side in SIDES for part in ("factor", "basis"))
+    line_keys = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
     quick_config: ClassVar = {"size": 0.05, "relative": 4.0, "init_std": 0.1}
     temporaries = 2
     decay_scale = 1e-3  # so that weight_decay is what it is to AdamW at its default rate; by lr = 1, 0.01 ruins a run
@@ -140,14 +154,12 @@ class Base(Rule):
 
     def init_accumulators(self, p: Tensor, layout: Layout) -> Accumulators:
         batch = p.shape[: p.ndim - layout.ndim]
-        ones = [1] * (layout.ndim - 1)
         acc = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "scale": p.new_zeros(*batch, 1)}
         acc |= self.controller.start(batch, p)
         for side, n in zip(SIDES, _find_sides(layout), strict=True):
-            if layout.is_matrix and 1 < n <= self.max_side:
-                # A square in the form of what rows, or columns, share: a feature for each of them.
-                square = [n, n, *ones] if side == "left" else [n, 1, *layout.shape[1:]]
-                acc |= {f"{side}_{part}": p.new_zeros(*batch, *square) for part in ("factor", "basis")}
+            if layout.is_matrix and 1 < n <= LONGEST:
+                form = find_form(side, find_block(n, self.max_side), layout)
+                acc |= {f"{side}_{part}": p.new_zeros(*batch, *form) for part in PARTS}
         return acc
 
     # -- stages --------------------------------------------------------------------------------------------------------
@@ -223,15 +235,15 @@ class Base(Rule):
         shape = (*batch, *(_find_sides(layout) if layout.is_matrix else (1, prod(layout.shape))))
         g, m = e.g.reshape(shape), delta.reshape(shape)
         acc, bases = self._turn(e, g, decided.due)
-        g, m = _rotate(g, bases), _rotate(m, bases)
+        g, m = rotate(g, bases), rotate(m, bases)
         v = torch.lerp(g.square(), e.acc["v"].reshape(shape), SECOND)
         root = (v + TINY).sqrt()
-        u = m / root
+        u = torch.lerp(g, m, MOMENTUM) / root  # Nesterov's
         products, norm = multiply_step(g, m, root, u)
         acc["v"], numbers = v.reshape(delta.shape), {"products": products}
         # Corrections of the averages' bias are the same for all elements: they cancel in a step that has its own size.
         factor = decided.size * -sqrt(count_elements(layout.axes, layout)) / (norm + SMALLEST_NORM)
-        u, factor = _rotate_back(u, bases).reshape(delta.shape), spread(factor, layout.ndim)
+        u, factor = rotate_back(u, bases).reshape(delta.shape), spread(factor, layout.ndim)
         if not layout.is_matrix:
             return Finished(u, factor, acc, numbers)
         delta = torch.addcmul(u * factor, e.p, spread(decided.decay, layout.ndim), value=-1)
@@ -240,7 +252,7 @@ class Base(Rule):
     def review(self, tensors: AllTensors) -> Accumulators:
         products = torch.cat([numbers["products"] for numbers in tensors.means], -2)
         updates = (tensors.clock.step + 1).to(products.dtype)
-        return {"measured": measure_step(products, MOMENTUM, (1 - MOMENTUM**updates, 1 - SECOND**updates))}
+        return {"measured": measure_step(products, MOMENTUM**2, (1 - MOMENTUM**updates, 1 - SECOND**updates))}
 
     def step_on_host(self, group: TensorGroup, loss: Tensor | None) -> bool:
         # The files of `lopt_kernels.host` have the formulas of the stages and of the controller once more: constants
@@ -248,7 +260,7 @@ class Base(Rule):
         if not is_ready(group.clock.step.device):
             return False
         renewed = bool(self._find_due(group.clock, group.clock.step).any())
-        host = start_step(CONSTANTS, (*DECIDING, self.every, EAGER), group.tensors, renewed)
+        host = start_step(CONSTANTS, (*DECIDING, self.every, EAGER), self.max_side, group.tensors, renewed)
         if host is None:
             return False
         weights = (self.log_size, self.log_vector, self.log_relative, self.depth, self.log_decay)
@@ -263,8 +275,8 @@ class Base(Rule):
         Args:
             g: `[*batch, rows, columns]`.
         Returns:
-            New accumulators, without bases that stay, and for each side its basis `[*batch, n, n]`, or None where it is
-            not rotated.
+            New accumulators, without bases that stay, and for each side its blocks' bases `[*batch, c, n, n]`, or None
+            where it is not rotated.
         """
         # Where nothing can be waited for, bases are computed in every step, and kept where they are not due.
         readable = due.device.type == "cpu" and not is_traced()
@@ -272,55 +284,24 @@ class Base(Rule):
         acc: Accumulators = {}
         bases: list[Tensor | None] = []
         for side, x in zip(SIDES, (g, g.mT), strict=True):
-            if f"{side}_factor" not in e.acc:
+            keys = [f"{side}_{part}" for part in PARTS]
+            if keys[0] not in e.acc:
                 bases.append(None)
                 continue
-            old_factor, old = e.acc[f"{side}_factor"], e.acc[f"{side}_basis"]
-            square = (*x.shape[:-1], x.shape[-2])
-            factor, basis = torch.lerp(x @ x.mT, old_factor.reshape(square), FACTORS), old.reshape(square)
-            acc[f"{side}_factor"] = factor.reshape(old.shape)
+            n, block = x.shape[-2], find_block(x.shape[-2], self.max_side)
+            factor, basis = (read_blocks(e.acc[key], side, g.shape[:-2], n, block) for key in keys)
+            lines = split(x, block)
+            factor = torch.lerp(lines @ lines.mT, factor, FACTORS)
+            acc[keys[0]] = write_blocks(factor, side, e.acc[keys[0]], n)
             if renewed:
-                basis = torch.where(spread(due, 2), _iterate(factor, basis), basis)
-                acc[f"{side}_basis"] = basis.reshape(old.shape)
+                # A factor of 0 leaves the basis as it is, or at the identity.
+                dense = (x != 0).any(-1).to(x.dtype).mean(-1) >= LEAST_LINES
+                known = torch.where(spread(dense, 3), factor, 0.0)
+                basis = torch.where(spread(due, 3), iterate(known, basis), basis)
+                acc[keys[1]] = write_blocks(basis, side, e.acc[keys[1]], n)
             bases.append(basis)
         return acc, bases
 
 
 def _find_sides(layout: Layout) -> tuple[int, int]:
     return layout.shape[0], prod(layout.shape[1:])
-
-
-def _iterate(factor: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration from `basis` towards the eigenvectors of `factor`, `[*batch, n, n]`; from the
-    identity where there is no basis yet.
-    """
-    one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    begins = (basis == 0).flatten(-2).all(-1)[..., None, None]
-    start = torch.where(begins, one, basis)
-    relative = torch.where(trace > 0, factor / torch.where(trace > 0, trace, 1.0), 0.0)
-    return _orthogonalise((relative + RIDGE * one) @ start)
-
-
-def _orthogonalise(x: Tensor) -> Tensor:
-    """The orthogonal factor of a QR decomposition, `[*batch, n, n]`."""
-    if x.device.type == "cpu" and not (x.requires_grad or is_traced()):
-        # The same routines, without the other factor: a quarter of the time is for that.
-        q: Tensor = torch.linalg.householder_product(*torch.geqrf(x))
-    else:
-        q = torch.linalg.qr(x)[0]
-    return q
-
-
-def _rotate(x: Tensor, bases: list[Tensor | None]) -> Tensor:
-    """Elements `[*batch, rows, columns]` in the bases of both sides."""
-    left, right = bases
-    x = x if left is None else left.mT @ x
-    return x if right is None else x @ right
-
-
-def _rotate_back(x: Tensor, bases: list[Tensor | None]) -> Tensor:
-    """Undoes `_rotate`."""
-    left, right = bases
-    x = x if left is None else left @ x
-    return x if right is None else x @ right.mT

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopt.core.random import make_generator
-from lopt.rules import RULES, State
+from lopt.rules import RULES, State, lopt_base
 from lopt.rules.building_blocks.open_schedule import DECAY_POWER, DECAY_STEPS
+from lopt.rules.lopt_base import LONGEST
 
 HORIZON, SIZE, VECTOR, RELATIVE, DECAY, DEPTH = 9, 0.03, 0.2, 0.5, 0.1, 0.7
 Matrix = NDArray[np.float64]
@@ -36,12 +37,13 @@ def find_signed_basis(x: Matrix) -> Matrix:
 
 
 def step_by_hand(
-    grads: list[Matrix], p: Matrix, depth: float, rotated: tuple[bool, bool], every: int, normalised: bool
+    grads: list[Matrix], p: Matrix, depth: float, most: int | None, every: int, normalised: bool
 ) -> Matrix:
     """Where a matrix `[rows, columns]`, or a vector `[1, n]`, is after these gradients.
 
     Args:
         depth: number of matrices, or how many there are from one normalisation to the next.
+        most: the largest number of rows or columns that have a basis together; None for a vector, which has none.
     """
     rows, columns = p.shape
     m, v = np.zeros_like(p), np.zeros_like(p)
@@ -55,12 +57,20 @@ def step_by_hand(
         m = 0.9 * m + 0.1 * g
         for i, product in enumerate((g @ g.T, g.T @ g)):
             sides[i] = 0.95 * sides[i] + 0.05 * product
-            if rotated[i] and (t % every == 0 or t < 3):
-                n = len(product)
-                bases[i] = find_signed_basis((sides[i] / np.trace(sides[i]) + 0.01 * np.eye(n)) @ bases[i])
+            lines = g if i == 0 else g.T
+            if most is None or not (t % every == 0 or t < 3) or np.mean((lines != 0).any(1)) < 0.5:
+                continue
+            count = -(-len(product) // most)
+            size = -(-len(product) // count)
+            for j in range(count):
+                block = (slice(j * size, (j + 1) * size),) * 2
+                moments, basis = sides[i][block], bases[i][block]
+                relative = moments / np.trace(moments) + 0.003 * np.eye(len(basis))
+                bases[i][block] = find_signed_basis(relative @ relative @ basis)
         left, right = bases
         v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
-        u = left @ ((left.T @ m @ right / (1 - 0.9 ** (t + 1))) / np.sqrt(v / (1 - 0.95 ** (t + 1)) + 1e-24)) @ right.T
+        ahead = (0.9 * m + 0.1 * g) / (1 - 0.9 ** (t + 1))
+        u = left @ ((left.T @ ahead @ right) / np.sqrt(v / (1 - 0.95 ** (t + 1)) + 1e-24)) @ right.T
         now = min(absolute, RELATIVE * start / active[t]) * (1 + cos(pi * t / HORIZON)) / 2
         decay = DECAY * active[t] * now / max(scale, usual)
         p = p - now * u / np.sqrt(np.mean(u**2)) - (decay * p if rows > 1 else 0)
@@ -68,7 +78,8 @@ def step_by_hand(
 
 
 @pytest.mark.parametrize(("max_side", "gains"), [(256, 0), (5, 0), (3, 0), (256, 2)])
-def test_steps_are_those_of_the_formula_in_numpy(max_side: int, gains: int) -> None:
+def test_steps_are_those_of_the_formula_in_numpy(max_side: int, gains: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lopt_base, "EAGER", 3)
     shapes = {
         "square": (4, 4),
         "wide": (4, 6),
@@ -90,7 +101,7 @@ def test_steps_are_those_of_the_formula_in_numpy(max_side: int, gains: int) -> N
         start[name] = torch.ones_like(start[name])
     grads = [{name: draw(100 * t + i, *shape) for i, (name, shape) in enumerate(shapes.items())} for t in range(6)]
     for t, step in enumerate(grads):
-        step["table"][[t % 3, 3, 4]] = 0  # rows that are not looked up
+        step["table"][[t % 3, 3, 4, *([5] if t else [])]] = 0  # rows that are not looked up: in time more than half
     params, state = start, rule.init_state(start)
     with torch.no_grad():
         for step in grads:
@@ -100,9 +111,7 @@ def test_steps_are_those_of_the_formula_in_numpy(max_side: int, gains: int) -> N
         form = (shapes[name][0], -1) if matrix else (1, -1)
         history = [step[name].reshape(form).numpy() for step in grads]
         begin = start[name].reshape(form).numpy()
-        rotated = tuple(matrix and n <= max_side for n in begin.shape)
-        sides = rotated if matrix else (False, False)
-        expected = step_by_hand(history, begin, 6 / (1 + gains), sides, 4, gains > 0)
+        expected = step_by_hand(history, begin, 6 / (1 + gains), max_side if matrix else None, 4, gains > 0)
         # The logarithms of the sizes are fp32.
         moved, by_hand = params[name].reshape(form).numpy() - begin, expected - begin
         np.testing.assert_allclose(moved, by_hand, rtol=0, atol=1e-6 * np.abs(by_hand).max())
@@ -159,3 +168,15 @@ def test_vectors_move_as_matrices_do_where_there_are_none() -> None:
         moved[name] = float((new["0"] - params["0"]).square().mean().sqrt())
     assert moved["alone"] == pytest.approx(SIZE, rel=1e-5)
     assert moved["beside"] == pytest.approx(SIZE * VECTOR, rel=1e-5)
+
+
+def test_long_sides_keep_blocks_and_sides_of_large_tables_nothing() -> None:
+    """What is kept of a side grows with its length times a block's, and not with the length's square."""
+    params = {"layer": torch.zeros(1000, 300), "table": torch.zeros(LONGEST + 1, 4)}
+    kept = RULES["base"]().init_state(params).accumulators
+    forms = {name: {key: tuple(x.shape) for key, x in acc.items() if "_" in key} for name, acc in kept.items()}
+    left, right = (1000, 250, 1), (150, 1, 300)
+    assert forms["layer"]["left_factor"] == forms["layer"]["left_basis"] == left
+    assert forms["layer"]["right_factor"] == forms["layer"]["right_basis"] == right
+    assert "left_factor" not in forms["table"]
+    assert forms["table"]["right_factor"] == (4, 1, 4)

@@ -38,8 +38,9 @@ def test_what_is_measured_of_a_step() -> None:
     m, root = 0.9 * old + 0.1 * g, v.sqrt()
     first, second = 1 - 0.9**3, 1 - 0.95**3
     unbias = (torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64))
-    products, norm = multiply_step(g, m, root, m / root)
-    measured = measure_step(products, 0.9, unbias)
+    step = (0.9 * m + 0.1 * g) / root
+    products, norm = multiply_step(g, m, root, step)
+    measured = measure_step(products, 0.81, unbias)
     before, r = old.numpy() / root.numpy(), root.numpy()
     expected = [
         cosine(g.numpy() / r, before),
@@ -47,7 +48,7 @@ def test_what_is_measured_of_a_step() -> None:
         (g.numpy() * before / np.sqrt(np.mean(before**2))).sum(),
     ]
     np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-9)
-    assert float(norm) == pytest.approx(float((m / root).norm()))
+    assert float(norm) == pytest.approx(float(step.norm()))
 
 
 def test_before_the_first_step_nothing_is_said_of_its_agreement() -> None:

@@ -9,7 +9,7 @@
 namespace {
 
 struct Constants {  // of the rule
-    float momentum, second, factors, ridge, tiny, smallest_norm;
+    float momentum, second, factors, ridge, tiny, smallest_norm, least_lines;
 };
 
 // -- bases ----------------------------------------------------------------------------------------------------------
@@ -119,29 +119,31 @@ void orthogonalise(float* x, int64_t n, int64_t ld, float* q, float* vs, float* 
             reflect_many(q, k, n - k < size ? n - k : size, false, k);
 }
 
-// One step of orthogonal iteration from `old` towards the eigenvectors of `factor`, all [n, n].
-// work: room for 4 n (pad(n) + 1) + 2 PANEL pad(n) floats.
-void renew_basis(const float* factor, const float* old, float* basis, int64_t n, float ridge, float* work,
-                 float* panel) {
+// Two steps of orthogonal iteration at once from `old` towards the eigenvectors of `factor`, all [n, n] in lines of `line`; where
+// it is not `dense`, it counts as 0, and the basis stays as it is. work: room for 4 n (pad(n) + 1) + 2 PANEL pad(n) floats.
+void renew_basis(const float* factor, const float* old, float* basis, int64_t n, int64_t line, bool dense, float ridge,
+                 float* work, float* panel) {
     const int64_t ld = pad(n);
     float *relative = work, *x = relative + n * ld, *q = x + n * ld, *vs = q + n * ld;
     float trace = 0;
-    for (int64_t i = 0; i < n; i++) trace += factor[i * n + i];
-    const float scale = trace > 0 ? 1 / trace : 0;
+    for (int64_t i = 0; i < n; i++) trace += factor[i * line + i];
+    const float scale = dense && trace > 0 ? 1 / trace : 0;
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j < n; j++) relative[i * ld + j] = factor[i * n + j] * scale;
+        for (int64_t j = 0; j < n; j++) relative[i * ld + j] = factor[i * line + j] * scale;
         for (int64_t j = n; j < ld; j++) relative[i * ld + j] = 0;
         relative[i * ld + i] += ridge;
     }
     bool begins = true;
-    for (int64_t i = 0; i < n * n && begins; i++) begins = old[i] == 0;
+    for (int64_t i = 0; i < n && begins; i++)
+        for (int64_t j = 0; j < n && begins; j++) begins = old[i * line + j] == 0;
     if (begins)
-        memcpy(x, relative, 4 * n * ld);
+        memcpy(q, relative, 4 * n * ld);
     else
-        multiply(n, n, n, {relative, ld, 1}, {old, n, 1}, x, ld, panel);
+        multiply(n, n, n, {relative, ld, 1}, {old, line, 1}, q, ld, panel);
+    multiply(n, n, n, {relative, ld, 1}, {q, ld, 1}, x, ld, panel);
     for (int64_t i = 0; i < n; i++) memset(x + i * ld + n, 0, 4 * (ld - n));
     orthogonalise(x, n, ld, q, vs, panel);
-    for (int64_t i = 0; i < n; i++) memcpy(basis + i * n, q + i * ld, 4 * n);
+    for (int64_t i = 0; i < n; i++) memcpy(basis + i * line, q + i * ld, 4 * n);
 }
 
 // -- one tensor -----------------------------------------------------------------------------------------------------
@@ -153,10 +155,12 @@ struct Place {  // in every batch: `at + b * stride`; null where there is none
 };
 
 struct Tensor {  // a row of the table; `new_` may be the same places
-    int64_t rows, columns, is_matrix;
+    int64_t rows, columns, is_matrix, left_block, right_block;  // blocks: lines of each
     Place g, p, m, v, left_factor, left_basis, right_factor, right_basis;
     Place new_p, new_m, new_v, new_left_factor, new_left_basis, new_right_factor, new_right_basis;
 };
+
+inline Vec average(Vec now, Vec old, float share) { return old - (old - now) * (1 - share); }
 
 struct Sums {  // over a step, for `measure_step`
     static constexpr int N = 7, BLOCK = 1024;
@@ -164,9 +168,9 @@ struct Sums {  // over a step, for `measure_step`
     double total[N] = {};
     int taken = 0;
 
-    // Takes W elements with their new second moment, and gives back the direction.
-    Vec take(Vec g, Vec m, Vec v, float tiny) {
-        const Vec root = invert_root(v + tiny), u = m * root, a = g * root;
+    // Takes W elements with their new moments, and gives back the direction.
+    Vec take(Vec g, Vec m, Vec v, const Constants& c) {
+        const Vec root = invert_root(v + c.tiny), u = average(g, m, c.momentum) * root, a = g * root;
         uu += u * u, au += a * u, aa += a * a, gu += g * u, ga += g * a, mm += m * m, vv += v;
         if (++taken == BLOCK) fold();
         return u;
@@ -191,8 +195,6 @@ struct Number {  // of one tensor in one batch
     bool due;
 };
 
-inline Vec average(Vec now, Vec old, float share) { return old - (old - now) * (1 - share); }
-
 inline float find_factor(const float* products, int64_t count, const Number& number, const Constants& c) {
     return number.size * -sqrtf(float(count)) / (sqrtf(products[0]) + c.smallest_norm);
 }
@@ -212,34 +214,67 @@ void step_plain(const Tensor& t, int64_t b, const Number& number, const Constant
         const Vec x = load_some(g + i, n - i);
         const Vec one = average(x, load_some(m + i, n - i), c.momentum);
         const Vec two = average(x * x, load_some(v + i, n - i), c.second);
-        sums.take(x, one, two, c.tiny);
+        sums.take(x, one, two, c);
         store_some(new_m + i, one, n - i);
         store_some(new_v + i, two, n - i);
     }
     sums.write(products, n, c.tiny);
     const float factor = find_factor(products, n, number, c);
     for (int64_t i = 0; i < n; i += W) {
-        const Vec u = load_some(new_m + i, n - i) * invert_root(load_some(new_v + i, n - i) + c.tiny);
+        const Vec ahead = average(load_some(g + i, n - i), load_some(new_m + i, n - i), c.momentum);
+        const Vec u = ahead * invert_root(load_some(new_v + i, n - i) + c.tiny);
         store_some(new_p + i, move(load_some(p + i, n - i), u, factor, number), n - i);
     }
 }
 
-void update_factor(const Place& old, const Place& fresh, const float* square, int64_t ld, int64_t n, int64_t b,
+// One side of a matrix: n lines in blocks, whose squares lie below each other, in lines of `block`, or beside.
+struct Side {
+    int64_t n, block, line, step;  // step: from one square to the next
+    bool below;
+    static Side of_rows(const Tensor& t) { return {t.rows, t.left_block, t.left_block, t.left_block, true}; }
+    static Side of_columns(const Tensor& t) { return {t.columns, t.right_block, t.columns, 1, false}; }
+    int64_t size(int64_t first) const { return n - first < block ? n - first : block; }
+};
+
+// The factor of the block that begins with line `first`; what only fills it up is 0.
+void update_factor(const float* from, float* to, const float* square, int64_t ld, const Side& side, int64_t first,
                    float share) {
-    const float* from = old.of(b);
-    float* to = fresh.of(b);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n; j++)
-            to[i * n + j] = from[i * n + j] - (from[i * n + j] - square[i * ld + j]) * (1 - share);
+    const int64_t n = side.size(first), lines = side.below ? n : side.block, width = side.below ? side.block : n;
+    for (int64_t i = 0; i < lines; i++)
+        for (int64_t j = 0; j < width; j++) {
+            const int64_t k = first * side.step + i * side.line + j;
+            to[k] = i < n && j < n ? from[k] - (from[k] - square[i * ld + j]) * (1 - share) : 0;
+        }
 }
 
-// The basis that is in force in this step, renewed where it is due.
-const float* turn(const Place& factor, const Place& old, const Place& fresh, int64_t n, int64_t b, bool due,
-                  float ridge, float* work, float* panel) {
-    if (due)
-        renew_basis(factor.of(b), old.of(b), fresh.of(b), n, ridge, work, panel);
-    else if (fresh.at != nullptr && fresh.of(b) != old.of(b))
-        memcpy(fresh.of(b), old.of(b), 4 * n * n);
+// Whether enough of the n lines of x [n, m] have a gradient to find a basis for them.
+bool is_dense(View x, int64_t n, int64_t m, float least) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < m; j++)
+            if (x.at[i * x.row + j * x.column] != 0) {
+                lines++;
+                break;
+            }
+    return float(lines) >= least * float(n);
+}
+
+// The factors with x's second moments in them, x [n, m], and the bases that are in force, renewed where that is due.
+const float* turn(View x, int64_t m, const Side& side, const Place& old_factor, const Place& new_factor,
+                  const Place& old, const Place& fresh, int64_t b, bool due, const Constants& c, float* room,
+                  float* panel) {
+    if (old_factor.at == nullptr) return nullptr;
+    const bool dense = due && is_dense(x, side.n, m, c.least_lines);
+    if (fresh.at != nullptr && fresh.of(b) != old.of(b)) memcpy(fresh.of(b), old.of(b), 4 * side.n * side.block);
+    for (int64_t first = 0; first < side.n; first += side.block) {
+        const int64_t n = side.size(first), at = first * side.step;
+        const View lines = {x.at + first * x.row, x.row, x.column};
+        multiply(n, n, m, lines, lines.flip(), room, pad(n), panel);
+        update_factor(old_factor.of(b), new_factor.of(b), room, pad(n), side, first, c.factors);
+        if (due)
+            renew_basis(new_factor.of(b) + at, old.of(b) + at, fresh.of(b) + at, n, side.line, dense, c.ridge, room,
+                        panel);
+    }
     return due ? fresh.of(b) : old.of(b);
 }
 
@@ -259,25 +294,23 @@ void step_rotated(const Tensor& t, int64_t b, const Number& number, const Consta
             store_some(new_m + k, one, left);
         }
     const View gradient = {x, 2 * ld, 1};
-    const float *left = nullptr, *right = nullptr;
-    if (t.left_factor.at != nullptr) {
-        multiply(R, R, C, gradient, gradient.flip(), room, pad(R), panel);
-        update_factor(t.left_factor, t.new_left_factor, room, pad(R), R, b, c.factors);
-        left = turn(t.new_left_factor, t.left_basis, t.new_left_basis, R, b, number.due, c.ridge, room, panel);
-    }
-    if (t.right_factor.at != nullptr) {
-        multiply(C, C, R, gradient.flip(), gradient, room, ld, panel);
-        update_factor(t.right_factor, t.new_right_factor, room, ld, C, b, c.factors);
-        right = turn(t.new_right_factor, t.right_basis, t.new_right_basis, C, b, number.due, c.ridge, room, panel);
-    }
+    const Side rows = Side::of_rows(t), columns = Side::of_columns(t);
+    const float* left = turn(gradient, C, rows, t.left_factor, t.new_left_factor, t.left_basis, t.new_left_basis, b,
+                             number.due, c, room, panel);
+    const float* right = turn(gradient.flip(), R, columns, t.right_factor, t.new_right_factor, t.right_basis,
+                              t.new_right_basis, b, number.due, c, room, panel);
     if (left != nullptr) {
-        multiply(R, 2 * ld, R, View{left, R, 1}.flip(), {x, 2 * ld, 1}, y, 2 * ld, panel);
+        for (int64_t i = 0; i < R; i += rows.block)
+            multiply(rows.size(i), 2 * ld, rows.size(i), View{left + i * rows.step, rows.line, 1}.flip(),
+                     {x + 2 * i * ld, 2 * ld, 1}, y + 2 * i * ld, 2 * ld, panel);
         float* other = x;
         x = y, y = other;
     }
     if (right != nullptr) {
         for (int64_t i = 0; i < 2 * R && ld > C; i++) memset(y + i * ld + C, 0, 4 * (ld - C));
-        multiply(2 * R, C, C, {x, ld, 1}, {right, C, 1}, y, ld, panel);
+        for (int64_t j = 0; j < C; j += columns.block)
+            multiply(2 * R, columns.size(j), columns.size(j), {x + j, ld, 1}, {right + j, columns.line, 1}, y + j, ld,
+                     panel);
         float* other = x;
         x = y, y = other;
     }
@@ -288,17 +321,21 @@ void step_rotated(const Tensor& t, int64_t b, const Number& number, const Consta
         for (int64_t j = 0; j < ld; j += W) {
             const Vec now = load(x + 2 * i * ld + j), one = load(x + (2 * i + 1) * ld + j);
             const Vec two = average(now * now, load_some(v + i * C + j, C - j), c.second);
-            store(y + i * ld + j, sums.take(now, one, two, c.tiny));
+            store(y + i * ld + j, sums.take(now, one, two, c));
             store_some(new_v + i * C + j, two, C - j);
         }
     sums.write(products, n, c.tiny);
     if (left != nullptr) {
-        multiply(R, ld, R, {left, R, 1}, {y, ld, 1}, x, ld, panel);
+        for (int64_t i = 0; i < R; i += rows.block)
+            multiply(rows.size(i), ld, rows.size(i), {left + i * rows.step, rows.line, 1}, {y + i * ld, ld, 1},
+                     x + i * ld, ld, panel);
         float* other = x;
         x = y, y = other;
     }
     if (right != nullptr) {
-        multiply(R, C, C, {y, ld, 1}, View{right, C, 1}.flip(), x, ld, panel);
+        for (int64_t j = 0; j < C; j += columns.block)
+            multiply(R, columns.size(j), columns.size(j), {y + j, ld, 1}, View{right + j, columns.line, 1}.flip(), x + j,
+                     ld, panel);
         y = x;
     }
     const float factor = find_factor(products, n, number, c);
@@ -320,8 +357,8 @@ int64_t lopt_work(const Tensor* tensors, int64_t count, int64_t) {
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) {
         const int64_t rows = tensors[i].rows, columns = tensors[i].columns;
-        const int64_t left = tensors[i].left_factor.at == nullptr ? 0 : rows;
-        const int64_t right = tensors[i].right_factor.at == nullptr ? 0 : columns;
+        const int64_t left = tensors[i].left_factor.at == nullptr ? 0 : tensors[i].left_block;
+        const int64_t right = tensors[i].right_factor.at == nullptr ? 0 : tensors[i].right_block;
         const int64_t n = left > right ? left : right;
         const int64_t need = n > 0 ? 4 * rows * pad(columns) + 4 * n * (pad(n) + 1) + 2 * PANEL * pad(n) : 0;
         most = need > most ? need : most;

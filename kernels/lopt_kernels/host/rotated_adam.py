@@ -26,6 +26,7 @@ class Item(NamedTuple):
 
     Attributes:
         is_matrix: it decays.
+        blocks: how many rows, and how many columns, have a basis together.
         tensors: g, p, m, v, left factor and basis, right factor and basis, and new ones of all but g. None: there is
             no such factor; of new bases, they are not written, as nothing is due.
         lr, weight_decay: `p <- p + lr * step - lr * weight_decay * p`.
@@ -34,13 +35,16 @@ class Item(NamedTuple):
     rows: int
     columns: int
     is_matrix: bool
+    blocks: tuple[int, int]
     tensors: Sequence[Tensor | None]
     lr: float
     weight_decay: float
 
 
 class Constants(NamedTuple):
-    """Those of the rule, which has their reasons: shares that are kept of averages, and small numbers to add."""
+    """Those of the rule, which has their reasons: shares that are kept of averages, small numbers to add, and the share
+    of a side's lines that must have a gradient for a new basis.
+    """
 
     momentum: float
     second: float
@@ -48,6 +52,7 @@ class Constants(NamedTuple):
     ridge: float
     tiny: float
     smallest_norm: float
+    least_lines: float
 
 
 class HostStep:
@@ -65,8 +70,8 @@ class HostStep:
         self.library, self.items, self.constants = library, items, array("f", constants)
         self.shape = (1 if batch is None else batch, len(items))
         numbers: list[int] = []
-        for rows, columns, is_matrix, tensors, *_ in items:
-            numbers += (rows, columns, is_matrix)
+        for rows, columns, is_matrix, blocks, tensors, *_ in items:
+            numbers += (rows, columns, is_matrix, *blocks)
             for x in tensors:
                 numbers += (0, 0) if x is None else (x.data_ptr(), 0 if batch is None else x.stride(0))
         self.table = array("q", numbers)

@@ -151,17 +151,18 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
     }
 }
 
-// What the controller hears of a step, [B, n, 3], from its products [B, n, 9]; step: [B, columns], before it.
+// What the controller hears of a step, [B, n, 3], from its products [B, n, 9]; step: [B, columns], before it; kept: share
+// of the momentum before it.
 void lopt_review(int64_t n, int64_t batch, const int64_t* step, int64_t columns, const float* products,
-                 const Constants* constants, float momentum, float second, float* measured) {
+                 const Constants* constants, float kept, float momentum, float second, float* measured) {
     const Constants& c = *constants;
-    const float share = 1 - momentum;
+    const float share = 1 - kept;
     for (int64_t k = 0; k < n * batch; k++) {
         const double updates = double(step[columns == 1 ? k / n : k] + 1);
         const float first = float(1 - pow(momentum, updates)), other = float(1 - pow(second, updates));
         const float *x = products + 9 * k, uu = x[0], au = x[1], aa = x[3], gu = x[4], ga = x[5], mm = x[6];
         const float along = au - share * aa, down = gu - share * ga, square = most(uu - share * (au + along), 0);
-        const bool known = square > c.smallest_share * momentum * momentum * uu;
+        const bool known = square > c.smallest_share * kept * kept * uu;
         const float inverse = 1 / sqrtf(square + c.tiny);
         const float noise = (mm / (first * first) + c.tiny) / (x[7] / other + c.tiny);
         measured[3 * k] = known ? clamp(along * inverse / sqrtf(aa + c.tiny), -1, 1) : 0;

@@ -106,12 +106,13 @@ def decide(
     return fresh, size, decay, due
 
 
-def review(constants: Constants, step: Tensor, products: Tensor, momentum: float, second: float) -> Tensor:
+def review(constants: Constants, step: Tensor, products: Tensor, kept: float, momentum: float, second: float) -> Tensor:
     """What the controller hears of a step, `[B, n, 3]`: `measure_step`.
 
     Args:
         step: updates before it, int64 `[B, 1 or n]`.
         products: `[B, n, 9]`, contiguous.
+        kept: share that the old momentum has in the step.
         momentum, second: shares that are kept of the averages.
     """
     library = _load()
@@ -120,7 +121,7 @@ def review(constants: Constants, step: Tensor, products: Tensor, momentum: float
     step, measured = step.contiguous(), products.new_empty(batch, n, 3)
     told = array("f", constants)
     numbers = (step.data_ptr(), step.shape[1], products.data_ptr(), told.buffer_info()[0])
-    library.lopt_review(n, batch, *numbers, momentum, second, measured.data_ptr())
+    library.lopt_review(n, batch, *numbers, kept, momentum, second, measured.data_ptr())
     return measured
 
 
@@ -139,7 +140,7 @@ def _load() -> ctypes.CDLL | None:
     if library is not None:
         functions: list[tuple[Any, list[Any]]] = [
             (library.lopt_decide, [c_int64, c_int64, *[c_void_p] * 10]),
-            (library.lopt_review, [c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 2, c_float, c_float, c_void_p]),
+            (library.lopt_review, [c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 2, *[c_float] * 3, c_void_p]),
         ]
         for function, arguments in functions:
             function.argtypes, function.restype = arguments, None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lopt.core.tensors import is_traced
 from lopt.rules.building_blocks import step_controller as controller
+from lopt.rules.building_blocks.eigenbases import find_block
 from lopt.rules.building_blocks.open_schedule import find_schedule
 from lopt.rules.building_blocks.step_controller import describe_shapes, plan_steps
 from lopt.rules.layout import Layout
@@ -40,7 +41,7 @@ class TensorStep:
     """One step of all tensors, in three calls: `decide`, `step`, `review`.
 
     Args:
-        constants, deciding: of the rule.
+        constants, deciding, max_side: of the rule.
         tensors, memories: what each of the tensors has exposed.
     """
 
@@ -48,6 +49,7 @@ class TensorStep:
         self,
         constants: Constants,
         deciding: Deciding,
+        max_side: int,
         tensors: Sequence[Steppable],
         memories: Sequence[Sequence[Memory]],
     ) -> None:
@@ -55,7 +57,7 @@ class TensorStep:
         first = tensors[0]
         self.batch = first.batch[: len(first.batch) - first.stacked]
         pairs = [(tensor.layout, memory) for tensor, part in zip(tensors, memories, strict=True) for memory in part]
-        items = [_describe(layout, memory) for layout, memory in pairs]
+        items = [_describe(layout, memory, max_side) for layout, memory in pairs]
         self.host = HostStep(constants, items, self.batch[0] if self.batch else None)
         layouts = tuple(tensor.layout for tensor in tensors)
         self.shapes, self.told = _describe_all(layouts, tuple(tensor.count for tensor in tensors), deciding)
@@ -82,7 +84,7 @@ class TensorStep:
         products = self.host.step(size, decay, due)
         for tensor, memory in zip(self.tensors, self.memories, strict=True):
             tensor.adopt(memory)
-        shares = (self.constants.momentum, self.constants.second)
+        shares = (self.constants.momentum**2, self.constants.momentum, self.constants.second)
         measured = step_controller.review(self.told, self.run.step, products, *shares)
         return {"measured": measured.view(*self.batch, *measured.shape[1:])}
 
@@ -92,12 +94,12 @@ class TensorStep:
 
 
 def start_step(
-    constants: Constants, deciding: Deciding, tensors: Sequence[Steppable], renewed: bool
+    constants: Constants, deciding: Deciding, max_side: int, tensors: Sequence[Steppable], renewed: bool
 ) -> TensorStep | None:
     """A step of tensors where they lie, or None where not all of them can be worked on there.
 
     Args:
-        constants, deciding: of the rule.
+        constants, deciding, max_side: of the rule.
         renewed: bases are written.
     """
     if len(tensors[0].batch) - tensors[0].stacked > 1:
@@ -109,15 +111,16 @@ def start_step(
         if memory is None:
             return None
         memories.append(memory)
-    return TensorStep(constants, deciding, tensors, memories)
+    return TensorStep(constants, deciding, max_side, tensors, memories)
 
 
-def _describe(layout: Layout, memory: Memory) -> Item:
+def _describe(layout: Layout, memory: Memory, max_side: int) -> Item:
     g, p, acc, new_p, new_acc, lr, weight_decay = memory
     matrix = layout.is_matrix
     rows, columns = (layout.shape[0], prod(layout.shape[1:])) if matrix else (1, prod(layout.shape))
     tensors = [g, p, *map(acc.get, KEYS), new_p, *(new_acc.get(key) for key in KEYS)]
-    return Item(rows, columns, matrix, tensors, lr, weight_decay)
+    blocks = (find_block(rows, max_side), find_block(columns, max_side))
+    return Item(rows, columns, matrix, blocks, tensors, lr, weight_decay)
 
 
 @lru_cache(maxsize=64)

@@ -177,7 +177,7 @@ def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor
     Args:
         g, m: gradient and new momentum in the bases of the step, `[*batch, rows, columns]`.
         root: of the second moment, above 0.
-        u: m / root, the step before it is brought to its size.
+        u: what is made of both, over root: the step before it is brought to its size.
     """
     g, m, a, u, root = (x.flatten(-2) for x in (g, m, g / root, u, root))
     if u.numel() <= SMALL:
@@ -192,22 +192,22 @@ def multiply_step(g: Tensor, m: Tensor, root: Tensor, u: Tensor) -> tuple[Tensor
     return products, products[..., 0].sqrt()
 
 
-def measure_step(products: Tensor, momentum: float, unbias: tuple[Tensor, Tensor]) -> Tensor:
+def measure_step(products: Tensor, kept: float, unbias: tuple[Tensor, Tensor]) -> Tensor:
     """What the controller hears of a step, `[..., 3]` in the order of `MEASURED`.
 
     Args:
         products: what `multiply_step` made, `[..., 9]`.
-        momentum: share of the old momentum in m.
+        kept: share that the old momentum has in the step, that of the gradient being the rest.
         unbias: 1 less the decays' powers, of momentum and second moment; they broadcast against `[...]`.
     """
     uu, au, _, aa, gu, ga, mm, power, count = products.unbind(-1)
-    # Before this gradient came into it the momentum was (m - share g) / momentum; what follows is of the step by that,
-    # times `momentum`, which cancels in the end.
-    share = 1 - momentum
+    # The step by the momentum before this gradient is what is left of u without it, up to `kept`, which cancels in the
+    # end.
+    share = 1 - kept
     along, descent = torch.sub(au, aa, alpha=share), torch.sub(gu, ga, alpha=share)
     square = torch.sub(uu, au + along, alpha=share).clamp(min=0)
     # What is left of the subtraction is rounding where there was no momentum before.
-    known = square > SMALLEST_SHARE * momentum**2 * uu
+    known = square > SMALLEST_SHARE * kept**2 * uu
     inverse = (square + TINY).rsqrt()
     noise = (mm / unbias[0].square() + TINY) / (power / unbias[1] + TINY)
     measured = [
