@@ -17,7 +17,7 @@ import torch
 from contract_cases import is_same
 from estimator_cases import constant
 from rule_cases import make_quick
-from task_cases import FAMILIES, draw_tasks
+from task_cases import FAMILIES, build, draw_tasks
 from torch import Tensor, nn
 from training_cases import fit_init, hash_state, make_config
 
@@ -95,7 +95,7 @@ def test_rule_is_made_saved_loaded_and_stepped_alike(
 
 def visit(name: str) -> Any:
     """Tasks, weights, a batch, losses and gradients."""
-    family = FAMILIES[name]()
+    family = build(FAMILIES[name])
     tasks, params, batch = draw_tasks(family, 2)
     leaves = {key: p.requires_grad_() for key, p in params.items()}
     losses = family.losses(leaves, batch)

@@ -122,7 +122,7 @@ class Gain(Rule):
         # Every tensor keeps the same rows: what is known of all weights together.
         s = torch.lerp(agreement.square(), rows[..., 0], SLOW)
         agreed = _scale(agreement, s, correction)[..., None]
-        averages = torch.lerp(agreed, rows[..., 1:], rows.new_tensor(AVERAGES))
+        averages = torch.lerp(agreed, rows[..., 1:], _list_decays(rows))
         shared = {
             "inverse": inverse,
             "correction": correction,
@@ -142,7 +142,7 @@ class Gain(Rule):
         agreement = -g * e.acc["trace"]
         v, s = (torch.lerp(x, e.acc[key], SLOW) for key, x in (("v", squares), ("s", agreement.square())))
         agreed = _scale(agreement, s, d.correction).unsqueeze(-ndim - 1)
-        averages = torch.lerp(agreed, e.acc["averages"], spread(g.new_tensor(AVERAGES), ndim))
+        averages = torch.lerp(agreed, e.acc["averages"], spread(_list_decays(g), ndim))
         change = (torch.cat([agreed, averages], -ndim - 1) * d.own).sum(-ndim - 1) + d.joint
         log_rate = (log_rate * (1 - d.pull) + change).clamp(-FARTHEST, FARTHEST)
         rate = (d.log_lr + log_rate).exp() / (safe_sqrt(v / d.correction) ** d.power * d.bound)
@@ -159,6 +159,11 @@ def _add_up(tensors: AllTensors, key: str, dim: int) -> Tensor:
     ]
     joined = torch.cat(parts, dim)
     return joined.sum(dim, keepdim=True).expand_as(joined)
+
+
+def _list_decays(like: Tensor) -> Tensor:
+    """`AVERAGES`, filled in where `like` is, so that no copy makes the host wait for a device."""
+    return torch.stack([like.new_full((), decay) for decay in AVERAGES])
 
 
 def _scale(agreement: Tensor, s: Tensor, correction: Tensor) -> Tensor:

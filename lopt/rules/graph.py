@@ -123,7 +123,7 @@ class Graph(SmallFC):
         }
         shapes = [x.shape for m, x in pairs for _ in range(m["g2"].flatten(-x.ndim).shape[-2])]
         sizes = [[prod(s), sum(size > 1 for size in s)] for s in shapes]
-        size, dims = torch.tensor(sizes, dtype=place.dtype, device=place.device).unbind(-1)
+        size, dims = _fill(sizes, place).unbind(-1)
         end = place.amax(-1, keepdim=True).clamp(min=1)
         columns = [
             logs["g2"] - logs["g2"].mean(-1, keepdim=True),
@@ -144,3 +144,10 @@ class Graph(SmallFC):
 def _pick(rows: Tensor, order: Tensor) -> Tensor:
     """Rows `[*batch, n, k]` in the order of indices `[*batch, n]`."""
     return rows.gather(-2, order[..., None].expand(*order.shape, rows.shape[-1]))
+
+
+def _fill(rows: list[list[int]], like: Tensor) -> Tensor:
+    """Numbers in the dtype of `like` and where it is, so that no copy makes the host wait for a device."""
+    if like.device.type == "cpu":
+        return like.new_tensor(rows)
+    return torch.stack([torch.stack([like.new_full((), x) for x in row]) for row in rows])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_device import WAITS, There, pretend
-from task_cases import FAMILIES
+from task_cases import FAMILIES, build
 from torch.utils._pytree import tree_leaves
 
 import lopt.meta.trainer.trainer
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_other_settings_than_the_device_is_still_refused(tmp_pat
     "name", [pytest.param(n, marks=[] if n in QUICK_FAMILIES else pytest.mark.slow) for n in FAMILIES]
 )
 def test_no_family_makes_the_cpu_wait_in_an_inner_step(name: str) -> None:
-    family = FAMILIES[name]()
+    family = build(FAMILIES[name])
     with pretend() as device:
         loop = InnerLoop(RULES["sgd"](lr=0.01).to(device), family.to(device), 0)
         slots = loop.start(torch.arange(2, device=device))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rule_cases import make_quick
-from task_cases import FAMILIES
+from task_cases import FAMILIES, build
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -96,7 +96,7 @@ VARIANTS = ("vanilla rnn", "lstm", "deep transformer", "vae of patches")  # of f
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in sorted(FAMILIES)]
 )
 def test_steps_on_every_family_can_be_recorded(name: str, traced: list[int]) -> None:
-    rule, family = RULES["momentum"](lr=0.01), FAMILIES[name]()
+    rule, family = RULES["momentum"](lr=0.01), build(FAMILIES[name])
     found, expected = (run(rule, family, compiled, num_steps=6) for compiled in (True, False))
     assert len(traced) == 1
     assert_near(found, expected)

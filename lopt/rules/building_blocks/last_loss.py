@@ -22,7 +22,7 @@ def start_loss(batch: tuple[int, ...], p: Tensor) -> Accumulators:
 
 
 def update_loss(known: Tensor, loss: Tensor | None) -> Tensor:
-    """The last loss that was told, by its size: maximised parameters have a negated one.
+    """The last loss that was told, which maximised parameters have negated.
 
     Args:
         known: until now, `[*batch, n, 1]`; 0 before any was.
@@ -30,15 +30,15 @@ def update_loss(known: Tensor, loss: Tensor | None) -> Tensor:
     """
     if loss is None:
         return known
-    told = loss[..., None].abs().to(known.dtype).expand_as(known)
-    return torch.where(told.isfinite() & (told > SMALLEST_LOSS), told, known)
+    told = loss[..., None].to(known.dtype).expand_as(known)
+    return torch.where(told.isfinite() & (told.abs() > SMALLEST_LOSS), told, known)
 
 
 def find_inverse(known: Tensor) -> Tensor:
-    """`1 / (4 loss)`, `[*batch, n]`, or 0 where none is known.
+    """`1 / (4 |loss|)`, `[*batch, n]`, or 0 where none is known.
 
     For the squared error of one example of a linear model, whose gradient is g = -2 (error) x, it is 1 / (2 error)^2,
     so that g^2 times this is x^2.
     """
-    inverse = torch.where(known > 0, 0.25 / known.clamp(min=SMALLEST_LOSS), 0.0)
+    inverse = torch.where(known != 0, 0.25 / known.abs().clamp(min=SMALLEST_LOSS), 0.0)
     return inverse[..., 0]

@@ -99,7 +99,9 @@ class Control(TaskFamily):
 
     def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
         part = SPLITS.index(choose("split", split, SPLITS))
-        seeds = derive_seeds(0, "goals of control", torch.tensor([part], device=tasks["masses"].device))
+        seeds = derive_seeds(
+            0, "goals of control", torch.tensor([part], dtype=torch.int64, device=tasks["masses"].device)
+        )
         goals = {key: x.expand(count, -1, -1) for key, x in self._draw_goals(seeds, GOALS).items()}
         return {"masses": tasks["masses"], "noise": seeds.expand(count), **goals}
 
