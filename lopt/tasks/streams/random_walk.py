@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from lopt.core.random import draw_normal, draw_uniform
-from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task, branch_seeds
-from lopt.tasks.streams.stream import Stream, check_counts, split_seeds
-from lopt.tasks.streams.tracking import predict
+from lopt.tasks.streams.stream import LinearStream, check_counts, predict, split_seeds
 
 
-class RandomWalk(Stream):
+class RandomWalk(LinearStream):
     """Predict y = w_t . x + noise, where w_t goes a random walk whose speed switches between two; squared error.
 
     w_t+1 = sqrt(1 - speed^2) w_t + speed N(0, 1 / inputs), so that 0 has a loss of 1 + noise^2 in the mean at any time.
@@ -37,7 +35,6 @@ class RandomWalk(Stream):
     """
 
     name = "random_walk"
-    examples = ("x", "y")
 
     def __init__(
         self,
@@ -73,17 +70,8 @@ class RandomWalk(Stream):
             path.append((1 - speed[:, t] ** 2).sqrt() * path[-1] + speed[:, t] * moves[:, t])
         return {"path": torch.stack(path, 1).float()}
 
-    def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"w": torch.zeros(self.inputs, dtype=torch.float32)}
-
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         seeds = split_seeds(seeds, split)
         x = draw_normal(seeds, self.batch_size * self.inputs).float().view(-1, self.batch_size, self.inputs)
         noise = self.noise * draw_normal(branch_seeds(seeds, 0), self.batch_size).float()
         return {"x": x, "y": predict(tasks["now"], x) + noise}
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return (predict(params["w"], batch["x"]) - batch["y"]).square().mean(-1)
-
-    def losses(self, params: Params, batch: Batch) -> Tensor:
-        return self.loss(params, batch)

@@ -1,4 +1,4 @@
-"""What streams share: a path that the concept goes, and how far a task is on it."""
+"""What streams share: a path that the concept goes, how far a task is on it, and linear regression on the way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lopt.core.names import choose
-from lopt.tasks.base import SPLITS, Task, TaskFamily, branch_seeds
+from lopt.core.tensors import Params
+from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds
 
 
 class Stream(TaskFamily):
@@ -27,6 +28,30 @@ class Stream(TaskFamily):
         index = turn - (steps // self.pace % (2 * turn) - turn).abs()
         now = path[torch.arange(len(steps), device=steps.device), index]
         return {key: value for key, value in tasks.items() if key != "path"} | {"now": now}
+
+
+class LinearStream(Stream):
+    """Base of streams of linear regression with squared error: weights "w" `[inputs]` that start at 0.
+
+    Mini-batches are "x" `[T, B, inputs]` and "y" `[T, B]`.
+    """
+
+    examples = ("x", "y")
+    inputs: int
+
+    def init(self, task: Task, generator: torch.Generator) -> Params:
+        return {"w": torch.zeros(self.inputs, dtype=torch.float32)}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return (predict(params["w"], batch["x"]) - batch["y"]).square().mean(-1)
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        return self.loss(params, batch)
+
+
+def predict(weights: Tensor, x: Tensor) -> Tensor:
+    """Inner products `[..., B]` of weights `[..., d]` and inputs `[..., B, d]`."""
+    return (x @ weights[..., None])[..., 0]
 
 
 def split_seeds(seeds: Tensor, split: str) -> Tensor:

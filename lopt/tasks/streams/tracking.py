@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from lopt.core.random import draw_normal
-from lopt.core.tensors import Params
 from lopt.tasks.base import Batch, Task
-from lopt.tasks.streams.stream import Stream, check_counts, split_seeds
+from lopt.tasks.streams.stream import LinearStream, check_counts, predict, split_seeds
 
 
-class Tracking(Stream):
+class Tracking(LinearStream):
     """Predict y = sum of +-x_i over the relevant inputs; every `period` steps one of the signs flips; squared error.
 
     Inputs are N(0, 1), new at every step, and the weights "w" `[inputs]` start at 0, where the loss is `relevant` in
@@ -34,7 +33,6 @@ class Tracking(Stream):
     """
 
     name = "tracking"
-    examples = ("x", "y")
 
     def __init__(
         self,
@@ -62,21 +60,7 @@ class Tracking(Stream):
         path[:, relevant] = turns.cumprod(0, dtype=torch.int8)
         return {"path": path}
 
-    def init(self, task: Task, generator: torch.Generator) -> Params:
-        return {"w": torch.zeros(self.inputs, dtype=torch.float32)}
-
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         draws = draw_normal(split_seeds(seeds, split), self.batch_size * self.inputs).float()
         x = draws.view(-1, self.batch_size, self.inputs)
         return {"x": x, "y": predict(tasks["now"].float(), x)}
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return (predict(params["w"], batch["x"]) - batch["y"]).square().mean(-1)
-
-    def losses(self, params: Params, batch: Batch) -> Tensor:
-        return self.loss(params, batch)
-
-
-def predict(weights: Tensor, x: Tensor) -> Tensor:
-    """Inner products `[..., B]` of weights `[..., d]` and inputs `[..., B, d]`."""
-    return (x @ weights[..., None])[..., 0]
