@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
+import logging
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,6 +21,7 @@ import torch
 from lopt_kernels.launching.tuning import find_cache
 from torch import Tensor
 
+from lopt.core.files import write_atomic
 from lopt.core.names import choose
 from lopt.tasks.data.wheels import find_folder, read_lines
 
@@ -30,9 +33,14 @@ MEASURED = ("freesolv", "solubility", "CHEMBL2321810")
 LARGEST, FAR = 1e6, 5.0
 """What descriptors are bounded by, before they are standardised and after."""
 
+MANY = 2000
+"""Molecules whose descriptors take so long that it is said."""
+
 BITS, RADIUS = 1024, 2
 
 Array = np.ndarray
+
+logger = logging.getLogger(__name__)
 
 
 class Library(NamedTuple):
@@ -133,12 +141,14 @@ def compute_descriptors(smiles: Sequence[str]) -> tuple[tuple[str, ...], Array]:
             return names, content["values"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass
+    if len(smiles) > MANY:
+        logger.warning("computing %d descriptors of %d molecules, once: it takes a minute", len(names), len(smiles))
     values = np.array([[function(m) for _, function in Descriptors.descList] for m in map(MolFromSmiles, smiles)])
     values = np.nan_to_num(values, nan=0.0, posinf=LARGEST, neginf=-LARGEST).clip(-LARGEST, LARGEST)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "wb") as stream:
-            np.savez_compressed(stream, values=values)
+        np.savez_compressed(content := io.BytesIO(), values=values)
+        write_atomic(file, content.getvalue())
     except OSError:  # it is computed again next time
         pass
     return names, values
