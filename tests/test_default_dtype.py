@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from training_cases import fit_init, hash_state, make_config
 
 import lopt
-from lopt.cli.run_folder import start_run
 from lopt.core.random import make_generator
 from lopt.evaluation.suites import find_task
 from lopt.evaluation.suites.runs import train_task
 from lopt.evaluation.suites.work import prepare_rule
 from lopt.meta.config.load import parse_config
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.runs.folder import start_run
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES, files
 from lopt.tasks import TASKS

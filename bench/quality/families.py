@@ -23,9 +23,10 @@ from bench.quality.field import draw_field, read_curve
 from lopt.cli.console import ARCHIVE
 from lopt.evaluation.baselines import Tuning, tune_baseline
 from lopt.evaluation.comparison import DEFAULT_LABEL, compare
-from lopt.evaluation.settings import Setting, read_card
+from lopt.evaluation.settings import read_card
 from lopt.evaluation.statistics import keep_finite
 from lopt.meta.config.build import build
+from lopt.meta.config.settings import Setting
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.trainer import RULE
 from lopt.rules import RULES, Rule

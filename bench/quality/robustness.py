@@ -27,7 +27,6 @@ from bench import setting
 from bench.quality.departures import AXES, BASES, Axis, Program
 from bench.quality.multiples import draw_multiples
 from lopt.cli.console import RUNS, open_rule
-from lopt.cli.folder_lock import hold_folder
 from lopt.cli.suites import count_workers, tell_runs
 from lopt.core.names import choose
 from lopt.evaluation.settings import read_card
@@ -35,6 +34,7 @@ from lopt.evaluation.suites.archive import Archive
 from lopt.evaluation.suites.contenders import COSINE, DEFAULT, rate
 from lopt.evaluation.suites.runs import Build, Run, Training, train_task
 from lopt.evaluation.suites.search import Request
+from lopt.meta.runs.lock import hold_folder
 from lopt.optim.learned_optimizer import LearnedOptimizer
 from lopt.rules import RULES, Rule
 from lopt.rules.files import fingerprint

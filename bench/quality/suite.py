@@ -13,13 +13,13 @@ from pathlib import Path
 import click
 
 from bench import setting
-from lopt.cli.folder_lock import hold_folder
 from lopt.cli.suites import count_workers, tell_runs
 from lopt.evaluation.suites import SUITES
 from lopt.evaluation.suites.archive import TUNED
 from lopt.evaluation.suites.contenders import CONTENDERS
 from lopt.evaluation.suites.tuning import tune_suite
 from lopt.evaluation.suites.work import read_share
+from lopt.meta.runs.lock import hold_folder
 
 
 @click.command()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lopt.evaluation.results import Comparison
-    from lopt.evaluation.settings import Setting
     from lopt.meta.config.run import RunConfig
+    from lopt.meta.config.settings import Setting
     from lopt.meta.trainer.trainer import Trainer
     from lopt.rules import Rule
 
@@ -42,9 +42,9 @@ def run_trainer(trainer: Trainer, console: Console, time_limit: float | None = N
         console: quiet on all ranks but the first.
         time_limit: seconds after which training ends with the best rule so far; None: only with its last step.
     """
-    from lopt.cli.memory import explain_memory
     from lopt.cli.progress import TrainingProgress
-    from lopt.cli.run_folder import resume_command
+    from lopt.meta.runs.folder import resume_command
+    from lopt.meta.runs.memory import explain_memory
     from lopt.meta.trainer.trainer import Interrupted
 
     # What will run: the rule, its families with their shares, and how the steps fit into memory.
@@ -89,8 +89,9 @@ def judge_run(config: RunConfig, trainer: Trainer, console: Console) -> list[dic
     Returns:
         The results as the card holds them.
     """
-    from lopt.cli.run_folder import resume_command
-    from lopt.evaluation.settings import list_settings, summarize_results
+    from lopt.evaluation.settings import summarize_results
+    from lopt.meta.config.settings import list_settings
+    from lopt.meta.runs.folder import resume_command
 
     rules, settings, seeds = {config.name: trainer.build_best()}, list_settings(config), config.evaluation.seeds
     try:
@@ -115,10 +116,10 @@ def compare_all(
         settings: in the order of the report.
         options: further arguments of `lopt.evaluation.comparison.compare`.
     """
-    from lopt.cli.memory import explain_memory
     from lopt.cli.progress import PlainProgress
     from lopt.evaluation.baselines import BASELINES
     from lopt.evaluation.comparison import DEFAULT_TUNING, compare
+    from lopt.meta.runs.memory import explain_memory
 
     comparisons: list[Comparison] = []
     # The searches take nearly all of the time; those that are archived are not heard of.

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.cli.run_folder import resume_run
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
 from lopt.meta.estimators.truncated import Truncated
+from lopt.meta.runs.folder import resume_run
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.unroll.inner_loop import InnerLoop
 

@@ -43,12 +43,12 @@ def judge_few_shots(
     """
     from rich.markup import escape
 
-    from lopt.cli.run_folder import slugify
     from lopt.core.documents import to_json
     from lopt.core.files import write_atomic
     from lopt.evaluation.few_shot import compare_few_shot
     from lopt.evaluation.report.few_shot import plot_few_shot, print_few_shot
     from lopt.evaluation.settings import read_card
+    from lopt.meta.runs.folder import slugify
     from lopt.rules.files import find_longest_run
 
     card = read_card(content)

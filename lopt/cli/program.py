@@ -88,7 +88,7 @@ def _describe_error(error: Exception) -> tuple[int, str]:
         return 2, f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError)):
         return 2, str(error)
-    from lopt.cli.memory import is_out_of_memory  # whoever raises what follows has imported torch anyway
+    from lopt.meta.runs.memory import is_out_of_memory  # whoever raises what follows has imported torch anyway
     from lopt.meta.trainer.ranks import FailedLead, LostRank
 
     if isinstance(error, FailedLead):  # each host has a log of its own

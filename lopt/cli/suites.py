@@ -15,8 +15,8 @@ from rich.markup import escape
 
 import lopt
 from lopt.cli.console import make_folder, say
-from lopt.cli.folder_lock import hold_folder
 from lopt.cli.progress import PlainProgress
+from lopt.meta.runs.lock import hold_folder
 
 if TYPE_CHECKING:
     from lopt.evaluation.suites.figures import SuiteResult

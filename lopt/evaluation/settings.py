@@ -1,39 +1,22 @@
-"""What a rule is judged on: the settings of its run's configuration or of a user's wishes, and what a training card
-says.
+"""What a rule is judged on by its training card or by a user's wishes, and what a card says of how it did.
 
-A setting is a task family and a length of the runs. Cards come with rule files from anywhere, so they are checked
-before anything is read from them.
+Cards come with rule files from anywhere, so they are checked before anything is read from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from lopt.core.schema import conform
-from lopt.evaluation.baselines import BASELINES
-from lopt.evaluation.comparison import DEFAULT_LABEL
 from lopt.evaluation.results import Comparison
 from lopt.evaluation.statistics import Summary
 from lopt.meta.config.build import build
 from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
-from lopt.tasks import TASKS, TaskFamily
-
-
-class Setting(NamedTuple):
-    """What a rule is judged on, once.
-
-    Attributes:
-        title: for readers; None for a description of the task.
-        family: whose held-out tasks are trained.
-        num_steps: length of the runs.
-    """
-
-    title: str | None
-    family: TaskFamily
-    num_steps: int
+from lopt.meta.config.settings import Setting, list_settings
+from lopt.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -143,44 +126,6 @@ def choose_settings(
         )
     family = build("task", TASKS, asked["task"])
     return [Setting(None, family, num_steps) for num_steps in steps or [family.horizon]]
-
-
-def check_label(label: str) -> str:
-    """Make sure that a name can stand for a rule in the same table as the baselines.
-
-    Returns:
-        `label` itself.
-    Raises:
-        ValueError: a baseline, or Adam with its default learning rate, is called so.
-    """
-    if label in (*BASELINES, DEFAULT_LABEL):
-        raise ValueError(f"a rule cannot be called {label!r}: a baseline is called so; give it another name")
-    return label
-
-
-def list_settings(config: RunConfig) -> list[Setting]:
-    """Every family of the run at its evaluation's lengths, then the variants at the first of them.
-
-    The first setting is one that the rule was trained for. A variant changes options of the first family's task, or
-    names a task of its own.
-
-    Raises:
-        ValueError: a variant has a title that is no string, or an option that its task does not accept.
-    """
-    evaluation, families = config.evaluation, config.list_families()
-    settings = []
-    for source in families:
-        family = source.build_task()
-        for i, steps in enumerate(evaluation.steps):
-            title = f"{source.name}: {steps} steps" if i else f"{source.name}: as trained, {steps} steps"
-            settings.append(Setting(title, family, steps))
-    for variant in evaluation.variants:
-        changes = dict(variant)
-        title = conform(changes.pop("title", ""), str, "evaluation.variants: title")
-        title = title or ", ".join(f"{key} {value}" for key, value in changes.items())
-        changed = build("task", TASKS, changes if "name" in changes else families[0].task | changes)
-        settings.append(Setting(f"{changed.name}: {title}", changed, evaluation.steps[0]))
-    return settings
 
 
 def summarize_results(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:

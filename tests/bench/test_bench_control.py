@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from bench.quality import control
-from lopt.cli.run_folder import start_run
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import start_run
 
 
 def test_a_run_is_judged_beside_two_kinds_of_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from bench.quality.families import CONSTANT, DEFAULT_LABEL, SCHEDULED, families, summarize
 from bench.quality.field import read_curve
-from lopt.cli.run_folder import start_run
 from lopt.evaluation.baselines import Grid, Tuning
 from lopt.meta.config.load import parse_config
+from lopt.meta.runs.folder import start_run
 
 TINY = {
     "name": "tiny",

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from bench.quality import glyphs
-from lopt.cli.run_folder import start_run
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import start_run
 
 
 def test_starts_and_baselines_are_judged_on_the_same_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from movielens_cases import write_movielens
 
 from bench.quality.recommend import recommend
-from lopt.cli.run_folder import start_run
 from lopt.evaluation.recommend.factorization import MEAN, OFFSET, RIDGE, WHOLE
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import start_run
 
 
 def test_starts_and_baselines_are_judged_on_the_same_users(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from training_cases import TINY, make_config
 
 import lopt
-from lopt.cli.run_folder import resume_run, start_run
 from lopt.core.documents import parse_toml
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS
 from lopt.rules import Rule
 from lopt.rules.files import load, load_card, save

@@ -20,9 +20,9 @@ import torch
 import torch.utils.tensorboard
 from training_cases import describe_result, fit_init, make_config
 
-from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.runs.folder import CONFIG, resume_run, start_run
 from lopt.meta.trainer.log import RunLog
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from lopt.cli.run_folder import resume_run, start_run
 from lopt.core.documents import parse_toml
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.runs.folder import resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.trainer import Progress, Trainer

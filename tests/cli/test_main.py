@@ -222,7 +222,7 @@ def test_errors_of_other_processes_are_one_line_too(  # type: ignore[no-untyped-
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lopt.cli.run_folder.open_run", fail)
+    monkeypatch.setattr("lopt.meta.runs.folder.open_run", fail)
     result = run("train", "tiny.toml")
     assert (result.status, result.err.strip()) == (status, words)
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from training_cases import TINY, make_config
 
-from lopt.cli.folder_lock import LOCK, OWNER
-from lopt.cli.run_folder import start_run
 from lopt.core.documents import MAX_DEPTH, read_json, read_toml
+from lopt.meta.runs.folder import start_run
+from lopt.meta.runs.lock import LOCK, OWNER
 from lopt.rules import RULES
 from lopt.rules.files import save
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopt.cli.memory import explain_memory
+from lopt.meta.runs.memory import explain_memory
 
 TINY = """
 [task]
@@ -86,7 +86,7 @@ sys.meta_path.insert(0, Interrupter())
 """
 
 
-@pytest.mark.parametrize("name", ["click", "rich", "torch", "lopt.cli.run_folder"])
+@pytest.mark.parametrize("name", ["click", "rich", "torch", "lopt.meta.runs.folder"])
 def test_an_interrupt_during_imports_ends_in_silence(name: str) -> None:
     done = launch("train", "nothing", prepare=INTERRUPT.format(name=name))
     assert done.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both

@@ -15,9 +15,9 @@ import pytest
 from filelock import FileLock
 from training_cases import TINY, hash_state, make_config, timeless
 
-from lopt.cli.folder_lock import LOCK, hold_folder
-from lopt.cli.run_folder import resume_run, start_run
 from lopt.core.files import load_state
+from lopt.meta.runs.folder import resume_run, start_run
+from lopt.meta.runs.lock import LOCK, hold_folder
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
 from lopt.meta.trainer.ranks import Ranks
 
@@ -27,7 +27,7 @@ def hold_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that has the folder; it is killed at the end."""
     code = f"""
 from pathlib import Path
-from lopt.cli.folder_lock import hold_folder
+from lopt.meta.runs.lock import hold_folder
 with hold_folder(Path({str(folder)!r})):
     print("held", flush=True)
     input()

@@ -14,13 +14,13 @@ import pytest
 from filelock import FileLock
 from training_cases import TINY, hash_state, make_config
 
-from lopt.cli.folder_lock import LOCK
-from lopt.cli.run_folder import start_run
 from lopt.cli.sweep import sweep as sweeping
 from lopt.cli.sweep import workers
 from lopt.cli.sweep.sweep import Sweep, resume_sweep, start_sweep
 from lopt.cli.sweep.trials import Trial, draw_settings, parse_range
 from lopt.cli.sweep.workers import Outcome, run_trial
+from lopt.meta.runs.folder import start_run
+from lopt.meta.runs.lock import LOCK
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
 from lopt.meta.trainer.trainer import Interrupted

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lopt.cli.commands.train import parse_duration
-from lopt.cli.run_folder import slugify
+from lopt.meta.runs.folder import slugify
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from task_cases import FAMILIES, build
 from torch.utils._pytree import tree_leaves
 
 import lopt.meta.trainer.trainer
-from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.devices import find_device
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
+from lopt.meta.runs.folder import build_trainer, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.trainer import Trainer
 from lopt.meta.unroll.inner_loop import InnerLoop

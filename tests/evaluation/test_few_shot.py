@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 
 from lopt.cli.program import cli
-from lopt.cli.run_folder import start_run
 from lopt.evaluation import few_shot
 from lopt.evaluation.few_shot import JOINT, RANDOM, compare_few_shot, train_jointly, tune, with_shots
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import start_run
 from lopt.meta.unroll.curves import run_curves
 from lopt.rules import RULES, LearnedInit
 from lopt.tasks import TASKS

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from lopt.evaluation.settings import choose_settings, list_settings, read_card
+from lopt.evaluation.settings import choose_settings, read_card
 from lopt.meta.config.load import list_presets, load_config, parse_config
 from lopt.meta.config.overrides import apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
+from lopt.meta.config.settings import list_settings
 from lopt.meta.trainer.meta_weights import freeze_weights
 
 RAW: dict[str, Any] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from training_cases import check_resume
 
-from lopt.cli.run_folder import start_run
 from lopt.evaluation.control import follow_returns
 from lopt.meta.config.load import load_config
+from lopt.meta.runs.folder import start_run
 from lopt.meta.unroll.curves import run_curves
 from lopt.rules import RULES
 from lopt.rules.files import load

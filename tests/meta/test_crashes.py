@@ -15,11 +15,11 @@ from unittest.mock import Mock
 import pytest
 from training_cases import describe_result, fit_init, make_config
 
-from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.estimators.evolution import Evolution
+from lopt.meta.runs.folder import CONFIG, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog
 
@@ -61,7 +61,7 @@ def die_at(point: int) -> Iterator[list[str]]:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(RunLog, "figure", lambda *_: None)
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
-        patch.setattr("lopt.cli.run_folder.describe_environment", lambda: {"command": "lopt train"})
+        patch.setattr("lopt.meta.runs.folder.describe_environment", lambda: {"command": "lopt train"})
         yield came
 
 

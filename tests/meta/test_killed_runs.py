@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from training_cases import TINY, hash_state, make_config, timeless
 
-from lopt.cli.run_folder import start_run
 from lopt.core.files import load_state
+from lopt.meta.runs.folder import start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 

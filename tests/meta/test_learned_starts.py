@@ -12,13 +12,13 @@ from estimator_cases import constant
 from torch import Tensor
 from training_cases import check_resume
 
-from lopt.cli.run_folder import start_run
 from lopt.core.tensors import Params
 from lopt.evaluation.baselines import tune_baseline
 from lopt.meta.config.load import load_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.runs.folder import start_run
 from lopt.meta.trainer.memory_plan import PeakMemory
 from lopt.meta.trainer.source import Source
 from lopt.meta.trainer.trainer import Trainer

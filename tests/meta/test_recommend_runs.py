@@ -10,10 +10,10 @@ from movielens_cases import write_movielens
 from torch import Tensor
 from training_cases import check_resume
 
-from lopt.cli.run_folder import start_run
 from lopt.evaluation.recommend.users import draw_users, predict_by_rule
 from lopt.meta.config.load import load_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.runs.folder import start_run
 from lopt.rules import LearnedInit
 from lopt.rules.files import load
 from lopt.tasks import Task

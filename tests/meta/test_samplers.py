@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from mixture_cases import make_config, make_drawn
 
-from lopt.cli.run_folder import build_trainer
-from lopt.evaluation.settings import list_settings
+from lopt.meta.config.settings import list_settings
+from lopt.meta.runs.folder import build_trainer
 from lopt.meta.trainer.source import list_families
 
 

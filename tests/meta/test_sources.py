@@ -11,9 +11,9 @@ import pytest
 import torch
 from mixture_cases import MIXTURE, make_config
 
-from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.runs.folder import build_trainer, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import Ranks

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from training_cases import hash_state, make_config, make_trainer, timeless
 
-from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.runs.folder import build_trainer, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.stop import MAX_DEAD_STEPS

@@ -13,9 +13,9 @@ from torch import Tensor
 from training_cases import TINY, hash_state, make_config, make_trainer, timeless
 
 import lopt
-from lopt.cli.run_folder import build_trainer, resume_run, start_run
 from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
+from lopt.meta.runs.folder import build_trainer, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.log import RunLog, read_metrics
 from lopt.meta.trainer.meta_weights import freeze_weights, load_weights

@@ -30,8 +30,8 @@ ADAM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the preset `demo`.")
 def run_demo(out: Path, overrides: tuple[str, ...]) -> None:
     """Watch an LSTM learn to train a network on real images, judge it, and use it: some minutes on two cores."""
-    from lopt.cli.run_folder import CONFIG, resume_run, start_run
     from lopt.meta.config.load import load_config
+    from lopt.meta.runs.folder import CONFIG, resume_run, start_run
 
     console = Console()
     with ExitStack() as held:

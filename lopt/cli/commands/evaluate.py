@@ -133,10 +133,11 @@ def _judge_on_tasks(
     criterion: str,
     archive: Path,
 ) -> None:
-    from lopt.cli.run_folder import read_command, slugify
     from lopt.core.names import choose
     from lopt.evaluation.baselines import BASELINES
-    from lopt.evaluation.settings import UnclearTask, check_label, choose_settings, read_card
+    from lopt.evaluation.settings import UnclearTask, choose_settings, read_card
+    from lopt.meta.config.settings import check_label
+    from lopt.meta.runs.folder import read_command, slugify
 
     card = read_card(content)
     try:
@@ -185,10 +186,10 @@ def _judge_on_suite(
     workers: int | None,
     **options: Any,
 ) -> None:
-    from lopt.cli.run_folder import read_command, slugify
     from lopt.cli.suites import count_workers, judge_on_suite
     from lopt.evaluation.suites.judging import Entrant
     from lopt.evaluation.suites.work import read_share
+    from lopt.meta.runs.folder import read_command, slugify
 
     entrants = [Entrant(card.get("name") or path.stem, learned, without, 1.0 if lr is None else lr)]
     for name in against:

@@ -46,8 +46,8 @@ def import_weights(
 ) -> None:
     """Make a rule file of FILE, the released weights of a learned optimizer."""
     from lopt.core.foreign_files import read_weights
-    from lopt.evaluation.settings import check_label
     from lopt.meta.config.overrides import parse_override, put_value
+    from lopt.meta.config.settings import check_label
     from lopt.rules.released import build_rule, count_learned
 
     if out.suffix != ".safetensors":

@@ -21,10 +21,10 @@ from lopt.cli.console import RUNS, make_folder, open_rule, say
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool) -> None:
     """Show what RULE is (configuration, size, state, training card) and draw what it does."""
-    from lopt.cli.run_folder import slugify
     from lopt.evaluation.behaviour.facts import find_horizon, gather_facts, print_facts
     from lopt.evaluation.behaviour.pictures import write_portrait
     from lopt.evaluation.behaviour.probes import probe_rule
+    from lopt.meta.runs.folder import slugify
 
     path, learned, card = open_rule(rule)
     label = card.get("name") or path.stem

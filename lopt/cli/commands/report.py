@@ -23,8 +23,8 @@ def report_run(run: Path) -> None:
     its figures and, where something is wrong, what to try.
     """
     from lopt.cli.diagnosis import examine_run
-    from lopt.cli.run_folder import CONFIG
     from lopt.evaluation.results import load_evaluation
+    from lopt.meta.runs.folder import CONFIG
 
     path, console, trained = run / "evaluation.json", Console(), (run / CONFIG).is_file()
     if not trained and not path.is_file():

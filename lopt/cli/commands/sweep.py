@@ -55,9 +55,9 @@ def sweep_settings(
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET or a TOML file with several settings; keep the one that validates best."""
-    from lopt.cli.run_folder import slugify
     from lopt.cli.sweep.sweep import resume_sweep, start_sweep
     from lopt.meta.config.load import load_config
+    from lopt.meta.runs.folder import slugify
 
     if resume is not None and (preset or out or overrides or vary or samples or halve_every):
         raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")

@@ -58,8 +58,8 @@ def train_rule(
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
-    from lopt.cli.run_folder import open_run, resume_run, slugify
     from lopt.meta.config.load import load_config, parse_config
+    from lopt.meta.runs.folder import open_run, resume_run, slugify
     from lopt.meta.trainer.ranks import join_ranks
 
     # Anything wrong with what was given is said before processes join each other or a folder is made.

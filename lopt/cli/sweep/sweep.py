@@ -14,8 +14,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.cli.folder_lock import hold_folder
-from lopt.cli.run_folder import read_command
 from lopt.cli.sweep.trials import Trial, check_config, draw_settings, make_config, parse_range, read_outcome
 from lopt.cli.sweep.workers import Outcome, Worker, start_workers
 from lopt.core.documents import read_json, to_json
@@ -23,6 +21,8 @@ from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.runs.folder import read_command
+from lopt.meta.runs.lock import hold_folder
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.stop import Stop
 from lopt.meta.trainer.trainer import Interrupted

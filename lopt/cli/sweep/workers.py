@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from lopt.cli.folder_lock import hold_folder
-from lopt.cli.memory import explain_memory
-from lopt.cli.run_folder import CONFIG, resume_run, start_run
 from lopt.cli.sweep.trials import Trial
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.runs.folder import CONFIG, resume_run, start_run
+from lopt.meta.runs.lock import hold_folder
+from lopt.meta.runs.memory import explain_memory
 from lopt.meta.trainer.trainer import Interrupted
 
 OUTPUT = "output.txt"

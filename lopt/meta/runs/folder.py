@@ -25,13 +25,13 @@ import numpy
 import torch
 
 import lopt
-from lopt.cli.folder_lock import hold_folder
-from lopt.cli.memory import check_memory, explain_memory
+from lopt.meta.runs.lock import hold_folder
+from lopt.meta.runs.memory import check_memory, explain_memory
 from lopt.core.documents import read_json, to_json
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.core.version import VERSION
-from lopt.evaluation.settings import check_label, list_settings
+from lopt.meta.config.settings import check_label, list_settings
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
