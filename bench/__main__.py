@@ -1,60 +1,26 @@
-"""`python -m bench COMMAND`: speed of the programs of this project, as tables and JSON."""
+"""The entry to `python -m bench`, which says what to install where that is not done: the program is `bench.program`."""
 
 from __future__ import annotations
 
-import click
-
-from bench.gpu.compile import compile_kernels
-from bench.gpu.gpu import gpu
-from bench.gpu.kernels import kernels
-from bench.gpu.tune import tune
-from bench.quality.control import control
-from bench.quality.estimators import estimators
-from bench.quality.families import families
-from bench.quality.glyphs import glyphs
-from bench.quality.levels import levels
-from bench.quality.molecules import molecules
-from bench.quality.recommend import recommend
-from bench.quality.robustness import robustness
-from bench.quality.streams import streams
-from bench.quality.suite import suite
-from bench.quality.widths import widths
-from bench.speed.meta import meta
-from bench.speed.overhead import overhead
-from bench.speed.scaling import scaling
-from bench.speed.soak import soak
-from bench.speed.step import step
+import os
+import sys
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
-    """Measure lopt. Every figure is the median of repeats after a warm-up, with its spread."""
+def main() -> None:
+    """Run the command that was typed."""
+    try:
+        from bench.program import cli
+    except ImportError as missing:
+        if os.environ.get("LOPT_TRACEBACK"):
+            raise
+        from lopt.core.installation import CHECKOUT
 
+        advice = f'pip install -e "{CHECKOUT}[dev]"'
+        if not (CHECKOUT / "bench").is_dir():  # lopt is another one than that which this folder belongs to
+            advice = "install the lopt that it belongs to: in that checkout, pip install -e '.[dev]'"
+        sys.exit(f"python -m bench measures a checkout that is installed with the extra 'dev' ({missing}): {advice}")
+    cli(prog_name="python -m bench")
 
-COMMANDS = (
-    compile_kernels,
-    control,
-    estimators,
-    families,
-    glyphs,
-    gpu,
-    kernels,
-    levels,
-    meta,
-    molecules,
-    overhead,
-    recommend,
-    robustness,
-    scaling,
-    soak,
-    step,
-    streams,
-    suite,
-    tune,
-    widths,
-)
-for command in COMMANDS:
-    cli.add_command(command)
 
 if __name__ == "__main__":
-    cli(prog_name="python -m bench")
+    main()

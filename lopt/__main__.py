@@ -21,8 +21,10 @@ def main() -> None:
     except ImportError as missing:
         if os.environ.get("LOPT_TRACEBACK"):
             raise
+        from lopt.core.installation import advise
+
         print(  # noqa: T201
-            f"lopt: the command line needs the extra 'train' ({missing}): pip install 'lopt[train]'", file=sys.stderr
+            f"lopt: the command line needs the extra 'train' ({missing}): {advise('train')}", file=sys.stderr
         )
         status = 1
     sys.exit(status)

@@ -14,7 +14,7 @@ from lopt_kernels import DIFFERENTIABLE_OPS, GROUP_OPS, OPS
 from pages import PAGES, ROOT, find_anchors, find_code, find_links, find_spans
 
 import lopt
-from bench.__main__ import cli as bench_cli
+from bench.program import cli as bench_cli
 from lopt.cli.program import cli as lopt_cli
 from lopt.meta.estimators import ESTIMATORS
 from lopt.meta.unroll.horizons import HORIZONS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import mmap
 import statistics
 import tempfile
 import time
@@ -26,8 +26,10 @@ def read_resident_mb() -> float:
     """Resident memory of this process now, in MB; the peak where /proc is missing."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20
+        return pages * mmap.PAGESIZE / 2**20
     except OSError:
+        import resource  # of POSIX alone
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lopt.core.foreign_text import make_line
+from lopt.core.installation import advise
 
 MAX_BYTES = 1 << 27  # VeLO's release has 10 million
 MAX_NUMBERS = MAX_BYTES // 4
@@ -236,7 +237,7 @@ def _read_msgpack(data: bytes) -> Any:
     try:
         import msgpack
     except ImportError as error:
-        raise ImportError("reading flax weights needs msgpack: pip install 'lopt[train]'") from error
+        raise ImportError(f"reading flax weights needs msgpack: {advise('train')}") from error
 
     def decode_array(code: int, data: bytes) -> Tensor:
         if code != NDARRAY:

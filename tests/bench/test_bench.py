@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 
 import lopt
 from bench import entries, naive
-from bench.__main__ import cli
 from bench.memory import measure_allocations
 from bench.models import MODELS
+from bench.program import cli
 from lopt import LearnedOptimizer
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
@@ -286,3 +288,12 @@ def test_naive_celo2_moves_as_the_learned_optimizer_does() -> None:
         return naive.update_celo2(*args, lr=0.1)
 
     assert_naive_moves_alike(rule, update, [(getattr(rule, f"w{i}"), getattr(rule, f"b{i}")) for i in (1, 2, 3)])
+
+
+def test_where_its_packages_are_missing_one_line_says_what_to_do() -> None:
+    code = "import sys, runpy; sys.modules['click'] = None; runpy.run_module('bench', run_name='__main__')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f'pip install -e "{root}[dev]"' in done.stderr

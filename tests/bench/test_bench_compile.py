@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from lopt_kernels import GROUP_OPS, OPS
 
 from bench import setting
-from bench.__main__ import cli
 from bench.gpu.compile import read_hip_figures
+from bench.program import cli
 from bench.variants import list_ops, list_variants
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench.__main__ import cli
+from bench.program import cli
 from bench.quality.estimators import (
     GRADIENTS,
     REFERENCE_SEED,

@@ -18,10 +18,10 @@ import lopt
 import lopt.meta.unroll.on_gpu
 import lopt.rules.programs.features
 from bench import setting
-from bench.__main__ import cli
 from bench.entries import FUSED, make_rule_entry, step_with_precision
 from bench.gpu import cuda, gpu
 from bench.gpu.cuda import Launch
+from bench.program import cli
 from bench.speed import meta, step
 from lopt.rules import RULES
 from lopt.tasks import TASKS

@@ -18,9 +18,9 @@ from lopt_kernels import OPS
 from torch.utils._pytree import tree_leaves
 
 from bench import setting
-from bench.__main__ import cli
 from bench.gpu import cuda, kernels, replay
 from bench.gpu.roofline import draw_roofline
+from bench.program import cli
 from bench.timing import measure_bandwidth, summarize, time_calls, time_queued
 from bench.variants import list_ops, list_variants
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.__main__ import cli
+from bench.program import cli
 from bench.speed import scaling
 from bench.speed.soak import compare_ends
 

@@ -15,7 +15,7 @@ from pages import ROOT
 from suite_cases import SHORT, TINY, make_run
 from torch import nn
 
-from bench.__main__ import cli as bench_cli
+from bench.program import cli as bench_cli
 from lopt.evaluation.suites import SUITES, find_task
 from lopt.evaluation.suites.archive import TUNED, Archive
 from lopt.evaluation.suites.contenders import CONTENDERS, Recipe, rate

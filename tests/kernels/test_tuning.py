@@ -23,8 +23,8 @@ from lopt_kernels.launching import tuning
 from lopt_kernels.launching.tuning import Tile, find, store
 from torch import Tensor, nn
 
-from bench.__main__ import cli
 from bench.gpu import replay, tune
+from bench.program import cli
 from lopt import LearnedOptimizer
 from lopt.core.random import make_generator
 from lopt.rules import RULES

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from estimator_cases import Negative
 from torch import Tensor
 
-from bench.__main__ import cli
+from bench.program import cli
 from bench.quality.levels import EMBEDDED, STREAM, TUNING, count_seeds
 from lopt.core.random import derive_seeds
 from lopt.evaluation.baselines import FORMAT

@@ -102,7 +102,8 @@ def print_suite(result: SuiteResult, console: Console) -> None:
         console.print(Text(f"  {describe_loss(standing)}"))
     if result.untuned:
         command = f"python -m bench suite {result.suite} --seeds {max(NUM_SEEDS, result.seeds)}"
-        console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: run `{command}`."))
+        todo = f"run `{command}` in a checkout"
+        console.print(Text(f"No tuned Adam is archived for {', '.join(result.untuned)}: {todo}."))
 
 
 def _build_table(result: SuiteResult, columns: int) -> Table:

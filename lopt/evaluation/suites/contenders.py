@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from lopt.core.installation import advise
 from lopt.evaluation.suites.runs import Build, Training
 
 CONSTANT, COSINE = "constant", "cosine"
@@ -131,7 +132,7 @@ def _import_library(name: str) -> Callable[..., Optimizer]:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise ImportError(f"{name} comes with the library pytorch-optimizer: pip install 'lopt[suites]'") from error
+        raise ImportError(f"{name} comes with the library pytorch-optimizer: {advise('suites')}") from error
     found: Callable[..., Optimizer] = getattr(pytorch_optimizer, name)
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lopt.core.installation import advise
 from lopt.core.random import make_generator
 from lopt.evaluation.suites import data
 from lopt.evaluation.suites.perceptrons import stack_layers
@@ -160,7 +161,7 @@ def load_atlas() -> Data:
     try:
         import networkx as nx
     except ImportError as error:
-        raise ImportError("the atlas of graphs comes with networkx: pip install 'lopt[suites]'") from error
+        raise ImportError(f"the atlas of graphs comes with networkx: {advise('suites')}") from error
 
     adjacencies, targets = [], []
     for graph in nx.graph_atlas_g():

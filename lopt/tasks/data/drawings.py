@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lopt.core.installation import advise
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds, make_generator
 from lopt.tasks.base import POOLS
@@ -141,7 +142,7 @@ def _read_image(path: Path, side: int) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError("images in files are read by Pillow: pip install 'lopt[train]'") from error
+        raise ImportError(f"images in files are read by Pillow: {advise('train')}") from error
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX))

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lopt.core.installation import advise
+
 FACES = [f"DejaVu{f}{s}" for f in ("Sans", "Serif", "SansMono") for s in ("", "-Bold", "-Oblique", "-BoldOblique")]
 SLANTED = {"DejaVuSerif-Oblique": "DejaVuSerif-Italic", "DejaVuSerif-BoldOblique": "DejaVuSerif-BoldItalic"}
 
@@ -51,7 +53,7 @@ def _open_faces() -> list[tuple[Any, frozenset[int]]]:
         import matplotlib
         from matplotlib.ft2font import FT2Font
     except ImportError as error:
-        raise ImportError("the glyphs come with matplotlib: pip install 'lopt[train]'") from error
+        raise ImportError(f"the glyphs come with matplotlib: {advise('train')}") from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [FT2Font(str(folder / f"{SLANTED.get(face, face)}.ttf")) for face in FACES]
     return [(font, frozenset(font.get_charmap())) for font in fonts]

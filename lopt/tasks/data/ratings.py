@@ -23,9 +23,7 @@ STARS = 5
 FEWEST = 20
 """Ratings below which a user is left out; MovieLens has none of these."""
 
-INSTALL = (
-    "pip install 'lopt[recommendation]', or without what recbole itself needs pip install --no-deps recbole==1.2.1"
-)
+OR_LESS = ", or, without what recbole itself needs, pip install --no-deps recbole==1.2.1"
 
 Rows = list[list[str]]
 
@@ -64,7 +62,7 @@ def load_ratings(data: str) -> Ratings:
     """
     kind, _, path = data.partition(":")
     if data == "ml-100k":
-        folder = find_folder("recbole", INSTALL) / "dataset_example" / data
+        folder = find_folder("recbole", "recommendation", OR_LESS) / "dataset_example" / data
         ratings, films = (_read_table(folder / f"{data}.{name}", "\t", 4)[1:] for name in ("inter", "item"))
         return _join(data, ratings, [(number, title, genres.split()) for number, title, _, genres in films])
     if kind != "movielens" or not path:

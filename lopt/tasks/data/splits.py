@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.core.installation import advise
 from lopt.core.names import choose
 from lopt.core.random import derive_seeds, make_generator
 from lopt.tasks.base import SPLITS, Data
@@ -80,7 +81,7 @@ def load_digits() -> Splits:
     Returns:
         For each split images `[n, 64]` float32 in [0, 1] and classes `[n]` int64.
     Raises:
-        ImportError: scikit-learn is missing (`pip install lopt[train]`).
+        ImportError: scikit-learn, of the extra `train`, is missing.
     """
     images, classes = _import_sklearn("datasets").load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(classes, dtype=torch.int64)
@@ -98,7 +99,7 @@ def load_photographs() -> Tensor:
     Returns:
         uint8 `[2, 3, 427, 640]`: photograph, colour, row, column.
     Raises:
-        ImportError: scikit-learn or Pillow is missing (`pip install lopt[train]`).
+        ImportError: scikit-learn or Pillow, of the extra `train`, is missing.
     """
     images = _import_sklearn("datasets").load_sample_images().images
     return torch.stack([torch.tensor(image, dtype=torch.uint8) for image in images]).permute(0, 3, 1, 2).contiguous()
@@ -177,7 +178,7 @@ def _import_sklearn(module: str) -> Any:
         import sklearn.datasets
         import sklearn.model_selection
     except ImportError as error:
-        raise ImportError("the data come with scikit-learn: pip install 'lopt[train]'") from error
+        raise ImportError(f"the data come with scikit-learn: {advise('train')}") from error
     return getattr(sklearn, module)
 
 

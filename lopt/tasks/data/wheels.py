@@ -5,19 +5,22 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from lopt.core.installation import advise
 
-def find_folder(package: str, advice: str) -> Path:
+
+def find_folder(package: str, extra: str, or_less: str = "") -> Path:
     """Where a package's files are, without importing it.
 
     Args:
         package: of the top level.
-        advice: what to do where it is missing.
+        extra: of lopt, with which it is installed.
+        or_less: the end of the advice: how it alone is installed.
     Raises:
-        ImportError: it is not installed; the advice is given.
+        ImportError: it is not installed; the message says how it is.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{package}, which brings the data, is not installed: {advice}")
+        raise ImportError(f"{package}, which brings the data, is not installed: {advise(extra)}{or_less}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -1,0 +1,34 @@
+"""No module needs what only POSIX has: those are refused in a process that imports them all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+POSIX_ONLY = ("fcntl", "grp", "posix_ipc", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
+IMPORT_ALL = f"""
+import importlib, os, pkgutil, sys
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {POSIX_ONLY}:
+            raise ImportError(f"no module named {{name}} on this platform")
+sys.meta_path.insert(0, Refusing())
+for name in {POSIX_ONLY}:
+    sys.modules.pop(name, None)
+import lopt, lopt_kernels, bench
+names = [module.name for package in (lopt, lopt_kernels, bench)
+         for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_no_module_needs_what_only_posix_has() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 300
