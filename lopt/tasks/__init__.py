@@ -13,6 +13,7 @@ from lopt.tasks.char_transformer import CharTransformer
 from lopt.tasks.control.control import Control
 from lopt.tasks.conv import Conv
 from lopt.tasks.coordinate_mlp import CoordinateMLP
+from lopt.tasks.factorisation import Factorisation
 from lopt.tasks.glyphs import Glyphs
 from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
@@ -48,6 +49,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "char_transformer": CharTransformer,
     "coordinate_mlp": CoordinateMLP,
     "teacher_student": TeacherStudent,
+    "factorisation": Factorisation,
     "sinusoid": Sinusoid,
     "glyphs": Glyphs,
     "recommend": Recommend,

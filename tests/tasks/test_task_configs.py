@@ -97,6 +97,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "horizon": 200,
     },
+    "factorisation": {"size": 100, "rank": 4, "width": 8, "noise": 0.3, "batch_size": 64, "horizon": 300},
 }
 
 

@@ -14,8 +14,12 @@ from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES
 from lopt.tasks import POOLS, SPLITS, TASKS, TaskFamily
 
-QUIET = {"tracking": {"batch_size": 32, "period": 100}, "random_walk": {"batch_size": 32, "fast": 0.01}}
-"""Streams of single examples say little of a loss in a few steps."""
+QUIET = {
+    "tracking": {"batch_size": 32, "period": 100},
+    "random_walk": {"batch_size": 32, "fast": 0.01},
+    "factorisation": {"size": 8, "batch_size": 256},
+}
+"""Streams of single examples, and tables of which a batch reaches little, say little of a loss in a few steps."""
 
 
 @pytest.fixture(params=FAMILIES)
