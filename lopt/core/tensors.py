@@ -5,7 +5,7 @@ Tasks see one flat vector per task, which batches well; rules see tensors by nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -92,14 +92,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
-def are_plain(tensors: Iterable[Tensor], batch_ndim: int = 0) -> bool:
-    """Whether they are what code outside of torch can work on: float32 on the CPU, each of the batch contiguous.
+def are_plain(tensors: Iterable[Tensor], batch_ndim: int = 0, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether they are what code outside of torch can work on: of `dtypes`, on the CPU, each of the batch contiguous.
 
     Args:
         batch_ndim: leading dimensions that may have any strides.
     """
     for x in tensors:
-        if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+        if x.dtype not in dtypes or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
             return False
         if not (x.is_contiguous() or (batch_ndim > 0 and x[(0,) * batch_ndim].is_contiguous())):
             return False

@@ -80,8 +80,8 @@ class LearnedOptimizer(Optimizer):
         guard: True, `GuardOptions` or a dictionary of them: clips steps, and falls back to AdamW where the loss, passed
             to `step`, shows that the rule fails; see its options. 12 bytes per parameter. Reads the loss on the host.
         stochastic_rounding: round bf16 parameters up or down at random, so that steps below their precision add up.
-        state_dtype: torch.bfloat16 halves the state of rules whose state is a recurrent network's (lstm, rnnprop);
-            arithmetic stays in fp32.
+        state_dtype: torch.bfloat16 halves the state of rules whose state is a recurrent network's (lstm, rnnprop), and
+            that of base's factors and bases; arithmetic stays in fp32.
         backend: "triton" steps all tensors by a few kernels, "torch" by ordinary operations, "auto" by kernels where a
             parameter is on a GPU. What runs and why is `optimizer.backend`.
         reduce_loss: average the loss over the processes of torch.distributed, if there are any, for rules that read it

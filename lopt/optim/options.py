@@ -47,7 +47,7 @@ def check_state_dtype(dtype: torch.dtype, rule: Rule) -> torch.dtype:
     if dtype != torch.float32 and not rule.compact_keys:
         raise ValueError(
             f"the averages of rule {rule.name!r} change by less than {dtype} can hold: its state is kept in "
-            "torch.float32. torch.bfloat16 is for rules whose state is a recurrent network's (lstm, rnnprop)."
+            "torch.float32. torch.bfloat16 is for lstm, rnnprop and base."
         )
     return dtype
 

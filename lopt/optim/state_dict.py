@@ -69,7 +69,7 @@ def init_state(
         state |= init_guard(p.reshape(layout.shape)) if guarded else {}
     if PLACE in rule.tensor_keys:
         state[PLACE].fill_(place)
-    return state | {key: state[key].to(dtype) for key in rule.compact_keys}
+    return state | {key: state[key].to(dtype) for key in rule.compact_keys if key in state}
 
 
 def derive_seed(name: str, p: Tensor, groups: Iterable[Mapping[str, Any]]) -> int:

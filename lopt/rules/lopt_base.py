@@ -120,6 +120,7 @@ class Base(Rule):
     feature_names = FEATURES
     square_keys = ("v",)
     line_keys = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
+    compact_keys = line_keys
     quick_config: ClassVar = {"size": 0.05, "relative": 4.0, "init_std": 0.1}
     temporaries = 2
     decay_scale = 1e-3  # so that weight_decay is what it is to AdamW at its default rate; by lr = 1, 0.01 ruins a run

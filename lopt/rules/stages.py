@@ -241,7 +241,8 @@ class Steppable(Protocol):
     def acc(self) -> Mapping[str, Tensor]: ...
 
     def expose(self, keys: Sequence[str]) -> Sequence[Memory] | None:
-        """The memory of each of the parameters, float32 on the CPU, for one step that is then made there.
+        """The memory of each of the parameters on the CPU, for one step that is then made there: float32, but for
+        `compact_keys` in bfloat16.
 
         Args:
             keys: accumulators that the step writes.

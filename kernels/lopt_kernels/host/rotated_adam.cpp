@@ -155,9 +155,35 @@ struct Place {  // in every batch: `at + b * stride`; null where there is none
 };
 
 struct Tensor {  // a row of the table; `new_` may be the same places
-    int64_t rows, columns, is_matrix, left_block, right_block;  // blocks: lines of each
+    // blocks: lines of each; is_compact: factors and bases are bfloat16, and so are the strides of their places.
+    int64_t rows, columns, is_matrix, left_block, right_block, is_compact;
     Place g, p, m, v, left_factor, left_basis, right_factor, right_basis;
     Place new_p, new_m, new_v, new_left_factor, new_left_basis, new_right_factor, new_right_basis;
+};
+
+inline uint16_t* half(const Place& place, int64_t b) {
+    return place.at == nullptr ? nullptr : reinterpret_cast<uint16_t*>(place.at) + b * place.stride;
+}
+
+void widen(const uint16_t* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = uint32_t(from[i]) << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+// To the nearest, of two the even one; what is no number stays so.
+void narrow(const float* from, int64_t n, uint16_t* to) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, 4);
+        to[i] = from[i] != from[i] ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+struct Kept {  // of a side: factor and basis, and where new ones go; null where there are none
+    const float *factor, *basis;
+    float *new_factor, *new_basis;
 };
 
 inline Vec average(Vec now, Vec old, float share) { return old - (old - now) * (1 - share); }
@@ -260,29 +286,52 @@ bool is_dense(View x, int64_t n, int64_t m, float least) {
 }
 
 // The factors with x's second moments in them, x [n, m], and the bases that are in force, renewed where that is due.
-const float* turn(View x, int64_t m, const Side& side, const Place& old_factor, const Place& new_factor,
-                  const Place& old, const Place& fresh, int64_t b, bool due, const Constants& c, float* room,
+const float* turn(View x, int64_t m, const Side& side, const Kept& kept, bool due, const Constants& c, float* room,
                   float* panel) {
-    if (old_factor.at == nullptr) return nullptr;
+    if (kept.factor == nullptr) return nullptr;
     const bool dense = due && is_dense(x, side.n, m, c.least_lines);
-    if (fresh.at != nullptr && fresh.of(b) != old.of(b)) memcpy(fresh.of(b), old.of(b), 4 * side.n * side.block);
+    if (kept.new_basis != nullptr && kept.new_basis != kept.basis)
+        memcpy(kept.new_basis, kept.basis, 4 * side.n * side.block);
     for (int64_t first = 0; first < side.n; first += side.block) {
         const int64_t n = side.size(first), at = first * side.step;
         const View lines = {x.at + first * x.row, x.row, x.column};
         multiply(n, n, m, lines, lines.flip(), room, pad(n), panel);
-        update_factor(old_factor.of(b), new_factor.of(b), room, pad(n), side, first, c.factors);
+        update_factor(kept.factor, kept.new_factor, room, pad(n), side, first, c.factors);
         if (due)
-            renew_basis(new_factor.of(b) + at, old.of(b) + at, fresh.of(b) + at, n, side.line, dense, c.ridge, room,
+            renew_basis(kept.new_factor + at, kept.basis + at, kept.new_basis + at, n, side.line, dense, c.ridge, room,
                         panel);
     }
-    return due ? fresh.of(b) : old.of(b);
+    return due ? kept.new_basis : kept.basis;
+}
+
+// What `turn` works on: the places themselves, or where they are compact, `wide`, with room for twice `size` floats.
+Kept open_side(const Place& factor, const Place& basis, const Place& new_factor, const Place& new_basis, int64_t b,
+               int64_t size, bool compact, float* wide) {
+    if (!compact || factor.at == nullptr) return {factor.of(b), basis.of(b), new_factor.of(b), new_basis.of(b)};
+    widen(half(factor, b), size, wide);
+    widen(half(basis, b), size, wide + size);
+    return {wide, wide + size, wide, wide + size};
+}
+
+void close_side(const Kept& kept, const Place& new_factor, const Place& new_basis, int64_t b, int64_t size,
+                bool compact) {
+    if (!compact || kept.factor == nullptr) return;
+    narrow(kept.new_factor, size, half(new_factor, b));
+    if (new_basis.at != nullptr) narrow(kept.new_basis, size, half(new_basis, b));
+}
+
+// Floats that both sides of a tensor need for that.
+int64_t count_wide(const Tensor& t) {
+    const int64_t left = t.left_factor.at == nullptr ? 0 : t.rows * t.left_block;
+    const int64_t right = t.right_factor.at == nullptr ? 0 : t.columns * t.right_block;
+    return t.is_compact ? 2 * (left + right) : 0;
 }
 
 void step_rotated(const Tensor& t, int64_t b, const Number& number, const Constants& c, float* products, float* work,
                   float* panel) {
     const int64_t R = t.rows, C = t.columns, ld = pad(C), n = R * C;
     // Lines of gradient and momentum alternate, so that both are rotated by the same products: [R, 2 ld] or [2 R, ld].
-    float *x = work, *y = work + 2 * R * ld, *room = work + 4 * R * ld;
+    float *x = work, *y = work + 2 * R * ld, *wide = work + 4 * R * ld, *room = wide + count_wide(t);
     const float *g = t.g.of(b), *m = t.m.of(b);
     float* new_m = t.new_m.of(b);
     for (int64_t i = 0; i < R; i++)
@@ -295,10 +344,16 @@ void step_rotated(const Tensor& t, int64_t b, const Number& number, const Consta
         }
     const View gradient = {x, 2 * ld, 1};
     const Side rows = Side::of_rows(t), columns = Side::of_columns(t);
-    const float* left = turn(gradient, C, rows, t.left_factor, t.new_left_factor, t.left_basis, t.new_left_basis, b,
-                             number.due, c, room, panel);
-    const float* right = turn(gradient.flip(), R, columns, t.right_factor, t.new_right_factor, t.right_basis,
-                              t.new_right_basis, b, number.due, c, room, panel);
+    const bool compact = t.is_compact;
+    const int64_t above = t.left_factor.at == nullptr ? 0 : R * t.left_block, beside = C * t.right_block;
+    const Kept over = open_side(t.left_factor, t.left_basis, t.new_left_factor, t.new_left_basis, b, above, compact,
+                                wide);
+    const Kept next = open_side(t.right_factor, t.right_basis, t.new_right_factor, t.new_right_basis, b, beside,
+                                compact, wide + 2 * above);
+    const float* left = turn(gradient, C, rows, over, number.due, c, room, panel);
+    const float* right = turn(gradient.flip(), R, columns, next, number.due, c, room, panel);
+    close_side(over, t.new_left_factor, t.new_left_basis, b, above, compact);
+    close_side(next, t.new_right_factor, t.new_right_basis, b, beside, compact);
     if (left != nullptr) {
         for (int64_t i = 0; i < R; i += rows.block)
             multiply(rows.size(i), 2 * ld, rows.size(i), View{left + i * rows.step, rows.line, 1}.flip(),
@@ -360,7 +415,8 @@ int64_t lopt_work(const Tensor* tensors, int64_t count, int64_t) {
         const int64_t left = tensors[i].left_factor.at == nullptr ? 0 : tensors[i].left_block;
         const int64_t right = tensors[i].right_factor.at == nullptr ? 0 : tensors[i].right_block;
         const int64_t n = left > right ? left : right;
-        const int64_t need = n > 0 ? 4 * rows * pad(columns) + 4 * n * (pad(n) + 1) + 2 * PANEL * pad(n) : 0;
+        const int64_t turning = 4 * n * (pad(n) + 1) + 2 * PANEL * pad(n) + count_wide(tensors[i]);
+        const int64_t need = n > 0 ? 4 * rows * pad(columns) + turning : 0;
         most = need > most ? need : most;
     }
     return KC * NR + most;

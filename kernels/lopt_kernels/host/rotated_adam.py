@@ -26,6 +26,7 @@ class Item(NamedTuple):
 
     Attributes:
         is_matrix: it decays.
+        is_compact: factors and bases are bfloat16.
         blocks: how many rows, and how many columns, have a basis together.
         tensors: g, p, m, v, left factor and basis, right factor and basis, and new ones of all but g. None: there is
             no such factor; of new bases, they are not written, as nothing is due.
@@ -35,6 +36,7 @@ class Item(NamedTuple):
     rows: int
     columns: int
     is_matrix: bool
+    is_compact: bool
     blocks: tuple[int, int]
     tensors: Sequence[Tensor | None]
     lr: float
@@ -70,8 +72,8 @@ class HostStep:
         self.library, self.items, self.constants = library, items, array("f", constants)
         self.shape = (1 if batch is None else batch, len(items))
         numbers: list[int] = []
-        for rows, columns, is_matrix, blocks, tensors, *_ in items:
-            numbers += (rows, columns, is_matrix, *blocks)
+        for rows, columns, is_matrix, is_compact, blocks, tensors, *_ in items:
+            numbers += (rows, columns, is_matrix, *blocks, is_compact)
             for x in tensors:
                 numbers += (0, 0) if x is None else (x.data_ptr(), 0 if batch is None else x.stride(0))
         self.table = array("q", numbers)

@@ -268,8 +268,12 @@ def expose_in_place(
     params: Sequence[Tensor], grads: Sequence[Tensor], accs: Sequence[Accumulators], update: ParameterUpdate
 ) -> list[Memory] | None:
     """The memory of parameters, which is written to itself; see `Steppable.expose`."""
-    everything = (x for p, g, acc in zip(params, grads, accs, strict=True) for x in (p, g, *acc.values()))
-    if not update.is_simple or not are_plain(everything):
+    state = (x for acc in accs for x in acc.values())
+    if (
+        not update.is_simple
+        or not are_plain([*params, *grads])
+        or not are_plain(state, dtypes=(torch.float32, torch.bfloat16))
+    ):
         return None
     grads = [-g for g in grads] if update.maximize else grads
     lr, decay = float(update.lr), float(update.decay)

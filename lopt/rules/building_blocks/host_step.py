@@ -25,6 +25,7 @@ from lopt.rules.stages import Accumulators, AllTensors, Memory, Steppable
 
 KEYS = ("m", "v", "left_factor", "left_basis", "right_factor", "right_basis")
 BASES = ("left_basis", "right_basis")
+LINES = ("left_factor", "right_factor", *BASES)
 ROWS = ("scale", "gain", "averages", "measured", "loss_mean")
 Deciding = tuple[float, float, float, int, int]
 """The rule's SMALLEST_SCALE, SCALE_OF_ZERO and LEAST_ACTIVE, every how many steps bases are renewed, and EAGER."""
@@ -120,7 +121,8 @@ def _describe(layout: Layout, memory: Memory, max_side: int) -> Item:
     rows, columns = (layout.shape[0], prod(layout.shape[1:])) if matrix else (1, prod(layout.shape))
     tensors = [g, p, *map(acc.get, KEYS), new_p, *(new_acc.get(key) for key in KEYS)]
     blocks = (find_block(rows, max_side), find_block(columns, max_side))
-    return Item(rows, columns, matrix, blocks, tensors, lr, weight_decay)
+    compact = any(acc[key].dtype is torch.bfloat16 for key in LINES if key in acc)
+    return Item(rows, columns, matrix, compact, blocks, tensors, lr, weight_decay)
 
 
 @lru_cache(maxsize=64)
