@@ -160,23 +160,25 @@ def show(comparisons: Sequence[Comparison], folder: Path, console: Console, comm
 
 
 def open_rule(name: str) -> tuple[Path, Rule, dict[str, Any]]:
-    """A rule from a shipped name, a file, a run's folder or the name of an untrained one: a path to name it by, the
-    rule and its card.
+    """A rule from a shipped name, a file, an address on the hub, a run's folder or the name of an untrained one: a path
+    to name it by, which on the hub is no file, the rule and its card.
 
     A card that is not understood is left out, with a note.
     """
     from lopt.evaluation.settings import read_card
     from lopt.rules import RULES
+    from lopt.rules.files import load_with_card
+    from lopt.rules.hub import is_address, parse_address
 
-    path = Path(name)
-    if path.is_dir():
+    path = Path(parse_address(name).repository if is_address(name) else name)
+    if path.is_dir() and not is_address(name):
         path = path / "rule.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"there is no rule in the folder {name} (no rule.safetensors)")
         name = str(path)
     if name in RULES and name not in lopt.list_rules() and not path.exists():
         return path, RULES[name](), {}
-    rule, card = lopt.load(name), lopt.load_card(name)
+    rule, card = load_with_card(name)
     try:
         read_card(card)
     except ValueError as error:

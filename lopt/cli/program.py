@@ -1,4 +1,4 @@
-"""The program: `lopt demo | train | sweep | eval | portfolio | import | list | inspect | report`. Wiring only.
+"""The program `lopt`: demo, train, sweep, eval, portfolio, import, export, push, list, inspect, report. Wiring only.
 
 A command is a file in `lopt/cli/commands`. What is heavy (torch, matplotlib, the rules) they import when they run, so
 that `lopt --help` answers at once.
@@ -20,6 +20,7 @@ from lopt.cli.commands.import_rule import import_weights
 from lopt.cli.commands.inspect_rule import show_rule
 from lopt.cli.commands.list import list_kinds
 from lopt.cli.commands.portfolio import learn_portfolio
+from lopt.cli.commands.push import export_folder, push_rule
 from lopt.cli.commands.report import report_run
 from lopt.cli.commands.sweep import sweep_settings
 from lopt.cli.commands.train import train_rule
@@ -40,6 +41,8 @@ for command in (
     learn_portfolio,
     run_demo,
     import_weights,
+    export_folder,
+    push_rule,
     list_kinds,
     show_rule,
     report_run,

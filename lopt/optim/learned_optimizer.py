@@ -34,7 +34,7 @@ from lopt.optim.state_dict import check_parts, derive_seed, init_state, match_st
 from lopt.optim.torch_backend.step import check_finite
 from lopt.optim.units import Record, Unit, make_members
 from lopt.rules import Rule
-from lopt.rules.files import find_longest_run, fingerprint, load, load_card
+from lopt.rules.files import find_longest_run, fingerprint, load_with_card
 from lopt.rules.programs.registry import find_obstacle
 
 DEFAULT_RULE = "lopt-base"
@@ -62,7 +62,7 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: as for any torch optimizer: tensors, (name, tensor) pairs or groups with options of their own. Rules
             that route by name (celo2: embeddings go to AdamW) need the names.
-        rule: a `Rule` (copied), a shipped name (`lopt.list_rules()`; by default lopt-base) or a rule file's path.
+        rule: a `Rule` (copied), or what `lopt.load` takes: a shipped name (lopt-base), a file's path, hf://owner/name.
         lr: factor on the learned step; 1 is as learned. A number or one-element tensor, so that schedulers work.
         weight_decay: decoupled, as in AdamW.
         num_steps: how many steps are planned, those before a resume included; rules that adapt to the share of training
@@ -89,7 +89,7 @@ class LearnedOptimizer(Optimizer):
     Raises:
         TypeError: `params` or `rule` are something else.
         ValueError: an option out of range or missing, no parameters, or a rule that cannot be loaded.
-        FileNotFoundError: there is no such rule file.
+        FileNotFoundError, ConnectionError: there is no such rule file, or the hub is out of reach.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LearnedOptimizer(Optimizer):
         self._given = rule
         if not isinstance(rule, Rule):
             source = DEFAULT_RULE if rule is None else rule
-            rule, self.horizon = load(source), find_longest_run(load_card(source))
+            rule, self.horizon = _load(source)
         self.rule = freeze_rule(rule)
         self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
         if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
@@ -340,6 +340,12 @@ class LearnedOptimizer(Optimizer):
         seed = derive_seed(name, p, self.param_groups) if rounded else None
         with torch.no_grad():
             return init_state(rule, p, seed, self.guard is not None, self.state_dtype, self.param_groups)
+
+
+def _load(source: str | os.PathLike[str]) -> tuple[Rule, int | None]:
+    """The rule, and the steps of its longest run if its card tells."""
+    rule, card = load_with_card(source)
+    return rule, find_longest_run(card)
 
 
 def _is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:

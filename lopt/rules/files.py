@@ -23,6 +23,7 @@ from lopt.core.names import suggest
 from lopt.core.schema import conform, list_options
 from lopt.core.tensors import Params
 from lopt.rules import BOUND_RULES, RULES, Rule
+from lopt.rules.hub import fetch_rule, is_address
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 PREFIX = "rule."
@@ -61,15 +62,23 @@ def save(rule: Rule, path: str | os.PathLike[str], card: Mapping[str, Any] | Non
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Rule:
-    """The rule of a shipped name (`list_rules()`) or of a rule file, also of a stranger's: nothing in it is executed.
+    """The rule of a shipped name (`list_rules()`), of a rule file, or on the Hugging Face Hub (`hf://owner/name`, or
+    `hf://owner/name@revision`), also of a stranger's: nothing in it is executed.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or no such rule on the hub.
         ValueError: no shipped rule of that name; not a rule file, or a damaged one, or one of a newer lopt; a rule,
             configuration or tensor that this lopt does not know, numbers that are not finite, steps that fail, or a
             card that is none.
+        ConnectionError: the hub is out of reach, and there is no copy.
+        ImportError: huggingface_hub, which reads `hf://`, is not installed.
     """
-    path = _find(name_or_path)
+    return load_with_card(name_or_path)[0]
+
+
+def load_with_card(name_or_path: str | os.PathLike[str]) -> tuple[Rule, dict[str, Any]]:
+    """What `load` and `load_card` return, of one state of the file or the repository. Raises as `load` does."""
+    path = find_file(name_or_path)
     about, tensors = read_file(path, "rule")
     _check_card(about.get("card", {}), path)
     numbers = sum(value.numel() for value in tensors.values())
@@ -77,15 +86,15 @@ def load(name_or_path: str | os.PathLike[str]) -> Rule:
     _check_weights(rule, tensors, str(path))
     rule.load_state_dict({name.removeprefix(PREFIX): value for name, value in tensors.items()})
     _try_steps(rule, str(path))
-    return rule
+    return rule, _make_printable(about.get("card", {}))
 
 
 def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The training card of a shipped rule or rule file, `{}` if it has none. Raises as `load` does for the file.
+    """The training card of what `load` takes, `{}` if it has none. Raises as `load` does for the file.
 
     Texts in it may be shown: control sequences have become escapes (`make_printable`).
     """
-    path = _find(name_or_path)
+    path = find_file(name_or_path)
     card = read_file(path, "rule")[0].get("card", {})
     _check_card(card, path)
     shown: dict[str, Any] = _make_printable(card)
@@ -115,20 +124,10 @@ def list_rules() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
-def fingerprint(rule: Rule) -> str:
-    """16 hex digits of the sha256 of the rule's name, configuration and meta-weights.
-
-    Equal rules have equal fingerprints on all machines; caches and results name a rule by it.
-    """
-    digest = sha256(json.dumps([rule.name, rule.config], sort_keys=True).encode())
-    for name, value in sorted(rule.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-        digest.update(copy_to_host(value).reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _find(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a shipped name or a path."""
+def find_file(name_or_path: str | os.PathLike[str]) -> Path:
+    """The rule file of what `load` takes; one on the hub is fetched, and lies in a folder named after its commit."""
+    if isinstance(name_or_path, str) and is_address(name_or_path):
+        return fetch_rule(name_or_path)
     if not isinstance(name_or_path, (str, os.PathLike)):
         is_class = isinstance(name_or_path, type)
         found = f"the class {name_or_path.__name__}: make one of it" if is_class else f"a {type(name_or_path).__name__}"
@@ -141,6 +140,18 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
         suggestion = suggest(str(name_or_path), list_rules())
         raise ValueError(f"no shipped rule is called {name_or_path!r}. {suggestion}. To load a file, give its path.")
     return path
+
+
+def fingerprint(rule: Rule) -> str:
+    """16 hex digits of the sha256 of the rule's name, configuration and meta-weights.
+
+    Equal rules have equal fingerprints on all machines; caches and results name a rule by it.
+    """
+    digest = sha256(json.dumps([rule.name, rule.config], sort_keys=True).encode())
+    for name, value in sorted(rule.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(copy_to_host(value).reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _build(name: Any, config: Any, where: str, numbers: int) -> Rule:
