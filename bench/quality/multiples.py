@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.quality.departures import Axis
 from lopt.evaluation.behaviour.panels import name_curves
-from lopt.evaluation.report.curves import DEFAULT_STYLE, LIGHT, STYLES
+from lopt.evaluation.report.looks import DEFAULT_STYLE, LIGHT, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,7 @@
 """What an evaluation found, as plain data that reports, tables and other programs read, and its JSON.
 
-Nothing here computes with tensors or knows how it will be shown. A number that is not finite is None everywhere, as
-JSON has no other way to say it.
+Nothing here computes with tensors; how it is shown is the affair of `lopt.evaluation.report`. A number that is not
+finite is None everywhere, as JSON has no other way to say it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopt.core.documents import read_json
 from lopt.core.schema import conform
 from lopt.evaluation.baselines import Tuned
 from lopt.evaluation.statistics import Ratio, Summary, summarize
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from lopt.evaluation.report.figure import Picture
 
 FORMAT = 1
 FIGURES = {"final": "final loss", "mean": "mean loss", "test_error": "test error"}
@@ -160,6 +165,8 @@ class Comparison:
         contests: every learned rule against every other entry.
         tuned: the searches behind the tuned entries.
         environment: versions and threads.
+        about: what the subject is, in a line; "" if nobody says.
+        source: what `rule=` of an optimizer takes to load it: a name or a path; "" if it is nowhere.
     """
 
     title: str
@@ -174,6 +181,8 @@ class Comparison:
     contests: list[Contest]
     tuned: list[Tuned]
     environment: dict[str, str]
+    about: str = ""
+    source: str = ""
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -220,20 +229,77 @@ class Comparison:
         bar = self.find_bar(figure)
         return None if bar is None else self.find_contest(figure, bar.label)
 
-    def list_losses(self) -> list[Contest]:
-        """Where the subject is worse than a tuned or default baseline: a report says so before anything else is
-        claimed.
+    def list_contests(self, figure: str) -> list[Contest]:
+        """The subject against all tuned and default baselines.
 
+        Args:
+            figure: one of `FIGURES`.
         Returns:
-            Contests by figure in the order of `FIGURES`, within a figure the worst ratio first, clear or not.
+            The worst ratio first, clear or not; nothing where the task has no such figure.
         """
         baselines = {e.label for e in self.entries if e.kind != "learned"}
-        mine = [c for c in self.contests if c.label == self.subject.label and c.against in baselines]
-        order = list(FIGURES)
-        return sorted(
-            (c for c in mine if c.lost),
-            key=lambda c: (order.index(c.figure), -(c.ratio.value or float("inf"))),
-        )
+        mine = [c for c in self.contests if c.label == self.subject.label and c.figure == figure]
+        return sorted((c for c in mine if c.against in baselines), key=lambda c: -(c.ratio.value or float("inf")))
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.title!r}: {', '.join(entry.label for entry in self.entries)})"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, width: int = 120) -> str:
+        """The table that `lopt eval` prints, below it the verdict and where the rule is worse.
+
+        Args:
+            width: in characters; columns that do not fit are left out from the right.
+        Raises:
+            ImportError: rich is missing.
+        """
+        from lopt.evaluation.report.page import write_table
+
+        return write_table(self, width)
+
+    def plot(self, *, dark: bool = False) -> Picture:
+        """The curves of all optimizers, with names and losses at their ends, as a figure of matplotlib's.
+
+        A notebook shows it; `savefig` writes it in any format.
+
+        Args:
+            dark: for dark pages.
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from lopt.evaluation.report.curves import draw_curves
+
+        return draw_curves([self], dark=dark)
+
+    def to_pandas(self) -> DataFrame:
+        """All figures, one row for each optimizer and held-out task.
+
+        Returns:
+            Columns: `optimizer`, `kind` ("learned", "tuned" or "default"), `task` (from 0), `final` and `mean` (the two
+            losses), and `test_error` where the task has an accuracy. What is not finite is NaN.
+        Raises:
+            ImportError: pandas is missing, which lopt does not need otherwise.
+        """
+        try:
+            import pandas
+        except ImportError as missing:
+            raise ImportError(f"to_pandas needs pandas, which lopt does not bring along ({missing})") from missing
+
+        rows = [
+            {"optimizer": entry.label, "kind": entry.kind, "task": task}
+            | {figure: getattr(entry.pick(figure), figure)[task] for figure in FIGURES if entry.summarize(figure)}
+            for entry in self.entries
+            for task in range(self.num_seeds)
+        ]
+        frame = pandas.DataFrame(rows)
+        return frame.astype({figure: float for figure in FIGURES if figure in frame})
+
+    def _repr_html_(self) -> str:
+        from lopt.evaluation.report.page import render_table
+
+        return render_table(self)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as dicts, lists, texts and numbers without NaN or infinity, as the JSON of an evaluation holds it;

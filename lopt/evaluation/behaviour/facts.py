@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SHAPES = ((4096,), (64, 64), (1024, 1024))
 MAX_LISTED = 40
 """Names that are listed one by one, and entries of a card."""
+MAX_TASKS = 160
+"""Characters of a line on what a rule was trained on."""
 MAX_TEXT = 2000
 """Characters of one of them."""
 
@@ -53,6 +55,24 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
         "open_ended": rule.open_ended,
         "features": list(rule.feature_names),
     }
+
+
+def describe_rule(rule: Rule, card: Mapping[str, Any]) -> str:
+    """What a rule is, in a line that needs no more: its kind and size, what it reads, and what it was trained on.
+
+    Args:
+        card: of the rule, or an empty one; texts in it are shortened.
+    """
+    facts = gather_facts(rule)
+    reads = ["gradients", *["the training loss"] * facts["needs_loss"]]
+    reads += ["the planned length"] * (facts["needs_num_steps"] or facts["open_ended"])
+    tasks, longest = card.get("tasks"), card.get("longest_run")
+    trained = f", meta-trained on {make_printable(str(tasks), MAX_TASKS)}" if tasks else ""
+    steps = f" (runs of up to {longest} steps)" if trained and isinstance(longest, int) else ""
+    return (
+        f"a rule of kind '{rule.name}': {facts['meta_weights']:,} learned numbers that read {' and '.join(reads)}, "
+        f"{facts['state_bytes_per_parameter']:g} bytes of state per parameter{trained}{steps}"
+    )
 
 
 def _measure_state(rule: Rule, shape: tuple[int, ...]) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt.evaluation.report.curves import Theme, spread_labels
+from lopt.evaluation.report.looks import Theme, spread_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,7 +30,7 @@ from lopt.evaluation.behaviour.panels import (
     start_figure,
 )
 from lopt.evaluation.behaviour.probes import DRAWS, SIZES, Portrait
-from lopt.evaluation.report.curves import LIGHT, Theme
+from lopt.evaluation.report.looks import LIGHT, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,10 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from lopt.core.files import write_atomic
-from lopt.evaluation.report.curves import DARK, LIGHT, OTHER_STYLES, STYLES, Theme
 from lopt.evaluation.report.html import encode_picture, load_template
-from lopt.evaluation.report.page import NONE, Cell, count_noun, format_number, format_percent
+from lopt.evaluation.report.looks import DARK, LIGHT, OTHER_STYLES, STYLES, Theme
+from lopt.evaluation.report.numbers import NONE, count_noun, format_number, format_percent
+from lopt.evaluation.report.tables import Cell
 from lopt.evaluation.suites import find_task
 from lopt.evaluation.suites.archive import NUM_SEEDS
 from lopt.evaluation.suites.figures import WORSE, Interval, Row, Standing, SuiteResult, list_worst
