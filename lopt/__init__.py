@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from lopt.core.version import VERSION as __version__
+    from lopt.evaluation.judging import evaluate
+    from lopt.meta.runs.training import TrainedRule, train
     from lopt.meta.trainer.trainer import Trainer
     from lopt.optim.adaptation import adapt, adapt_all
     from lopt.optim.learned_optimizer import LearnedOptimizer
@@ -23,31 +25,37 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LearnedOptimizer",
+    "TrainedRule",
     "Trainer",
     "__version__",
     "adapt",
     "adapt_all",
     "choose",
+    "evaluate",
     "group_parameters",
     "list_rules",
     "load",
     "load_card",
     "load_portfolio",
     "save",
+    "train",
 ]
 
 _HOMES = {
     "LearnedOptimizer": "lopt.optim.learned_optimizer",
+    "TrainedRule": "lopt.meta.runs.training",
     "Trainer": "lopt.meta.trainer.trainer",
     "adapt": "lopt.optim.adaptation",
     "adapt_all": "lopt.optim.adaptation",
     "choose": "lopt.optim.portfolio.choosing",
+    "evaluate": "lopt.evaluation.judging",
     "group_parameters": "lopt.optim.param_groups",
     "list_rules": "lopt.rules.files",
     "load": "lopt.rules.files",
     "load_card": "lopt.rules.files",
     "load_portfolio": "lopt.optim.portfolio.files",
     "save": "lopt.rules.files",
+    "train": "lopt.meta.runs.training",
 }
 
 

@@ -26,9 +26,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bench import setting
 from bench.quality.departures import AXES, BASES, Axis, Program
 from bench.quality.multiples import draw_multiples
-from lopt.cli.console import RUNS, open_rule
+from lopt.cli.console import RUNS
 from lopt.cli.suites import count_workers, tell_runs
 from lopt.core.names import choose
+from lopt.evaluation.judging import open_rule
 from lopt.evaluation.settings import read_card
 from lopt.evaluation.suites.archive import Archive
 from lopt.evaluation.suites.contenders import COSINE, DEFAULT, rate

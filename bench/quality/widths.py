@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 
 from bench import setting
-from lopt.cli.console import open_rule
 from lopt.evaluation.baselines import Grid, Tuning
 from lopt.evaluation.comparison import DEFAULT_LABEL, compare
+from lopt.evaluation.judging import open_rule
 from lopt.evaluation.report.curves import plot_curves
 from lopt.evaluation.results import Comparison
 from lopt.rules import Rule

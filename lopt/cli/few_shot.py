@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lopt.cli.console import RUNS, make_folder, say
+from lopt.cli.console import RUNS, make_folder
+from lopt.core.printing import say
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 import lopt
-from lopt.cli.console import make_folder, say
-from lopt.cli.progress import PlainProgress
+from lopt.cli.console import make_folder
+from lopt.core.printing import say
 from lopt.meta.runs.lock import hold_folder
+from lopt.meta.runs.progress import PlainProgress
 
 if TYPE_CHECKING:
     from lopt.evaluation.suites.figures import SuiteResult

@@ -271,7 +271,7 @@ class Comparison:
         """
         from lopt.evaluation.report.curves import draw_curves
 
-        return draw_curves([self], dark=dark)
+        return draw_curves([self], dark=dark, dpi=110)
 
     def to_pandas(self) -> DataFrame:
         """All figures, one row for each optimizer and held-out task.

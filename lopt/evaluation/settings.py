@@ -13,7 +13,7 @@ from lopt.core.schema import conform
 from lopt.evaluation.results import Comparison
 from lopt.evaluation.statistics import Summary
 from lopt.meta.config.build import build
-from lopt.meta.config.overrides import apply_changes, parse_override
+from lopt.meta.config.overrides import Change, apply_changes, parse_override
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.settings import Setting, list_settings
 from lopt.tasks import TASKS
@@ -90,15 +90,15 @@ class UnclearTask(ValueError):
 
 
 def choose_settings(
-    card: Card, task: str | None = None, overrides: Sequence[str] = (), steps: Sequence[int] = ()
+    card: Card, task: str | None = None, overrides: Sequence[str | Change] = (), steps: Sequence[int] = ()
 ) -> list[Setting]:
     """What a rule is judged on: what is asked for, and where nothing is, all that its training card names.
 
     Args:
         card: of the rule; its configuration says which families the rule was trained on.
         task: a family; None takes the trained ones, of which `overrides` can change only one.
-        overrides: options of the family as texts `KEY=VALUE`, on top of its defaults, or of the trained options; see
-            `lopt.meta.config.overrides`.
+        overrides: options of the family as texts `KEY=VALUE`, or keys with values, on top of its defaults or of the
+            trained options; see `lopt.meta.config.overrides`.
         steps: lengths of the runs; without them the family's horizon.
     Returns:
         Settings with titles where they are the card's, otherwise without one, for every family and length.
@@ -107,7 +107,7 @@ def choose_settings(
         ValueError: an unknown family or option, or a value that does not fit.
     """
     if task is None and card.config is None:
-        raise UnclearTask("has no training card that names a task; give --task")
+        raise UnclearTask("has no training card that names a task; give --task, or from Python task=")
     trained = card.config.list_families() if card.config else []
     if card.config and not (task or overrides or steps):
         return list_settings(card.config)
@@ -118,7 +118,7 @@ def choose_settings(
         return [Setting(None, source.build_task(), num_steps) for source in trained for num_steps in steps]
     options = {"name": task} if task or not trained else dict(trained[0].task)
     asked = {"task": options}
-    apply_changes(asked, [parse_override(text) for text in overrides])
+    apply_changes(asked, [parse_override(change) if isinstance(change, str) else change for change in overrides])
     if others := sorted(asked.keys() - {"task"}):
         raise ValueError(
             f"judging reads the options of a task alone, got {others[0]}: give task.{others[0]} if that is what is "

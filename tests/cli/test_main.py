@@ -15,6 +15,7 @@ import lopt
 from lopt.cli.program import cli
 from lopt.meta.trainer.checkpoint import PREVIOUS
 from lopt.meta.trainer.ranks import FailedLead, LostRank
+from lopt.meta.trainer.trainer import Interrupted
 from lopt.rules import RULES
 
 TINY = """
@@ -222,7 +223,7 @@ def test_errors_of_other_processes_are_one_line_too(  # type: ignore[no-untyped-
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lopt.meta.runs.folder.open_run", fail)
+    monkeypatch.setattr("lopt.meta.runs.training.open_run", fail)
     result = run("train", "tiny.toml")
     assert (result.status, result.err.strip()) == (status, words)
 
@@ -375,11 +376,33 @@ def test_a_run_that_never_improves_says_so_in_a_line(run) -> None:  # type: igno
     assert warnings.formatwarning(UserWarning("so"), UserWarning, "file", 3) == "lopt: note: so\n"
 
 
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("lopt.cli.commands.demo.show_shipped", KeyboardInterrupt()),
+        ("lopt.meta.runs.training.run_trainer", Interrupted()),
+    ],
+)
+def test_a_demo_that_is_stopped_names_the_command_that_goes_on(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lopt.cli.commands.demo.show_shipped", lambda *_: None)
+    monkeypatch.setattr(what, stop)
+    for folder, again in ((), "lopt demo"), (("--out", "d e"), "lopt demo --out 'd e'"):
+        result = run("demo", *folder)
+        assert result.status == 130
+        assert result.out.splitlines()[-1].endswith(f"go on with: {again}")
+
+
 @pytest.mark.slow
 def test_demo_goes_the_whole_way(run) -> None:  # type: ignore[no-untyped-def]
     changes = ["trainer.steps=3", "trainer.validation_tasks=2", "trainer.validation_steps=10", "evaluation.seeds=2"]
     result = run("demo", *(part for change in changes for part in ("--set", change)))
     assert result.status == 0, result.err
+    assert "ends at a lower training loss than AdamW as it comes on 3 of 3" in result.out
     assert "test accuracy" in result.out
-    for name in ("report.html", "curves-1.png", "evaluation.json", "rule.safetensors"):
+    for name in ("first.png", "report.html", "curves-1.png", "evaluation.json", "rule.safetensors"):
         assert (Path("runs/demo") / name).stat().st_size > 0

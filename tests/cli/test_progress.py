@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from training_cases import TINY, make_config
 
-from lopt.cli import progress
-from lopt.cli.progress import PlainProgress
 from lopt.cli.sweep.sweep import Sweep, SweepState
 from lopt.cli.sweep.trials import Trial
+from lopt.meta.runs import progress
+from lopt.meta.runs.progress import PlainProgress
 
 
 def make_console(**options: Any) -> Console:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from lopt.cli.console import ARCHIVE, RUNS, compare_all, make_folder, open_rule, show
+from lopt.cli.console import ARCHIVE, RUNS, make_folder, show
 from lopt.cli.few_shot import parse_numbers
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def judge_rule(
     **options: Any,
 ) -> None:
     """Compare RULE with learning-rate-tuned optimizers on held-out tasks; tables, pictures, one HTML page."""
+    from lopt.evaluation.judging import open_rule
+
     own = {name: options.pop(name) for name in ("tasks", "lr", "without", "against", "workers")}
     options["steps"] = tuple(parse_numbers("--steps", options["steps"]))
     if shots:
@@ -105,6 +107,7 @@ def _judge_on_shots(
     **others: Any,
 ) -> None:
     from lopt.cli.few_shot import TASKS, judge_few_shots
+    from lopt.evaluation.judging import open_rule
 
     if suite or seeds or archive or any(others.values()) or criterion != "final":
         raise click.UsageError("with --shots give --steps, --tasks, --seed, --out and --json alone")
@@ -135,6 +138,8 @@ def _judge_on_tasks(
 ) -> None:
     from lopt.core.names import choose
     from lopt.evaluation.baselines import BASELINES
+    from lopt.evaluation.behaviour.facts import describe_rule
+    from lopt.evaluation.judging import count_seeds, judge, name_source
     from lopt.evaluation.settings import UnclearTask, choose_settings, read_card
     from lopt.meta.config.settings import check_label
     from lopt.meta.runs.folder import read_command, slugify
@@ -156,15 +161,17 @@ def _judge_on_tasks(
     make_folder(archive)
 
     console = Console(stderr=as_json)
-    comparisons = compare_all(
+    comparisons = judge(
         {label: learned},
         settings,
         console,
-        num_seeds=seeds or (card.config.evaluation.seeds if card.config else 20),
+        num_seeds=seeds or count_seeds(card),
         seed=seed,
         baselines=names,
         criterion=criterion,
         archive=archive,
+        about=describe_rule(learned, content),
+        source=name_source(rule, path),
     )
     show(comparisons, out, console, read_command())
     if as_json:
@@ -187,6 +194,7 @@ def _judge_on_suite(
     **options: Any,
 ) -> None:
     from lopt.cli.suites import count_workers, judge_on_suite
+    from lopt.evaluation.judging import open_rule
     from lopt.evaluation.suites.judging import Entrant
     from lopt.evaluation.suites.work import read_share
     from lopt.meta.runs.folder import read_command, slugify

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lopt.cli.console import RUNS, make_folder, open_rule, say
+from lopt.cli.console import RUNS, make_folder
+from lopt.core.printing import say
 
 
 @click.command(name="inspect", short_help="Show what a rule is and does, and how it was trained.")
@@ -24,6 +25,7 @@ def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool)
     from lopt.evaluation.behaviour.facts import find_horizon, gather_facts, print_facts
     from lopt.evaluation.behaviour.pictures import write_portrait
     from lopt.evaluation.behaviour.probes import probe_rule
+    from lopt.evaluation.judging import open_rule
     from lopt.meta.runs.folder import slugify
 
     path, learned, card = open_rule(rule)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from lopt.cli.console import RUNS, make_folder, say
+from lopt.cli.console import RUNS, make_folder
+from lopt.core.printing import say
 
 if TYPE_CHECKING:
     from lopt.optim.portfolio.files import Portfolio

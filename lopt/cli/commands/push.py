@@ -7,8 +7,6 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from lopt.cli.console import open_rule
-
 LICENCE = "Of the weights, such as MIT [default: what the card says]."
 
 
@@ -19,6 +17,7 @@ LICENCE = "Of the weights, such as MIT [default: what the card says]."
 @click.option("--force", is_flag=True, help="Overwrite what is in FOLDER.")
 def export_folder(rule: str, folder: Path, licence: str | None, force: bool) -> None:
     """Write RULE (a shipped name, a file, a run's folder or hf://OWNER/NAME) and a page about it into FOLDER."""
+    from lopt.evaluation.judging import open_rule
     from lopt.evaluation.report.model_card import export_rule
 
     _, learned, card = open_rule(rule)
@@ -37,6 +36,7 @@ def push_rule(rule: str, repository: str, licence: str | None, private: bool, me
 
     Needs the extra `hub` and a token, from `hf auth login` or HF_TOKEN.
     """
+    from lopt.evaluation.judging import open_rule
     from lopt.evaluation.report.model_card import export_rule
     from lopt.rules.hub import SCHEME, parse_address, push_folder
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lopt.cli.console import say, show
+from lopt.cli.console import show
+from lopt.core.printing import say
 
 
 @click.command(name="report", short_help="Say how healthy a run is; write its page again.")

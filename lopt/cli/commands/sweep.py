@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from lopt.cli.console import RUNS, say
+from lopt.cli.console import RUNS
+from lopt.core.printing import say
 
 if TYPE_CHECKING:
     from lopt.cli.sweep.sweep import Sweep
@@ -88,8 +89,8 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
         workers: processes at a time; no more are started than there are trials.
         console: for people; results for programs are in the sweep's folder.
     """
-    from lopt.cli.progress import PlainProgress
     from lopt.cli.sweep.sweep import print_trials
+    from lopt.meta.runs.progress import PlainProgress
     from lopt.meta.trainer.trainer import UNTRAINED, Interrupted
 
     trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))

@@ -58,8 +58,8 @@ def train_rule(
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET (see `lopt list presets`) or a TOML file, and judge it."""
-    from lopt.meta.config.load import load_config, parse_config
-    from lopt.meta.runs.folder import open_run, resume_run, slugify
+    from lopt.meta.runs.folder import resume_run, slugify
+    from lopt.meta.runs.training import open_training
     from lopt.meta.trainer.ranks import join_ranks
 
     # Anything wrong with what was given is said before processes join each other or a folder is made.
@@ -77,9 +77,9 @@ def train_rule(
             if resume is not None:
                 config, trainer = resume_run(resume, ranks, device, held)
             else:
-                # Rank 0 reads the files for all: other hosts may not have them.
-                config = parse_config(ranks.lead(lambda: load_config(str(preset), changes).to_dict()))
-                trainer = open_run(config, out or RUNS / slugify(config.name), ranks, held)
+                config, trainer = open_training(
+                    str(preset), changes, lambda config: out or RUNS / slugify(config.name), ranks, held
+                )
             if evaluate:
                 ranks.lead(lambda: make_folder(ARCHIVE))
             console = Console(stderr=as_json, quiet=not ranks.leads)

@@ -16,7 +16,7 @@ from lopt.evaluation.settings import Card, Losses, read_card
 from lopt.meta.trainer.log import flatten_dict
 from lopt.meta.unroll.horizons import Constant
 from lopt.rules import Rule
-from lopt.rules.files import fingerprint
+from lopt.rules.files import find_longest_run, fingerprint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ SHAPES = ((4096,), (64, 64), (1024, 1024))
 MAX_LISTED = 40
 """Names that are listed one by one, and entries of a card."""
 MAX_TASKS = 160
-"""Characters of a line on what a rule was trained on."""
+"""Characters of the names of the families that a rule was trained on."""
 MAX_TEXT = 2000
 """Characters of one of them."""
 
@@ -61,14 +61,18 @@ def describe_rule(rule: Rule, card: Mapping[str, Any]) -> str:
     """What a rule is, in a line that needs no more: its kind and size, what it reads, and what it was trained on.
 
     Args:
-        card: of the rule, or an empty one; texts in it are shortened.
+        card: of the rule, or an empty one, checked here.
+    Raises:
+        ValueError: the card is not understood.
     """
     facts = gather_facts(rule)
     reads = ["gradients", *["the training loss"] * facts["needs_loss"]]
     reads += ["the planned length"] * (facts["needs_num_steps"] or facts["open_ended"])
-    tasks, longest = card.get("tasks"), card.get("longest_run")
-    trained = f", meta-trained on {make_printable(str(tasks), MAX_TASKS)}" if tasks else ""
-    steps = f" (runs of up to {longest} steps)" if trained and isinstance(longest, int) else ""
+    config = read_card(card).config
+    families = ", ".join(source.name for source in config.list_families()) if config else ""
+    longest = find_longest_run(card)
+    trained = f"; meta-trained on {make_printable(families, MAX_TASKS)}" if families else ""
+    steps = f", in runs of up to {longest} steps" if trained and longest else ""
     return (
         f"a rule of kind '{rule.name}': {facts['meta_weights']:,} learned numbers that read {' and '.join(reads)}, "
         f"{facts['state_bytes_per_parameter']:g} bytes of state per parameter{trained}{steps}"

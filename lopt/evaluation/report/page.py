@@ -123,7 +123,7 @@ def write_table(comparison: Comparison, width: int) -> str:
     from rich.console import Console
 
     text = StringIO()
-    print_table(comparison, Console(file=text, width=width, force_jupyter=False))
+    print_table(comparison, Console(file=text, width=width, force_jupyter=False, color_system=None))
     return text.getvalue().rstrip()
 
 

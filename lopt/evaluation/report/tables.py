@@ -56,8 +56,8 @@ def list_headings(comparison: Comparison) -> list[str]:
 def list_units(comparison: Comparison) -> list[str]:
     """What the figures of each column are counted in, for the second line of the page's headings."""
     accuracy = ["of the test data"] if comparison.subject.summarize("test_error") else []
-    error, tasks = "mean \u00b1 standard error", f"of {count_noun(comparison.num_seeds, 'task')}"
-    return [error, "ratio", error, *accuracy, "\u00d7 as fast as tuned Adam", tasks, "microseconds, one task"]
+    error, tasks = "mean \u00b1 std. error", f"of {count_noun(comparison.num_seeds, 'task')}"
+    return [error, "ratio", error, *accuracy, "\u00d7 tuned Adam", tasks, "one task"]
 
 
 def build_rows(comparison: Comparison) -> list[Row]:

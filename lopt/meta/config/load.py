@@ -7,7 +7,8 @@ override may name any entry, whether or not the preset has it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from lopt.core.documents import read_toml
 from lopt.core.names import suggest
 from lopt.core.schema import conform
 from lopt.meta.config.effect import check_effect
-from lopt.meta.config.overrides import apply_changes, parse_override
+from lopt.meta.config.overrides import Change, apply_changes, complete, parse_override
 from lopt.meta.config.run import RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
+
+Preset = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 
 
 def list_presets() -> dict[str, str]:
@@ -32,16 +35,34 @@ def list_presets() -> dict[str, str]:
     return descriptions
 
 
-def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration that a user asks for, from a preset's name or a TOML file's path, checked as a whole.
+def load_config(preset: Preset, overrides: Sequence[str | Change] = ()) -> RunConfig:
+    """The configuration that a user asks for, from a preset, a file or what is like one, checked as a whole.
 
     Args:
-        preset: a shipped name comes before a file of that name; a file ends in `.toml`.
-        overrides: texts such as `trainer.steps=100`; see `lopt.meta.config.overrides`.
+        preset: a shipped name, or the path of a file that ends in `.toml`, which comes after a preset of that name;
+            nested dicts as in such a file; or a configuration.
+        overrides: texts such as `trainer.steps=100`, or keys with values; see `lopt.meta.config.overrides`.
     Raises:
         FileNotFoundError: neither a preset nor a file.
         ValueError: not TOML, unknown or ill-typed entries, or settings without effect.
     """
+    changes = [parse_override(change) if isinstance(change, str) else change for change in overrides]
+    if isinstance(preset, RunConfig):
+        raw = {key: value for key, value in preset.to_dict().items() if value is not None}
+    elif isinstance(preset, Mapping):
+        raw = {"name": "unnamed"} | deepcopy(dict(preset))
+    else:
+        raw = _read_preset(os.fspath(preset))
+    apply_changes(raw, changes)
+    config, given = parse_config(raw), raw
+    if isinstance(preset, RunConfig):  # all defaults are written out in it, which may be without effect
+        given = {}
+        apply_changes(given, [(complete(path, raw["task"]), value) for path, value in changes])
+    check_effect(config, given)
+    return config
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
     path = PRESETS / f"{preset}.toml"
     if not os.path.isfile(path):  # false for what no file system takes as a name, too
         path = Path(preset)
@@ -49,12 +70,7 @@ def load_config(preset: str, overrides: list[str] | None = None) -> RunConfig:
             raise ValueError(f"no preset is called {preset!r}. {suggest(preset, list_presets())}; or give a .toml file")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {preset}")
-    raw = read_toml(path)
-    raw.setdefault("name", path.stem)
-    apply_changes(raw, [parse_override(text) for text in overrides or []])
-    config = parse_config(raw)
-    check_effect(config, raw)
-    return config
+    return {"name": path.stem} | read_toml(path)
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:

@@ -51,6 +51,21 @@ def parse_override(text: str) -> Change:
     raise ValueError(f"an override looks like trainer.steps=100, got {text!r}")
 
 
+def list_changes(settings: Mapping[str, Any]) -> list[Change]:
+    """What Python's keyword arguments mean, as changes.
+
+    Args:
+        settings: by section, a dict with what changes in it; by other keys, with or without dots, their values.
+    """
+    changes: list[Change] = []
+    for key, value in settings.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            changes += [((key, option), inner) for option, inner in value.items()]
+        else:
+            changes.append((tuple(key.split(".")), value))
+    return changes
+
+
 def apply_changes(raw: dict[str, Any], changes: Sequence[Change]) -> None:
     """Change nested settings in place.
 

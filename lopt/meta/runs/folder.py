@@ -25,15 +25,15 @@ import numpy
 import torch
 
 import lopt
-from lopt.meta.runs.lock import hold_folder
-from lopt.meta.runs.memory import check_memory, explain_memory
 from lopt.core.documents import read_json, to_json
 from lopt.core.files import write_atomic
 from lopt.core.schema import conform
 from lopt.core.version import VERSION
-from lopt.meta.config.settings import check_label, list_settings
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.config.settings import check_label, list_settings
+from lopt.meta.runs.lock import hold_folder
+from lopt.meta.runs.memory import check_memory, explain_memory
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
 from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart
@@ -113,11 +113,18 @@ def describe_run(config: RunConfig, sources: Sequence[Source], command: str) -> 
     }
 
 
-def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None, held: ExitStack | None = None) -> Trainer:
+def start_run(
+    config: RunConfig,
+    folder: Path,
+    ranks: Ranks | None = None,
+    held: ExitStack | None = None,
+    command: str | None = None,
+) -> Trainer:
     """Make the folder of a new run and its trainer, once all that the configuration asks for is known to exist.
 
     Args:
         held: rank 0 keeps other processes out of the folder until this is closed.
+        command: that begins the run; by default what was typed to start this process.
     Raises:
         FileExistsError: the folder holds a run already.
         ValueError: the configuration cannot be built, its rule not be judged, or another process has the folder.
@@ -140,22 +147,22 @@ def start_run(config: RunConfig, folder: Path, ranks: Ranks | None = None, held:
         with explain_memory(config.to_dict()):
             list_settings(config)
         environment = describe_environment() | {"processes": ranks.size}
-        command: str = environment["command"]
-        built.append(build_trainer(config, folder, command, ranks))
+        environment["command"] = begun = command or environment["command"]
+        built.append(build_trainer(config, folder, begun, ranks))
         folder.mkdir(parents=True, exist_ok=True)
         if held is not None:
             held.enter_context(hold_folder(folder, patient=is_restart()))
             refuse_taken()  # another process may have been faster
         write_atomic(folder / ENVIRONMENT, to_json(environment))
         write_atomic(folder / CONFIG, to_json(config.to_dict()))
-        return command
+        return str(begun)
 
     # Rank 0 has built its trainer while it checked; the others build theirs once the folder is there.
-    command = ranks.lead(prepare)
-    return built[0] if built else build_trainer(config, folder, command, ranks)
+    begun = ranks.lead(prepare)
+    return built[0] if built else build_trainer(config, folder, begun, ranks)
 
 
-def open_run(config: RunConfig, folder: Path, ranks: Ranks, held: ExitStack) -> Trainer:
+def open_run(config: RunConfig, folder: Path, ranks: Ranks, held: ExitStack, command: str | None = None) -> Trainer:
     """The trainer of a new run, or, where torchrun has started its processes again, of that run where it was left.
 
     A restart begins with the same command, which would otherwise be refused as the folder is taken.
@@ -172,7 +179,7 @@ def open_run(config: RunConfig, folder: Path, ranks: Ranks, held: ExitStack) -> 
 
     if ranks.find_largest(is_restart()) and ranks.lead(is_begun):
         return resume_run(folder, ranks, held=held)[1]
-    return start_run(config, folder, ranks, held)
+    return start_run(config, folder, ranks, held, command)
 
 
 def resume_run(

@@ -331,7 +331,13 @@ class Trainer:
         Raises:
             OSError: it cannot be written; the file that was there before is unchanged.
         """
-        save(self.build_best(), self.rule_path, self.card | {"training": self._describe_training()})
+        save(self.build_best(), self.rule_path, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """The card of the best rule so far: what the run is, how far it got, and how good validation found it."""
+        best = self.best.describe(self.config.validation_metric)
+        training = {"trained_steps": self.step, **best, "seconds": round(self.state.seconds, 1)}
+        return self.card | {"training": training}
 
     def mend_rule(self) -> None:
         """Write the rule file, where there is a folder, unless it is that of the present state already.
@@ -340,15 +346,10 @@ class Trainer:
         """
 
         def mend() -> None:
-            if self.folder and not holds_rule(self.rule_path, self.build_best(), self._describe_training()):
+            if self.folder and not holds_rule(self.rule_path, self.build_best(), self.describe()["training"]):
                 self.save_rule()
 
         self.ranks.lead(mend)
-
-    def _describe_training(self) -> dict[str, Any]:
-        """What the rule's card says of how it was trained and how good it is."""
-        seconds = round(self.state.seconds, 1)
-        return {"trained_steps": self.step, **self.best.describe(self.config.validation_metric), "seconds": seconds}
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same configuration but for the device, of any number of processes.

@@ -1,4 +1,6 @@
-"""What a terminal shows of a run: a bar with speed and time left, or plain lines where there is no terminal."""
+"""What a console shows of a run: what runs, a bar with speed and time left, or plain lines where there is no terminal,
+and what came of it.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,45 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from lopt.core.printing import say
+from lopt.meta.runs.folder import resume_command
 from lopt.meta.trainer.source import list_families
 from lopt.meta.trainer.trainer import Progress, Trainer
 
-PERIOD = 30.0
-"""Seconds between plain lines."""
+FIRST_PERIOD, PERIOD = 5.0, 30.0
+"""Seconds between plain lines: at first, and after some minutes."""
+
+
+def tell_plan(trainer: Trainer, console: Console) -> None:
+    """What will run: the rule, its families with their shares, and how the steps fit into memory."""
+    several = len(trainer.sources) > 1
+    say(console, trainer.rule.describe())
+    for source in trainer.sources:
+        share = f" ({source.name}: {source.tasks} tasks, {source.estimator.name}, weight {source.weight:g})"
+        say(console, f"  on {source.family.describe()}{share if several else ''}")
+        if getattr(source.estimator, "objective", "") == "baseline" and source.family.baseline is None:
+            say(console, f"  {source.name}: objective 'baseline' takes tuned Adam on the family's default options")
+    for plan in trainer.plans:
+        say(console, f"  {plan}")
+
+
+def tell_end(trainer: Trainer, console: Console) -> None:
+    """Which of its three ends a run has come to, the last step, the end of the time, or no better validation for long;
+    how good its best rule is, and where it lies.
+    """
+    steps, folder = trainer.config.steps, trainer.folder
+    if not trainer.finished:
+        hint = "" if folder is None else f"; go on with: {resume_command(folder)}"
+        say(console, f"the time is over at step {trainer.step} of {steps}{hint}")
+    elif trainer.step < steps:
+        say(console, f"ended at step {trainer.step} of {steps}: {trainer.best.stale} validations without a better one")
+    where = "" if folder is None else f"; {trainer.rule_path}"
+    say(console, f"best on held-out tasks: {trainer.best.value:.4g} at step {trainer.best.step}{where}")
 
 
 class PlainProgress:
-    """How far something has come, as a line on the standard error every `PERIOD` seconds: for logs of batch jobs, where
-    nothing else is printed for long. A context manager.
+    """How far something has come, as a line on the standard error every few seconds, and every `PERIOD` after some
+    minutes: for logs of batch jobs, where nothing else is printed for long. A context manager.
 
     Args:
         console: where it is a terminal, or quiet, nothing is printed here.
@@ -73,7 +104,7 @@ class PlainProgress:
         return f"{self.what}: {self.done:.0%}{note}, {_write_time(elapsed)} so far, {left}"
 
     def _tell(self) -> None:
-        while not self._over.wait(PERIOD):
+        while not self._over.wait(min(PERIOD, max(FIRST_PERIOD, (self.clock() - self.began) / 6))):
             print(self.describe(), file=self.file or sys.stderr, flush=True)
 
 
