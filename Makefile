@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow fuzz lint docs bench clean
 
-demo: .venv/ready
+demo: .venv/demo-ready
 	$(BIN)/lopt demo
 
 # A process for each core, with one thread each; a file's tests stay together, as they share what is slow to set up.
@@ -31,17 +31,23 @@ docs: .venv/docs-ready
 bench: .venv/ready
 	$(BIN)/python -m bench meta
 
+# pip shows what it downloads: torch is most of it, 0.2 to 3 GB by platform.
+.venv/demo-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+	touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .venv/examples-ready: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples,notebooks]'
 	touch $@
 
 .venv/docs-ready: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,notebooks]'
 	touch $@
 
 clean:

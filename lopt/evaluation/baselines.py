@@ -38,6 +38,8 @@ FORMAT = 1
 EXTENSION = 4
 EXPONENT_LIMIT = 80
 STREAM = "tuning"
+SHIPPED = Path(__file__).parent / "tuned"
+"""The package's own searches: those of `lopt demo`, so that nobody waits for them."""
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ def tune_baseline(
         name: one of `BASELINES`.
         schedule: of the learning rate over the run, one of `SCHEDULES`.
         family, num_steps: the setting: what is trained, and for how long.
-        archive: folder of earlier searches, made if missing; None neither reads nor writes.
+        archive: folder of earlier searches, made if missing, beside that of the package; None keeps nothing.
         on_search: called before a search that is not in the archive.
     Raises:
         ValueError: `name` is not a hand-designed optimizer.
@@ -209,9 +211,9 @@ def tune_baseline(
     }
     # The name is for people, its last part decides; what is in the file is compared in full.
     fingerprint = _fingerprint(settings, family, num_seeds, tuning.seed)
-    path = None if archive is None else archive / f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
-    archived = None if path is None else load_tuned(path, fingerprint)
-    if archived is not None:
+    file = f"{family.name}-{name}-{schedule}-{fingerprint[:12]}.json"
+    path = None if archive is None else archive / file
+    if archived := load_tuned(path, fingerprint) or load_tuned(SHIPPED / file, fingerprint):
         return archived
     if on_search is not None:
         count = tuning.grid.high - tuning.grid.low + 1
@@ -232,19 +234,19 @@ def tune_baseline(
     return tuned
 
 
-def load_tuned(path: Path, fingerprint: str) -> Tuned | None:
+def load_tuned(path: Path | None, fingerprint: str) -> Tuned | None:
     """An archived search, if it may stand for a new one.
 
     A file that cannot be trusted is left where it is and named in a logged warning; the caller tunes again and replaces
     it.
 
     Args:
-        path: of the JSON file.
+        path: of the JSON file; None for no archive.
         fingerprint: of the settings and tasks that are asked for.
     Returns:
         None if there is no file, if it is damaged, or if it belongs to other settings or another choice of the best.
     """
-    if not path.exists():
+    if path is None or not path.exists():
         return None
     try:
         content = read_json(path)

@@ -75,7 +75,16 @@ class Run:
 
 
 @in_float32()
-def train_task(task: SuiteTask, seed: int, build: Build, *, label: str, schedule: str = "", lr: float = 1.0) -> Run:
+def train_task(
+    task: SuiteTask,
+    seed: int,
+    build: Build,
+    *,
+    label: str,
+    schedule: str = "",
+    lr: float = 1.0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Run:
     """Train a task once, in one thread; torch's global generator is left as it was.
 
     The loop is the one that users write. It ends early where the loss is not finite.
@@ -84,6 +93,7 @@ def train_task(task: SuiteTask, seed: int, build: Build, *, label: str, schedule
         seed: of weights, batches and what the module draws while it is trained.
         build: makes the optimizer.
         label, schedule, lr: what the run is kept under.
+        on_step: hears of every step: how many are made, and the loss before it.
     """
     started, spent, losses = thread_time(), 0.0, []
     with torch.random.fork_rng(devices=[]), _one_thread(), warnings.catch_warnings():
@@ -102,6 +112,8 @@ def train_task(task: SuiteTask, seed: int, build: Build, *, label: str, schedule
             training.step(loss.detach())
             if step >= WARM_UP:
                 spent += thread_time() - before
+            if on_step is not None:
+                on_step(step + 1, losses[-1])
         # Averaging optimizers keep the weights to be used apart from those that are trained.
         if callable(use_averages := getattr(training.optimizer, "eval", None)):
             use_averages()
