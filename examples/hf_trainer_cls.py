@@ -1,4 +1,4 @@
-"""Hugging Face Trainer that makes the optimizer: class and options. `python examples/hf_trainer_cls.py`
+"""Hugging Face Trainer that makes the optimizer and tells it plan and loss. `python examples/hf_trainer_cls.py`
 
 The Trainer makes the parameter groups: `weight_decay` for matrices, none for biases and norms.
 """
@@ -10,6 +10,7 @@ from hf_trainer import DATA, STEPS
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lopt import LearnedOptimizer
+from lopt.optim.clients import for_trainer
 
 
 def main(
@@ -22,8 +23,10 @@ def main(
         folder, max_steps=STEPS, save_steps=STEPS // 2, per_device_train_batch_size=8, gradient_accumulation_steps=2,
         weight_decay=1e-3, warmup_steps=5, lr_scheduler_type="cosine", logging_steps=1, use_cpu=True,
     )  # fmt: skip
-    options = options or {"rule": "digits-lstm", "lr": 1.0}  # lr is a factor: arguments.learning_rate is not read
-    trainer = Trainer(model, arguments, train_dataset=DATA, optimizer_cls_and_kwargs=(optimizer, options))
+    given = {"optimizer_cls_and_kwargs": (optimizer, options)}
+    if optimizer is LearnedOptimizer:  # lr is a factor: arguments.learning_rate is not read
+        given = for_trainer(**(options or {"rule": "digits-lstm"}))
+    trainer = Trainer(model, arguments, train_dataset=DATA, **given)
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
 
