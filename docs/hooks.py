@@ -1,8 +1,9 @@
-"""What mkdocs does beside its plugins: pages from the repository's root, and shapes in docstrings that stay shapes."""
+"""What mkdocs does beside its plugins: pages from the root and from notebooks, and shapes that stay shapes."""
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import griffe
@@ -14,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the root, where GitHub shows them, and the pages that they are on the site."""
 
+TUTORIALS = Path(__file__).parent / "tutorials"
+"""Notebooks, kept with their outputs."""
+
+NOTEBOOK = re.compile(r"\]\(([\w/.-]+)\.ipynb\)")
 SECTION = re.compile(r"(?<=[^\n])\n(?=(?:Args|Attributes|Examples|Raises|Returns|Warns):\n)")
 NAMES = re.compile(r"^    (\w+(?:, \w+)+):(.*(?:\n     .*)*)", re.MULTILINE)
 SESSION = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
@@ -29,7 +34,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for source, target in PAGES.items():
             text = text.replace(f"]({source}", f"]({target}")
         files.append(File.generated(config, page, content=text))
+    for path in sorted(TUTORIALS.glob("*.ipynb")):
+        page = f"tutorials/{path.stem}.md"
+        files.append(File.generated(config, page, content=write_notebook(path)))
     return files
+
+
+def write_notebook(path: Path) -> str:
+    """A notebook with its outputs as a page; pictures lie in it."""
+    from nbconvert import MarkdownExporter
+
+    text, resources = MarkdownExporter().from_filename(str(path))
+    for name, data in resources["outputs"].items():
+        text = text.replace(f"({name})", f"(data:image/png;base64,{b64encode(data).decode()})")
+    source = f"*This page is a notebook, `docs/tutorials/{path.name}`.*"
+    return text.replace("\n\n", f"\n\n{source}\n\n", 1)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -42,6 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         modules = [f"{match[1]}.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))]
         return "\n\n".join(f"::: {module}" for module in modules if module not in named)
 
+    markdown = NOTEBOOK.sub(r"](\1.md)", markdown)
     return link_names(re.sub(r"^::: ([\w.]+)\.\*$", list_modules, markdown, flags=re.MULTILINE))
 
 
