@@ -8,7 +8,9 @@ and batched over tasks with `torch.func.vmap`, so that meta-training runs thousa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, TypeVar
 
 import torch
@@ -81,6 +83,7 @@ class TaskFamily(Recorded, ABC):
             where a task has so few examples that it may know them by heart.
         pool_key: the entry of a task, int64, that has no value in common with tasks of another pool; None where all
             pools are the same, as there is no end of tasks.
+        pools: the values of that entry, by pool.
     """
 
     name: ClassVar[str]
@@ -88,6 +91,7 @@ class TaskFamily(Recorded, ABC):
     examples: tuple[str, ...] = ()
     judged: str = "train"
     pool_key: str | None = None
+    pools: Mapping[str, Sequence[int]] = MappingProxyType({})
 
     def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
         """Draw what tells one task from the others of its family, such as the matrix of a quadratic.

@@ -59,6 +59,7 @@ class Glyphs(TaskFamily):
     examples = ("x", "y")
     judged = "inner_valid"
     pool_key = "characters"
+    pools: dict[str, range]
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class Molecule(TaskFamily):
     name = "molecule"
     judged = "inner_valid"
     pool_key = "molecules"
+    pools: dict[str, range]
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class Recommend(TaskFamily):
     name = "recommend"
     judged = "inner_valid"
     pool_key = "user"
+    pools: dict[str, range]
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily
 from lopt.tasks.batched import BatchedLosses
 from lopt.tasks.mlp import build_mlp, check_network
 from lopt.tasks.module import draw_weights
-from lopt.tasks.strips import STRIPS, draw_strips
+from lopt.tasks.strips import STRIP_POOLS, STRIPS, draw_strips
 
 EVEN = 100
 """Points, evenly over all x, on which a wave is judged."""
@@ -50,6 +50,7 @@ class Sinusoid(TaskFamily):
     examples = ("x", "y")
     judged = "inner_valid"
     pool_key = "strip"
+    pools = STRIP_POOLS
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ STRIPS = 1000
 
 PLACES = {"train": range(8), "outer_valid": range(8, 9), "test": range(9, 10)}
 
+STRIP_POOLS = {pool: [i for i in range(STRIPS) if i % 10 in places] for pool, places in PLACES.items()}
+
 
 def draw_strips(drawn: Tensor, pool: str) -> tuple[Tensor, Tensor]:
     """Where in a range tasks of a pool are.

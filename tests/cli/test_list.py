@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,10 @@ def test_every_family_is_told_with_what_it_is_its_size_and_its_horizon() -> None
             assert entry["parameters"] == family.spec.size
             assert entry["horizon"] == family.horizon
             tuned = load_archive().get(name)
+            pools = {pool: len(values) for pool, values in family.pools.items()}
+            assert entry["pools"] == (pools or None)
             assert entry["tuned_adam"] == (tuned.final if tuned else None)
+    assert told["sinusoid"]["pools"] == {"train": 800, "outer_valid": 100, "test": 100}
     assert told["module"]["parameters"] is told["module"]["tuned_adam"] is None
 
 
@@ -54,4 +58,6 @@ def test_command_prints_a_table_or_json(run: Callable[..., Any]) -> None:
     assert all(name in table for name in TASKS)
     assert "parameters" in table
     assert f"{told['tasks']['char_rnn']['parameters']:,}" in table
+    sinusoid = table[table.index("sinusoid") : table.index("glyphs")]
+    assert re.findall("800|100", sinusoid) == ["800", "100", "100"]
     assert f"{told['tasks']['quadratic']['tuned_adam']:.4g}" in table

@@ -71,10 +71,10 @@ class Recording(Sinusoid):
 
     def __init__(self, shots: int = 3, queries: int = 3, width: int = 4) -> None:
         super().__init__(shots, queries, width)
-        self.pools: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
 
     def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
-        self.pools[pool] += len(seeds)
+        self.asked[pool] += len(seeds)
         return super().sample_all(seeds, pool)
 
 
@@ -82,18 +82,18 @@ def test_training_choosing_and_judging_use_a_pool_each() -> None:
     trained, chosen, judged = Recording(), Recording(), Recording()
     for family in (trained, chosen, judged):
         family.spec  # draws a task for the shapes  # noqa: B018
-        family.pools.clear()
+        family.asked.clear()
     rule, full = make_rule(trained), ESTIMATORS["full"](num_steps=1, objective_split="inner_valid")
     config = TrainerConfig(steps=2, tasks=3, validation_tasks=4, validation_steps=1, validate_every=1)
     Trainer(rule, [Source(trained, full, 3, validation_family=chosen)], None, config).run()
-    assert set(trained.pools) == {"train"}
-    assert set(chosen.pools) == {"outer_valid"}
+    assert set(trained.asked) == {"train"}
+    assert set(chosen.asked) == {"outer_valid"}
     run_curves(rule, judged, torch.arange(4), 2)
-    assert set(judged.pools) == {"test"}
-    judged.pools.clear()
+    assert set(judged.asked) == {"test"}
+    judged.asked.clear()
     tune_baseline("sgd", "constant", judged, 2)
-    assert set(judged.pools) <= {"outer_valid", "train"}
-    assert judged.pools["train"] <= 1  # for the fingerprint of the search
+    assert set(judged.asked) <= {"outer_valid", "train"}
+    assert judged.asked["train"] <= 1  # for the fingerprint of the search
 
 
 def test_curves_are_of_the_queries_where_a_family_is_judged_on_them() -> None:

@@ -124,12 +124,14 @@ def test_a_task_drifts_alike_in_any_company(family: TaskFamily) -> None:
 def test_pools_have_no_task_in_common(family: TaskFamily) -> None:
     seeds = derive_seeds(0, "task", torch.arange(200))
     drawn = {pool: family.sample_all(seeds, pool) for pool in POOLS}
+    assert set(family.pools) == (set() if family.pool_key is None else set(POOLS))
     if family.pool_key is None:
         first = next(iter(drawn.values()))
         assert all(torch.equal(x, tasks[key]) for tasks in drawn.values() for key, x in first.items())
         return
     values = {pool: set(tasks[family.pool_key].flatten().tolist()) for pool, tasks in drawn.items()}
     assert all(len(found) > 20 for found in values.values())
+    assert all(found <= set(family.pools[pool]) for pool, found in values.items())
     assert not any(values[a] & values[b] for a in POOLS for b in POOLS if a < b)
     one = family.sample(make_generator(1), "test")[family.pool_key]
     assert not set(one.flatten().tolist()) & (values["train"] | values["outer_valid"])

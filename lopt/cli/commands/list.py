@@ -66,12 +66,15 @@ class FamilyFacts(TypedDict):
         what: the first line of its file.
         parameters: of one task.
         horizon: steps that a task is meant to be trained for.
+        pools: how many parts of its data, such as users, the tasks for training, choosing and judging are made of;
+            None where there is no end of tasks.
         tuned_adam: mean loss that Adam with a tuned learning rate reaches in them, from `lopt.tasks.tuned_adam`.
     """
 
     what: str
     parameters: int | None
     horizon: int | None
+    pools: dict[str, int] | None
     tuned_adam: float | None
 
 
@@ -96,7 +99,7 @@ def list_programs() -> dict[str, dict[str, str | int]]:
 
 def _describe_family(name: str, cls: Callable[[], Any]) -> FamilyFacts:
     what = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-    unknown: FamilyFacts = {"what": what, "parameters": None, "horizon": None, "tuned_adam": None}
+    unknown: FamilyFacts = {"what": what, "parameters": None, "horizon": None, "pools": None, "tuned_adam": None}
     if name == "module":
         return unknown
     try:
@@ -104,7 +107,9 @@ def _describe_family(name: str, cls: Callable[[], Any]) -> FamilyFacts:
     except ImportError:
         return unknown
     final = None if family.baseline is None else family.baseline.final
-    return {"what": what, "parameters": family.spec.size, "horizon": family.horizon, "tuned_adam": final}
+    pools = {pool: len(values) for pool, values in family.pools.items()} or None
+    size, horizon = family.spec.size, family.horizon
+    return {"what": what, "parameters": size, "horizon": horizon, "pools": pools, "tuned_adam": final}
 
 
 def print_contents(contents: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -127,7 +132,11 @@ def print_contents(contents: Mapping[str, Mapping[str, Any]], console: Console) 
 
 
 def _write_cell(value: object) -> str:
-    """A text as it is, a count with commas, four digits of another number, `-` for what is not known."""
+    """A text as it is, a count with commas, four digits of another number, `-` for what is not known; several of them
+    below each other.
+    """
+    if isinstance(value, dict):
+        return "\n".join(map(_write_cell, value.values()))
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -16,7 +16,7 @@ from lopt.core.tensors import Params
 from lopt.tasks.base import SPLITS, Batch, Task, TaskFamily, branch_seeds
 from lopt.tasks.control.bodies import BODIES, Joints
 from lopt.tasks.module import draw_weights
-from lopt.tasks.strips import STRIPS, draw_strips
+from lopt.tasks.strips import STRIP_POOLS, STRIPS, draw_strips
 
 GOALS = 64
 """Starts and goals, the same for all bodies, that a policy is judged on."""
@@ -54,6 +54,7 @@ class Control(TaskFamily):
 
     name = "control"
     pool_key = "strip"
+    pools = STRIP_POOLS
 
     def __init__(
         self,

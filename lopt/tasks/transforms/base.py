@@ -32,7 +32,7 @@ class Transform(TaskFamily):
     def __init__(self, family: TaskFamily) -> None:
         self.config["family"] = family.describe()
         self.family, self.horizon, self.examples = family, family.horizon, family.examples
-        self.judged, self.pool_key = family.judged, family.pool_key
+        self.judged, self.pool_key, self.pools = family.judged, family.pool_key, family.pools
         if family.black_box:
             raise ValueError(
                 f"{self.name} changes losses and their derivatives, and {family.name!r} has estimates of them"
