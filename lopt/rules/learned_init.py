@@ -1,7 +1,8 @@
 """A learned initialisation: the parameters that a model starts from are meta-weights, beside those of any rule.
 
 Sources: Finn, Abbeel & Levine 2017, arXiv 1703.03400 (MAML: `sgd` inside); Li et al. 2017, arXiv 1707.09835 (Meta-SGD:
-`rates` of every element); Raghu et al. 2019, arXiv 1909.09157 (ANIL: `adapt` names the last layer).
+`rates` of every element); Park & Oliva 2019, arXiv 1902.03356 (Meta-Curvature: `rates` are matrices); Raghu et al.
+2019, arXiv 1909.09157 (ANIL: `adapt` names the last layer).
 Differs from the sources: any rule adapts the model, a learned one, too; rates are factors on the step that it makes.
 """
 
@@ -20,10 +21,11 @@ from lopt.core.names import choose, suggest
 from lopt.core.tensors import Params
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks.inner import build_inner
+from lopt.rules.building_blocks.sides import list_sides, mix_sides, start_matrices
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Elements, State, Visit
 
-RATES = ("none", "tensor", "element")
+RATES = ("none", "tensor", "element", "matrix")
 INIT, RATE = "init", "rates"
 FLAT = "flat"
 """The one name under which meta-training hands all parameters to a rule that works element by element."""
@@ -41,7 +43,8 @@ class LearnedInit(Rule):
         inner_config: its options.
         adapt: patterns (as of files) of the parameters that are adapted; the others stay as they were learned. None
             given: all.
-        rates: learned factors on the step: "none", one for each "tensor", or for each "element".
+        rates: learned factors on the step: "none", one for each "tensor", for each "element", or a "matrix" for each
+            side of a tensor, which has the square of the side's length of numbers.
         rate: which they start from.
         trained_steps: the most steps that it is trained for; 0 if that is not known.
     Raises:
@@ -76,9 +79,9 @@ class LearnedInit(Rule):
         self.square_keys, self.feature_names = self.inner.square_keys, self.inner.feature_names
         _register(self, INIT, {name: torch.zeros(shape, dtype=torch.float32) for name, shape in self.shapes.items()})
         if rates != "none":
-            sizes = {name: self.shapes[name] if rates == "element" else () for name in self.shapes}
-            full = {k: torch.full(sizes[k], rate, dtype=torch.float32) for k in self.shapes if k in self.adapted}
-            _register(self, RATE, full)
+            adapted = {name: shape for name, shape in self.shapes.items() if name in self.adapted}
+            for name, shape in adapted.items():
+                _register(self, RATE, _start_rates(name, shape, rates, rate))
 
     # -- where tasks start ---------------------------------------------------------------------------------------------
 
@@ -96,6 +99,18 @@ class LearnedInit(Rule):
         with torch.no_grad():
             for name, own in self.initial_params.items():
                 own.copy_(params[name])
+
+    def list_rates(self, name: str) -> list[Tensor]:
+        """What the step of a parameter is multiplied by: one tensor, or a matrix for each of its sides.
+
+        Returns:
+            Nothing where no rates are learned, or where the parameter is not adapted.
+        """
+        if self.scaling == "none" or name not in self.adapted:
+            return []
+        if self.scaling != "matrix":
+            return [_read(self, RATE, name)]
+        return [_read(self, RATE, f"{name}.{i}") for i in range(len(list_sides(self.shapes[name])))]
 
     def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Refuse a model whose parameters have other names or shapes; their order does not matter.
@@ -129,8 +144,23 @@ class LearnedInit(Rule):
         moved, state = self.inner.update(grads, params, state, loss, num_steps, cool_start)
         if self.scaling == "none" and not self.adapt:
             return moved, state
-        scaled = {name: p + self._find_factor(name) * (moved[name] - p) for name, p in params.items()}
-        return scaled, state
+        scale = self._mix if self.scaling == "matrix" else self._multiply
+        return {name: p + scale(name, moved[name] - p) for name, p in params.items()}, state
+
+    def _multiply(self, name: str, step: Tensor) -> Tensor:
+        return self._find_factor(name) * step
+
+    def _mix(self, name: str, step: Tensor) -> Tensor:
+        """The step of a parameter, or of all in one vector (`FLAT`), with its sides mixed."""
+        if name in self.shapes:
+            matrices = self.list_rates(name)
+            return mix_sides(step, matrices, len(self.shapes[name])) if matrices else torch.zeros_like(step)
+        pieces = torch.split(step, [prod(shape) for shape in self.shapes.values()], -1)
+        cut = {
+            own: piece.reshape(*piece.shape[:-1], *shape)
+            for (own, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+        return torch.cat([self._mix(own, piece).reshape(*step.shape[:-1], -1) for own, piece in cut.items()], -1)
 
     def _find_factor(self, name: str) -> Tensor:
         """The factor on the step of a parameter, `[*batch or (), *shape or 1s]`.
@@ -150,9 +180,10 @@ class LearnedInit(Rule):
 
     def _find_own_factor(self, name: str) -> Tensor:
         ones = (1,) * len(self.shapes[name])
-        if name not in self.adapted or self.scaling == "none":
+        rates = self.list_rates(name)
+        if not rates:
             return _read(self, INIT, name).new_full(ones, float(name in self.adapted))
-        rate = _read(self, RATE, name)
+        (rate,) = rates
         return rate if self.scaling == "element" else rate.reshape((*rate.shape, *ones))
 
     # -- stages, which are the inner rule's ----------------------------------------------------------------------------
@@ -162,6 +193,13 @@ class LearnedInit(Rule):
 
     def move(self, e: Elements, decided: Any) -> Visit:
         return self.inner.move(e, decided)
+
+
+def _start_rates(name: str, shape: tuple[int, ...], rates: str, rate: float) -> dict[str, Tensor]:
+    """Rates of a parameter before any training, by name."""
+    if rates == "matrix":
+        return {f"{name}.{i}": matrix for i, matrix in enumerate(start_matrices(shape, rate))}
+    return {name: torch.full(shape if rates == "element" else (), rate, dtype=torch.float32)}
 
 
 class _Names(nn.Module):

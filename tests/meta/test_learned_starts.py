@@ -45,6 +45,7 @@ def make_rule(family: Sinusoid, inner: str = "sgd") -> LearnedInit:
         [],
         ["init.rates=element", "trainer.train_only=[]", "estimator.num_steps=2", "trainer.average=0.9"],
         ["trainer.train_only=[]", "trainer.learning_rates={'init.*'=1e-3}"],
+        ["init.rates=matrix", "init.rate=0.5", "trainer.train_only=['init.*', 'rates.*']", "estimator.num_steps=2"],
         ["rule={name='lstm', hidden=3}", "trainer.train_only=[]", "estimator.order=1"],
         ["estimator={name='truncated', num_steps=3, objective_split='inner_valid'}", "horizon.steps=5"],
         ["estimator={name='pes', num_steps=2}", "horizon.steps=4"],

@@ -97,10 +97,12 @@ def test_maml_and_its_first_order_form_equal_torch_func(num_steps: int, order: i
         ("sgd", {"lr": 0.02}, {}),
         ("sgd", {"lr": 1.0}, {"rates": "element", "rate": 0.03}),
         ("sgd", {"lr": 0.02}, {"rates": "tensor", "adapt": ["4.*", "2.*"]}),
+        ("sgd", {"lr": 1.0}, {"rates": "matrix", "rate": 0.03, "adapt": ["2.*", "0.weight"]}),
         ("adam", {"lr": 0.02}, {}),
         ("lstm", {"hidden": 4, "output_scale": 0.1}, {}),
         ("rnnprop", {"hidden": 4}, {"rates": "element"}),
         ("small_fc", {"hidden": 4}, {"rates": "tensor"}),
+        ("small_fc", {"hidden": 4}, {"rates": "matrix"}),
     ],
 )
 def test_second_order_equals_finite_differences(
@@ -143,6 +145,38 @@ def test_a_single_number_has_a_rate_of_its_own() -> None:
     assert together[FLAT].tolist() == [[-1, -1, -1.5]] * 4
 
 
+SHAPES = {"w": [3, 2], "kernel": [2, 3, 2, 2], "row": [1, 4], "b": [3], "s": [], "one": [1, 1], "none": [0, 2]}
+
+
+def test_matrices_act_on_every_side_of_a_step() -> None:
+    rule = LearnedInit(SHAPES, "sgd", {"lr": 1.0}, rates="matrix", adapt=["[!b]*"]).double()
+    generator = make_generator(2)
+    params = {k: torch.zeros(5, *shape, dtype=torch.float64) for k, shape in SHAPES.items()}
+    grads = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64) for k, p in params.items()}
+    same, _ = rule.update(grads, params, rule.init_state(params, 1))
+    assert all(torch.equal(same[k], -g) for k, g in grads.items() if k != "b")  # identities at first
+    m = {k: w.data.normal_(generator=generator) for k, w in rule.named_parameters() if k.startswith("rates.")}
+    moved, _ = rule.update(grads, params, rule.init_state(params, 1))
+    kernel = grads["kernel"].flatten(3)
+    expected = {
+        "w": torch.einsum("ai,bj,tij->tab", m["rates.w.0"], m["rates.w.1"], grads["w"]),
+        "kernel": torch.einsum("ai,bj,ck,tijk->tabc", *(m[f"rates.kernel.{i}"] for i in range(3)), kernel).view(
+            5, 2, 3, 2, 2
+        ),
+        "row": torch.einsum("ai,toi->toa", m["rates.row.0"], grads["row"]),
+        "b": torch.zeros(5, 3, dtype=torch.float64),
+        "s": m["rates.s.0"][0, 0] * grads["s"],
+        "one": m["rates.one.0"] * grads["one"],
+        "none": grads["none"],
+    }
+    for name, step in expected.items():
+        torch.testing.assert_close(-moved[name], step, rtol=1e-12, atol=1e-12)
+    flat = {FLAT: torch.zeros(5, sum(p[0].numel() for p in params.values()), dtype=torch.float64)}
+    joined = {FLAT: torch.cat([g.reshape(5, -1) for g in grads.values()], 1)}
+    together, _ = rule.update(joined, flat, rule.init_state(flat, 1))
+    torch.testing.assert_close(together[FLAT], torch.cat([p.reshape(5, -1) for p in moved.values()], 1))
+
+
 def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
     family = Sinusoid(shots=4, width=5)
     rule = make_rule(family, config={"lr": 0.1}, adapt=["4.*"])
@@ -154,7 +188,7 @@ def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
 
 
 @pytest.mark.parametrize("inner", ["sgd", "small_fc"])
-@pytest.mark.parametrize("rates", ["tensor", "element"])
+@pytest.mark.parametrize("rates", ["tensor", "element", "matrix"])
 def test_weights_of_each_slot_do_as_a_rule_of_their_own(inner: str, rates: str) -> None:
     family = Double()
     config = {"hidden": 4} if inner == "small_fc" else {"lr": 0.1}
@@ -225,8 +259,10 @@ def test_truncated_windows_go_on_where_they_were_and_new_tasks_begin_at_the_star
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0)
 
 
-def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
-    rule = make_rule(Sinusoid(width=5), "rnnprop", {"hidden": 4}, rates="element", rate=0.3, adapt=["4.*", "0.weight"])
+@pytest.mark.parametrize("rates", ["element", "matrix"])
+def test_a_file_holds_all_of_it(rates: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rates": rates, "rate": 0.3, "adapt": ["4.*", "0.weight"]}
+    rule = make_rule(Sinusoid(width=5), "rnnprop", {"hidden": 4}, **options)
     again = load(save(rule, tmp_path / "rule.safetensors"))
     assert isinstance(again, LearnedInit)
     assert again.config == rule.config

@@ -62,7 +62,8 @@ class InitConfig:
     """The table `[init]`, empty or not: the parameters that tasks start from are learned, too (`LearnedInit`).
 
     Attributes:
-        rates: learned factors on the rule's step: "none", one for each "tensor", or for each "element".
+        rates: learned factors on the rule's step: "none", one for each "tensor", for each "element", or a "matrix" for
+            each side of a tensor.
         rate: which they start from.
         adapt: patterns of names of the parameters that a task changes; all by default.
     """
