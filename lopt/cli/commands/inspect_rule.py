@@ -25,8 +25,10 @@ def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool)
     from lopt.evaluation.behaviour.facts import find_horizon, gather_facts, print_facts
     from lopt.evaluation.behaviour.pictures import write_portrait
     from lopt.evaluation.behaviour.probes import probe_rule
+    from lopt.evaluation.behaviour.starts import describe_start, find_family, print_start
     from lopt.evaluation.judging import open_rule
     from lopt.meta.runs.folder import slugify
+    from lopt.rules import LearnedInit
 
     path, learned, card = open_rule(rule)
     label = card.get("name") or path.stem
@@ -35,12 +37,18 @@ def show_rule(rule: str, out: Path | None, pictures: bool | None, as_json: bool)
     if draws:
         make_folder(folder)
     facts, console = gather_facts(learned), Console(stderr=as_json)
+    family, steps = find_family(card)
+    start = describe_start(learned, family, steps) if isinstance(learned, LearnedInit) else None
     if as_json:
-        click.echo(json.dumps({**facts, "card": card}))
+        click.echo(json.dumps({**facts, "card": card} if start is None else {**facts, "start": start, "card": card}))
     else:
         print_facts(facts, card, console)
+        if start is not None:
+            print_start(start, steps, console)
     if draws:
+        # A start belongs to one model: what goes on from it is drawn.
+        drawn = learned.inner if isinstance(learned, LearnedInit) else learned
         with console.status("probing and drawing"):
-            written = write_portrait(folder, probe_rule(learned, label, find_horizon(card)))
+            written = write_portrait(folder, probe_rule(drawn, label, find_horizon(card)))
         for name, picture in written.items():
             say(console, f"{name:>16}  {picture}")

@@ -15,7 +15,7 @@ from lopt.core.foreign_text import make_printable
 from lopt.evaluation.settings import Card, Losses, read_card
 from lopt.meta.trainer.log import flatten_dict
 from lopt.meta.unroll.horizons import Constant
-from lopt.rules import Rule
+from lopt.rules import LearnedInit, Rule
 from lopt.rules.files import find_longest_run, fingerprint
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
     """
     tensors = rule.init_state({"weight": torch.zeros(64, 64, dtype=torch.float32)}).accumulators["weight"]
     held = {"x".join(map(str, shape)): _measure_state(rule, shape) for shape in SHAPES}
+    mixes = isinstance(rule, LearnedInit) and rule.scaling == "matrix"
     return {
         "rule": rule.name,
         "config": rule.config,
@@ -49,7 +50,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
         "state": ", ".join(f"{key} {list(a.shape)}" for key, a in tensors.items()),
         "state_bytes_per_parameter": held["64x64"],
         "state_bytes": held,
-        "elementwise": rule.elementwise,
+        "elementwise": rule.elementwise and not mixes,
         "needs_loss": rule.needs_loss,
         "needs_num_steps": rule.needs_num_steps,
         "open_ended": rule.open_ended,
@@ -120,7 +121,8 @@ def print_facts(facts: Mapping[str, Any], card: Mapping[str, Any], console: Cons
     reads += ["planned number of steps, if there is one"] if facts["open_ended"] else []
     rows = {
         "rule": facts["rule"],
-        "config": ", ".join(f"{key}={value!r}" for key, value in facts["config"].items()),
+        # The shapes of a learned start are those of its meta-weights.
+        "config": ", ".join(f"{key}={value!r}" for key, value in facts["config"].items() if key != "shapes"),
         "fingerprint": facts["fingerprint"],
         "meta-weights": f"{facts['meta_weights']}: {listed}{more}",
         "state": facts["state"],
