@@ -4,17 +4,16 @@ and how many steps faster one optimizer is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, sqrt
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
+from scipy.stats import bootstrap, trim_mean
 from torch import Tensor
-
-from lopt.core.random import make_generator
 
 RESAMPLES = 4000
 EXTREME = 1e3
@@ -73,7 +72,7 @@ def summarize(values: Sequence[float | None]) -> Summary:
 def compare_paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Ratio:
     """The ratio of two means over the same seeds, with an interval that knows that hard tasks are hard for both.
 
-    The bootstrap draws seeds, not losses, `RESAMPLES` times from a fixed generator: equal data give equal intervals.
+    The bootstrap draws seeds, not losses.
 
     Args:
         ours, theirs: per seed, in the same order; None stands for a run that is not finite.
@@ -83,10 +82,25 @@ def compare_paired(ours: Sequence[float | None], theirs: Sequence[float | None])
     value = keep_finite(a.mean() / b.mean())
     if value is None or len(a) == 1 or float(b.mean()) == 0:
         return Ratio(value, None, None, wins)
-    draws = torch.randint(len(a), (RESAMPLES, len(a)), generator=make_generator(0))
-    ratios = a[draws].mean(1) / b[draws].mean(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype))
-    return Ratio(value, keep_finite(low), keep_finite(high), wins)
+    low, high = find_interval((a.numpy(), b.numpy()), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True)
+    return Ratio(value, keep_finite(float(low)), keep_finite(float(high)), wins)
+
+
+def find_interval(
+    samples: tuple[NDArray[np.float64], ...], statistic: Callable[..., Any], *, paired: bool = False
+) -> tuple[Any, Any]:
+    """A 95 % interval by the bootstrap (scipy's, percentiles), from a fixed generator: equal data give equal intervals.
+
+    Args:
+        samples: `[n, ...]`, n > 1; drawn along their first axis.
+        statistic: of the samples, with the argument `axis`.
+        paired: the samples are drawn together.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # a run that is not finite makes draws that are not
+        options: dict[str, Any] = {"method": "percentile", "paired": paired, "vectorized": True, "axis": 0, "rng": 0}
+        found = bootstrap(samples, statistic, n_resamples=RESAMPLES, **options)
+    low, high = found.confidence_interval
+    return low, high
 
 
 def compute_speedup(curve: Tensor, reference: Tensor) -> float | None:
@@ -128,9 +142,7 @@ def average_middle_interval(ratios: Sequence[float]) -> tuple[float, float, floa
     mean = average_middle(ratios)
     if len(ratios) < 2:
         return mean, mean, mean
-    generator = np.random.default_rng(0)
-    draws = generator.choice(_take_logs(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.quantile(trim_mean(draws, 0.25, axis=1), [0.025, 0.975])
+    low, high = find_interval((_take_logs(ratios),), lambda x, axis: trim_mean(x, 0.25, axis=axis))
     return mean, exp(float(low)), exp(float(high))
 
 

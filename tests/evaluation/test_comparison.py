@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evaluation_cases import QUADRATIC
@@ -12,7 +14,13 @@ from evaluation_cases import QUADRATIC
 from lopt.evaluation.comparison import compare
 from lopt.evaluation.report.page import render_report
 from lopt.evaluation.results import FIGURES, Comparison, load_comparisons, save_comparisons
-from lopt.evaluation.statistics import compare_paired, compute_speedup, summarize
+from lopt.evaluation.statistics import (
+    average_middle_interval,
+    compare_paired,
+    compute_speedup,
+    find_interval,
+    summarize,
+)
 from lopt.rules import RULES
 
 
@@ -35,6 +43,22 @@ def test_paired_ratio_has_no_spread_where_every_seed_has_the_same_ratio() -> Non
     assert wide.high is not None
     assert wide.low < 1 < wide.high
     assert compare_paired([None, 1.0], [1.0, 1.0]).value is None
+
+
+def test_intervals_of_two_seeds_are_their_extremes() -> None:
+    # A quarter of the draws is twice the first, a quarter twice the second: more than 2.5 % at each end.
+    ratio = compare_paired([1.0, 3.0], [1.0, 2.0])
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((4 / 3, 1.0, 1.5))
+    assert average_middle_interval([0.5, 2.0]) == pytest.approx((1.0, 0.5, 2.0))
+    low, high = find_interval((np.array([[0.0, 4.0], [1.0, 4.0]]),), np.mean)
+    assert (low.tolist(), high.tolist()) == ([0.0, 4.0], [1.0, 4.0])
+
+
+def test_a_run_that_is_not_finite_leaves_no_upper_end() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ratio = compare_paired([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, None])
+    assert (ratio.value, ratio.high) == (0.0, 1.0)
 
 
 def test_summary_of_runs_that_are_not_finite_keeps_only_the_median() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lopt.core.random import make_generator
-from lopt.evaluation.portfolio.greedy import DRAWS, LeftOut
+from lopt.evaluation.portfolio.greedy import LeftOut
+from lopt.evaluation.statistics import find_interval
 
 COLOURS = ("tab:green", "tab:blue", "tab:orange", "tab:purple")
 
@@ -27,12 +26,12 @@ def draw_left_out(found: Mapping[str, LeftOut], size: int) -> bytes:
     axes = figure.subplots()
     first = next(iter(found.values()))
     tried = range(1, first.random.shape[1] + 1)
-    low, high = find_interval(first.random)
+    low, high = find_interval((first.random.numpy(),), np.mean)
     axes.fill_between(tried, low, high, color="0.5", alpha=0.2, linewidth=0)
     axes.plot(tried, first.random.mean(0), color="0.4", label="random search, each setting run to its end")
     for (label, own), colour in zip(found.items(), COLOURS, strict=False):
         counts = range(1, own.portfolio.shape[1] + 1)
-        low, high = find_interval(own.portfolio)
+        low, high = find_interval((own.portfolio.numpy(),), np.mean)
         axes.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(counts, own.portfolio.mean(0), color=colour, marker="o", label=f"{label}, each run to its end")
         axes.plot(counts, own.halved.mean(0), color=colour, marker="x", linestyle=":", label=f"{label}, by lopt.choose")
@@ -54,11 +53,3 @@ def draw_left_out(found: Mapping[str, LeftOut], size: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return buffer.getvalue()
-
-
-def find_interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """95 % bootstrap interval of the mean over families of `[F, N]`, at each of N."""
-    generator, count = make_generator(0), len(values)
-    draws = torch.randint(count, (DRAWS, count), generator=generator)
-    low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
-    return low, high
