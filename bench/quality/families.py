@@ -27,7 +27,7 @@ from lopt.evaluation.settings import read_card
 from lopt.evaluation.statistics import keep_finite
 from lopt.meta.config.build import build
 from lopt.meta.config.settings import Setting
-from lopt.meta.trainer.log import METRICS, read_metrics
+from lopt.meta.loggers.json_lines import METRICS, read_metrics
 from lopt.meta.trainer.trainer import RULE
 from lopt.rules import RULES, Rule
 from lopt.rules.files import load, load_card

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench import setting
 from bench.speed.meta import name_quartiles
-from lopt.meta.trainer.log import read_metrics
+from lopt.meta.loggers.json_lines import read_metrics
 
 RUN = """
 description = "small_fc on digits by PES"

@@ -19,8 +19,8 @@ from torch import Tensor
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
 from lopt.meta.estimators.truncated import Truncated
+from lopt.meta.loggers.json_lines import METRICS, read_metrics
 from lopt.meta.runs.folder import resume_run
-from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.unroll.inner_loop import InnerLoop
 
 MANY_SKIPPED = 0.05

@@ -16,9 +16,9 @@ from torch import Tensor
 from lopt.core.files import load_state, save_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import build_trainer, open_run, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS
-from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import FailedLead, Ranks
 from lopt.meta.trainer.trainer import Interrupted, Trainer
 

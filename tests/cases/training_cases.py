@@ -15,9 +15,9 @@ from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
-from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.trainer import Progress, Trainer
 from lopt.rules import RULES
 from lopt.rules.files import fingerprint, load, load_card
@@ -75,7 +75,7 @@ def hash_state(folder: Path) -> str:
 
 
 def timeless(folder: Path) -> list[dict[str, object]]:
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] != "cost"]
     return [{k: v for k, v in line.items() if k != "inner_steps_per_second"} for line in lines]
 
 

@@ -74,7 +74,7 @@ def test_a_log_that_has_just_begun_says_so() -> None:
 
 
 def test_the_log_of_a_run_that_diverges_names_its_dead_slots(tmp_path: Any) -> None:
-    from lopt.meta.trainer.log import read_metrics
+    from lopt.meta.loggers.json_lines import read_metrics
 
     config = TrainerConfig(steps=8, tasks=4, validation_tasks=2, validation_steps=5, learning_rate=1e-9)
     for lr, sick in ((1e12, True), (0.001, False)):

@@ -19,10 +19,11 @@ from lopt.cli.sweep import workers
 from lopt.cli.sweep.sweep import Sweep, resume_sweep, start_sweep
 from lopt.cli.sweep.trials import Trial, draw_settings, parse_range
 from lopt.cli.sweep.workers import Outcome, run_trial
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import start_run
 from lopt.meta.runs.lock import LOCK
 from lopt.meta.trainer.checkpoint import RULE
-from lopt.meta.trainer.log import RunLog, read_metrics
+from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.trainer import Interrupted
 from lopt.rules import RULES
 from lopt.rules.files import save
@@ -70,7 +71,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
     monkeypatch.setattr(workers, "Worker", InProcess)
     monkeypatch.setattr(InProcess, "begun", [])
     monkeypatch.setattr(RunLog, "figure", lambda *_: None)  # drawing takes longer than the trials
-    monkeypatch.setattr(RunLog, "hparams", lambda *_: None)
+    monkeypatch.setattr(RunLog, "result", lambda *_: None)
     return InProcess
 
 

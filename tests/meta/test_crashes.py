@@ -50,7 +50,7 @@ def die_at(point: int) -> Iterator[list[str]]:
 
     def log_line(log: RunLog, kind: str, *rest: Any) -> None:
         if len(came) == point:  # a kill in the middle of a line
-            log.file.write('{"kind": "train", "st')
+            log.lines.file.write('{"kind": "train", "st')
         pass_point(f"before line {kind}")
         log_scalars(log, kind, *rest)
 

@@ -14,9 +14,9 @@ import pytest
 from training_cases import TINY, hash_state, make_config, timeless
 
 from lopt.core.files import load_state
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT
-from lopt.meta.trainer.log import read_metrics
 
 
 @pytest.fixture(scope="module")

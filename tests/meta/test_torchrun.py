@@ -16,8 +16,8 @@ import torch.distributed as dist
 from training_cases import TINY, hash_state, timeless
 
 from lopt.core.files import load_state
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.trainer.checkpoint import CHECKPOINT
-from lopt.meta.trainer.log import read_metrics
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (dist.is_available() and dist.is_gloo_available()),

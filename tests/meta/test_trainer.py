@@ -15,9 +15,9 @@ from lopt.core.files import load_state
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import build_trainer, resume_run, start_run
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
-from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.stop import MAX_DEAD_STEPS
 from lopt.meta.trainer.trainer import Interrupted, Progress, Trainer
 from lopt.meta.unroll.curves import run_curves
@@ -60,7 +60,8 @@ def test_run_folder_tells_all(uninterrupted: Path) -> None:
     assert list((uninterrupted / "tensorboard").glob("events*"))
     lines = read_metrics(uninterrupted / "metrics.jsonl")
     assert [m["step"] for m in lines if m["kind"] == "train"] == list(range(1, 25))
-    assert {"loss", "meta_loss", "gradient_norm", "skipped_slots", "inner_steps_per_second"} <= set(lines[1])
+    step = next(line for line in lines if line["kind"] == "train")
+    assert {"loss", "meta_loss", "gradient_norm", "skipped_slots", "inner_steps_per_second"} <= set(step)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 13, 23])
@@ -263,6 +264,7 @@ def test_tensorboard_has_the_settings_the_result_and_the_validation_curves(unint
     board = EventAccumulator(str(uninterrupted / "tensorboard"))
     board.Reload()
     assert board.Tags()["images"] == ["validation/curves"]
+    assert "hidden" in board.Tensors("preset/text_summary")[0].tensor_proto.string_val[0].decode()
     assert [image.step for image in board.Images("validation/curves")][-1] == 24
     content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     settings = HParamsPluginData.FromString(content).session_start_info.hparams

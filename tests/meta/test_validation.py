@@ -16,10 +16,11 @@ import lopt
 from lopt.core.tensors import Params
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS
+from lopt.meta.loggers.json_lines import read_metrics
+from lopt.meta.trainer.best import UNTRAINED
 from lopt.meta.trainer.checkpoint import RULE
-from lopt.meta.trainer.log import read_metrics
 from lopt.meta.trainer.ranks import Ranks
-from lopt.meta.trainer.trainer import UNTRAINED, Trainer
+from lopt.meta.trainer.trainer import Trainer
 from lopt.meta.trainer.validation import FAILURE, Validator
 from lopt.meta.unroll.curves import run_curves
 from lopt.rules import RULES, Rule

@@ -1,4 +1,4 @@
-"""`lopt list`: what rules, presets, tasks, suites and estimators there are, with a line or a table row for each.
+"""`lopt list`: what rules, presets, tasks, suites, estimators and loggers there are, a line or a row for each.
 
 What it says comes from docstrings, presets, training cards and built tasks: nothing is listed by hand.
 """
@@ -17,14 +17,14 @@ from rich.table import Table
 
 import lopt
 
-KINDS = ("shipped", "portfolio", "presets", "rules", "tasks", "suites", "estimators")
+KINDS = ("shipped", "portfolio", "presets", "rules", "tasks", "suites", "estimators", "loggers")
 
 
-@click.command(name="list", short_help="List rules, presets, tasks, suites and estimators.")
+@click.command(name="list", short_help="List rules, presets, tasks, suites, estimators and loggers.")
 @click.argument("what", type=click.Choice(KINDS), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_kinds(what: str | None, as_json: bool) -> None:
-    """List shipped rules, presets, and what rules, tasks, suites and estimators there are."""
+    """List shipped rules, presets, and what rules, tasks, suites, estimators and loggers there are."""
     contents = list_contents(what)
     if as_json:
         click.echo(json.dumps(contents))
@@ -42,6 +42,7 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
     """
     from lopt.meta.config.load import list_presets
     from lopt.meta.estimators import ESTIMATORS
+    from lopt.meta.loggers import LOGGERS
     from lopt.rules import RULES
 
     def first_lines(registry: Mapping[str, Any]) -> dict[str, str]:
@@ -55,6 +56,7 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
         "tasks": list_families,
         "suites": list_programs,
         "estimators": lambda: first_lines(ESTIMATORS),
+        "loggers": lambda: first_lines(LOGGERS),
     }
     return {key: contents[key]() for key in ([kind] if kind else KINDS)}
 

@@ -91,7 +91,8 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
     """
     from lopt.cli.sweep.sweep import print_trials
     from lopt.meta.runs.progress import PlainProgress
-    from lopt.meta.trainer.trainer import UNTRAINED, Interrupted
+    from lopt.meta.trainer.best import UNTRAINED
+    from lopt.meta.trainer.trainer import Interrupted
 
     trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
     say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")

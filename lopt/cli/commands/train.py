@@ -38,6 +38,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/PRESET].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), help="Short for --set trainer.seed=N.")
+@click.option("--log", "loggers", multiple=True, metavar="NAME", help="Log to it: see `lopt list loggers`; repeatable.")
 @click.option("--device", help="Short for --set trainer.device=DEVICE; with --resume, go on there.")
 @click.option(
     "--time-limit",
@@ -52,6 +53,7 @@ def train_rule(
     out: Path | None,
     overrides: tuple[str, ...],
     seed: int | None,
+    loggers: tuple[str, ...],
     device: str | None,
     time_limit: str | None,
     evaluate: bool,
@@ -63,13 +65,15 @@ def train_rule(
     from lopt.meta.trainer.ranks import join_ranks
 
     # Anything wrong with what was given is said before processes join each other or a folder is made.
-    if resume is not None and (preset or out or overrides or seed is not None):
+    if resume is not None and (preset or out or overrides or loggers or seed is not None):
         raise click.UsageError("--resume takes its settings from the run; give nothing else")
     if resume is None and preset is None:
         raise click.UsageError("give a PRESET or --resume RUN; `lopt list presets` shows the presets")
     seconds = parse_duration(time_limit) if time_limit else None
     given = {"seed": seed, "device": device}
     changes = [*overrides, *(f"trainer.{key}={value}" for key, value in given.items() if value is not None)]
+    if loggers:
+        changes.append(f"loggers=[{', '.join(f'{{name={json.dumps(name)}}}' for name in loggers)}]")
 
     # The folder is this run's alone until the rule is judged.
     with ExitStack() as held:

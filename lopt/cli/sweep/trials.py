@@ -21,7 +21,7 @@ from lopt.meta.config.run import RunConfig
 from lopt.meta.config.samplers import draw_options
 from lopt.rules.files import load_card
 
-FIXED = ("name", "description", "task", "source", "evaluation", "trainer.validation_")
+FIXED = ("name", "description", "task", "source", "evaluation", "loggers", "trainer.validation_")
 """What trials have in common, so that their validations can be compared."""
 
 
@@ -163,6 +163,8 @@ def check_config(config: RunConfig) -> None:
         ValueError: something cannot be built.
     """
     config.build_rule()
+    for logger in config.build_loggers():
+        logger.check()
     for source in config.list_sources():
         source.transform(source.build_task())
         source.build_horizon()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lopt.core.foreign_text import make_printable
+from lopt.core.nested import flatten_dict
 from lopt.evaluation.settings import Card, Losses, read_card
-from lopt.meta.trainer.log import flatten_dict
 from lopt.meta.unroll.horizons import Constant
 from lopt.rules import LearnedInit, Rule
 from lopt.rules.files import find_longest_run, fingerprint

@@ -13,9 +13,9 @@ from typing import Any
 
 from lopt.core.files import write_atomic
 from lopt.core.foreign_text import make_printable
+from lopt.core.nested import flatten_dict
 from lopt.evaluation.behaviour.facts import gather_facts
 from lopt.evaluation.settings import Losses, Result, read_card
-from lopt.meta.trainer.log import flatten_dict
 from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, save
 from lopt.rules.hub import PAGE_FILE, RULE_FILE

@@ -16,6 +16,7 @@ from lopt.meta.config.build import build
 from lopt.meta.config.sources import Options, ResolvedSource, SourceConfig, check_scaling, draw, number_names, resolve
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimator
+from lopt.meta.loggers import LOGGERS, Logger
 from lopt.rules import RULES, LearnedInit, Rule
 from lopt.rules.learned_init import RATES
 
@@ -113,6 +114,7 @@ class RunConfig:
         transforms: changes to the tasks that are trained on, one after the other, each an entry of `TRANSFORMS`.
         source: several tasks and estimators; without one the sections `task`, `estimator` and `horizon` are one.
         imitation, trainer, evaluation: settings of the parts that every run has.
+        loggers: where the run is logged to beside its own folder's `metrics.jsonl`, each an entry of `LOGGERS`.
 
     Raises:
         ValueError: no task or no estimator for a source, or a number out of its range.
@@ -131,6 +133,7 @@ class RunConfig:
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loggers: list[Options] = field(default_factory=lambda: [{"name": "tensorboard"}])
 
     def __post_init__(self) -> None:
         check_scaling(self.random_scaling)
@@ -219,3 +222,11 @@ class RunConfig:
             teacher = build("imitation.teacher", RULES, {"name": self.imitation.teacher, **self.imitation.options})
             given = {"teacher": teacher, "imitation": self.imitation.weight, "follow": self.imitation.follow}
         return build("estimator", ESTIMATORS, source.estimator, **given)
+
+    def build_loggers(self) -> list[Logger]:
+        """The loggers of the run, which have not begun; their clients need not be installed yet.
+
+        Raises:
+            ValueError: no such logger, or an option that it does not have.
+        """
+        return [build(f"loggers[{i}]", LOGGERS, options) for i, options in enumerate(self.loggers)]

@@ -32,10 +32,10 @@ from lopt.core.version import VERSION
 from lopt.meta.config.load import parse_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.config.settings import check_label, list_settings
+from lopt.meta.loggers.json_lines import METRICS, read_metrics
 from lopt.meta.runs.lock import hold_folder
 from lopt.meta.runs.memory import check_memory, explain_memory
 from lopt.meta.trainer.checkpoint import CHECKPOINT, PREVIOUS, RULE
-from lopt.meta.trainer.log import METRICS, read_metrics
 from lopt.meta.trainer.ranks import Ranks, is_restart
 from lopt.meta.trainer.source import Source
 from lopt.meta.trainer.trainer import Trainer
@@ -86,6 +86,7 @@ def build_trainer(
             folder=folder,
             card=describe_run(config, sources, command),
             ranks=ranks,
+            loggers=config.build_loggers(),
         )
 
 
@@ -128,6 +129,7 @@ def start_run(
     Raises:
         FileExistsError: the folder holds a run already.
         ValueError: the configuration cannot be built, its rule not be judged, or another process has the folder.
+        ImportError: the client of a logger is not installed.
         OSError: the folder cannot be written.
         FailedLead: one of these on rank 0.
     """
@@ -146,6 +148,8 @@ def start_run(
         check_label(config.name)
         with explain_memory(config.to_dict()):
             list_settings(config)
+        for logger in config.build_loggers():
+            logger.check()
         environment = describe_environment() | {"processes": ranks.size}
         environment["command"] = begun = command or environment["command"]
         built.append(build_trainer(config, folder, begun, ranks))

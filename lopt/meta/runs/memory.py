@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from lopt.core.nested import flatten_dict
 from lopt.meta.config.run import RunConfig
 from lopt.meta.estimators.backprop import Backprop
-from lopt.meta.trainer.log import flatten_dict
 from lopt.meta.trainer.source import Source
 
 FULL = re.compile(r"can't allocate memory|not enough memory|out of memory|can't start new thread")

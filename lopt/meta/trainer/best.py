@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from lopt.meta.trainer.meta_weights import copy_rule, copy_weights
+from lopt.meta.trainer.ranks import FailedLead
 from lopt.rules import Rule
 from lopt.rules.files import fingerprint, load, load_card
 
 WEIGHTS = "best."
+UNTRAINED = (
+    "no validation was better than the one before training: the rule has the weights that training started from. "
+    "Try another trainer.learning_rate, more trainer.steps or another estimator"
+)
 
 
 class Best:
@@ -56,6 +62,25 @@ class Best:
     def build(self, rule: Rule) -> Rule:
         """A rule like the given one with the best weights; a copy, which training does not touch."""
         return copy_rule(rule, self.weights)
+
+    def check(self, tasks: int, leads: bool) -> None:
+        """Never hand back in silence what has learned nothing: warn of a rule that is best before training.
+
+        Args:
+            tasks: that are validated on.
+            leads: whether this rank is the one that explains.
+        Raises:
+            ValueError: the rule diverges on all tasks that say anything.
+            FailedLead: this on rank 0.
+        """
+        sound = tasks - self.left_out
+        if self.diverged >= sound:
+            raise (ValueError if leads else FailedLead)(
+                f"the rule diverges on all {sound} held-out tasks, with its best weights (step {self.step}), too: "
+                "training has come to nothing. Lower trainer.learning_rate or the rule's output scale"
+            )
+        if self.step == 0 and leads:
+            warnings.warn(UNTRAINED, stacklevel=3)
 
     def describe(self, metric: str) -> dict[str, Any]:
         """What a rule's card says of it, so that nobody takes a rule that has learned nothing for a trained one.

@@ -3,7 +3,7 @@
 The last two are kept, as disks and copies damage files: from either a run goes on to the same end.
 
 Resuming under other settings would give a run that no configuration describes; so all that differs is named and
-refused, but for the device and how it is used. What a snapshot holds is said by the `lopt.meta.trainer.state`.
+refused, but for the device, how it is used, and loggers. What a snapshot holds, `lopt.meta.trainer.state` says.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from lopt.core.files import load_state, save_state
 from lopt.core.foreign_text import make_printable
+from lopt.core.nested import list_changes
 from lopt.core.schema import conform
-from lopt.meta.trainer.log import list_changes
 from lopt.meta.trainer.outer_optimizer import AVERAGE, MOMENTS
 from lopt.meta.trainer.ranks import Ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 RULE = "rule.safetensors"
-MACHINE = ("trainer.device", "trainer.capture")
-"""Settings that may differ: where a run goes on, and how that device makes its steps."""
+MACHINE = ("trainer.device", "trainer.capture", "loggers")
+"""Settings that may differ: where a run goes on, how that device makes its steps, and where it is logged to."""
 WEIGHTS = ("weights.", "best.", AVERAGE)  # of rules
 SIGNED = ".exp_avg"  # of AdamW's moments; squares and steps are not
 MAX_CHANGES = 1000  # characters of settings that an error lists

@@ -1,141 +1,172 @@
-"""What a run says while it goes on: JSON lines for programs, TensorBoard for eyes.
+"""What a run says while it goes on: to its own `metrics.jsonl`, and to the loggers that its configuration names.
 
-`metrics.jsonl` has one object a line; after a resume the lines beyond the checkpoint are cut, so that the file is that
-of an uninterrupted run (but for wall-clock figures).
+The JSON lines have every number and are what `lopt report` and a resume read; loggers, which are for eyes, hear nothing
+of numbers that stay the same through the whole run.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopt.core.files import write_atomic
+from torch import Tensor
+
+from lopt.meta.loggers.base import LoggedRun, Logger, identify
+from lopt.meta.loggers.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-METRICS = "metrics.jsonl"
-
-
 class RunLog:
-    """Writes a run's metrics under its folder.
+    """Writes what there is to say of a run, under its folder and elsewhere.
 
     Args:
         folder: the run's folder, which exists.
         start: outer step to go on from, -1 for a run that begins; anything logged beyond it is dropped.
+        loggers: that have not begun; one that fails is told of in a warning and left out, and the run goes on.
+        card: the run's training card, for its name and configuration.
+    Raises:
+        ImportError: a logger's client is not installed.
+        OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, start: int = -1) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder / METRICS
-        if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    def __init__(
+        self, folder: Path, start: int = -1, loggers: Sequence[Logger] = (), card: Mapping[str, Any] | None = None
+    ) -> None:
+        card = card or {}
+        self.config = card.get("config") or {}
+        run = LoggedRun(folder, card.get("name", folder.name), identify(folder), self.config, start)
+        self.lines, self.loggers = JsonLines(), list(loggers)
+        self.lines.begin(run)
+        # What a resumed run has logged before is what makes a number one that changes.
+        self.changing, self.step = Changing(), max(start, 0)
+        for line in self.lines.kept:
+            for key, value in line.items():
+                if key not in ("kind", "step"):
+                    self.changing.hear((line["kind"], key), line["step"], math.nan if value is None else value)
+        self._tell(lambda logger: logger.begin(run))
+        if self.config:
+            self.text("preset", f"```json\n{json.dumps(self.config, indent=2)}\n```")
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers of one kind at an outer step: a line of `metrics.jsonl`, and points of TensorBoard's curves.
+        """Log numbers of one kind at an outer step: a line of `metrics.jsonl`, and points of the loggers' curves.
 
         Args:
             kind: such as "train", "validation" or "source NAME".
-            values: by name; those that are not finite are null in the line, since JSON has no word for them.
+            values: by name; those that are not finite are null in the line.
         """
-        line: dict[str, Any] = {"kind": kind, "step": step}
+        self.step = step
+        self.lines.scalars(kind, step, values)
+        if not self.loggers:
+            return
+        points: dict[int, dict[str, float]] = {}
         for key, value in values.items():
-            line[key] = value if math.isfinite(value) else None
-            self.board.add_scalar(f"{kind}/{key}", value, step)
-        self.file.write(json.dumps(line) + "\n")
-        # A run that is killed keeps what it has logged.
-        self.file.flush()
+            for when, point in self.changing.hear((kind, key), step, value):
+                points.setdefault(when, {})[key] = point
+        for when in sorted(points):
+            self._tell(lambda logger, when=when: logger.scalars(kind, when, points[when]))  # type: ignore[misc]
 
-    def figure(self, name: str, step: int, figure: Figure) -> None:
-        """Log a matplotlib figure for TensorBoard, where a slider goes through its steps; the JSON lines have none.
+    def weights(self, step: int, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
+        """Log the norm of each meta-weight and of its last update, and for loggers how their values are spread.
+
+        Args:
+            weights, updates: by name, on any device; no updates before the first step.
+        """
+        for kind, tensors in (("weight", weights), ("update", updates)):
+            if tensors:
+                self.scalars(f"{kind}_norm", step, {name: float(x.detach().norm()) for name, x in tensors.items()})
+            for name, tensor in tensors.items() if self.loggers else ():
+                values = tensor.detach().flatten().float().cpu()
+                finite = values[values.isfinite()]
+                if len(finite):
+                    self._tell(lambda logger, n=f"{kind}/{name}", x=finite: logger.histogram(n, step, x))  # type: ignore[misc]
+
+    def figure(self, name: str, step: int, draw: Callable[[], Figure]) -> None:
+        """Log a matplotlib figure for eyes; it is drawn only where there are any.
 
         Args:
             name: of the figure, the same at every step.
         """
-        self.board.add_figure(name, figure, step)
+        if self.loggers:
+            figure = draw()
+            self._tell(lambda logger: logger.figure(name, step, figure))
 
-    def hparams(self, config: Mapping[str, Any], result: Mapping[str, float]) -> None:
-        """Log the configuration beside the run's result, so that TensorBoard's HParams page compares runs.
+    def text(self, name: str, text: str) -> None:
+        """Log a text for eyes, in Markdown."""
+        self._tell(lambda logger: logger.text(name, self.step, text))
+
+    def result(self, result: Mapping[str, float]) -> None:
+        """Log the run's result beside its configuration, so that runs can be compared, and what never changed.
 
         Args:
-            config: nested; entries that are no plain values are written as JSON.
             result: numbers by name.
         """
-        flat = {key: _plain(value) for key, value in flatten_dict(config).items()}
-        metrics = {f"result/{key}": value for key, value in result.items()}
-        # In the run's own folder: by default it would be one more run, named by the time.
-        self.board.add_hparams(flat, metrics, run_name=".")
+        constants = sorted(f"| {kind}/{key} | {value:g} |" for (kind, key), value in self.changing.constants.items())
+        if constants:
+            self.text("constants", "\n".join(["| the same in all steps | |", "|---|---|", *constants]))
+        self._tell(lambda logger: logger.result(self.config, result))
+
+    def _tell(self, call: Callable[[Logger], None]) -> None:
+        """Have each logger do something; one that cannot is left out from then on."""
+        for logger in list(self.loggers):
+            try:
+                call(logger)
+            except ImportError:
+                raise
+            except Exception as error:
+                self.loggers.remove(logger)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                warnings.warn(
+                    f"logger {type(logger).__name__} failed at step {self.step} and is left out: {reason}", stacklevel=3
+                )
+                with suppress(Exception):
+                    logger.close(True)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Flush and close both; an error that ends the run is told, not what a full disk then makes of the logs."""
-        with ExitStack() as closing:  # the second one also where the first fails
-            if kind is not None:
-                closing.enter_context(suppress(OSError))
-            for file in (self.board, self.file):
-                closing.callback(file.close)
+        """Flush and close all; an error that ends the run is told, not what a full disk then makes of the logs."""
+        self._tell(lambda logger: logger.close(kind is not None))
+        with suppress(OSError) if kind is not None else nullcontext():
+            self.lines.close(kind is not None)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out.
+class Changing:
+    """Finds the numbers that change: points of the others are held back, so that nobody looks at curves that are flat.
 
-    Raises:
-        ValueError: another line is damaged.
+    Attributes:
+        constants: by key, those that have had one value so far, and more than one point.
     """
-    lines = []
-    # A kill may cut a character in two; what cannot be decoded is found as a line that is no JSON.
-    *whole, rest = path.read_text(errors="replace").split("\n")
-    for number, text in enumerate([*whole, rest], 1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            if number > len(whole):  # empty, or cut off
-                break
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(f"{path} is damaged: line {number} is no JSON object with a step; mend or remove it")
-        lines.append(line)
-    return lines
 
+    def __init__(self) -> None:
+        # The first and the last point, or none once a number has changed.
+        self._held: dict[tuple[str, str], list[tuple[int, float]]] = {}
 
-def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys, the form in which people name settings.
+    @property
+    def constants(self) -> dict[tuple[str, str], float]:
+        return {key: points[0][1] for key, points in self._held.items() if len(points) > 1}
 
-    Args:
-        tree: with keys that are strings; lists are values.
-        prefix: of all keys, with its dot.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten_dict(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    def hear(self, key: tuple[str, str], step: int, value: float) -> list[tuple[int, float]]:
+        """Take a point of a number; returns the points to show now: with the first change those held back, too.
 
-
-def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """Where two configurations differ, for messages and tables: such as "a.b 1 -> 2", sorted.
-
-    Args:
-        old, new: nested dicts; an entry that one of them lacks counts as None.
-        but: dotted keys that may differ.
-    """
-    before, after = flatten_dict(old), flatten_dict(new)
-    keys = sorted(key for key in {*before, *after}.difference(but) if before.get(key) != after.get(key))
-    return [f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        Of those that were equal the first and the last are shown, between which a curve is flat.
+        """
+        point, held = (step, value), self._held.get(key)
+        if held is None:
+            self._held[key] = [point]
+            return []
+        if not held:
+            return [point]
+        # Lines that are read again do not tell NaN from infinity.
+        if value == held[0][1] or not (math.isfinite(value) or math.isfinite(held[0][1])):
+            self._held[key] = [held[0], point]
+            return []
+        self._held[key] = []
+        return [*held, point]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
 from lopt.core.names import suggest
@@ -25,6 +26,11 @@ def copy_weights(rule: Rule, *, learned: bool = False) -> dict[str, Tensor]:
     """
     weights: Mapping[str, Tensor] = rule.meta_weights() if learned else rule.state_dict()
     return {name: value.detach().clone() for name, value in weights.items()}
+
+
+def measure_norm(weights: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all weights together; 0 of none."""
+    return float(torch.nn.utils.get_total_norm([weight.detach() for weight in weights.values()]))
 
 
 def copy_rule(rule: Rule, weights: Mapping[str, Tensor]) -> Rule:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lopt.core.names import suggest
 from lopt.meta.config.trainer import TrainerConfig
-from lopt.meta.trainer.meta_weights import copy_weights, update_average
+from lopt.meta.trainer.meta_weights import copy_weights, measure_norm, update_average
 from lopt.rules import Rule
 
 AVERAGE = "average."
@@ -31,11 +31,15 @@ class OuterOptimizer:
         config: learning rates and their schedule, `clip`, `beta2`, `weight_decay`, `average`.
     Raises:
         ValueError: a pattern of `learning_rates` fits no meta-weight that is learned.
+
+    Attributes:
+        updates: what the last step has changed each learned weight by; {} before the first.
     """
 
     def __init__(self, rule: Rule, config: TrainerConfig) -> None:
         self.rule, self.config = rule, config
         self.average = copy_weights(rule, learned=True)
+        self.updates: dict[str, Tensor] = {}
         self.adamw = torch.optim.AdamW(
             _group_weights(rule, config),
             lr=config.learning_rate,
@@ -62,9 +66,11 @@ class OuterOptimizer:
             gradient: `[W]`, all learned meta-weights in their order.
             step: how many steps were made before.
         Returns:
-            `gradient_norm` before clipping, and the `learning_rate`.
+            `gradient_norm` before clipping, the `learning_rate`, and the norms of the weights after the step and of
+            its `update`.
         """
         weights = self.rule.meta_weights()
+        before = copy_weights(self.rule, learned=True)
         # AdamW takes gradients where autograd would have left them.
         pieces = torch.split(gradient, [weight.numel() for weight in weights.values()])
         for weight, piece in zip(weights.values(), pieces, strict=True):
@@ -79,7 +85,9 @@ class OuterOptimizer:
         self.adamw.zero_grad()
         if self.config.average:
             update_average(self.average, self.rule, self.config.average, step + 1)
-        return {"gradient_norm": float(norm), "learning_rate": rate}
+        self.updates = {name: weight.detach() - before[name] for name, weight in weights.items()}
+        norms = {"weight_norm": measure_norm(weights), "update_norm": measure_norm(self.updates)}
+        return {"gradient_norm": float(norm), "learning_rate": rate} | norms
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

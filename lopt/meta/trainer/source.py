@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lopt.core.random import derive_seeds, make_generator
+from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimate, Estimator
+from lopt.meta.trainer.merging import Total
 from lopt.meta.trainer.ranks import Ranks
 from lopt.meta.unroll.horizons import HorizonSchedule
 from lopt.meta.unroll.inner_loop import InnerLoop
@@ -54,6 +56,11 @@ class Source:
         self.validation_family, self.guidance = validation_family or family, guidance
         self.carry: Any = None
         """None where none of the slots is this rank's."""
+
+    @property
+    def stage(self) -> float:
+        """The stage of its schedule of lengths; 0 where there are no stages."""
+        return float(self.horizon.stage if self.horizon else 0)
 
     def start(self, rule: Rule, seed: int, first: int, ranks: Ranks, device: torch.device) -> None:
         """Start those of the slots that are this rank's, and move what the source holds to where the rule is.
@@ -170,3 +177,39 @@ def list_families(sources: Sequence[Source]) -> dict[str, TaskFamily]:
         if all(source.validation_family is not known for known in families.values()):
             families[source.name] = source.validation_family
     return families
+
+
+def list_sources(
+    tasks: TaskFamily | Sequence[Source],
+    estimator: Estimator | None,
+    config: TrainerConfig,
+    horizon: HorizonSchedule | None,
+    validation_family: TaskFamily | None,
+) -> list[Source]:
+    """What a trainer was given, as sources: those themselves, or the one that a family of tasks is.
+
+    Raises:
+        ValueError: a family comes without an estimator, or sources with what they have of their own.
+    """
+    if isinstance(tasks, TaskFamily):
+        if estimator is None:
+            raise ValueError("Trainer: a family of tasks needs an estimator, got None")
+        return [Source(tasks, estimator, config.tasks, horizon=horizon, validation_family=validation_family)]
+    if any(given is not None for given in (estimator, horizon, validation_family)):
+        raise ValueError("Trainer: sources have estimators, horizons and validation families of their own: give none")
+    return list(tasks)
+
+
+def describe_sources(sources: Sequence[Source], totals: Sequence[Total]) -> dict[str, dict[str, float]]:
+    """What to log of each source by itself, so that one that goes wrong can be told from the others; {} of one.
+
+    Args:
+        totals: of the sources, in their order; those that this step did not learn from have no metrics.
+    """
+    if len(sources) == 1:
+        return {}
+    return {
+        source.name: total.metrics | {"gradient_norm": float(total.gradient.norm()), "horizon_stage": source.stage}
+        for source, total in zip(sources, totals, strict=True)
+        if total.metrics
+    }

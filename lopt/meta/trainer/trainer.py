@@ -7,7 +7,6 @@ its checkpoint holds; random draws are named (see `lopt.core.random`).
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,15 +18,18 @@ import torch
 from lopt.core.devices import find_device
 from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import Estimator
+from lopt.meta.loggers import Logger
+from lopt.meta.loggers.tensorboard import TensorBoard
 from lopt.meta.trainer.best import Best, holds_rule
 from lopt.meta.trainer.checkpoint import RULE, read_snapshot, write_snapshot
 from lopt.meta.trainer.log import RunLog
 from lopt.meta.trainer.memory_plan import fit_all
-from lopt.meta.trainer.merging import Merger, Total, merge_ranks
+from lopt.meta.trainer.merging import Merger, merge_ranks
 from lopt.meta.trainer.meta_weights import copy_rule, copy_weights, freeze_weights, load_weights
 from lopt.meta.trainer.outer_optimizer import OuterOptimizer
+from lopt.meta.trainer.phases import Phases, measure_memory
 from lopt.meta.trainer.ranks import FailedLead, Ranks
-from lopt.meta.trainer.source import Source, choose_sources, list_families
+from lopt.meta.trainer.source import Source, choose_sources, describe_sources, list_families, list_sources
 from lopt.meta.trainer.state import RunState
 from lopt.meta.trainer.stop import MAX_DEAD_STEPS, Reason, Stop
 from lopt.meta.trainer.validation import Validator, log_validation
@@ -36,11 +38,6 @@ from lopt.meta.unroll.on_gpu import choose_stride
 from lopt.rules import Rule
 from lopt.rules.files import save
 from lopt.tasks import TaskFamily
-
-UNTRAINED = (
-    "no validation was better than the one before training: the rule has the weights that training started from. "
-    "Try another trainer.learning_rate, more trainer.steps or another estimator"
-)
 
 
 class Interrupted(Exception):
@@ -78,6 +75,7 @@ class Trainer:
         folder: where checkpoints, metrics and the best rule go; nothing is written without one.
         card: training card to put into the rule file.
         ranks: the processes that share the slots; all of them make the same trainer.
+        loggers: what rank 0 logs to beside the folder's `metrics.jsonl`, if there is a folder; TensorBoard by default.
     Raises:
         ValueError: there are more processes than slots, no estimator for a family, or one beside sources,
             `trainer.device` is not there, `trainer.train_only` fits no meta-weight, or `trainer.warm_start` is not a
@@ -96,10 +94,12 @@ class Trainer:
         folder: Path | str | None = None,
         card: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
+        loggers: Sequence[Logger] | None = None,
     ) -> None:
-        sources = _list_sources(tasks, estimator, config, horizon, validation_family)
+        sources = list_sources(tasks, estimator, config, horizon, validation_family)
         self.rule, self.sources, self.config, self.ranks = rule, sources, config, ranks or Ranks()
-        self.folder, self.card = None if folder is None else Path(folder), dict(card or {})
+        self.folder, self.card, self.phases = None if folder is None else Path(folder), dict(card or {}), Phases()
+        self.loggers = [TensorBoard()] if loggers is None else list(loggers)
         # A rank without a slot would have nothing to do, and torchrun would wait for it all the same.
         self.slots = sum(source.tasks for source in self.sources)
         if self.ranks.size > self.slots:
@@ -160,35 +160,24 @@ class Trainer:
         A rule that was never better than before training comes back with a warning.
         """
         self._stop = Stop(time_limit)
-        writes = self.folder is not None and self.ranks.leads
-        if self.folder and writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        writes = self.folder if self.ranks.leads else None
+        if writes:
+            writes.mkdir(parents=True, exist_ok=True)
         # Results are reproducible for a number of threads; the caller's is given back, whatever happens.
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         try:
             start = self.step if self.state.begun else -1
-            with RunLog(self.folder, start) if self.folder and writes else nullcontext() as log:
+            logged = RunLog(writes, start, self.loggers, self.card) if writes else nullcontext()
+            with logged as log:
                 with self._stop.on_signals():
                     self._loop(log, on_step)
                 if log:
-                    result = {"best": self.best.value, "best_step": float(self.best.step)}
-                    log.hparams(self.card.get("config", {}), result)
+                    log.result({"best": self.best.value, "best_step": float(self.best.step)})
         finally:
             torch.set_num_threads(threads)
-        self._check_best()
+        self.best.check(self.validator.tasks, self.ranks.leads)
         return self.build_best()
-
-    def _check_best(self) -> None:
-        """Never hand back in silence what has learned nothing."""
-        best, sound = self.best, self.validator.tasks - self.best.left_out
-        if best.diverged >= sound:
-            raise (ValueError if self.ranks.leads else FailedLead)(
-                f"the rule diverges on all {sound} held-out tasks, with its best weights (step {best.step}), too: "
-                "training has come to nothing. Lower trainer.learning_rate or the rule's output scale"
-            )
-        if best.step == 0 and self.ranks.leads:
-            warnings.warn(UNTRAINED, stacklevel=3)
 
     def _loop(self, log: RunLog | None, on_step: Callable[[Progress], None] | None) -> None:
         # What the rule can do before training is the first point of every curve.
@@ -240,14 +229,18 @@ class Trainer:
         config = self.config
         # The order matters for a resume: a checkpoint must know the validation of its own step.
         if log and metrics:
-            log.scalars("train", self.step, metrics)
-            for name, values in parts.items():
-                log.scalars(f"source {name}", self.step, values)
+            with self.phases("log"):
+                log.scalars("train", self.step, metrics)
+                for name, values in parts.items():
+                    log.scalars(f"source {name}", self.step, values)
         validation = None
         if self.step % config.validate_every == 0 or self.finished:
             validation = self.validate(log)
         if self.folder and (self.step % config.checkpoint_every == 0 or self.finished):
-            self.save()
+            with self.phases("save"):
+                self.save()
+        if log and validation:
+            log.scalars("cost", self.step, self.phases.take() | measure_memory(self.device))
         if on_step:
             on_step(Progress(self.step, config.steps, metrics, validation))
 
@@ -255,7 +248,7 @@ class Trainer:
         """One outer step, for those who drive the loop themselves: no validation, no log, no checkpoint.
 
         Returns:
-            What `run` would log: means over tasks and sources, `gradient_norm`, `learning_rate`, speed.
+            What `run` would log: means over tasks and sources, norms, `learning_rate`, speed.
         """
         return self._step_sources()[0]
 
@@ -264,17 +257,20 @@ class Trainer:
         # Estimates on this rank's slots, one gradient of all ranks and sources, and the step.
         begin = time.perf_counter()
         chosen = choose_sources(len(self.sources), self.config.sources_per_step, self.config.seed, self.step)
-        estimates = [source.estimate(self.step) if i in chosen else None for i, source in enumerate(self.sources)]
-        totals = merge_ranks(estimates, self.rule.meta_weights(), self.ranks)
-        total = self.merger(totals)
-        stepped = self.outer.apply(total.gradient, self.step)
+        with self.phases("estimate"):
+            estimates = [source.estimate(self.step) if i in chosen else None for i, source in enumerate(self.sources)]
+        with self.phases("merge"):
+            totals = merge_ranks(estimates, self.rule.meta_weights(), self.ranks)
+            total = self.merger(totals)
+        with self.phases("apply"):
+            stepped = self.outer.apply(total.gradient, self.step)
         seconds = time.perf_counter() - begin
         self.state.step += 1
         self.state.seconds += seconds
         self.state.dead.count(total.metrics | stepped, sum(self.sources[i].tasks for i in chosen))
-        speed, stage = total.metrics["inner_steps"] / seconds, max(map(_find_stage, self.sources))
+        speed, stage = total.metrics["inner_steps"] / seconds, max(source.stage for source in self.sources)
         whole = total.metrics | stepped | {"inner_steps_per_second": speed, "horizon_stage": stage}
-        return whole, _describe_sources(self.sources, totals)
+        return whole, describe_sources(self.sources, totals)
 
     # -- validation --------------------------------------------------------------------------------
 
@@ -287,14 +283,17 @@ class Trainer:
         # With averaging it is the average that is judged and kept; training goes on from the weights themselves.
         weights = copy_weights(self.rule) | (self.outer.average if self.config.average else {})
         rule = copy_rule(self.rule, weights) if self.config.average else self.rule
-        found = self.validator.judge(rule)
+        with self.phases("validate"):
+            found = self.validator.judge(rule)
         improved = self.best.hear(found.figures, self.config.validation_metric, self.step, weights)
         # The untrained rule's figure is the best so far by being the first: no success to a curriculum.
         for source in self.sources:
             if source.horizon and self.step > 0:
                 source.horizon.validated(improved)
         if log:
-            log_validation(log, self.step, found, self.best.value)
+            with self.phases("log"):
+                log_validation(log, self.step, found, self.best.value)
+                log.weights(self.step, self.rule.meta_weights(), self.outer.updates)
         return found.figures | {"best": self.best.value}
 
     # -- saving ------------------------------------------------------------------------------------
@@ -363,35 +362,3 @@ class Trainer:
         names = self.state.list_tensors()
         # All is known to fit before anything is changed.
         self.state.restore(*read_snapshot(path, self.card.get("config"), names, self.ranks))
-
-
-def _list_sources(
-    tasks: TaskFamily | Sequence[Source],
-    estimator: Estimator | None,
-    config: TrainerConfig,
-    horizon: HorizonSchedule | None,
-    validation_family: TaskFamily | None,
-) -> list[Source]:
-    if isinstance(tasks, TaskFamily):
-        if estimator is None:
-            raise ValueError("Trainer: a family of tasks needs an estimator, got None")
-        return [Source(tasks, estimator, config.tasks, horizon=horizon, validation_family=validation_family)]
-    if any(given is not None for given in (estimator, horizon, validation_family)):
-        raise ValueError("Trainer: sources have estimators, horizons and validation families of their own: give none")
-    return list(tasks)
-
-
-def _find_stage(source: Source) -> float:
-    return float(source.horizon.stage if source.horizon else 0)
-
-
-def _describe_sources(sources: Sequence[Source], totals: Sequence[Total]) -> dict[str, dict[str, float]]:
-    """What to log of each source by itself, so that one that goes wrong can be told from the others; {} of one."""
-    if len(sources) == 1:
-        return {}
-    return {
-        source.name: total.metrics
-        | {"gradient_norm": float(total.gradient.norm()), "horizon_stage": _find_stage(source)}
-        for source, total in zip(sources, totals, strict=True)
-        if total.metrics
-    }

@@ -210,11 +210,11 @@ def log_validation(log: RunLog, step: int, found: Validation, best: float) -> No
         kind = f"validation {name}" if found.families else "validation"
         if found.families:
             log.scalars(kind, step, found.families[name])
-        log.figure(f"{kind}/curves", step, plot_losses(losses))
+        log.figure(f"{kind}/curves", step, lambda losses=losses: plot_losses(losses))  # type: ignore[misc]
 
 
 def plot_losses(losses: Tensor) -> Any:
-    """Held-out loss curves for TensorBoard: every task thin, the median thick, on a logarithmic scale.
+    """Held-out loss curves for eyes: every task thin, the median thick, on a logarithmic scale.
 
     Args:
         losses: `[N, T]`.

@@ -1,0 +1,67 @@
+"""JSON lines: the record that every run keeps in `metrics.jsonl`, one object a line, for programs and `lopt report`.
+
+After a resume the lines beyond the checkpoint are cut, so that the file is that of an uninterrupted run (but for
+wall-clock figures and memory).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lopt.core.files import write_atomic
+from lopt.meta.loggers.base import LoggedRun, Logger
+
+METRICS = "metrics.jsonl"
+
+
+class JsonLines(Logger):
+    """Scalars as lines of `metrics.jsonl`; of the rest, which is for eyes, it keeps nothing.
+
+    Attributes:
+        kept: the lines up to the step that the run goes on from.
+    """
+
+    kept: list[dict[str, Any]]
+
+    def begin(self, run: LoggedRun) -> None:
+        path, self.kept = run.folder / METRICS, []
+        if path.exists():
+            self.kept = [line for line in read_metrics(path) if line["step"] <= run.start]
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
+        self.file = path.open("a")
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no word for what is not finite.
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.file.write(json.dumps({"kind": kind, "step": step} | plain) + "\n")
+        # A run that is killed keeps what it has logged.
+        self.file.flush()
+
+    def close(self, failed: bool) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = []
+    # A kill may cut a character in two; what cannot be decoded is found as a line that is no JSON.
+    *whole, rest = path.read_text(errors="replace").split("\n")
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            if number > len(whole):  # empty, or cut off
+                break
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"{path} is damaged: line {number} is no JSON object with a step; mend or remove it")
+        lines.append(line)
+    return lines
