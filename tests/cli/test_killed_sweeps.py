@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from training_cases import TINY, describe_result
 
-from lopt.core.documents import read_json
+from lopt.cli.sweep.study import SweepStudy
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.rules.files import fingerprint, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="kills")]
 KILLS = 5
-ARGUMENTS = ["tiny.toml", "--vary", "trainer.learning_rate=1e-3,1e-2,0.1", "--halve-every", "6", "--out", "s"]
+ARGUMENTS = ["tiny.toml", "--vary", "trainer.learning_rate=1e-3,1e-2,0.1", "--out", "s"]
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -33,11 +33,11 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def describe_sweep(folder: Path) -> dict[str, Any]:
-    state = read_json(folder / "sweep.json")
-    trials = {trial["name"]: describe_result(folder / trial["name"]) for trial in state["trials"]}
+    reports = {report.name: report for report in SweepStudy(folder).list_reports()}
+    trials = {name: describe_result(folder / name) for name in reports}
     for trial in trials.values():
         trial["card"].pop("command")  # the one that began it: of the sweep, or of its resume
-    return {"state": state, "trials": trials, "rule": fingerprint(load(folder / RULE))}
+    return {"reports": reports, "trials": trials, "rule": fingerprint(load(folder / RULE))}
 
 
 def count_steps(folder: Path) -> int:
@@ -70,7 +70,7 @@ def test_a_sweep_killed_five_times_ends_as_one_that_was_not(
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        if (tmp_path / "s" / "sweep.json").exists():
+        if (tmp_path / "s" / "trial-000").exists():
             arguments = ["--resume", "s"]
     run_to_end(tmp_path, *arguments)
     found = describe_sweep(tmp_path / "s")

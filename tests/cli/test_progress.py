@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lopt.cli.sweep.trials import Trial
 from rich.console import Console
 from training_cases import TINY, make_config
 
 from lopt.cli.sweep.sweep import Sweep, SweepState
-from lopt.cli.sweep.trials import Trial
 from lopt.meta.runs import progress
 from lopt.meta.runs.progress import PlainProgress
 

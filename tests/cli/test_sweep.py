@@ -1,82 +1,56 @@
-"""Sweeps: what is tried, which trial is kept, and trials that fail, are interrupted or lose their parent."""
+"""Sweeps: what is tried, which trial is kept, and trials that fail, are pruned, interrupted or lose their parent."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from filelock import FileLock
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 from training_cases import TINY, hash_state, make_config
 
-from lopt.cli.sweep import sweep as sweeping
 from lopt.cli.sweep import workers
+from lopt.cli.sweep.space import decode, parse_range
+from lopt.cli.sweep.study import Claim, Report, SweepStudy
 from lopt.cli.sweep.sweep import Sweep, resume_sweep, start_sweep
-from lopt.cli.sweep.trials import Trial, draw_settings, parse_range
-from lopt.cli.sweep.workers import Outcome, run_trial
+from lopt.cli.sweep.workers import run_claim
 from lopt.meta.loggers.json_lines import read_metrics
 from lopt.meta.runs.folder import start_run
-from lopt.meta.runs.lock import LOCK
-from lopt.meta.trainer.checkpoint import RULE
-from lopt.meta.trainer.log import RunLog
-from lopt.meta.trainer.trainer import Interrupted
-from lopt.rules import RULES
-from lopt.rules.files import save
+from lopt.meta.runs.lock import hold_folder
+from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
+from lopt.meta.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and process groups")
 RATES = "trainer.learning_rate=1e-3,1e-2,0.1"
 
 
-class InProcess:
-    """A worker that runs its trial at once, in this process; `broken` steps fail."""
-
-    broken: ClassVar[set[float]] = set()
-    stop_after: int | None = None
-    begun: ClassVar[list[str]] = []
-
-    def __init__(self) -> None:
-        self.process = self
-        reading, writing = os.pipe()
-        os.close(writing)
-        self.connection = sweeping.Connection(reading)  # always ready
-
-    def is_alive(self) -> bool:
-        return True
-
-    def terminate(self) -> None:
-        return None
-
-    def begin(self, trial: Trial, config: Any, folder: Path, until: int) -> None:
-        self.trial = trial
-        self.begun.append(trial.name)
-        folder.mkdir(exist_ok=True)
-        if config.trainer.learning_rate in self.broken:
-            self.outcome = Outcome(False, "ValueError: broken")
-            return
-        self.outcome = Outcome(run_trial(config, folder, until), "")
-        if len(self.begun) == self.stop_after:
-            signal.raise_signal(signal.SIGINT)
-
-    def finish(self) -> tuple[Trial, Outcome]:
-        return self.trial, self.outcome
+def make_sweep(folder: Path, *vary: str, steps: int = 8, **options: Any) -> Sweep:
+    config = make_config(steps=steps, validate_every=4, checkpoint_every=4)
+    config.loggers.clear()
+    return start_sweep(config, vary or [RATES], folder, **options)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
-    monkeypatch.setattr(workers, "Worker", InProcess)
-    monkeypatch.setattr(InProcess, "begun", [])
-    monkeypatch.setattr(RunLog, "figure", lambda *_: None)  # drawing takes longer than the trials
-    monkeypatch.setattr(RunLog, "result", lambda *_: None)
-    return InProcess
+def work(sweep: Sweep, most: int = 100) -> list[str]:
+    """What a worker does, in this process; names of the trials."""
+    names: list[str] = []
+    while len(names) < most and (claim := sweep.study.claim()):
+        names.append(claim.name)
+        with claim.held:
+            if not run_claim(sweep.study, claim):
+                break
+    return names
 
 
-def make_sweep(folder: Path, *varied: str, **options: Any) -> Sweep:
-    return start_sweep(make_config(steps=8, validate_every=4), varied or [RATES], folder, **options)
+def list_trials(folder: Path) -> dict[str, Report]:
+    return {report.name: report for report in SweepStudy(folder).list_reports()}
 
 
 def read_steps(folder: Path) -> list[int]:
@@ -87,21 +61,20 @@ def read_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "sampler"),
+    ("text", "key", "varied"),
     [
-        ("a.b=1,2.5", "a.b", {"choose": [1, 2.5]}),
-        ("estimator.name=pes,es", "estimator.name", {"choose": ["pes", "es"]}),
-        ("rule.a=true", "rule.a", {"choose": [True]}),
-        ('rule.a=["w?"],["b"]', "rule.a", {"choose": [["w?"], ["b"]]}),
-        ("rule.a=runs/x.safetensors,digits-lstm", "rule.a", {"choose": ["runs/x.safetensors", "digits-lstm"]}),
-        ("rule.a=4:16", "rule.a", {"low": 4, "high": 16, "log": False}),
-        ("rule.a= 1e-4:.1:log", "rule.a", {"low": 1e-4, "high": 0.1, "log": True}),
+        ("a.b=1,2.5", "a.b", CategoricalDistribution([1, 2.5])),
+        ("estimator.name=pes,es", "estimator.name", CategoricalDistribution(["pes", "es"])),
+        ("rule.a=true", "rule.a", CategoricalDistribution([True])),
+        ('rule.a=["w?"],["b"]', "rule.a", CategoricalDistribution(['["w?"]', '["b"]'])),
+        ("rule.a=runs/x.safetensors,y", "rule.a", CategoricalDistribution(["runs/x.safetensors", "y"])),
+        ("rule.a=4:16", "rule.a", IntDistribution(4, 16)),
+        ("rule.a=4:16.", "rule.a", FloatDistribution(4, 16)),
+        ("rule.a= 1e-4:.1:log", "rule.a", FloatDistribution(1e-4, 0.1, log=True)),
     ],
 )
-def test_what_varies_is_a_list_or_a_range(text: str, key: str, sampler: dict[str, Any]) -> None:
-    found = parse_range(text)
-    assert found == (key, sampler)
-    assert [type(v) for v in found[1].values()] == [type(v) for v in sampler.values()]
+def test_what_varies_is_a_list_or_a_range(text: str, key: str, varied: Any) -> None:
+    assert parse_range(text) == (key, varied)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +83,8 @@ def test_what_varies_is_a_list_or_a_range(text: str, key: str, sampler: dict[str
         ("a", "KEY=A,B,C"),
         ("a=", "KEY=A,B,C"),
         ("=1", "KEY=A,B,C"),
+        ("a.b=2:1", "LOW < HIGH, got 2:1"),
+        ("a.b=0:1:log", "0 < LOW < HIGH, got 0:1"),
         ("trainer.validation_steps=5,6", "must be the same in all trials"),
         ("task.dim=3,4", "must be the same in all trials"),
         ("task=3,4", "must be the same in all trials"),
@@ -122,179 +97,269 @@ def test_other_texts_are_refused(text: str, words: str) -> None:
         parse_range(text)
 
 
-def test_without_samples_all_combinations_are_tried() -> None:
-    found = draw_settings([("a", {"choose": [1, 2]}), ("b", {"choose": ["x", "y", "z"]})], None, 0)
-    assert found == [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]
-
-
-def test_samples_are_spread_over_ranges_of_whole_and_other_numbers() -> None:
-    varied = [parse_range(text) for text in ("a.a=1e-4:1:log", "a.b=1:8", "a.c=x,y")]
-    found = draw_settings(varied, 8, 3)
-    assert sorted(int(own["a.b"]) for own in found) == list(range(1, 9))
-    assert all(type(own["a.b"]) is int for own in found)
-    decades = sorted(own["a.a"] for own in found)
-    assert all(10 ** (-4 + i / 2) * 0.999 <= a <= 10 ** (-3.5 + i / 2) * 1.001 for i, a in enumerate(decades))
-    assert all(float(f"{a:.4g}") == a for a in decades)
-    assert sorted(own["a.c"] for own in found) == ["x"] * 4 + ["y"] * 4
-    assert found == draw_settings(varied, 8, 3) != draw_settings(varied, 8, 4)
-
-
-def test_equal_draws_are_tried_once() -> None:
-    assert sorted(own["a"] for own in draw_settings([("a", {"choose": [1, 2]})], 10, 0)) == [1, 2]
-
-
 @pytest.mark.parametrize(
-    ("varied", "options", "words"),
+    ("vary", "options", "words"),
     [
         (["trainer.learning_rat=1,2"], {}, "trainer.learning_rat is unknown"),
         (["trainer.learning_rate=1,-2"], {}, "must be positive, got -2"),
+        (["trainer.learning_rate=-1.0:2.0"], {"trials": 2}, "must be positive, got -1"),
         (["rule.hiden=3,4"], {}, "rule.hiden is unknown"),
         (["estimator.num_steps=3,0"], {}, "at least 1, got 0"),
-        (["trainer.clip=1:2"], {}, "trainer.clip is a range.*--samples"),
-        (["trainer.clip=2:1"], {"samples": 2}, "low=2"),
+        (["trainer.clip=1:2"], {}, "trainer.clip is a range.*--trials"),
+        (["trainer.clip=1:2"], {"trials": 3, "sampler": "grid"}, "trainer.clip is a range.*--trials"),
+        (["trainer.clip=1,2"], {"sampler": "tqe"}, "--sampler must be one of tpe, random, grid.*Did you mean tpe"),
+        (["trainer.clip=1,2"], {"pruner": "asah"}, "Did you mean asha"),
         (["trainer.clip=1,2", "trainer.clip=3"], {}, "different settings"),
         ([], {}, "one or more different settings"),
-        (["trainer.clip=1,2"], {"halve_every": 6}, "multiple of trainer.validate_every = 4"),
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_is_made(
-    tmp_path: Path, varied: list[str], options: dict[str, Any], words: str
+    tmp_path: Path, vary: list[str], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        start_sweep(make_config(validate_every=4), varied, tmp_path / "s", **options)
+        start_sweep(make_config(), vary, tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
+
+
+def claim_all(sweep: Sweep, most: int = 100) -> list[dict[str, Any]]:
+    """Settings of all trials, which end at once; the value is the learning rate's distance from 0.02."""
+    found: list[dict[str, Any]] = []
+    while len(found) < most and (claim := sweep.study.claim()):
+        with claim.held:
+            found.append(decode(claim.trial.params))
+            sweep.study.study.tell(claim.trial, abs(claim.trial.params["trainer.learning_rate"] - 0.02))
+    return found
+
+
+def test_without_trials_all_combinations_are_tried_once(tmp_path: Path) -> None:
+    tried = claim_all(make_sweep(tmp_path / "s", RATES, 'trainer.train_only=["w_*"],["b*"]'))
+    assert sorted(json.dumps(list(settings.values())) for settings in tried) == sorted(
+        json.dumps([rate, pattern]) for rate in (1e-3, 1e-2, 0.1) for pattern in (["w_*"], ["b*"])
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sweep_that_is_left_and_gone_on_with_draws_what_one_does_that_is_not(sampler: str, tmp_path: Path) -> None:
+    vary, options = ["trainer.learning_rate=1e-4:1:log", "rule.hidden=1:8"], {"trials": 9, "sampler": sampler}
+    whole = claim_all(make_sweep(tmp_path / "whole", *vary, **options))
+    halves = claim_all(make_sweep(tmp_path / "halves", *vary, **options), 5)
+    halves += claim_all(resume_sweep(tmp_path / "halves"))
+    assert halves == whole
+    assert len({settings["trainer.learning_rate"] for settings in whole}) == 9
+    assert all(1e-4 <= s["trainer.learning_rate"] <= 1 and 1 <= s["rule.hidden"] <= 8 for s in whole)
+
+
+def test_tpe_looks_where_it_was_best(tmp_path: Path) -> None:
+    tried = claim_all(make_sweep(tmp_path, "trainer.learning_rate=1e-6:1:log", trials=30))
+    assert len(tried) == 30
+    distances = [abs(settings["trainer.learning_rate"] - 0.02) for settings in tried]
+    # Of 6 decades 0.002 to 0.04 is a fifth: a random search has 3 of 15 there.
+    assert sum(distance < 0.02 for distance in distances[15:]) > 8
 
 
 # -- what comes of it --------------------------------------------------------------------------------------------------
 
 
-def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(
-    tmp_path: Path, in_process: type[InProcess]
-) -> None:
+def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s")
-    best = sweep.run(2)
-    assert in_process.begun == ["trial-0", "trial-1", "trial-2"]
-    figures = {trial.name: trial.best for trial in sweep.state.trials}
+    assert work(sweep) == ["trial-000", "trial-001", "trial-002"]
+    best, reports = sweep.keep_best(), list_trials(tmp_path / "s")
+    figures = {report.name: report.best for report in reports.values()}
     assert len(set(figures.values())) == 3
     assert best.best == min(figures.values())  # type: ignore[type-var]
     assert sweep.rule_path.read_bytes() == (tmp_path / "s" / best.name / RULE).read_bytes()
-    alone = start_run(make_config(steps=8, validate_every=4, learning_rate=1e-2), tmp_path / "alone")
+    config = make_config(steps=8, validate_every=4, checkpoint_every=4, **set_trainer(best))
+    config.loggers.clear()
+    alone = start_run(config, tmp_path / "a")
     alone.run()
-    assert figures["trial-1"] == alone.best.value
+    assert best.best == alone.best.value
+    assert hash_state(tmp_path / "a") == hash_state(tmp_path / "s" / best.name)
     again = resume_sweep(tmp_path / "s")
-    assert again.state == sweep.state
-    assert again.run(2).name == best.name
-    assert len(in_process.begun) == 3  # nothing is repeated
+    assert work(again) == []  # nothing is repeated
+    assert again.keep_best() == best
+    described = json.loads(again.describe(best))
+    assert (described["best"], len(described["trials"])) == (best.name, 3)
     with pytest.raises(FileExistsError, match="go on with --resume"):
         make_sweep(tmp_path / "s")
 
 
-def test_a_trial_that_fails_is_told_does_not_stop_the_rest_and_is_tried_again(
-    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
+def set_trainer(report: Report) -> dict[str, Any]:
+    return {key.split(".")[1]: value for key, value in report.settings.items()}
+
+
+def test_a_trial_that_fails_does_not_stop_the_rest_and_is_tried_again_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, told = make_sweep(tmp_path / "s"), []
-    monkeypatch.setattr(in_process, "broken", {1e-2})
-    sweep.run(1, told.append)
-    assert [(trial.name, trial.status, trial.error) for trial in told] == [
-        ("trial-0", "done", ""),
-        ("trial-1", "failed", "ValueError: broken"),
-        ("trial-2", "done", ""),
-    ]
-    assert sweep.state.best in ("trial-0", "trial-2")
-    monkeypatch.setattr(in_process, "broken", set())
+    sweep, run_trial = make_sweep(tmp_path / "s"), workers.run_trial
+
+    def fail(study: SweepStudy, claim: Claim) -> float:
+        value = run_trial(study, claim)
+        if claim.trial.params["trainer.learning_rate"] == 1e-2:
+            raise OSError("no space\nleft")
+        return value
+
+    monkeypatch.setattr(workers, "run_trial", fail)
+    assert len(work(sweep)) == 3
+    (failed,) = [report for report in list_trials(tmp_path / "s").values() if report.status == "failed"]
+    assert (failed.settings["trainer.learning_rate"], failed.error) == (1e-2, "OSError: no space")
+    assert sweep.keep_best().name != failed.name
+    monkeypatch.setattr(workers, "run_trial", run_trial)
     again = resume_sweep(tmp_path / "s")
-    again.run(1)
-    assert [trial.status for trial in again.state.trials] == ["done"] * 3
-    assert in_process.begun == ["trial-0", "trial-1", "trial-2", "trial-1"]
+    assert work(again) == [failed.name]
+    assert [report.status for report in list_trials(tmp_path / "s").values()] == ["done"] * 3
 
 
-def test_a_trial_whose_rule_cannot_be_read_fails_alone(
-    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep, told = make_sweep(tmp_path / "s"), []
-    finish = in_process.finish
-
-    def damage(self: InProcess) -> tuple[Trial, Outcome]:
-        trial, outcome = finish(self)
-        path = tmp_path / "s" / trial.name / RULE
-        if trial.name == "trial-0":
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
-        if trial.name == "trial-1":  # whole, but of something else than a run
-            save(RULES["linear"](), path, {"training": {"best_step": 3}})
-        return trial, outcome
-
-    monkeypatch.setattr(in_process, "finish", damage)
-    assert sweep.run(1, told.append).name == "trial-2"
-    assert [trial.status for trial in told] == ["failed", "failed", "done"]
-    assert "trial-0/rule.safetensors is damaged" in told[0].error
-    assert "training.trained_steps is missing" in told[1].error
-
-
-def test_the_best_rule_that_can_still_be_read_is_kept(tmp_path: Path, in_process: type[InProcess]) -> None:
-    sweep = make_sweep(tmp_path / "s")
-    first = sweep.run(1)
-    second = min((t for t in sweep.state.trials if t is not first), key=lambda t: t.best or 0)
-    path = tmp_path / "s" / first.name / RULE
+def test_the_best_rule_that_can_still_be_read_is_kept(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    work(sweep)
+    first = sweep.keep_best()
+    path = tmp_path / first.name / RULE
     path.write_bytes(path.read_bytes()[:-9])
-    told: list[Trial] = []
-    again = resume_sweep(tmp_path / "s")
-    assert again.run(1, told.append).name == second.name
-    assert [(trial.name, trial.status) for trial in told] == [(first.name, "failed")]
-    assert again.rule_path.read_bytes() == (tmp_path / "s" / second.name / RULE).read_bytes()
+    second = sweep.keep_best()
+    assert second.best == sorted(report.best for report in list_trials(tmp_path).values())[1]  # type: ignore[type-var]
+    assert sweep.rule_path.read_bytes() == (tmp_path / second.name / RULE).read_bytes()
 
 
-def test_a_sweep_of_failures_says_why(tmp_path: Path, in_process: type[InProcess], monkeypatch: Any) -> None:
-    monkeypatch.setattr(in_process, "broken", {1e-3, 1e-2, 0.1})
-    with pytest.raises(ValueError, match=r"no trial.*trial-0: ValueError: broken"):
-        make_sweep(tmp_path / "s").run(2)
+def test_a_sweep_of_failures_says_why(tmp_path: Path, monkeypatch: Any) -> None:
+    sweep = make_sweep(tmp_path)
+    monkeypatch.setattr(Trainer, "run", lambda *_: 1 / 0)
+    work(sweep)
+    with pytest.raises(ValueError, match=r"no trial.*trial-00\d: ZeroDivisionError: division by zero"):
+        sweep.keep_best()
 
 
-def test_the_worse_half_ends_at_each_halving(tmp_path: Path, in_process: type[InProcess]) -> None:
-    sweep = start_sweep(
-        make_config(steps=16, validate_every=4), ["trainer.learning_rate=1e-3,1e-2,0.1,1e-4"], tmp_path, halve_every=4
+def test_asha_ends_two_of_three_at_each_rung_and_a_pruned_trial_could_go_on(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path, "trainer.learning_rate=1e-5:1:log", steps=36, trials=9, pruner="asha", sampler="random", first_rung=4
     )
-    best = sweep.run(2)
-    steps = {trial.name: trial.step for trial in sweep.state.trials}
-    assert sorted(steps.values()) == [4, 4, 8, 16]
-    assert [trial.status for trial in sweep.state.trials].count("halved") == 3
-    assert steps[best.name] == 16
-    for trial in sweep.state.trials:
-        assert read_steps(tmp_path / trial.name) == list(range(1, trial.step + 1))
-        rival = min(
-            line["final"]
-            for line in read_metrics(tmp_path / best.name / "metrics.jsonl")
-            if line["kind"] == "validation" and line["step"] <= trial.step
-        )
-        assert trial.best is not None
-        assert rival <= trial.best
-    whole = start_run(make_config(steps=16, validate_every=4, **best_settings(best)), tmp_path / "whole")
-    whole.run()
-    assert hash_state(tmp_path / "whole") == hash_state(tmp_path / best.name)  # stops in between do not show
+    work(sweep)
+    reports = list_trials(tmp_path)
+    seen: dict[int, list[float]] = {}
+    for report in reports.values():
+        lines = [
+            line for line in read_metrics(tmp_path / report.name / "metrics.jsonl") if line["kind"] == "validation"
+        ]
+        ends = 36
+        for rung in (4, 12):  # and 36, the end
+            value = min(line["final"] for line in lines if line["kind"] == "validation" and line["step"] <= rung)
+            rivals = [*seen.setdefault(rung, []), value]
+            seen[rung] = rivals
+            if value > sorted(rivals)[max(len(rivals) // 3 - 1, 0)]:
+                ends = rung
+                break
+        assert (report.step, report.status) == (ends, "done" if ends == 36 else "pruned")
+        assert read_steps(tmp_path / report.name) == list(range(1, ends + 1))
+        assert (tmp_path / report.name / CHECKPOINT).is_file()
+    assert {report.status for report in reports.values()} == {"done", "pruned"}
+    assert sweep.keep_best().best == min(report.best for report in reports.values() if report.best is not None)
 
 
-def best_settings(trial: Trial) -> dict[str, Any]:
-    return {key.split(".")[1]: value for key, value in trial.settings.items()}
+def test_a_trial_that_was_stopped_goes_on_bitwise_and_reports_once(tmp_path: Path) -> None:
+    rate, options = "trainer.learning_rate=1e-2", {"steps": 16, "pruner": "hyperband"}
+    whole, halves = make_sweep(tmp_path / "w", rate, **options), make_sweep(tmp_path / "h", rate, **options)
+    work(whole)
+    run = Trainer.run
+
+    def interrupt(trainer: Trainer, watch: Any) -> Any:
+        def look(progress: Any) -> None:
+            watch(progress)
+            if progress.step == 9:
+                signal.raise_signal(signal.SIGTERM)
+
+        return run(trainer, look)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run", interrupt)
+        work(halves)
+    (report,) = list_trials(tmp_path / "h").values()
+    assert (report.status, report.step) == ("running", 8)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert work(resume_sweep(tmp_path / "h")) == ["trial-000"]
+    assert not [warning for warning in warned if "already reported" in str(warning.message)]
+    assert hash_state(tmp_path / "h" / "trial-000") == hash_state(tmp_path / "w" / "trial-000")
+    found, expected = (
+        SweepStudy(tmp_path / name).study.get_trials(deepcopy=False)[0].intermediate_values for name in "hw"
+    )
+    assert found == expected
+    assert sorted(found) == [0, 4, 8, 12, 16]
 
 
-def test_a_sweep_that_was_interrupted_goes_on_with_the_trials_that_are_left(
-    tmp_path: Path, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(in_process, "stop_after", 2)
-    with pytest.raises(Interrupted):
-        make_sweep(tmp_path / "s").run(1)
-    assert [trial.status for trial in resume_sweep(tmp_path / "s").state.trials] == ["done", "done", "waiting"]
-    monkeypatch.setattr(in_process, "stop_after", None)
-    resumed = resume_sweep(tmp_path / "s")
-    resumed.run(1)
-    assert in_process.begun == ["trial-0", "trial-1", "trial-2"]
-    assert resumed.rule_path.is_file()
+def test_a_trial_that_runs_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    held = sweep.study.claim()
+    assert held is not None
+    code = f"""
+from pathlib import Path
+from lopt.cli.sweep.study import SweepStudy
+study = SweepStudy(Path({str(tmp_path)!r}))
+while claim := study.claim():
+    print(claim.name)
+    with claim.held:
+        study.study.tell(claim.trial, 1.0)
+"""
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.split() == ["trial-001", "trial-002"]
+    held.held.close()  # as if its process were gone
+    assert list_trials(tmp_path)["trial-000"].status == "running"
+    claim = SweepStudy(tmp_path).claim()
+    assert claim is not None
+    assert (claim.name, claim.trial.params) == (held.name, held.trial.params)
+    claim.held.close()
 
 
-def test_a_second_process_on_a_sweep_is_refused(tmp_path: Path, in_process: type[InProcess]) -> None:
-    sweep = make_sweep(tmp_path / "s", "trainer.learning_rate=1e-3")
-    with FileLock(tmp_path / "s" / LOCK), pytest.raises(ValueError, match="s is in use by process"):
-        sweep.run(1)
-    sweep.run(1)
+def test_a_process_that_dies_fails_its_trial_alone(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    claim = sweep.study.claim()
+    assert claim is not None
+    claim.held.close()
+    assert not sweep.study.fail_worker(os.getpid() + 1, "killed")
+    assert sweep.study.fail_worker(os.getpid(), "its process was killed by signal 9")
+    report = list_trials(tmp_path)["trial-000"]
+    assert (report.status, report.error) == ("failed", "its process was killed by signal 9")
+    assert work(sweep) == ["trial-001", "trial-002"]
+
+
+def test_folders_of_runs_are_locked_while_their_trials_run(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    claim = sweep.study.claim()
+    assert claim is not None
+    code = (
+        "from pathlib import Path; from lopt.meta.runs.lock import hold_folder; "
+        f"hold_folder(Path({str(tmp_path)!r}) / 'trial-000').__enter__()"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is in use by process" in other.stderr
+    claim.held.close()
+    with hold_folder(tmp_path / "trial-000"):
+        pass
+
+
+def test_the_dashboard_shows_a_sweep(tmp_path: Path) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard", reason="pip install optuna-dashboard")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    work(make_sweep(tmp_path))
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+
+    def get(path: str) -> Any:
+        environment = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "localhost", "SERVER_PORT": "80"}
+        from wsgiref.util import setup_testing_defaults
+
+        setup_testing_defaults(environment)
+        return json.loads(b"".join(dashboard.wsgi(storage)(environment, lambda *_: None)))
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "sweep"
+    trials = get(f"/api/studies/{summary['study_id']}")["trials"]
+    assert [trial["state"] for trial in trials] == ["Complete"] * 3
+    assert [len(trial["intermediate_values"]) for trial in trials] == [3] * 3
+
+
+def test_without_optuna_the_extra_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "[sweep]" in run("sweep", "demo", "--vary", "rule.hidden=3,4").err
 
 
 def test_command_is_checked(run: Any, tmp_path: Path) -> None:
@@ -302,19 +367,18 @@ def test_command_is_checked(run: Any, tmp_path: Path) -> None:
     assert "--resume takes its settings" in run("sweep", "demo", "--resume", str(tmp_path)).err
     assert "give a PRESET" in run("sweep").err
     assert "choose how many run at a time with --workers" in run("sweep", "demo", "--set", "trainer.threads=2").err
-    (tmp_path / "sweep.json").write_text('{"trials": []}')
-    assert "is missing" in run("sweep", "--resume", str(tmp_path)).err
+    (tmp_path / "journal.log").touch()
+    assert "has no plan" in run("sweep", "--resume", str(tmp_path)).err
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "lopt", "sweep", *arguments, "--workers", "2"],
+        [sys.executable, "-m", "lopt", "sweep", *arguments],
         cwd=folder,
-        env=env,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -325,7 +389,7 @@ def list_steps(folder: Path) -> dict[str, int]:
     return {path.parent.name: len(read_steps(path.parent)) for path in folder.glob("trial-*/metrics.jsonl")}
 
 
-ARGUMENTS = ("tiny.toml", "--set", "trainer.steps=60", "--vary", RATES, "--out", "s")
+ARGUMENTS = ("tiny.toml", "--set", "trainer.steps=60", "--vary", RATES, "--out", "s", "--workers", "2")
 
 
 @pytest.fixture(scope="module")
@@ -364,11 +428,15 @@ def test_trials_of_a_sweep_that_was_stopped_end_bitwise_as_those_of_one_that_was
     else:
         assert process.returncode == 130, output
         assert "lopt sweep --resume s" in output
-        assert all(trial.status != "failed" for trial in resume_sweep(tmp_path / "s").state.trials)
-    again = launch(tmp_path, "--resume", "s")
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    for trial in resume_sweep(tmp_path / "s").state.trials:
+        assert all(trial.status != "failed" for trial in list_trials(tmp_path / "s").values())
+    # Two commands share what is left, as on two machines.
+    again = [launch(tmp_path, "--resume", "s", "--workers", "1") for _ in range(2)]
+    for process in again:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    study = SweepStudy(tmp_path / "s").study
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)) == 3  # each once
+    for trial in list_trials(tmp_path / "s").values():
         assert trial.status == "done"
         assert hash_state(tmp_path / "s" / trial.name) == hash_state(whole / trial.name)
     assert (tmp_path / "s" / RULE).exists()

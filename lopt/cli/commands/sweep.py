@@ -9,25 +9,28 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
+import lopt
 from lopt.cli.console import RUNS
+from lopt.core.installation import advise
 from lopt.core.printing import say
 
 if TYPE_CHECKING:
+    from lopt.cli.sweep.study import Report
     from lopt.cli.sweep.sweep import Sweep
-    from lopt.cli.sweep.trials import Trial
 
 EXAMPLES = """
 \b
 Examples:
   lopt sweep digits-lstm --vary trainer.learning_rate=1e-3,3e-3,1e-2 --vary rule.hidden=10,20
-  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --vary estimator.sigma=0.003:0.1:log --samples 16
-  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --samples 16 --halve-every 100
-  lopt sweep --resume runs/sweep-mixture
+  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --vary estimator.sigma=0.003:0.1:log --trials 16
+  lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --trials 32 --pruner asha
+  lopt sweep --resume runs/sweep-mixture        (also while it runs, from another machine that shares the folder)
+  optuna-dashboard runs/sweep-mixture/journal.log
 
 Every trial is a run of its own, which `lopt report` and TensorBoard show. The best one is that with the best
 validation, which flatters it: `lopt eval` judges its rule on other tasks.
@@ -36,13 +39,15 @@ validation, which flatters it: `lopt eval` judges its rule on other tasks.
 
 @click.command(name="sweep", short_help="Meta-train with several settings; keep the best rule.", epilog=EXAMPLES)
 @click.argument("preset", required=False)
-@click.option("--resume", type=click.Path(path_type=Path), metavar="SWEEP", help="Go on with this sweep's folder.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="SWEEP", help="Go on with this sweep, or join it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep [default: runs/sweep-PRESET].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of all trials.")
 @click.option("--vary", multiple=True, metavar="KEY=A,B,C", help="Try these values, or KEY=LOW:HIGH[:log]; repeatable.")
-@click.option("--samples", type=click.IntRange(min=1), help="Draw so many trials [default: all combinations].")
+@click.option("--trials", type=click.IntRange(min=1), help="How many trials [default: all combinations].")
+@click.option("--sampler", default="", metavar="NAME", help="tpe, random or grid [default: tpe with --trials].")
+@click.option("--pruner", default="none", metavar="NAME", help="End poor trials early: asha or hyperband.")
+@click.option("--first-rung", default=0, metavar="STEPS", help="No trial ends before it [default: a ninth of a run].")
 @click.option("--workers", type=click.IntRange(min=1), help="Trials at a time, one thread each [default: all cores].")
-@click.option("--halve-every", default=0, metavar="STEPS", help="End the worse half of the trials every STEPS steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sweep_settings(
     preset: str | None,
@@ -50,17 +55,23 @@ def sweep_settings(
     out: Path | None,
     overrides: tuple[str, ...],
     vary: tuple[str, ...],
-    samples: int | None,
+    trials: int | None,
+    sampler: str,
+    pruner: str,
+    first_rung: int,
     workers: int | None,
-    halve_every: int,
     as_json: bool,
 ) -> None:
     """Meta-train a rule from PRESET or a TOML file with several settings; keep the one that validates best."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"sweeps are made with Optuna: {advise('sweep')}") from error
     from lopt.cli.sweep.sweep import resume_sweep, start_sweep
     from lopt.meta.config.load import load_config
     from lopt.meta.runs.folder import slugify
 
-    if resume is not None and (preset or out or overrides or vary or samples or halve_every):
+    if resume is not None and (preset or out or overrides or vary or trials or sampler or first_rung):
         raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
     if resume is not None:
         sweep = resume_sweep(resume)
@@ -73,34 +84,37 @@ def sweep_settings(
             )
         config = load_config(preset, list(overrides))
         folder = out or RUNS / slugify(f"sweep {config.name}")
-        sweep = start_sweep(config, vary, folder, samples=samples, halve_every=halve_every)
-    run_sweep(sweep, workers or os.cpu_count() or 1, Console(stderr=as_json))
+        options: Any = {"trials": trials, "sampler": sampler, "pruner": pruner, "first_rung": first_rung}
+        sweep = start_sweep(config, vary, folder, **options)
+    best = run_sweep(sweep, workers or os.cpu_count() or 1, Console(stderr=as_json))
     if as_json:
-        click.echo((sweep.folder / "sweep.json").read_text())
+        click.echo(sweep.describe(best))
 
 
-def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
-    """Run a sweep to its end, with a line for every trial that ends and a table of all of them at last.
+def run_sweep(sweep: Sweep, workers: int, console: Console) -> Report:
+    """Run a sweep to its end, with a line for every trial that ends and a table of all of them at last; returns the
+    best one.
 
     On a signal the running trials are saved, the console says how to go on, and the process exits with status 130.
 
     Args:
         sweep: new, or resumed from its folder.
         workers: processes at a time; no more are started than there are trials.
-        console: for people; results for programs are in the sweep's folder.
+        console: for people.
     """
     from lopt.cli.sweep.sweep import print_trials
     from lopt.meta.runs.progress import PlainProgress
     from lopt.meta.trainer.best import UNTRAINED
     from lopt.meta.trainer.trainer import Interrupted
 
-    trials, workers = sweep.state.trials, min(workers, len(sweep.state.trials))
-    say(console, f"{len(trials)} trials, {workers} at a time, in {sweep.folder} (tensorboard --logdir {sweep.folder})")
+    plan, folder = sweep.study.plan, sweep.folder
+    workers = min(workers, plan["trials"])
+    say(console, f"{plan['trials']} trials, {workers} at a time, in {folder} (optuna-dashboard {folder}/journal.log)")
 
-    def tell(trial: Trial) -> None:
-        settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
-        outcome = f"FAILED: {trial.error}" if trial.error else f"best {trial.best} at step {trial.best_step}"
-        say(console, f"{trial.name} ({settings}): step {trial.step}, {outcome}")
+    def tell(report: Report) -> None:
+        settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
+        outcome = f"FAILED: {report.error}" if report.status == "failed" else f"{report.status}, best {report.best}"
+        say(console, f"{report.name} ({settings}): step {report.step}, {outcome}")
         plain.update(*sweep.measure_progress())
 
     plain = PlainProgress(console, "sweep", sweep.measure_progress()[0])
@@ -110,7 +124,12 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> None:
     except Interrupted:
         say(console, f"stopped and saved; go on with: {shlex.join(['lopt', 'sweep', '--resume', str(sweep.folder)])}")
         sys.exit(130)
-    print_trials(sweep.state, console)
+    reports = sweep.study.list_reports()
+    print_trials(reports, best, plan["config"]["trainer"]["validation_metric"], console)
+    elsewhere = sum(report.status == "running" for report in reports)
+    if elsewhere:
+        say(console, f"note: {elsewhere} trials still run in other processes, the last of which keeps the best rule")
     say(console, f"the best one is {best.name}: {sweep.rule_path}")
-    if best.best_step == 0:
+    if not lopt.load_card(sweep.rule_path)["training"]["improved"]:
         say(console, f"note: {UNTRAINED}")
+    return best

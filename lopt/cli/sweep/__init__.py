@@ -1,3 +1,3 @@
-"""Sweeps: what their trials are, how they run in worker processes, stop and go on, and which one is kept. Used by `lopt
-sweep`.
+"""Sweeps on Optuna: what trials may be, the study that processes share, the processes, and which rule is kept. Used by
+`lopt sweep`.
 """
