@@ -1,4 +1,4 @@
-"""The program `lopt`: demo, train, sweep, eval, portfolio, import, export, push, list, inspect, report. Wiring only.
+"""The program `lopt`: demo, train, sweep, eval, portfolio, import, export, push, list, inspect, report, schema.
 
 A command is a file in `lopt/cli/commands`. What is heavy (torch, matplotlib, the rules) they import when they run, so
 that `lopt --help` answers at once.
@@ -22,6 +22,7 @@ from lopt.cli.commands.list import list_kinds
 from lopt.cli.commands.portfolio import learn_portfolio
 from lopt.cli.commands.push import export_folder, push_rule
 from lopt.cli.commands.report import report_run
+from lopt.cli.commands.schema import print_schema
 from lopt.cli.commands.sweep import sweep_settings
 from lopt.cli.commands.train import train_rule
 
@@ -46,6 +47,7 @@ for command in (
     list_kinds,
     show_rule,
     report_run,
+    print_schema,
 ):
     cli.add_command(command)
 
