@@ -46,10 +46,10 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> None:
     """
     again = shlex.join(["lopt", "demo", *([] if out == DEFAULT_OUT else ["--out", str(out)])])
     console = Console()
+    say(console, f"This takes some minutes; stop it at any time (Ctrl-C), `{again}` goes on.")
     with ExitStack() as held:
         config, trainer = _open_run(out, overrides, held, console)
         make_folder(ARCHIVE)
-        say(console, f"This takes some minutes; stop it at any time (Ctrl-C), `{again}` goes on.")
         console.print("\n[bold]1. Nothing to train:[/] a shipped rule on three programs that it has not seen")
         try:
             show_shipped(out, console)
@@ -104,9 +104,11 @@ def show_shipped(folder: Path, console: Console) -> None:
     from lopt.rules.files import load
 
     shown: list[Shown] = []
-    recorded, told = list_recorded(), 0.0
+    told = 0.0
     with ExitStack() as live:
         plain = live.enter_context(PlainProgress(console, DEFAULT_RULE))
+        with console.status("reading the data"):
+            recorded = list_recorded()
         table = build_showcase_table(DEFAULT_RULE, recorded, shown)
         screen = live.enter_context(Live(table, console=console, auto_refresh=False)) if console.is_terminal else None
 
@@ -124,10 +126,7 @@ def show_shipped(folder: Path, console: Console) -> None:
                 screen.update(build_showcase_table(DEFAULT_RULE, recorded, shown), refresh=True)
     if screen is None:
         console.print(build_showcase_table(DEFAULT_RULE, recorded, shown))
-    say(
-        console,
-        "In brackets: held-out accuracy, or loss. AdamW's runs are recorded, the rule's are made here.",
-    )
+    say(console, "In brackets: held-out accuracy, or loss. AdamW's runs are recorded, the rule's are made here.")
     say(console, state_showcase(shown, DEFAULT_RULE))
     write_atomic(folder / PICTURE, draw_showcase(shown, DEFAULT_RULE).to_png())
     say(console, f"\n   opt = lopt.LearnedOptimizer(model.parameters(), num_steps=...)\n   picture: {folder / PICTURE}")
