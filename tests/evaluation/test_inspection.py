@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 
+import lopt
 from lopt.evaluation.behaviour import pictures, probes
-from lopt.evaluation.behaviour.facts import gather_facts
+from lopt.evaluation.behaviour.facts import describe_rule, gather_facts
 from lopt.rules import RULES
 
 SCALES = (1e-3, 1e1)
@@ -18,6 +19,17 @@ RATIOS = torch.tensor([0.1, 1.0, 10.0])
 
 def build(name: str, **config: object):  # type: ignore[no-untyped-def]
     return RULES[name](**config)
+
+
+def test_a_line_says_what_a_rule_is_reads_and_was_trained_on() -> None:
+    told = describe_rule(lopt.load("digits-lstm"), lopt.load_card("digits-lstm"))
+    assert told == (
+        "a rule of kind 'rnnprop': 6,641 learned numbers that read gradients, 328 bytes of state per parameter; "
+        "meta-trained on mlp, in runs of up to 100 steps"
+    )
+    untrained = describe_rule(build("base"), {})
+    assert "read gradients, the training loss, the planned length, 24" in untrained
+    assert "trained on" not in untrained
 
 
 def test_step_of_sgd_is_its_learning_rate_times_the_gradient_whatever_came_before() -> None:

@@ -54,7 +54,7 @@ def test_report_begins_with_what_was_compared_and_what_the_rule_is(comparison: C
     lead = html.partition('<p class="lead">')[2].partition("</p>")[0]
     assert "trains 4 models that it has not seen" in lead
     assert "beside 2 hand-designed optimizers" in lead
-    assert "Lower is better." in lead
+    assert "Lower losses are better." in lead
     assert "</b> is an &lt;i&gt;LSTM&lt;/i&gt;." in html
     assert "rule=&#34;" not in html
     assert 'LearnedOptimizer(model.parameters(), rule="mine&#34;s.safetensors")' in html

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHAPES = ((4096,), (64, 64), (1024, 1024))
 MAX_LISTED = 40
 """Names that are listed one by one, and entries of a card."""
-MAX_TASKS = 160
+MAX_TASKS = 100
 """Characters of the names of the families that a rule was trained on."""
 MAX_TEXT = 2000
 """Characters of one of them."""
@@ -75,7 +75,7 @@ def describe_rule(rule: Rule, card: Mapping[str, Any]) -> str:
     trained = f"; meta-trained on {make_printable(families, MAX_TASKS)}" if families else ""
     steps = f", in runs of up to {longest} steps" if trained and longest else ""
     return (
-        f"a rule of kind '{rule.name}': {facts['meta_weights']:,} learned numbers that read {' and '.join(reads)}, "
+        f"a rule of kind '{rule.name}': {facts['meta_weights']:,} learned numbers that read {', '.join(reads)}, "
         f"{facts['state_bytes_per_parameter']:g} bytes of state per parameter{trained}{steps}"
     )
 

@@ -16,7 +16,8 @@ def state_subject(comparisons: Sequence[Comparison]) -> str:
     where = f"in each of {len(comparisons)} settings" if len(comparisons) > 1 else "all from the same starts"
     return (
         f"{first.subject.label} is an optimizer that was itself learned. Here it trains {tasks} that it has not seen, "
-        f"{where}, beside {tuned} whose learning rates and schedules were tuned for such models. Lower is better."
+        f"{where}, beside {tuned} whose learning rates and schedules were tuned for such models. "
+        "Lower losses are better."
     )
 
 
