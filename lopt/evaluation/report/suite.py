@@ -30,6 +30,17 @@ RESULT = "suite.json"
 HEADINGS = ("final loss", "rule / it", "validation", "speed-up", f"> {WORSE:g}", "diverged", "beats AdamW", "+ms")
 """Of a suite's table: ratios to tuned Adam (but for "rule / it", the rule's losses over those of the row), then counts,
 the share of tasks that beat AdamW 1e-3, and cost per step."""
+UNITS = (
+    "ratio to tuned Adam",
+    "ratio",
+    "loss, ratio",
+    "\u00d7 tuned Adam",
+    "tasks",
+    "runs",
+    "of the tasks",
+    "ms a step",
+)
+"""Of the columns of `HEADINGS`, for the second line of the page's headings."""
 SHOWN = ("best of all tuned", "SOAP", "Muon", "AdamW 0.001")
 """Of the contenders in the picture, beside the rule."""
 REACH = 20.0
@@ -79,7 +90,7 @@ def render_suite(result: SuiteResult) -> str:
     return template.render(
         result=result,
         verdict=state_verdict(result),
-        headings=HEADINGS,
+        headings=list(zip(HEADINGS, UNITS, strict=True)),
         rows=[(row, name_row(result, row), build_cells(row)) for row in result.rows],
         worst=list_worst(result.rule),
         tasks=tasks,
