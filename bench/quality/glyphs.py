@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench import setting
 from bench.quality.few_shot_runs import load_start
-from lopt.evaluation.glyphs.episodes import classify_by_rule, draw_episodes
-from lopt.evaluation.glyphs.fine_tuning import train_jointly, tune_fine_tuning
-from lopt.evaluation.glyphs.nearest import classify_by_pixels, classify_by_prototypes, train_prototypes
+from lopt.evaluation.classes.episodes import classify_by_rule, draw_episodes
+from lopt.evaluation.classes.fine_tuning import train_jointly, tune_fine_tuning
+from lopt.evaluation.classes.nearest import classify_by_nearest, classify_by_prototypes, train_prototypes
 from lopt.evaluation.glyphs.pictures import draw_tasks
 from lopt.evaluation.statistics import summarize
 from lopt.tasks.glyphs import Glyphs
@@ -70,7 +70,7 @@ def classify_without_rules(
 ) -> tuple[Found, dict[str, float]]:
     """What is known without learning to learn, and the learning rates that were chosen."""
     episodes = draw_episodes(family, tasks)
-    found = {PIXELS: classify_by_pixels(episodes), PROTOTYPES: classify_by_prototypes(learned.embed, episodes)}
+    found = {PIXELS: classify_by_nearest(episodes), PROTOTYPES: classify_by_prototypes(learned.embed, episodes)}
     rates = {}
     for label, start in ((RANDOM, None), (JOINT, learned.joint)):
         tuned = tune_fine_tuning(family, num_steps, start)

@@ -11,18 +11,17 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from lopt.core.names import choose
 from lopt.core.random import draw_uniform
 from lopt.core.tensors import Params
-from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.base import POOLS, SPLITS, Batch, Task
 from lopt.tasks.batched import BatchedLosses
 from lopt.tasks.data.drawings import load_drawings
 from lopt.tasks.data.splits import to_pixels
+from lopt.tasks.few_shot import FewShotClasses
 from lopt.tasks.mlp import check_network
-from lopt.tasks.module import draw_weights
 
 NETWORKS = ("conv", "mlp")
 SMALLEST = 8
@@ -31,7 +30,7 @@ SMALLEST = 8
 G = TypeVar("G", bound="Glyphs")
 
 
-class Glyphs(TaskFamily):
+class Glyphs(FewShotClasses):
     """Say which of a few characters a drawing is of, learned from a drawing or two of each; cross-entropy.
 
     A task is its "characters" `[ways]` int64, of which the first is class 0 and so on, and which "drawings"
@@ -56,8 +55,6 @@ class Glyphs(TaskFamily):
     """
 
     name = "glyphs"
-    examples = ("x", "y")
-    judged = "inner_valid"
     pool_key = "characters"
     pools: dict[str, range]
 
@@ -95,11 +92,6 @@ class Glyphs(TaskFamily):
             )
 
     def build_network(self, ways: int | None = None) -> nn.Sequential:
-        """The network, with torch's random weights; all but its last layer give the features of a drawing.
-
-        Args:
-            ways: classes that it tells apart, by default those of a task.
-        """
         width, size = self.width, self.size
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if self.network == "conv":
@@ -116,13 +108,12 @@ class Glyphs(TaskFamily):
         layers["head"] = nn.Linear(4 * width, ways or self.ways)
         return nn.Sequential(layers)
 
-    def to(self: G, device: torch.device | str) -> G:
-        self.images, self.module = self.images.to(device), self.module.to(device)
-        return self
+    def pick_examples(self, classes: Tensor, shares: Tensor) -> Tensor:
+        return to_pixels(self.images[classes, (shares * self.counts[classes]).long()])[:, None]
 
-    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
-        seed = torch.randint(2**62, (1,), generator=generator)
-        return {key: value[0] for key, value in self.sample_all(seed, pool).items()}
+    def to(self: G, device: torch.device | str) -> G:
+        self.images = self.images.to(device)
+        return super().to(device)
 
     def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
         numbers = self.pools[choose("pool", pool, POOLS)]
@@ -133,31 +124,14 @@ class Glyphs(TaskFamily):
         missing = torch.arange(most) >= self.counts[characters][..., None]
         return {"characters": characters, "drawings": (order + missing.double()).argsort(2)[..., :needed]}
 
-    def init(self, task: Task, generator: torch.Generator) -> Params:
-        return draw_weights(self.build_network, generator)
-
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         support = choose("split", split, SPLITS) == "train"
         which = tasks["drawings"][..., : self.shots] if support else tasks["drawings"][..., self.shots :]
         x = to_pixels(self.images[tasks["characters"][..., None], which])
-        y = torch.arange(self.ways, device=x.device)[:, None].expand(len(x), -1, which.shape[-1])
-        return {"x": x.flatten(1, 2)[:, :, None], "y": y.flatten(1)}
-
-    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        return self.batch(tasks, tasks["characters"], split)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.classify(params, batch["x"]), batch["y"])
+        y = self.number_classes(len(x), which.shape[-1], x.device)
+        return {"x": x.flatten(1, 2)[:, :, None], "y": y}
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         if self.batched is None:
             return super().losses(params, batch)
         return self.batched(params, batch["x"].flatten(2), batch["y"])
-
-    def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        return {"accuracy": (self.classify(params, batch["x"]).argmax(-1) == batch["y"]).float().mean()}
-
-    def classify(self, params: Params, x: Tensor) -> Tensor:
-        """Logits `[n, ways]` of one task's drawings `[n, 1, size, size]`."""
-        logits: Tensor = functional_call(self.module, params, (x,))
-        return logits

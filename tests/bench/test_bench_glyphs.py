@@ -16,7 +16,7 @@ from lopt.meta.runs.folder import start_run
 def test_starts_and_baselines_are_judged_on_the_same_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PROTOTYPE_STEPS", "JOINT_STEPS", "TUNING_STEPS"):
         monkeypatch.setattr(glyphs, name, 2)
-    monkeypatch.setattr("lopt.evaluation.glyphs.fine_tuning.RATES", (1e-2,))
+    monkeypatch.setattr("lopt.evaluation.classes.fine_tuning.RATES", (1e-2,))
     sizes = ["task.width=2", "task.size=10", "trainer.steps=2", "trainer.tasks=2", "trainer.validation_tasks=2"]
     start_run(load_config("glyphs-maml", [*sizes, "trainer.validate_every=2"]), tmp_path / "run").run()
     out, picture = tmp_path / "found.json", tmp_path / "tasks.png"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lopt.core.random import make_generator
-from lopt.evaluation.glyphs import fine_tuning
-from lopt.evaluation.glyphs.episodes import Episodes, classify_by_rule, draw_episodes
-from lopt.evaluation.glyphs.nearest import (
-    classify_by_pixels,
+from lopt.evaluation.classes import fine_tuning
+from lopt.evaluation.classes.episodes import Episodes, classify_by_rule, draw_episodes
+from lopt.evaluation.classes.nearest import (
+    classify_by_nearest,
     classify_by_prototypes,
     score_by_prototypes,
     train_prototypes,
@@ -43,14 +43,14 @@ def test_pixels_ask_the_nearest_drawing_and_prototypes_the_nearest_mean() -> Non
     episodes = Episodes(
         support.view(1, 3, 1, 1, 1), torch.tensor([[0, 0, 1]]), queries.view(1, 3, 1, 1, 1), torch.tensor([[0, 1, 1]])
     )
-    assert classify_by_pixels(episodes).tolist() == [[0, 1, 0]]
+    assert classify_by_nearest(episodes).tolist() == [[0, 1, 0]]
     assert classify_by_prototypes(nn.Flatten(), episodes).tolist() == [[0, 0, 1]]
-    assert episodes.score(classify_by_pixels(episodes)).tolist() == pytest.approx([2 / 3])
+    assert episodes.score(classify_by_nearest(episodes)).tolist() == pytest.approx([2 / 3])
 
 
 def test_with_one_shot_the_nearest_drawing_is_the_nearest_prototype() -> None:
     episodes = draw_episodes(Glyphs(ways=5, width=2), 50)
-    by_pixels = classify_by_pixels(episodes)
+    by_pixels = classify_by_nearest(episodes)
     assert (by_pixels == classify_by_prototypes(nn.Flatten(), episodes)).float().mean() > 0.99  # ties apart
     assert 0.8 < float(episodes.score(by_pixels).mean()) < 0.95
 
@@ -72,7 +72,7 @@ def test_a_rule_is_judged_on_the_tasks_of_its_curves(learned: bool) -> None:
 def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     family = Glyphs(**SMALL)  # type: ignore[arg-type]
     whole = classify_by_rule(RULES["sgd"](), family, 5, 2)
-    monkeypatch.setattr("lopt.evaluation.glyphs.episodes.CHUNK", 2 * family.spec.size)
+    monkeypatch.setattr("lopt.evaluation.classes.episodes.CHUNK", 2 * family.spec.size)
     assert torch.equal(classify_by_rule(RULES["sgd"](), family, 5, 2), whole)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from training_cases import check_resume
 
-from lopt.evaluation.glyphs.episodes import classify_by_rule, draw_episodes
+from lopt.evaluation.classes.episodes import classify_by_rule, draw_episodes
 from lopt.meta.config.load import load_config
 from lopt.meta.config.run import RunConfig
 from lopt.meta.runs.folder import start_run

@@ -1,5 +1,1 @@
-"""Few-shot classification of glyphs: how often classifiers are right that know a drawing or two of each class.
-
-`episodes.py` draws the tasks and lets rules learn them; `nearest.py` and `fine_tuning.py` are what people do without
-learning to learn, on the same tasks; `pictures.py` shows some of them.
-"""
+"""Few-shot classification of glyphs: pictures of tasks."""

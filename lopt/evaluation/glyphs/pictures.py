@@ -7,7 +7,7 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
-from lopt.evaluation.glyphs.episodes import Episodes
+from lopt.evaluation.classes.episodes import Episodes
 
 RIGHT, WRONG, GAP = (0.0, 0.62, 0.45), (0.84, 0.24, 0.0), (1.0, 1.0, 1.0)
 

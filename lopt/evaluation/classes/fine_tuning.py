@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from lopt.core.random import derive_seeds, draw_indices, draw_uniform, make_generator
 from lopt.core.tensors import Params
-from lopt.evaluation.glyphs.episodes import classify_by_rule, draw_episodes
+from lopt.evaluation.classes.episodes import classify_by_rule, draw_episodes
 from lopt.rules import RULES, LearnedInit, Rule
-from lopt.tasks.data.splits import to_pixels
-from lopt.tasks.glyphs import Glyphs
+from lopt.tasks.few_shot import FewShotClasses
 from lopt.tasks.module import draw_weights
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -35,7 +34,7 @@ class Tuned(NamedTuple):
     accuracy: float
 
 
-def tune_fine_tuning(family: Glyphs, num_steps: int, start: Params | None = None, count: int = 100) -> Tuned:
+def tune_fine_tuning(family: FewShotClasses, num_steps: int, start: Params | None = None, count: int = 100) -> Tuned:
     """The best of `RATES` for `num_steps` of Adam on the support of a task.
 
     Args:
@@ -57,14 +56,14 @@ def tune_fine_tuning(family: Glyphs, num_steps: int, start: Params | None = None
 
 
 def train_jointly(
-    family: Glyphs, steps: int, *, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0
+    family: FewShotClasses, steps: int, *, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0
 ) -> Params:
-    """Weights of a classifier of all characters for training, without its last layer, which knows these alone.
+    """Weights of a classifier of all classes for training, without its last layer, which knows these alone.
 
     Args:
-        family: whose network and drawings are taken.
+        family: whose network and examples are taken.
         steps: of Adam, whose learning rate falls to 0 as a cosine.
-        batch_size: drawings a step; each character is as frequent as any other.
+        batch_size: examples a step; each class is as frequent as any other.
         seed: of initial weights and batches.
     Returns:
         Parameters by name, all but the head's.
@@ -76,11 +75,11 @@ def train_jointly(
     optimizer = torch.optim.Adam(weights.values(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        characters = draw_indices(derive_seeds(seed, "joint characters", step), batch_size, len(pool))
-        share = draw_uniform(derive_seeds(seed, "joint drawings", step), batch_size)
-        numbers = pool.start + characters
-        x = to_pixels(family.images[numbers, (share * family.counts[numbers]).long()])[:, None]
-        loss = F.cross_entropy(functional_call(network, weights, (x,)), characters)
+        classes = draw_indices(derive_seeds(seed, "joint characters", step), batch_size, len(pool))
+        x = family.pick_examples(
+            pool.start + classes, draw_uniform(derive_seeds(seed, "joint drawings", step), batch_size)
+        )
+        loss = F.cross_entropy(functional_call(network, weights, (x,)), classes)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

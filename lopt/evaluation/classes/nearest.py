@@ -1,4 +1,4 @@
-"""Classes by the nearest: pixels, and prototypes in a space that was learned on other classes.
+"""Classes by the nearest: examples, and prototypes in a space that was learned on other classes.
 
 Source: Snell, Swersky & Zemel 2017, arXiv 1703.05175 (prototypical networks; episodes of more ways than are asked for).
 Differs from the source: the network is the family's own without its last layer.
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lopt.core.random import derive_seeds, make_generator
-from lopt.evaluation.glyphs.episodes import Episodes
+from lopt.evaluation.classes.episodes import Episodes
 from lopt.tasks import TaskFamily
-from lopt.tasks.glyphs import Glyphs
+from lopt.tasks.few_shot import FewShotClasses
 from lopt.tasks.module import draw_weights
 
 
-def classify_by_pixels(episodes: Episodes) -> Tensor:
+def classify_by_nearest(episodes: Episodes) -> Tensor:
     """Gives each query the class of the example that it is nearest to, `[T, n]`."""
     nearest = torch.cdist(episodes.queries.flatten(2), episodes.support.flatten(2)).argmin(2)
     return episodes.classes.gather(1, nearest)
@@ -29,7 +29,7 @@ def classify_by_prototypes(embed: Callable[[Tensor], Tensor], episodes: Episodes
     """Gives each query the class whose examples have the nearest mean, `[T, n]`.
 
     Args:
-        embed: drawings `[n, 1, size, size]` to vectors `[n, d]`.
+        embed: inputs `[n, ...]` to vectors `[n, d]`.
     """
     with torch.no_grad():
         found = [
@@ -53,17 +53,22 @@ def score_by_prototypes(support: Tensor, classes: Tensor, queries: Tensor) -> Te
 
 
 def train_prototypes(
-    family: Glyphs, steps: int, *, episodes: TaskFamily | None = None, learning_rate: float = 2e-3, seed: int = 0
+    family: FewShotClasses,
+    steps: int,
+    *,
+    episodes: TaskFamily | None = None,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
 ) -> nn.Module:
-    """A network that puts drawings of a character next to each other, learned on the characters for training.
+    """A network that puts examples of a class next to each other, learned on the classes for training.
 
     Args:
         family: of the network: its own without the last layer.
-        episodes: where the tasks are from, one a step; by default the family. Transforms of it are for more drawings.
+        episodes: where the tasks are from, one a step; by default the family. Transforms of it are for more examples.
         steps: of Adam, whose learning rate falls to 0 as a cosine.
         seed: of weights and episodes.
     Returns:
-        A module from drawings `[n, 1, size, size]` to vectors `[n, d]`.
+        A module from inputs `[n, ...]` to vectors `[n, d]`.
     """
     whole = family.build_network()
     whole.load_state_dict(draw_weights(family.build_network, make_generator(derive_seeds(seed, "prototypes"))))

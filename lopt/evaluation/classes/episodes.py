@@ -12,7 +12,8 @@ from lopt.core.random import derive_seeds
 from lopt.meta.unroll.draws import Draws
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import Rule
-from lopt.tasks.glyphs import Glyphs
+from lopt.tasks import Task
+from lopt.tasks.few_shot import FewShotClasses
 
 STREAM = "evaluation"
 CHUNK = 2**23
@@ -23,7 +24,7 @@ class Episodes(NamedTuple):
     """T tasks: examples with their classes, and queries whose classes are asked for.
 
     Attributes:
-        support, queries: drawings `[T, n, 1, size, size]`.
+        support, queries: inputs `[T, n, ...]`.
         classes, answers: of these, int64 `[T, n]`, from 0.
     """
 
@@ -41,20 +42,25 @@ class Episodes(NamedTuple):
         return (found == self.answers).float().mean(1)
 
 
-def draw_episodes(family: Glyphs, count: int, *, seed: int = 0, pool: str = "test") -> Episodes:
+def draw_tasks(family: FewShotClasses, count: int, *, seed: int = 0, pool: str = "test") -> Task:
     """The tasks that a rule is judged on, which `run_curves` has for the same numbers and seed.
 
     Args:
         count: of tasks.
         seed, pool: name them.
     """
-    tasks = _find_draws(family, seed, pool).start_tasks(torch.arange(count), torch.zeros(count, dtype=torch.int64))
-    support, queries = (family.batch(tasks, tasks["characters"], split) for split in ("train", "test"))
+    return _find_draws(family, seed, pool).start_tasks(torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+def draw_episodes(family: FewShotClasses, count: int, *, seed: int = 0, pool: str = "test") -> Episodes:
+    """The examples and queries of `draw_tasks`."""
+    tasks, seeds = draw_tasks(family, count, seed=seed, pool=pool), torch.arange(count)
+    support, queries = (family.batch(tasks, seeds, split) for split in ("train", "test"))
     return Episodes(support["x"], support["y"], queries["x"], queries["y"])
 
 
 def classify_by_rule(
-    rule: Rule, family: Glyphs, count: int, num_steps: int, *, seed: int = 0, pool: str = "test"
+    rule: Rule, family: FewShotClasses, count: int, num_steps: int, *, seed: int = 0, pool: str = "test"
 ) -> Tensor:
     """The classes of all queries of the same tasks `[T, n]`, after steps of a rule on the support of each.
 
@@ -77,6 +83,6 @@ def classify_by_rule(
     return torch.cat(parts)
 
 
-def _find_draws(family: Glyphs, seed: int, pool: str) -> Draws:
+def _find_draws(family: FewShotClasses, seed: int, pool: str) -> Draws:
     # As in `run_curves`: streams share no task with each other nor with meta-training.
     return Draws(family, int(derive_seeds(seed, STREAM)), pool=pool)
