@@ -12,6 +12,7 @@ from bench.quality.control import control
 from bench.quality.estimators import estimators
 from bench.quality.families import families
 from bench.quality.glyphs import glyphs
+from bench.quality.intents import intents
 from bench.quality.levels import levels
 from bench.quality.molecules import molecules
 from bench.quality.recommend import recommend
@@ -38,6 +39,7 @@ COMMANDS = (
     families,
     glyphs,
     gpu,
+    intents,
     kernels,
     levels,
     meta,

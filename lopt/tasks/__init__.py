@@ -15,6 +15,7 @@ from lopt.tasks.conv import Conv
 from lopt.tasks.coordinate_mlp import CoordinateMLP
 from lopt.tasks.factorisation import Factorisation
 from lopt.tasks.glyphs import Glyphs
+from lopt.tasks.intents import Intents
 from lopt.tasks.lasso import Lasso
 from lopt.tasks.logistic import Logistic
 from lopt.tasks.mlp import MLP
@@ -52,6 +53,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "factorisation": Factorisation,
     "sinusoid": Sinusoid,
     "glyphs": Glyphs,
+    "intents": Intents,
     "recommend": Recommend,
     "molecule": Molecule,
     "control": Control,

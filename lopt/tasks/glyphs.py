@@ -56,7 +56,6 @@ class Glyphs(FewShotClasses):
 
     name = "glyphs"
     pool_key = "characters"
-    pools: dict[str, range]
 
     def __init__(
         self,

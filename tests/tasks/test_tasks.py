@@ -130,7 +130,7 @@ def test_pools_have_no_task_in_common(family: TaskFamily) -> None:
         assert all(torch.equal(x, tasks[key]) for tasks in drawn.values() for key, x in first.items())
         return
     values = {pool: set(tasks[family.pool_key].flatten().tolist()) for pool, tasks in drawn.items()}
-    assert all(len(found) > 20 for found in values.values())
+    assert all(len(found) > 5 for found in values.values())
     assert all(found <= set(family.pools[pool]) for pool, found in values.items())
     assert not any(values[a] & values[b] for a in POOLS for b in POOLS if a < b)
     one = family.sample(make_generator(1), "test")[family.pool_key]
