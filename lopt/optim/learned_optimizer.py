@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lopt.core.names import choose
 from lopt.optim.backend import BACKENDS, Backend, StepOptions, choose_backend, divide_groups, step_replica
+from lopt.optim.cost import tell_cost
 from lopt.optim.guard.decisions import Guard, GuardOptions, read_guard
 from lopt.optim.guard.state import GuardState
 from lopt.optim.guard.steps import hear_loss
@@ -113,11 +114,8 @@ class LearnedOptimizer(Optimizer):
         reduce_loss: bool = True,
     ) -> None:
         check_params(params)
-        self.horizon: int | None = None
         self._given = rule
-        if not isinstance(rule, Rule):
-            source = DEFAULT_RULE if rule is None else rule
-            rule, self.horizon = _load(source)
+        rule, self.horizon = _open(DEFAULT_RULE if rule is None else rule)
         self.rule = freeze_rule(rule)
         self.nonfinite = choose("nonfinite", nonfinite, ("skip", "sanitize", "raise"))
         if capturable:  # torch.amp.GradScaler then leaves unscaling and skipping to us and waits for nothing
@@ -147,6 +145,7 @@ class LearnedOptimizer(Optimizer):
         obstacle = partial(find_obstacle, self.rule)
         self.backend: Backend = choose_backend(backend, obstacle, devices, guarded=self.guard is not None)
         self.replicas = RuleReplicas(self.rule, fused=self.backend.name == "triton")
+        tell_cost(self.rule, self.param_groups, self.state_dtype, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the options but for another rule may be the group's own.
@@ -342,8 +341,10 @@ class LearnedOptimizer(Optimizer):
             return init_state(rule, p, seed, self.guard is not None, self.state_dtype, self.param_groups)
 
 
-def _load(source: str | os.PathLike[str]) -> tuple[Rule, int | None]:
+def _open(source: Rule | str | os.PathLike[str]) -> tuple[Rule, int | None]:
     """The rule, and the steps of its longest run if its card tells."""
+    if isinstance(source, Rule):
+        return source, None
     rule, card = load_with_card(source)
     return rule, find_longest_run(card)
 

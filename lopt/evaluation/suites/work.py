@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -164,7 +165,9 @@ def prepare_rule(rule: Rule, lr: float = 1.0, hidden: str = "") -> Build:
         params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         without = hidden.removeprefix("without ").split(", ")
         planned = None if {"num_steps", "end"} & set(without) else num_steps
-        optimizer = LearnedOptimizer(params, rule, lr, num_steps=planned)
+        with warnings.catch_warnings():  # of what it costs, which is measured here
+            warnings.simplefilter("ignore")
+            optimizer = LearnedOptimizer(params, rule, lr, num_steps=planned)
         cools = planned is None and rule.open_ended and "end" not in without
         steps = count()
 
