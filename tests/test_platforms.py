@@ -1,4 +1,4 @@
-"""No module needs what only POSIX has: those are refused in a process that imports them all."""
+"""No module needs what only POSIX, or only Linux, has: that is refused in a process that imports them all."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-POSIX_ONLY = ("fcntl", "grp", "posix_ipc", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
+ABSENT = (
+    *("fcntl", "grp", "posix_ipc", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"),
+    "triton",  # of Linux on x86-64 alone
+)
 IMPORT_ALL = f"""
 import importlib, os, pkgutil, sys
 class Refusing:
     def find_spec(self, name, path=None, target=None):
-        if name in {POSIX_ONLY}:
+        if name.split(".")[0] in {ABSENT}:
             raise ImportError(f"no module named {{name}} on this platform")
 sys.meta_path.insert(0, Refusing())
-for name in {POSIX_ONLY}:
+for name in {ABSENT}:
     sys.modules.pop(name, None)
 import lopt, lopt_kernels, bench
 names = [module.name for package in (lopt, lopt_kernels, bench)
