@@ -6,14 +6,15 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lopt.cli.sweep.trials import Trial
 from rich.console import Console
-from training_cases import TINY, make_config
+from training_cases import TINY
 
-from lopt.cli.sweep.sweep import Sweep, SweepState
+from lopt.cli.sweep.study import Report
+from lopt.cli.sweep.sweep import Sweep
 from lopt.meta.runs import progress
 from lopt.meta.runs.progress import PlainProgress
 
@@ -77,9 +78,10 @@ def test_training_and_judging_tell_their_progress_on_the_standard_error(
     assert " so far, " not in result.out
 
 
-def test_the_progress_of_a_sweep_counts_the_steps_of_trials_that_wait_and_all_of_those_that_ended(
+def test_the_progress_of_a_sweep_counts_the_steps_of_trials_that_run_and_all_of_those_that_ended(
     tmp_path: Path,
 ) -> None:
-    trials = [Trial("a", {}, "done", 100), Trial("b", {}, "halved", 20), Trial("c", {}, step=40), Trial("d", {})]
-    sweep = Sweep(tmp_path, SweepState("lopt sweep", make_config(steps=100).to_dict(), 20, trials))
-    assert sweep.measure_progress() == (240 / 400, "2 of 4 trials ended")
+    ended = [Report("a", "done", {}, 100, 0.5, ""), Report("b", "pruned", {}, 20, 0.9, "")]
+    reports = [*ended, Report("c", "running", {}, 40, 0.7, "")]
+    study: Any = SimpleNamespace(folder=tmp_path, steps=100, plan={"trials": 4}, list_reports=lambda: reports)
+    assert Sweep(study).measure_progress() == (240 / 400, "2 of 4 trials ended")
