@@ -31,7 +31,7 @@ nox.options.sessions = ["lint", "package", "tests"]
 
 
 @nox.session(python=PYTHONS)
-@nox.parametrize("torch", TORCHES)
+@nox.parametrize("torch", list(TORCHES))
 def tests(session: nox.Session, torch: str) -> None:
     """The portable tests with one Python and one torch."""
     install(session, TORCHES[torch], "--editable", ".[dev]")
@@ -73,6 +73,7 @@ def install(session: nox.Session, *arguments: str) -> None:
     session.log(" ".join(command[1:]))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        lines = [line.strip() for line in done.stderr.splitlines()]
+        reasons = [line for line in lines if line.startswith("ERROR: ")] or lines
         reason = f"cannot be installed here: {(reasons or ['pip says nothing'])[-1]}"
         (session.error if os.environ.get("CI") else session.skip)(reason)

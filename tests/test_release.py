@@ -116,3 +116,15 @@ def test_citation_names_what_the_metadata_do_and_no_version() -> None:
     assert "version" not in citation
     for path in (ROOT / ".github").rglob("*.yml"):
         assert yaml.safe_load(path.read_text())
+
+
+def test_sessions_that_the_workflow_names_are_there() -> None:
+    pytest.importorskip("nox", reason="sessions on other Pythons: pip install nox")
+    command = [sys.executable, "-m", "nox", "--list", "--noxfile", str(ROOT / "noxfile.py")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"NO_COLOR": "1"})
+    sessions = set(re.findall(r"^\* (\S+)", listed.stdout, re.MULTILINE))
+    named = [f"tests-{python}(torch='{torch}')" for python in ("3.10", "3.13") for torch in ("oldest", "newest")]
+    assert {*named, "lint", "package"} <= sessions
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "nox -s \"tests-${{ matrix.python }}(torch='${{ matrix.torch }}')\"" in workflow
+    assert "torch: [oldest, newest]" in workflow
