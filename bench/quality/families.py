@@ -45,7 +45,7 @@ def measure(rules: Mapping[str, Rule], where: Setting, seeds: int, archive: Path
     """Final losses on held-out tasks, as `lopt.evaluation.comparison.compare` finds them, on the whole train split."""
 
     def tell(what: str) -> None:
-        console.print(f"  tuning {what}", highlight=False)
+        console.print(f"  {what}", highlight=False)
 
     tuned = tune_baseline("adam", "constant", where.family, where.num_steps, TUNING, archive, tell)
     constant = RULES["adam"](lr=tuned.best["final"] or 1e-3)
@@ -57,7 +57,7 @@ def measure(rules: Mapping[str, Rule], where: Setting, seeds: int, archive: Path
         baselines=("adam",),
         tuning=TUNING,
         archive=archive,
-        on_search=tell,
+        on_work=tell,
     )
     return {SCHEDULED if e.kind == "tuned" else e.label: e.runs["final"].final for e in result.entries}
 

@@ -43,8 +43,8 @@ SHIPPED = Path(__file__).parent / "tuned"
 
 logger = logging.getLogger(__name__)
 
-OnSearch = Callable[[str], None]
-"""Told about every search: "adam, cosine: 35 learning rates x 8 seeds x 100 steps"."""
+OnWork = Callable[[str], None]
+"""Told what begins: "tuning adam, cosine: 35 learning rates x 8 seeds x 100 steps", "running adam"."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def tune_baseline(
     num_steps: int,
     tuning: Tuning = Tuning(),
     archive: Path | None = None,
-    on_search: OnSearch | None = None,
+    on_work: OnWork | None = None,
 ) -> Tuned:
     """Search the learning rate of `RULES[name]`, or take the search from the archive.
 
@@ -191,7 +191,7 @@ def tune_baseline(
         schedule: of the learning rate over the run, one of `SCHEDULES`.
         family, num_steps: the setting: what is trained, and for how long.
         archive: folder of earlier searches, made if missing, beside that of the package; None keeps nothing.
-        on_search: called before a search that is not in the archive.
+        on_work: called before a search that is not in the archive.
     Raises:
         ValueError: `name` is not a hand-designed optimizer.
     """
@@ -215,9 +215,9 @@ def tune_baseline(
     path = None if archive is None else archive / file
     if archived := load_tuned(path, fingerprint) or load_tuned(SHIPPED / file, fingerprint):
         return archived
-    if on_search is not None:
+    if on_work is not None:
         count = tuning.grid.high - tuning.grid.low + 1
-        on_search(f"{name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
+        on_work(f"tuning {name}, {schedule}: {count} learning rates x {num_seeds} seeds x {num_steps} steps")
     # Both criteria come out of the same runs, so one search serves both.
     candidates = _search(name, schedule, family, num_steps, tuning)
     best = {criterion: _pick_best(candidates, criterion) for criterion in CRITERIA}

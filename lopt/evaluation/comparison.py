@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lopt.core.names import choose
 from lopt.core.version import VERSION
-from lopt.evaluation.baselines import BASELINES, CRITERIA, OnSearch, Tuned, Tuning, tune_baseline
+from lopt.evaluation.baselines import BASELINES, CRITERIA, OnWork, Tuned, Tuning, tune_baseline
 from lopt.evaluation.results import FIGURES, Comparison, Contest, Entry, Numbers, Run
 from lopt.evaluation.statistics import compare_paired, compute_speedup, keep_finite, summarize
 from lopt.meta.unroll.curves import Curves, run_curves
@@ -42,7 +42,7 @@ def compare(
     criterion: str = "final",
     title: str | None = None,
     note: str = "",
-    on_search: OnSearch | None = None,
+    on_work: OnWork | None = None,
 ) -> Comparison:
     """Run rules, tuned baselines and default Adam on the same tasks.
 
@@ -55,7 +55,7 @@ def compare(
         archive: folder of tuned results; nothing that is there is tuned again.
         criterion: "final" or "mean": which of the two runs of a baseline the pictures show.
         title, note: for readers; by default the title describes the family.
-        on_search: called before a search that is not archived.
+        on_work: called before a search that is not archived, and before the runs of an optimizer.
     Returns:
         Everything that tables and pictures are made of, as plain data.
     Raises:
@@ -64,7 +64,7 @@ def compare(
     """
     _check(rules, baselines, criterion, num_seeds)
     searches = [
-        [tune_baseline(name, s, family, num_steps, tuning, archive, on_search) for s in tuning.schedules]
+        [tune_baseline(name, s, family, num_steps, tuning, archive, on_work) for s in tuning.schedules]
         for name in baselines
     ]
     # Learned rules are not tuned: the same run counts for both criteria. So does Adam with its default learning rate.
@@ -72,7 +72,7 @@ def compare(
     for name, of_schedules in zip(baselines, searches, strict=True):
         field.append((name, "tuned", {c: _build_best(name, of_schedules, c) for c in CRITERIA}))
     field.append((DEFAULT_LABEL, "default", dict.fromkeys(CRITERIA, RULES["adam"](lr=1e-3))))
-    entries = _run_field(field, family, num_steps, torch.arange(num_seeds), seed)
+    entries = _run_field(field, family, num_steps, torch.arange(num_seeds), seed, on_work)
     return Comparison(
         title=title or f"{family.describe()}, {num_steps} steps",
         note=note,
@@ -136,11 +136,14 @@ def _run_field(
     num_steps: int,
     seeds: Tensor,
     seed: int,
+    on_work: OnWork | None,
 ) -> list[Entry]:
     """Every optimizer on every seed; one run serves both criteria where they chose the same configuration."""
     # A rule, or a baseline for which both criteria chose the same learning rate, runs once.
     curves: list[dict[str, Curves]] = []
-    for _, _, configured in field:
+    for label, _, configured in field:
+        if on_work is not None:
+            on_work(f"running {label}")
         run = {c: run_curves(configured[c], family, seeds, num_steps, seed=seed) for c in CRITERIA[:1]}
         for c in CRITERIA[1:]:
             same = configured[c].describe() == configured[CRITERIA[0]].describe()

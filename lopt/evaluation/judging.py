@@ -132,20 +132,21 @@ def judge(
         ValueError: of `compare`, or memory does not suffice.
     """
     comparisons: list[Comparison] = []
-    # The searches take nearly all of the time; those that are archived are not heard of.
-    searches = len(options.get("baselines", BASELINES)) * len(DEFAULT_TUNING.schedules)
+    # Searches, of which those that are archived are not heard, and runs, of which default Adam's is one.
+    baselines = len(options.get("baselines", BASELINES))
+    pieces = baselines * len(DEFAULT_TUNING.schedules) + len(rules) + baselines + 1
     with _show(console) as show:
         for number, (title, family, steps) in enumerate(settings):
             name, begun = title or family.describe(), itertools.count()
 
             def tell(doing: str, begun: Iterator[int] = begun, number: int = number) -> None:
-                show((number + min(1.0, next(begun) / (searches + 1))) / len(settings), doing)
+                show((number + min(1.0, next(begun) / (pieces + 1))) / len(settings), doing)
 
             tell(f"evaluating {name}")
             sizes = {"task": dict(family.config), "steps": steps, "seeds": options.get("num_seeds", 0)}
             with explain_memory(sizes):
-                on_search = partial(_prefix, tell, f"{name}: tuning ")
-                found = compare(rules, family, steps, title=title, on_search=on_search, **options)
+                on_work = partial(_prefix, tell, f"{name}: ")
+                found = compare(rules, family, steps, title=title, on_work=on_work, **options)
             comparisons.append(replace(found, about=about, source=source))
     return comparisons
 

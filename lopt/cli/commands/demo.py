@@ -47,6 +47,9 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> None:
     again = shlex.join(["lopt", "demo", *([] if out == DEFAULT_OUT else ["--out", str(out)])])
     console = Console()
     say(console, f"This takes some minutes; stop it at any time (Ctrl-C), `{again}` goes on.")
+    import torch  # once something is to be read
+
+    torch.set_num_threads(1)  # what is trained here is so small that a second thread costs more than it gives
     with ExitStack() as held:
         config, trainer = _open_run(out, overrides, held, console)
         make_folder(ARCHIVE)
