@@ -1,7 +1,7 @@
 """How well measured properties of molecules are told from a few labels.
 
 Meta-trained starts, which have only seen computed descriptors, stand beside ridge regression on descriptors and on
-fingerprints and a Tanimoto kernel, on the same labels.
+fingerprints, a Tanimoto kernel, and ridge regression on inputs whose scales are learned, on the same labels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench import setting
 from bench.quality.few_shot_runs import load_start
+from lopt.evaluation.molecules.closed_form import SOLVED, tell_by_scales, train_scales
 from lopt.evaluation.molecules.kernels import CHOSEN, tell_without_rules
 from lopt.evaluation.molecules.measured import draw_labels, predict_by_rule
 from lopt.evaluation.molecules.pictures import draw_properties
@@ -84,9 +85,11 @@ def molecules(
     starts = [load_start(run, Molecule, "molecule-anil") for run in runs]
     scores: dict[str, dict[str, Tensor]] = {}
     results: dict[str, dict[str, dict[str, float]]] = {}
+    solved = train_scales(starts[0].family if starts else Molecule())
     for name in MEASURED:
         labels = draw_labels(name, shots, draws=draws)
         scores[name] = {label: labels.score(found) for label, found in tell_without_rules(labels).items()}
+        scores[name][SOLVED] = labels.score(tell_by_scales(solved, labels))
         for start in starts:
             assert isinstance(start.rule, LearnedInit)
             found = predict_by_rule(start.rule, start.family, labels, steps or start.steps)

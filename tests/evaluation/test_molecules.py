@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 from molecule_cases import needs_molecules
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lopt.core.random import make_generator
+from lopt.core.random import draw_normal, make_generator
 from lopt.evaluation.molecules import measured
+from lopt.evaluation.molecules.closed_form import Scales, tell_by_scales, train_scales
 from lopt.evaluation.molecules.kernels import CHOSEN, DESCRIPTORS, PENALTIES, TANIMOTO, fit_ridge, tell_without_rules
 from lopt.evaluation.molecules.measured import FLOOR, Labels, draw_labels, predict_by_rule
 from lopt.evaluation.molecules.pictures import draw_properties
 from lopt.rules import LearnedInit
+from lopt.tasks import Batch, Task
 from lopt.tasks.data.molecules import Library, Measured
 from lopt.tasks.molecule import Molecule
 
@@ -100,3 +103,36 @@ def test_a_picture_has_sets_and_scales(labels: Labels) -> None:
     first, second = (draw_properties(scores, torch.tensor(s), "abc", 16) for s in ([1.0, 2.0, 3.0], [3.0, 0.5, 1.0]))
     assert first.startswith(b"\x89PNG")
     assert first != second
+
+
+def test_solved_heads_are_scikit_learns_ridge_on_scaled_inputs(labels: Labels) -> None:
+    width = labels.inputs.shape[1]
+    scales = Scales(torch.rand(width, generator=make_generator(0), dtype=torch.float32), torch.tensor(0.7))
+    found = tell_by_scales(scales, labels)
+    x = (labels.inputs * scales.scale).double().numpy()
+    for known, asked, told in zip(labels.known, labels.asked, found, strict=True):
+        right = Ridge(alpha=0.7 * 1.0).fit(x[known], labels.property[known].numpy()).predict(x[asked])
+        np.testing.assert_allclose(told, right, rtol=1e-3, atol=1e-3 * np.abs(right).max())
+
+
+class FirstInput(Molecule):
+    """The label is the first of five inputs, with either sign; nothing is asked of rdkit."""
+
+    def __init__(self) -> None:
+        self.inputs = torch.zeros(1, 5)
+
+    def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
+        return {"numbers": draw_normal(seeds, 61)}
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        x = tasks["numbers"][:, 1:].float().view(-1, 12, 5)
+        y = x[..., 0] * tasks["numbers"][:, :1].sign().float()
+        part = slice(4) if split == "train" else slice(4, None)
+        return {"x": x[:, part], "y": y[:, part]}
+
+
+def test_scales_learn_which_input_says_something() -> None:
+    scales = train_scales(FirstInput(), 100, learning_rate=3e-2)
+    sizes = scales.scale.abs()
+    assert float(sizes[0]) > 3 * float(sizes[1:].max())
+    assert torch.equal(train_scales(FirstInput(), 3).scale, train_scales(FirstInput(), 3).scale)
