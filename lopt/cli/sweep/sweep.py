@@ -207,7 +207,7 @@ def print_trials(reports: Sequence[Report], best: Report, metric: str, console: 
 
     table = Table(box=None, pad_edge=False)
     for column in ("trial", *reports[0].settings, f"best {metric}", "steps", ""):
-        table.add_column(escape(column), justify="left" if column in ("trial", "") else "right")
+        table.add_column(escape(column), justify="left" if column in ("trial", "") else "right", overflow="fold")
     for report in sorted(reports, key=rank):
         figure = "-" if report.best is None else f"{report.best:.4g}"
         settings = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in report.settings.values())
