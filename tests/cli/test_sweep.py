@@ -109,6 +109,9 @@ def test_other_texts_are_refused(text: str, words: str) -> None:
         (["trainer.clip=1:2"], {"trials": 3, "sampler": "grid"}, "trainer.clip is a range.*--trials"),
         (["trainer.clip=1,2"], {"sampler": "tqe"}, "--sampler must be one of tpe, random, grid.*Did you mean tpe"),
         (["trainer.clip=1,2"], {"pruner": "asah"}, "Did you mean asha"),
+        (["trainer.clip=1,2"], {"first_rung": 3}, "for --pruner asha or hyperband, got 3"),
+        (["trainer.clip=1,2"], {"pruner": "hyperband", "first_rung": 25}, "a step of 1 to 24, .* got 25"),
+        (["trainer.clip=1,2"], {"pruner": "asha", "first_rung": -1}, "a step of 1 to 24, .* got -1"),
         (["trainer.clip=1,2", "trainer.clip=3"], {}, "different settings"),
         ([], {}, "one or more different settings"),
     ],
@@ -147,6 +150,22 @@ def test_a_sweep_that_is_left_and_gone_on_with_draws_what_one_does_that_is_not(s
     assert halves == whole
     assert len({settings["trainer.learning_rate"] for settings in whole}) == 9
     assert all(1e-4 <= s["trainer.learning_rate"] <= 1 and 1 <= s["rule.hidden"] <= 8 for s in whole)
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe", "random"])
+def test_a_trial_that_was_killed_before_it_had_settings_gets_them(sampler: str, tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, sampler=sampler, trials=3)
+    sweep.study.study._storage.create_new_trial(sweep.study.study._study_id)
+    rates = [settings["trainer.learning_rate"] for settings in claim_all(sweep)]
+    assert sorted(rates) == [1e-3, 1e-2, 0.1] if sampler == "grid" else len(rates) == 3
+
+
+def test_a_run_shorter_than_its_validations_has_its_first_rung_at_the_end(tmp_path: Path) -> None:
+    config = make_config(steps=3, validate_every=4)
+    sweep = start_sweep(config, [RATES], tmp_path, pruner="hyperband")
+    assert sweep.study.plan["first_rung"] == 3
+    work(sweep)
+    assert {report.status for report in list_trials(tmp_path).values()} == {"done"}
 
 
 def test_tpe_looks_where_it_was_best(tmp_path: Path) -> None:
@@ -365,6 +384,7 @@ def test_without_optuna_the_extra_is_named(run: Any, monkeypatch: pytest.MonkeyP
 def test_command_is_checked(run: Any, tmp_path: Path) -> None:
     assert "no sweep in" in run("sweep", "--resume", str(tmp_path)).err
     assert "--resume takes its settings" in run("sweep", "demo", "--resume", str(tmp_path)).err
+    assert "--resume takes its settings" in run("sweep", "--pruner", "asha", "--resume", str(tmp_path)).err
     assert "give a PRESET" in run("sweep").err
     assert "choose how many run at a time with --workers" in run("sweep", "demo", "--set", "trainer.threads=2").err
     (tmp_path / "journal.log").touch()

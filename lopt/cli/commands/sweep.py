@@ -45,7 +45,7 @@ validation, which flatters it: `lopt eval` judges its rule on other tasks.
 @click.option("--vary", multiple=True, metavar="KEY=A,B,C", help="Try these values, or KEY=LOW:HIGH[:log]; repeatable.")
 @click.option("--trials", type=click.IntRange(min=1), help="How many trials [default: all combinations].")
 @click.option("--sampler", default="", metavar="NAME", help="tpe, random or grid [default: tpe with --trials].")
-@click.option("--pruner", default="none", metavar="NAME", help="End poor trials early: asha or hyperband.")
+@click.option("--pruner", default="", metavar="NAME", help="End poor trials early: asha or hyperband.")
 @click.option("--first-rung", default=0, metavar="STEPS", help="No trial ends before it [default: a ninth of a run].")
 @click.option("--workers", type=click.IntRange(min=1), help="Trials at a time, one thread each [default: all cores].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -71,7 +71,7 @@ def sweep_settings(
     from lopt.meta.config.load import load_config
     from lopt.meta.runs.folder import slugify
 
-    if resume is not None and (preset or out or overrides or vary or trials or sampler or first_rung):
+    if resume is not None and (preset or out or overrides or vary or trials or sampler or pruner or first_rung):
         raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
     if resume is not None:
         sweep = resume_sweep(resume)
@@ -84,7 +84,7 @@ def sweep_settings(
             )
         config = load_config(preset, list(overrides))
         folder = out or RUNS / slugify(f"sweep {config.name}")
-        options: Any = {"trials": trials, "sampler": sampler, "pruner": pruner, "first_rung": first_rung}
+        options: Any = {"trials": trials, "sampler": sampler, "pruner": pruner or "none", "first_rung": first_rung}
         sweep = start_sweep(config, vary, folder, **options)
     best = run_sweep(sweep, workers or os.cpu_count() or 1, Console(stderr=as_json))
     if as_json:

@@ -96,11 +96,9 @@ class SweepStudy:
         with hold_folder(self.folder, patient=True):
             for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 held = self._hold(found)
-                # Its process may have come to its end in between, or may have been killed before it had settings.
+                # Its process may have come to its end in between.
                 if held and self.study.get_trials(deepcopy=False)[found.number].state == TrialState.RUNNING:
-                    if found.params.keys() == self.space.keys():
-                        return self._take(optuna.Trial(self.study, found._trial_id), held)
-                    self.fail(found, "its process was killed as it began")
+                    return self._take(self._complete(found), held)
                 if held:
                     held.close()
             trials = self.study.get_trials(deepcopy=False)
@@ -128,6 +126,15 @@ class SweepStudy:
     def _take(self, trial: optuna.Trial, held: ExitStack) -> Claim:
         trial.set_user_attr("worker", name_worker(os.getpid()))
         return Claim(trial, name_run(trial), held)
+
+    def _complete(self, found: FrozenTrial) -> optuna.Trial:
+        """A trial that has lost its process, with all its settings: it may have been killed before it had them."""
+        self.study.sampler = self._make_sampler(found.number)
+        trial = optuna.Trial(self.study, found._trial_id)
+        for key, kind in self.space.items():
+            trial._suggest(key, kind)
+        self.study.sampler = RandomSampler()
+        return trial
 
     def _make_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """The sampler for one trial; a grid is one order of its points, others draw anew each time."""

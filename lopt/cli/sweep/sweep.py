@@ -174,8 +174,10 @@ def start_sweep(
         raise ValueError(f"{ranges[0]} is a range, which has no grid: say how many trials are to be made (--trials)")
     combinations = math.prod(len(list_ends(kind)) for kind in space.values())
     trials = min(trials or combinations, combinations) if sampler == "grid" else trials or combinations
-    every = config.trainer.validate_every
-    first_rung = first_rung or every * math.ceil(config.trainer.steps / 9 / every)
+    steps, every = config.trainer.steps, config.trainer.validate_every
+    if first_rung and (pruner == "none" or not 0 < first_rung <= steps):
+        raise ValueError(f"--first-rung is a step of 1 to {steps}, for --pruner asha or hyperband, got {first_rung}")
+    first_rung = first_rung or min(steps, every * math.ceil(steps / 9 / every))
     check_space(config.to_dict(), space)
     plan = {"command": read_command(), "config": config.to_dict(), "vary": list(vary), "trials": trials}
     folder.mkdir(parents=True, exist_ok=True)
