@@ -33,14 +33,14 @@ Points = dict[str, list[tuple[int, float]]]
 class Recorder(Logger):
     """Remembers all that it hears; fails at call number `last`, if there is one."""
 
-    def __init__(self, last: int = -1) -> None:
+    def __init__(self, last: int = -1, error: type[Exception] = ConnectionError) -> None:
         self.heard: list[tuple[Any, ...]] = []
-        self.last = last
+        self.last, self.error = last, error
 
     def hear(self, *call: Any) -> None:
         self.heard.append(call)
         if len(self.heard) == self.last:
-            raise ConnectionError("no\nserver")
+            raise self.error("no\nserver")
 
     def begin(self, run: LoggedRun) -> None:
         self.hear("begin", run)
@@ -215,10 +215,10 @@ def test_peak_memory_is_in_mebibytes() -> None:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last", [1, 7])
-def test_a_logger_that_fails_is_told_of_and_left_out(last: int, tmp_path: Path) -> None:
-    broken, sound = Recorder(last), Recorder()
-    told = r"logger Recorder failed at step \d+ and is left out: ConnectionError: no server"
+@pytest.mark.parametrize(("last", "error"), [(1, ConnectionError), (7, ConnectionError), (7, ImportError)])
+def test_a_logger_that_fails_is_told_of_and_left_out(last: int, error: type[Exception], tmp_path: Path) -> None:
+    broken, sound = Recorder(last, error), Recorder()
+    told = rf"logger Recorder failed at step \d+ and is left out: {error.__name__}: no server"
     with pytest.warns(UserWarning, match=told):
         run_logged(tmp_path, broken, sound)
     assert len(broken.heard) == last + 1  # it is asked to close
@@ -233,6 +233,16 @@ def test_a_run_whose_client_is_missing_is_refused_before_it_has_a_folder(
     with pytest.raises(ImportError, match=r"'wandb' needs wandb: pip install .*\[wandb\]"):
         start_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_client_has_gone_ends_before_it_logs_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start_run(make_config(), tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"'tensorboard' needs tensorboard: pip install .*\[train\]"):
+        trainer.run()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_an_unknown_logger_or_option_is_refused(tmp_path: Path) -> None:

@@ -50,9 +50,10 @@ class Logger(ABC):
 
     Attributes:
         client: module of the library that it needs, "" for none.
+        extra: of lopt that installs it; by default one of the client's name.
     """
 
-    client = ""
+    client, extra = "", ""
 
     def check(self) -> None:
         """Refuse a run that could not be logged, before anything of it is made.
@@ -61,15 +62,23 @@ class Logger(ABC):
             ImportError: the client is not installed; the message names the extra that installs it.
         """
         if self.client:
-            import_client(self.client)
+            self.import_client()
+
+    def import_client(self) -> Any:
+        """The client's module.
+
+        Raises:
+            ImportError: it is not installed; the message names the extra that installs it.
+        """
+        try:
+            return importlib.import_module(self.client)
+        except ImportError as error:
+            name, advice = self.client, advise(self.extra or self.client)
+            raise ImportError(f"the logger {name!r} needs {name}: {advice}, or leave it out of loggers") from error
 
     @abstractmethod
     def begin(self, run: LoggedRun) -> None:
-        """Begin to log a run, or go on with it.
-
-        Raises:
-            ImportError: the client is not installed.
-        """
+        """Begin to log a run, or go on with it."""
 
     @abstractmethod
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -104,18 +113,6 @@ class Logger(ABC):
         Args:
             failed: an error or a signal has ended the run, which may be gone on with.
         """
-
-
-def import_client(name: str) -> Any:
-    """The module of a tracker's client.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that installs it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"the logger {name!r} needs {name}: {advise(name)}, or leave it out of loggers") from error
 
 
 def draw_pixels(figure: Figure) -> Any:

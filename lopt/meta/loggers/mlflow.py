@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lopt.core.nested import flatten_dict
-from lopt.meta.loggers.base import LoggedRun, Logger, import_client
+from lopt.meta.loggers.base import LoggedRun, Logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ class MLflow(Logger):
         self.experiment, self.uri = experiment, uri
 
     def begin(self, run: LoggedRun) -> None:
-        self.mlflow = import_client(self.client)
+        self.mlflow = self.import_client()
         # No active run of the process: the caller may have one.
         self.tracking = self.mlflow.MlflowClient(tracking_uri=self.uri or None)
         found = self.tracking.get_experiment_by_name(self.experiment)

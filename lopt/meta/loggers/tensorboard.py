@@ -22,7 +22,7 @@ LARGEST = 9e19
 class TensorBoard(Logger):
     """Curves, histograms and pictures with a slider through their steps, and a page that compares settings."""
 
-    client = "tensorboard"
+    client, extra = "tensorboard", "train"
 
     def begin(self, run: LoggedRun) -> None:
         # A second to import, and not needed by runs that log elsewhere.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lopt.meta.loggers.base import LoggedRun, Logger, draw_pixels, import_client
+from lopt.meta.loggers.base import LoggedRun, Logger, draw_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ class Trackio(Logger):
         self.project, self.group, self.space = project, group, space
 
     def begin(self, run: LoggedRun) -> None:
-        self.trackio = import_client(self.client)
+        self.trackio = self.import_client()
         self.run = self.trackio.init(
             project=self.project,
             name=f"{run.name}-{run.id}",  # it knows runs by their names

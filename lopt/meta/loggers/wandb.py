@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lopt.meta.loggers.base import LoggedRun, Logger, draw_pixels, import_client
+from lopt.meta.loggers.base import LoggedRun, Logger, draw_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ class WandB(Logger):
         self.project, self.entity, self.group = project, entity, group
 
     def begin(self, run: LoggedRun) -> None:
-        self.wandb = import_client(self.client)
+        self.wandb = self.import_client()
         self.run = self.wandb.init(
             project=self.project,
             entity=self.entity or None,

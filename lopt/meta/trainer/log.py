@@ -43,6 +43,8 @@ class RunLog:
         self.config = card.get("config") or {}
         run = LoggedRun(folder, card.get("name", folder.name), identify(folder), self.config, start)
         self.lines, self.loggers = JsonLines(), list(loggers)
+        for logger in self.loggers:
+            logger.check()
         self.lines.begin(run)
         # What a resumed run has logged before is what makes a number one that changes.
         self.changing, self.step = Changing(), max(start, 0)
@@ -117,8 +119,6 @@ class RunLog:
         for logger in list(self.loggers):
             try:
                 call(logger)
-            except ImportError:
-                raise
             except Exception as error:
                 self.loggers.remove(logger)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
