@@ -66,7 +66,14 @@ def __getattr__(name: str) -> Any:
         return import_module("lopt.core.version").VERSION
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "lopt").partition(".")[0] == "lopt":
+            raise
+        from lopt.core.installation import advise
+
+        raise ImportError(f"lopt.{name} needs the extra 'train' ({missing}): {advise('train')}") from missing
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,16 @@ def test_no_message_names_the_package_by_hand() -> None:
     files = [*(ROOT / "lopt").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     written = [path.name for path in files if re.search(r"pip install ['\"]?lopt", path.read_text())]
     assert written == ["installation.py"]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert [page.name for page in pages if re.search(r"pip install ['\"]?lopt", page.read_text())] == []
+
+
+@pytest.mark.parametrize(("name", "module"), [("train", "filelock"), ("evaluate", "scipy.stats")])
+def test_doors_name_the_extra_that_they_need(name: str, module: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import lopt; lopt.{name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    told = done.stderr.splitlines()[-1]
+    assert re.match(rf"ImportError: lopt\.{name} needs the extra 'train' \(.*{module}.*\): pip .*\[train\]", told)
 
 
 def test_the_version_is_written_once() -> None:
