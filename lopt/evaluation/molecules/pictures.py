@@ -40,7 +40,7 @@ def draw_properties(
         left.bar(places, heights, 0.8 / len(labels), yerr=[1.96 * e for e in errors], label=label, error_kw={"lw": 0.8})
     left.set_xticks(range(len(scores)), list(scores))
     left.set_ylabel(f"R2 from {shots} labels")
-    left.set_ylim(0, 1)  # room for the legend
+    left.set_ylim(0, 1.1)  # room for the legend
     left.legend(fontsize=6.5, loc="upper right")
     largest = scales.abs().argsort(descending=True)[:SHOWN].flip(0).tolist()
     right.barh([names[i] for i in largest], [float(scales[i].abs()) for i in largest])
