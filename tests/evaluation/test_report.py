@@ -16,6 +16,7 @@ from lopt.evaluation.report.curves import plot_curves
 from lopt.evaluation.report.looks import Label, label_ends, spread_labels
 from lopt.evaluation.report.numbers import format_ratio, format_summary
 from lopt.evaluation.report.page import print_table, render_report, write_report
+from lopt.evaluation.report.sentences import state_sides
 from lopt.evaluation.report.tables import build_rows, list_headings, list_units
 from lopt.evaluation.results import FIGURES, Comparison
 
@@ -47,6 +48,17 @@ def test_report_says_against_whom_the_rule_is_better_and_worse(comparison: Compa
     ):
         cells = re.findall(rf'<td class="{kind}">([^<]*)</td>', html)
         assert sorted(cells) == sorted(format_ratio(contest) for contest in expected)
+
+
+def test_who_diverges_is_not_better_than_others_that_do(comparison: Comparison) -> None:
+    contests = [
+        replace(c, ours=None, theirs=None, ratio=replace(c.ratio, value=None, low=None, high=None))
+        for c in comparison.contests
+    ]
+    diverged = replace(comparison, contests=contests)
+    assert state_sides(diverged)[0] == "Final loss (diverged): no baseline differs."
+    table = render_report([diverged]).partition('<table class="narrow">')[2].partition("</table>")[0]
+    assert table.count('<td class="faint">diverged</td>') == 9
 
 
 def test_report_begins_with_what_was_compared_and_what_the_rule_is(comparison: Comparison) -> None:

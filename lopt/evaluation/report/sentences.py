@@ -29,11 +29,13 @@ def state_sides(comparison: Comparison) -> list[str]:
         lost = [c for c in contests if c.lost]
         if not contests:
             continue
+        # Where both diverge neither is better.
+        won = [c for c in contests if c.ours is not None and c.ours != c.theirs and not c.lost]
         ours, total = format_figure(contests[0], contests[0].ours), count_noun(len(contests), "baseline")
-        better = f"lower than {'all' if not lost else len(contests) - len(lost)} of {total}".replace("all of", "all")
+        better = f"lower than {'all' if len(won) == len(contests) else f'{len(won)} of'} {total}"
         worse = ", ".join(f"{display_name(c.against)} {format_figure(c, c.theirs)}" for c in lost)
-        sides = [better] * (len(lost) < len(contests)) + [f"higher than {worse}"] * bool(lost)
-        sentences.append(f"{name.capitalize()} ({ours}): {'; '.join(sides)}.")
+        sides = [better] * bool(won) + [f"higher than {worse}"] * bool(lost)
+        sentences.append(f"{name.capitalize()} ({ours}): {'; '.join(sides) or 'no baseline differs'}.")
     return sentences
 
 
