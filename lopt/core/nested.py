@@ -22,7 +22,7 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
     """Where two configurations differ, for messages and tables: such as "a.b 1 -> 2", sorted.
 
     Args:

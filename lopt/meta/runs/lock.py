@@ -1,4 +1,5 @@
-"""One process for each folder of a run or a sweep: who comes second is refused before it has read anything.
+"""One process at a time in a folder: in a run's as long as it is trained, so that who comes second is refused before it
+has read anything; in a sweep's as long as it takes to claim a trial.
 
 The lock is the system's own (`filelock`), so that it ends with the process that holds it, however that ends; what lies
 in the folder afterwards blocks nothing. Commands that only read need none.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lopt.core.files import load_state, save_state
 from lopt.core.foreign_text import make_printable
-from lopt.core.nested import list_changes
+from lopt.core.nested import list_differences
 from lopt.core.schema import conform
 from lopt.meta.trainer.outer_optimizer import AVERAGE, MOMENTS
 from lopt.meta.trainer.ranks import Ranks
@@ -125,7 +125,7 @@ def _load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_config(path: Path, expected: Any, found: Any) -> None:
     if isinstance(expected, dict) and isinstance(found, dict):
         # The configuration has been through JSON once: tuples are lists there.
-        changes = ", ".join(list_changes(found, json.loads(json.dumps(expected)), but=MACHINE))
+        changes = ", ".join(list_differences(found, json.loads(json.dumps(expected)), but=MACHINE))
         if changes:
             shown = make_printable(changes, MAX_CHANGES)
             raise ValueError(f"{path} was made with another configuration: {shown}. Undo it or start a new run")
