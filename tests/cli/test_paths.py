@@ -167,7 +167,7 @@ def test_a_run_folder_that_goes_during_the_run_ends_it_in_one_line(
     monkeypatch.setattr(Trainer, "_step_sources", remove)
     result = run("train", "t.toml", "--no-eval", "--out", "r")
     assert result.status == 2
-    assert "r/tensorboard" in result.err
+    assert "r/checkpoint.safetensors" in result.err
     assert "No such file" in result.err
     assert "Traceback" not in result.err
 
