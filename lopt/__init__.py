@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lopt.optim.param_groups import group_parameters
     from lopt.optim.portfolio.choosing import choose
     from lopt.optim.portfolio.files import load_portfolio
-    from lopt.rules.files import list_rules, load, load_card, save
+    from lopt.rules.files import list_rules, list_starts, load, load_card, save
 
 __all__ = [
     "LearnedOptimizer",
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "group_parameters",
     "list_rules",
+    "list_starts",
     "load",
     "load_card",
     "load_portfolio",
@@ -51,6 +52,7 @@ _HOMES = {
     "evaluate": "lopt.evaluation.judging",
     "group_parameters": "lopt.optim.param_groups",
     "list_rules": "lopt.rules.files",
+    "list_starts": "lopt.rules.files",
     "load": "lopt.rules.files",
     "load_card": "lopt.rules.files",
     "load_portfolio": "lopt.optim.portfolio.files",

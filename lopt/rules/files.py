@@ -26,6 +26,7 @@ from lopt.rules import BOUND_RULES, RULES, Rule
 from lopt.rules.hub import fetch_rule, is_address
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+STARTS = "starts"
 PREFIX = "rule."
 MAX_CARD = 1 << 20  # characters; cards of sweeps have some thousands
 MAX_NAME = 100  # characters of a foreign name in a message
@@ -120,8 +121,16 @@ def find_longest_run(card: Mapping[str, Any]) -> int | None:
 
 
 def list_rules() -> list[str]:
-    """The names of the trained rules that come with the package, sorted; `load` takes them in place of a path."""
+    """The names of the trained rules that come with the package, sorted; `load` takes them in place of a path.
+
+    They step any model: those that are bound to one are in `list_starts()`.
+    """
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def list_starts() -> list[str]:
+    """The names of the learned starts that come with the package, sorted; `load` and `lopt.adapt` take them, too."""
+    return sorted(path.stem for path in (PRETRAINED / STARTS).glob("*.safetensors"))
 
 
 def find_file(name_or_path: str | os.PathLike[str]) -> Path:
@@ -136,8 +145,10 @@ def find_file(name_or_path: str | os.PathLike[str]) -> Path:
     is_name = path.name == name_or_path and path.suffix != ".safetensors"
     if is_name and name_or_path in list_rules():
         return PRETRAINED / f"{name_or_path}.safetensors"
+    if is_name and name_or_path in list_starts():
+        return PRETRAINED / STARTS / f"{name_or_path}.safetensors"
     if is_name and not path.exists():
-        suggestion = suggest(str(name_or_path), list_rules())
+        suggestion = suggest(str(name_or_path), [*list_rules(), *list_starts()])
         raise ValueError(f"no shipped rule is called {name_or_path!r}. {suggestion}. To load a file, give its path.")
     return path
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lopt.core import files as core_files
 from lopt.core.files import encode_file, load_state, save_state, write_atomic
 from lopt.core.random import make_generator
-from lopt.rules import RULES, Rule, files
+from lopt.rules import RULES, LearnedInit, Rule, files
 from lopt.rules.files import fingerprint, load, load_card, save
 
 
@@ -98,6 +98,15 @@ def test_shipped_rules_are_listed_and_loaded_by_name(shipped: Path) -> None:
     for name in files.list_rules():
         assert load(name).name == "lstm"
         assert load_card(name) == {"name": name}
+
+
+def test_starts_have_names_of_their_own_and_load_by_them(shipped: Path) -> None:
+    (shipped / "starts").mkdir()
+    save(LearnedInit({"w": [2]}), shipped / "starts" / "lines.safetensors", {"name": "lines"})
+    assert files.list_starts() == ["lines"]
+    assert "lines" not in files.list_rules()
+    assert isinstance(load("lines"), LearnedInit)
+    assert load_card("lines") == {"name": "lines"}
 
 
 def test_unknown_name_lists_the_nearest_and_all(shipped: Path) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import lopt
 
-KINDS = ("shipped", "portfolio", "presets", "rules", "tasks", "suites", "estimators", "loggers")
+KINDS = ("shipped", "starts", "portfolio", "presets", "rules", "tasks", "suites", "estimators", "loggers")
 
 
 @click.command(name="list", short_help="List rules, presets, tasks, suites, estimators and loggers.")
@@ -50,6 +50,7 @@ def list_contents(kind: str | None) -> dict[str, Mapping[str, Any]]:
 
     contents: dict[str, Callable[[], Mapping[str, Any]]] = {
         "shipped": lambda: {name: lopt.load_card(name).get("description", "") for name in lopt.list_rules()},
+        "starts": lambda: {name: lopt.load_card(name).get("description", "") for name in lopt.list_starts()},
         "portfolio": lambda: {str(i): one.describe() for i, one in enumerate(lopt.load_portfolio().settings, start=1)},
         "presets": list_presets,
         "rules": lambda: first_lines(RULES),
