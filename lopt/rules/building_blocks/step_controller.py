@@ -21,8 +21,8 @@ from lopt.rules.stages import Accumulators, Clock
 HIDDEN = 6
 OUTPUTS = 2
 OUTPUT_SCALES = (1.0, 0.5)  # of the step and the rate, so that one perturbation fits both
-STEP_RANGE = (-4.0, 5.0)  # of the logarithm of all that is decided: targets in other units may want 100 times the size
-GAIN_RANGE = 5.0  # of the integrator, either way
+STEP_RANGE = (-4.0, 3.0)  # of the logarithm of all that is decided
+GAIN_RANGE = 3.0  # of the integrator, either way
 RATE = 0.5
 SHARE = 0.1  # of a run in which the integrator may go from 0 to `RATE` times an output of 1
 AVERAGE = 0.1  # weight of the newest in the running averages
