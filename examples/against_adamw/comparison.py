@@ -30,10 +30,7 @@ def make_lopt(parameters: Any, num_steps: int) -> Optimizer:
 
 def make_adamw(rate: float) -> MakeOptimizer:
     def make(parameters: Any, num_steps: int) -> Optimizer:
-        optimizer = AdamW(parameters, lr=rate)
-        # So that programs may say `step(loss=loss)` to all: AdamW's takes none, and this hook drops it.
-        optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {}))
-        return optimizer
+        return AdamW(parameters, lr=rate)
 
     return make
 

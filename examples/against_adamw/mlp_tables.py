@@ -44,7 +44,7 @@ def train(load: Callable, criterion: nn.Module, epochs: int, make_optimizer: Mak
             loss = criterion(model(x), y)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step(loss=loss)
+            optimizer.step()
         if is_due(epoch, epochs):
             on_train = measure(model, criterion, "train", x_train, y_train)
             measured.append(on_train | measure(model, criterion, "test", x_test, y_test))

@@ -60,7 +60,7 @@ def train(epochs: int, make_optimizer: MakeOptimizer, seed: int) -> list[Figures
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step(loss=loss)
+            optimizer.step()
         if is_due(epoch, epochs):
             measured.append(measure(model, "train", x_train, y_train) | measure(model, "test", x_test, y_test))
     return measured

@@ -53,8 +53,8 @@ class LearnedOptimizer(Optimizer):
     >>> optimizer = lopt.LearnedOptimizer(model.parameters(), num_steps=3)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
-    ...     (loss := model(torch.ones(2, 3)).square().mean()).backward()
-    ...     optimizer.step(loss=loss)
+    ...     model(torch.ones(2, 3)).square().mean().backward()
+    ...     optimizer.step()
     >>> optimizer.report().steps
     3
 

@@ -96,7 +96,7 @@ class Base(Rule):
     normalisations do: depth is counted between these. q is rms(p_0), and for matrices beside such gains r, below. a is
     the share of the elements that have a gradient, which is small in tables of embeddings, and decay is times it. z is
     a cosine over the planned steps, or where none are planned the decay of `open_schedule`. c is what the learned
-    `StepController` makes of the last steps and of the loss, if it is told. Decay holds weights at a few times r, the
+    `StepController` makes of the last steps. Decay holds weights at a few times r, the
     larger of rms(p_0) and of what layers start with by default, `(3 columns)^-0.5`: by rms(p_0) alone, weights that
     start small could not grow. All five numbers can be learned, too, four by their logarithms. At or beyond the end
     nothing moves. State: 8 bytes per element, and 8 per row (column) for each row (column) of a block.
@@ -115,7 +115,6 @@ class Base(Rule):
 
     name = "base"
     open_ended = True
-    needs_loss = True
     tensor_keys = ("scale", *STATE_KEYS)
     feature_names = FEATURES
     square_keys = ("v",)
@@ -190,7 +189,7 @@ class Base(Rule):
         active = (1 - still).clamp(min=LEAST_ACTIVE)
         size = self._find_sizes(scale, active, shapes, matrices, clock)
         rows = {key: tensors.tensor_state[key] for key in STATE_KEYS}
-        rows, factor = self.controller(rows, Seen(scale, rms, size, shapes[:, 1], tensors.loss, clock))
+        rows, factor = self.controller(rows, Seen(scale, rms, shapes[:, 1], clock))
         size = size * factor
         # Rows of a table that are seldom active must not decay away: the share is that of the active ones.
         share = self.log_decay.exp()[..., None] * (1 - shapes[:, 0]) * active

@@ -94,7 +94,7 @@ def assert_near(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
             continue
         y = right[key].double()
         error = float((x.double() - y).norm()) / (float(y.norm()) + 1e-2)
-        assert error <= tolerance * (20 if key.endswith(("averages", "measured", "gain")) else 1), (key, error)
+        assert error <= tolerance * (20 if key.endswith(("agreement", "measured", "gain")) else 1), (key, error)
 
 
 def without_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from lopt.meta.estimators.truncated import Truncated
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, HandDesigned, Rule, State, files
-from lopt.rules.building_blocks import features, last_loss, step_controller
+from lopt.rules.building_blocks import features, last_loss
 from lopt.rules.building_blocks.eigenbases import RIDGE
 from lopt.rules.stages import PLACE
 from lopt.tasks import Batch, Task, TaskFamily
@@ -207,7 +207,6 @@ def test_loss_matters_to_the_rules_that_read_it_and_none_is_as_if_never_told(
     low, high = (rule.update(grads, *after, None, planned)[0] for after in told)
     assert any(bool((low[name] != p).any()) for name, p in high.items())
     monkeypatch.setattr(features, "update_loss_buffer", lambda buffer, loss, decays: buffer)
-    monkeypatch.setattr(step_controller, "update_losses", lambda losses, *_: losses)
     monkeypatch.setattr(last_loss, "update_loss", lambda known, loss: known)
     frozen = rule.update(grads, params, state, torch.tensor(0.1), planned)
     assert_trees_equal(frozen, (without, state_without))
@@ -360,9 +359,10 @@ def test_learned_optimizer_makes_the_rules_own_steps_on_a_model_of_all_shapes(
         moved, expected = ours[name].detach() - start[name], theirs[name] - start[name]
         found = {key: optimizer.state[ours[name]][key].double() for key in acc}
         # fp32; logarithms of rates are small differences of numbers near 7, and where a factor has no full rank, its
-        # basis multiplies rounding by the inverse of the ridge, in two iterations twice.
-        rounding = 1e-7 / RIDGE**2 if rule.name == "base" else 1e-4
-        assert_trees_close((moved.double(), found), (expected, acc), rounding, least=1e-3)
+        # basis multiplies rounding by the inverse of the ridge, in two iterations twice; what is measured of that step
+        # is a share of 1, however small.
+        rounding, least = (1e-7 / RIDGE**2, 5e-3) if rule.name == "base" else (1e-4, 1e-3)
+        assert_trees_close((moved.double(), found), (expected, acc), rounding, least)
 
 
 # -- meta-gradients ----------------------------------------------------------------------------------------------------

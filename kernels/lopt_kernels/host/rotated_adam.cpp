@@ -189,30 +189,28 @@ struct Kept {  // of a side: factor and basis, and where new ones go; null where
 inline Vec average(Vec now, Vec old, float share) { return old - (old - now) * (1 - share); }
 
 struct Sums {  // over a step, for `measure_step`
-    static constexpr int N = 7, BLOCK = 1024;
-    Vec uu = {}, au = {}, aa = {}, gu = {}, ga = {}, mm = {}, vv = {};
+    static constexpr int N = 5, BLOCK = 1024;
+    Vec uu = {}, au = {}, aa = {}, mm = {}, vv = {};
     double total[N] = {};
     int taken = 0;
 
     // Takes W elements with their new moments, and gives back the direction.
     Vec take(Vec g, Vec m, Vec v, const Constants& c) {
         const Vec root = invert_root(v + c.tiny), u = average(g, m, c.momentum) * root, a = g * root;
-        uu += u * u, au += a * u, aa += a * a, gu += g * u, ga += g * a, mm += m * m, vv += v;
+        uu += u * u, au += a * u, aa += a * a, mm += m * m, vv += v;
         if (++taken == BLOCK) fold();
         return u;
     }
     // Many numbers are added up in parts, so that rounding does not add up, too.
     void fold() {
-        Vec* parts[N] = {&uu, &au, &aa, &gu, &ga, &mm, &vv};
+        Vec* parts[N] = {&uu, &au, &aa, &mm, &vv};
         for (int i = 0; i < N; i++) total[i] += add_up(*parts[i]), *parts[i] = Vec{};
         taken = 0;
     }
     void write(float* out, int64_t count, float tiny) {
         fold();
-        const double power = total[6] + double(count) * tiny;
-        const double all[9] = {total[0], total[1], total[1], total[2], total[3],
-                               total[4], total[5], power,    double(count)};
-        for (int i = 0; i < 9; i++) out[i] = float(all[i]);
+        total[N - 1] += double(count) * tiny;
+        for (int i = 0; i < N; i++) out[i] = float(total[i]);
     }
 };
 
@@ -445,7 +443,7 @@ void lopt_measure(const Tensor* tensors, int64_t count, int64_t batch, float* me
         }
 }
 
-// One step; numbers [batch, count] and products [batch, count, 9] in C order, rates [count, 2].
+// One step; numbers [batch, count] and products [batch, count, 5] in C order, rates [count, 2].
 void lopt_step(const Tensor* tensors, int64_t count, int64_t batch, const float* size, const float* decay,
                const uint8_t* due, const float* rates, const Constants* constants, float* products, float* work) {
     FlushToZero flush;
@@ -455,9 +453,9 @@ void lopt_step(const Tensor* tensors, int64_t count, int64_t batch, const float*
             const int64_t k = b * count + i;
             const Number number = {size[k], t.is_matrix ? decay[k] : 0, rates[2 * i], rates[2 * i + 1], due[k] != 0};
             if (t.left_factor.at == nullptr && t.right_factor.at == nullptr)
-                step_plain(t, b, number, *constants, products + 9 * k);
+                step_plain(t, b, number, *constants, products + Sums::N * k);
             else
-                step_rotated(t, b, number, *constants, products + 9 * k, work + KC * NR, work);
+                step_rotated(t, b, number, *constants, products + Sums::N * k, work + KC * NR, work);
         }
 }
 }

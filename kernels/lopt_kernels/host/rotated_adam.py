@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lopt_kernels.host.compiled import load_library
 
-PRODUCTS = 9
+PRODUCTS = 5
 
 
 class Item(NamedTuple):
@@ -92,7 +92,7 @@ class HostStep:
             size, decay: `[batch, n]`, of `lopt.rules.lopt_base.BaseDecision`.
             due: bool, likewise.
         Returns:
-            What `lopt.rules.building_blocks.step_controller.multiply_step` makes, `[batch, n, 9]`.
+            What `lopt.rules.building_blocks.step_controller.multiply_step` makes, `[batch, n, 5]`.
         """
         size, decay, due = (x.expand(self.shape).contiguous() for x in (size.float(), decay.float(), due))
         products = torch.empty(*self.shape, PRODUCTS, dtype=torch.float32, device="cpu")

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int FEATURES = 10, HIDDEN = 6, OUTPUTS = 2;
+constexpr int FEATURES = 7, HIDDEN = 6, OUTPUTS = 2;
 
 struct Weights {  // a meta-weight: of the rule, or of each batch at a stride
     const float* at;
@@ -20,19 +20,19 @@ struct Rule {
     Weights log_size, log_vector, log_relative, depth, log_decay, direct, readout, hidden;
 };
 
-struct Rows {  // of every tensor: [B, n, 1], [B, n, 1], [B, n, 2], [B, n, 3], [B, n, 3]
-    float *scale, *gain, *averages, *measured, *loss_mean;
+struct Rows {  // of every tensor: [B, n, 1], and measured [B, n, 2]
+    float *scale, *gain, *agreement, *measured;
 };
 
-struct Run {  // [B, columns], or loss null and else [B, loss_columns]; columns are 1 or n
+struct Run {  // [B, columns], which are 1 or n
     const int64_t *step, *now;
-    const float *planned, *schedule, *loss;
-    int64_t columns, loss_columns;
+    const float *planned, *schedule;
+    int64_t columns;
 };
 
 struct Constants {
     float tiny, smallest_scale, scale_of_zero, least_active;
-    float lowest, highest, gain_range, rate, share, average, fast, largest, smallest_loss, smallest_share;
+    float lowest, highest, gain_range, rate, share, average, smallest_share;
     float matrices, every, eager;
     float output_scales[OUTPUTS];
 };
@@ -42,25 +42,6 @@ inline float clamp(float x, float low, float high) { return x < low ? low : x > 
 inline float least(float a, float b) { return a < b || a != a ? a : b; }
 inline float most(float a, float b) { return a > b || a != a ? a : b; }
 inline float lerp(float a, float b, float w) { return w < 0.5f ? a + w * (b - a) : b - (b - a) * (1 - w); }
-
-inline float log_ratio(float above, float below, float floor, const Constants& c) {
-    return logf((above + c.tiny) / (below + c.tiny) + floor);
-}
-
-float compare(float loss, float other, float floor, const Constants& c) {
-    if (loss > 0 && other > 0) return log_ratio(loss, other, floor, c);
-    return (loss - other) / (fabsf(other) + c.smallest_loss);
-}
-
-void update_losses(const float* old, float* fresh, const float* loss, float steps, float planned, const Constants& c) {
-    memcpy(fresh, old, 3 * sizeof(float));
-    if (loss == nullptr) return;
-    const bool begins = old[0] == 0 && old[1] == 0 && old[2] == 0;
-    const float x = *loss, slowly = 1 / least(steps + 1, 5 + 0.2f * planned);
-    const float all[3] = {begins ? x : old[0] + (x - old[0]) * c.fast, begins ? x : old[1] + (x - old[1]) * slowly,
-                          begins ? x : old[2]};
-    if (isfinite(all[0]) && isfinite(all[1]) && isfinite(all[2])) memcpy(fresh, all, sizeof all);
-}
 
 // Step and rate, before their scales: A f + C tanh(B f).
 void run_network(const float* x, const Rule& rule, int64_t b, float* out) {
@@ -88,7 +69,7 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
     const Constants& c = *constants;
     for (int64_t b = 0; b < batch; b++) {
         const auto clock = [&](int64_t i) { return b * run->columns + (run->columns == 1 ? 0 : i); };
-        float descent = 0, agreement = 0, gains = 0;
+        float agreement = 0, gains = 0;
         for (int64_t i = 0; i < n; i++) {
             const int64_t k = b * n + i;
             const float power = means[k], rms = sqrtf(power + c.tiny);
@@ -107,37 +88,25 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
             const float scale = free ? most(fresh->scale[k], shapes[4 * i + 2]) : fresh->scale[k];
             const float relative = *rule->log_relative.of(b) + logf(scale / active);
             size[k] = expf(least(absolute, relative)) * run->schedule[t];
-            descent += size[k] * clamp(old->measured[3 * k + 2], -c.largest, c.largest);
         }
         for (int64_t i = 0; i < n; i++) {
-            const int64_t k = b * n + i, t = clock(i);
-            const float steps = float(run->step[t]), planned = run->planned[t];
-            const float* loss =
-                run->loss == nullptr ? nullptr : run->loss + b * run->loss_columns + (run->loss_columns == 1 ? 0 : i);
-            update_losses(old->loss_mean + 3 * k, fresh->loss_mean + 3 * k, loss, steps, planned, c);
-            // How much of the loss the steps of all tensors take together, as their gradients say.
-            const float level = fabsf(fresh->loss_mean[3 * k]), share = descent / (level + c.smallest_loss);
-            const float taken = copysignf(log1pf(100 * fabsf(share)), share) / 3;
-            const float weight = most(1 / (steps + 1), c.average);
-            const float news[2] = {old->measured[3 * k], clamp(level > 0 ? taken : 0, -4, 4)};
-            for (int j = 0; j < 2; j++) fresh->averages[2 * k + j] = lerp(old->averages[2 * k + j], news[j], weight);
-            agreement += fresh->averages[2 * k] * shapes[4 * i + 1];
+            const int64_t k = b * n + i;
+            const float weight = most(1 / (float(run->step[clock(i)]) + 1), c.average);
+            fresh->agreement[k] = lerp(old->agreement[k], old->measured[2 * k], weight);
+            agreement += fresh->agreement[k] * shapes[4 * i + 1];
         }
         for (int64_t i = 0; i < n; i++) {
             const int64_t k = b * n + i, t = clock(i);
             const float planned = run->planned[t], progress = least(float(run->now[t]) / planned, 1);
-            const float *averages = fresh->averages + 2 * k, *losses = fresh->loss_mean + 3 * k;
             const float rms = sqrtf(means[k] + c.tiny), scale = fresh->scale[k];
+            const float growth = logf((rms + c.tiny) / (scale + c.tiny));
             const float x[FEATURES] = {1,
                                        2 * progress - 1,
                                        expf(-10 * progress),
-                                       3 * averages[0],
-                                       averages[1],
+                                       3 * fresh->agreement[k],
                                        3 * agreement,
-                                       old->measured[3 * k + 1],
-                                       clamp(log_ratio(rms, scale, 0, c), -2, 4) / 2,
-                                       clamp(compare(losses[0], losses[1], 0, c), -2, 2),
-                                       clamp(compare(losses[0], losses[2], 1e-4f, c), -9, 3) / 4};
+                                       old->measured[2 * k + 1],
+                                       clamp(growth, -2, 4) / 2};
             float out[OUTPUTS];
             run_network(x, *rule, b, out);
             const float gain = old->gain[k] + c.rate * (out[1] * c.output_scales[1]) / (10 + c.share * planned);
@@ -151,7 +120,7 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
     }
 }
 
-// What the controller hears of a step, [B, n, 3], from its products [B, n, 9]; step: [B, columns], before it; kept: share
+// What the controller hears of a step, [B, n, 2], from its products [B, n, 5]; step: [B, columns], before it; kept: share
 // of the momentum before it.
 void lopt_review(int64_t n, int64_t batch, const int64_t* step, int64_t columns, const float* products,
                  const Constants* constants, float kept, float momentum, float second, float* measured) {
@@ -160,14 +129,12 @@ void lopt_review(int64_t n, int64_t batch, const int64_t* step, int64_t columns,
     for (int64_t k = 0; k < n * batch; k++) {
         const double updates = double(step[columns == 1 ? k / n : k] + 1);
         const float first = float(1 - pow(momentum, updates)), other = float(1 - pow(second, updates));
-        const float *x = products + 9 * k, uu = x[0], au = x[1], aa = x[3], gu = x[4], ga = x[5], mm = x[6];
-        const float along = au - share * aa, down = gu - share * ga, square = most(uu - share * (au + along), 0);
+        const float *x = products + 5 * k, uu = x[0], au = x[1], aa = x[2], mm = x[3], power = x[4];
+        const float along = au - share * aa, square = most(uu - share * (au + along), 0);
         const bool known = square > c.smallest_share * kept * kept * uu;
-        const float inverse = 1 / sqrtf(square + c.tiny);
-        const float noise = (mm / (first * first) + c.tiny) / (x[7] / other + c.tiny);
-        measured[3 * k] = known ? clamp(along * inverse / sqrtf(aa + c.tiny), -1, 1) : 0;
-        measured[3 * k + 1] = clamp(logf(noise), -8, 2) / 4 + 0.75f;
-        measured[3 * k + 2] = known ? down * inverse * sqrtf(x[8]) : 0;
+        const float noise = (mm / (first * first) + c.tiny) / (power / other + c.tiny);
+        measured[2 * k] = known ? clamp(along / (sqrtf(square + c.tiny) * sqrtf(aa + c.tiny)), -1, 1) : 0;
+        measured[2 * k + 1] = clamp(logf(noise), -8, 2) / 4 + 0.75f;
     }
 }
 }

@@ -39,9 +39,6 @@ class Constants(NamedTuple):
     rate: float
     share: float
     average: float
-    fast: float
-    largest: float
-    smallest_loss: float
     smallest_share: float
     matrices: float
     every: float
@@ -57,14 +54,12 @@ class HostRun(NamedTuple):
         step, now: updates of the tensor and of the run, int64.
         planned: of the run.
         schedule: factor on sizes.
-        loss: `[B, 1 or n]`, or None.
     """
 
     step: Tensor
     now: Tensor
     planned: Tensor
     schedule: Tensor
-    loss: Tensor | None
 
 
 def decide(
@@ -74,7 +69,7 @@ def decide(
 
     Args:
         weights: in the order of `WEIGHT_NDIMS`, of the rule or `[B, ...]`.
-        rows: scale, gain, averages, measured and loss_mean, `[B, n, ...]`; all but measured are new in what comes back.
+        rows: scale, gain, agreement and measured, `[B, n, ...]`; all but measured are new in what comes back.
         means: of the squares of p and of where g is 0, `[2, B, n]`.
         shapes: `[n, 4]`, see `describe_shapes`.
     """
@@ -82,20 +77,16 @@ def decide(
     assert library is not None, "callers ask `is_available` first"
     batch, n = means.shape[1:]
     weights = [w.detach().contiguous() for w in weights]
-    rows, step, now, planned, schedule = _make_contiguous(rows), *_make_contiguous(run[:4])
+    rows, step, now, planned, schedule = _make_contiguous(rows), *_make_contiguous(run)
     fresh = [x if i == 3 else torch.empty_like(x) for i, x in enumerate(rows)]
     size, decay = torch.empty(2, batch, n, dtype=torch.float32, device="cpu")
     due = torch.empty(batch, n, dtype=torch.bool, device="cpu")
-    loss = None if run.loss is None else run.loss.to(torch.float32).contiguous()
     strides = [w.stride(0) if w.ndim > ndim else 0 for w, ndim in zip(weights, WEIGHT_NDIMS, strict=True)]
     tables = [
         [number for w, stride in zip(weights, strides, strict=True) for number in (w.data_ptr(), stride)],
         [x.data_ptr() for x in rows],
         [x.data_ptr() for x in fresh],
-        [
-            *(x.data_ptr() for x in (step, now, planned, schedule)),
-            *((0, step.shape[1], 0) if loss is None else (loss.data_ptr(), step.shape[1], loss.shape[1])),
-        ],
+        [*(x.data_ptr() for x in (step, now, planned, schedule)), step.shape[1]],
     ]
     arrays: list[array[Any]] = [*(array("q", table) for table in tables), array("f", constants)]
     library.lopt_decide(
@@ -107,18 +98,18 @@ def decide(
 
 
 def review(constants: Constants, step: Tensor, products: Tensor, kept: float, momentum: float, second: float) -> Tensor:
-    """What the controller hears of a step, `[B, n, 3]`: `measure_step`.
+    """What the controller hears of a step, `[B, n, 2]`: `measure_step`.
 
     Args:
         step: updates before it, int64 `[B, 1 or n]`.
-        products: `[B, n, 9]`, contiguous.
+        products: `[B, n, 5]`, contiguous.
         kept: share that the old momentum has in the step.
         momentum, second: shares that are kept of the averages.
     """
     library = _load()
     assert library is not None, "callers ask `is_available` first"
     batch, n = products.shape[:2]
-    step, measured = step.contiguous(), products.new_empty(batch, n, 3)
+    step, measured = step.contiguous(), products.new_empty(batch, n, 2)
     told = array("f", constants)
     numbers = (step.data_ptr(), step.shape[1], products.data_ptr(), told.buffer_info()[0])
     library.lopt_review(n, batch, *numbers, kept, momentum, second, measured.data_ptr())

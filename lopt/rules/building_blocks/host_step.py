@@ -26,7 +26,7 @@ from lopt.rules.stages import Accumulators, AllTensors, Memory, Steppable
 KEYS = ("m", "v", "left_factor", "left_basis", "right_factor", "right_basis")
 BASES = ("left_basis", "right_basis")
 LINES = ("left_factor", "right_factor", *BASES)
-ROWS = ("scale", "gain", "averages", "measured", "loss_mean")
+ROWS = ("scale", "gain", "agreement", "measured")
 Deciding = tuple[float, float, float, int, int]
 """The rule's SMALLEST_SCALE, SCALE_OF_ZERO and LEAST_ACTIVE, every how many steps bases are renewed, and EAGER."""
 
@@ -70,11 +70,11 @@ class TensorStep:
             weights: the rule's, in the order of `step_controller.WEIGHT_NDIMS`.
             tensors: without means.
         """
-        clock, loss = tensors.clock, tensors.loss
+        clock = tensors.clock
         known = (clock.step, clock.now, plan_steps(clock, torch.float32), find_schedule(clock, torch.float32))
         present = clock.step.shape
         step, now, planned, schedule = (self._lift(x if x.shape == present else x.expand(present)) for x in known)
-        self.run = HostRun(step, now, planned, schedule, None if loss is None else self._lift(loss))
+        self.run = HostRun(step, now, planned, schedule)
         rows = [self._lift(tensors.tensor_state[key]) for key in ROWS]
         fresh, *decided = step_controller.decide(self.told, weights, rows, self.run, self.host.measure(), self.shapes)
         shape = (*self.batch, len(self.host.items))
@@ -144,9 +144,6 @@ def _describe_all(
         rate=controller.RATE,
         share=controller.SHARE,
         average=controller.AVERAGE,
-        fast=controller.FAST,
-        largest=controller.LARGEST,
-        smallest_loss=controller.SMALLEST_LOSS,
         smallest_share=controller.SMALLEST_SHARE,
         matrices=float(matrices),
         every=every,
