@@ -28,7 +28,8 @@ def test_a_line_says_what_a_rule_is_reads_and_was_trained_on() -> None:
         "meta-trained on mlp, in runs of up to 100 steps"
     )
     untrained = describe_rule(build("base"), {})
-    assert "read gradients, the training loss, the planned length, 24" in untrained
+    assert "read gradients, the planned length, 24" in untrained
+    assert "read gradients, the training loss" in describe_rule(build("blend"), {})
     assert "trained on" not in untrained
 
 

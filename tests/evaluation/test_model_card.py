@@ -53,7 +53,8 @@ def test_a_strangers_words_stay_in_their_cell() -> None:
 
 
 def test_use_on_the_page_fits_the_rule() -> None:
-    assert "num_steps=len(batches))\n...\noptimizer.step(loss=loss)" in write_page(lopt.load("lopt-base"), {})
+    assert "num_steps=len(batches))\n...\noptimizer.step()" in write_page(lopt.load("lopt-base"), {})
+    assert "...\noptimizer.step(loss=loss)" in write_page(RULES["idbd"](), {})
     assert 'parameters(), rule="rule.safetensors")\n...\noptimizer.step()' in write_page(RULES["sgd"](), {})
     assert 'lopt.adapt(model, "hf://me/x", (inputs' in write_page(LearnedInit({"w": [2, 3]}), {}, "hf://me/x")
 
