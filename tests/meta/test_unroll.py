@@ -268,22 +268,25 @@ def test_strides_between_restarts_are_single_steps_to_the_bit(num_steps: int, gr
         assert torch.equal(a, b)
 
 
-def test_a_share_of_tasks_hides_loss_and_end_from_the_rule_to_their_end() -> None:
+def test_a_share_of_tasks_hides_the_end_from_the_rule_until_then() -> None:
     """What is hidden is as if the optimizer's user had not given it: the rule's own updates, task by task."""
     rule, tasks, steps = RULES["base"](size=0.05, relative=4.0, init_std=0.3), 6, 5
-    loop = InnerLoop(rule, TASKS["quadratic"](dim=3), 3, hide_loss=0.5, hide_end=0.5)
+    loop = InnerLoop(rule, TASKS["quadratic"](dim=3), 3, hide_end=0.5)
     with torch.no_grad():
         start = loop.start(torch.arange(tasks))
         window = loop.unroll(start, steps, restart=False)
-        hidden = [loop.draws.hides(start, what, 0.5).tolist() for what in ("loss", "end")]
-        assert all(0 < sum(row) < tasks for row in hidden)
+        hidden = loop.draws.hides_end(start, 0.5).tolist()
+        assert 0 < sum(hidden) < tasks
         for i in range(tasks):
             one = select_slots(start, slice(i, i + 1))
             for step in range(steps):
-                loss = None if hidden[0][i] else one.loss
-                end = None if hidden[1][i] else one.horizon
+                end = None if hidden[i] else one.horizon
                 params, state = rule.update(
-                    loop.family.spec.unflatten(one.grad), loop.family.spec.unflatten(one.params), one.state, loss, end
+                    loop.family.spec.unflatten(one.grad),
+                    loop.family.spec.unflatten(one.params),
+                    one.state,
+                    one.loss,
+                    end,
                 )
                 one = one._replace(step=one.step + 1, params=loop.family.spec.flatten(params), state=state)
                 value, grad = loop.evaluate(one.params, loop.batch(one))
@@ -294,5 +297,5 @@ def test_a_share_of_tasks_hides_loss_and_end_from_the_rule_to_their_end() -> Non
 def test_hiding_the_end_from_a_rule_that_needs_it_is_refused() -> None:
     with pytest.raises(ValueError, match="hide_end is for rules that may run open, and 'sgd' may not"):
         InnerLoop(RULES["sgd"](), TASKS["quadratic"](), 0, hide_end=0.1)
-    with pytest.raises(ValueError, match=r"hide_loss must be a share from 0 to 1, got 1\.5"):
-        ESTIMATORS["pes"](hide_loss=1.5)
+    with pytest.raises(ValueError, match=r"hide_end must be a share from 0 to 1, got 1\.5"):
+        ESTIMATORS["pes"](hide_end=1.5)

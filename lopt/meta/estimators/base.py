@@ -125,7 +125,6 @@ class Estimator(ObjectiveOptions, GuidanceOptions, HidingOptions, PrecisionOptio
             follow=self.follow * loop.guidance,
             meta_split=self.objective_split,
             meta_metric=self.objective_metric,
-            hide_loss=self.hide_loss,
             hide_end=self.hide_end,
             precision=self.precision,
         )

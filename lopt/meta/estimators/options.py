@@ -109,20 +109,17 @@ class HidingOptions:
     """What a rule is not told in a share of the tasks, so that it learns to do without.
 
     Attributes:
-        hide_loss: share of tasks without the loss.
         hide_end: share of tasks without the number of steps, for rules that may run open.
 
     Raises:
         ValueError: a share that is none.
     """
 
-    hide_loss: float = 0.0
     hide_end: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hide_loss", "hide_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.hide_end <= 1:
+            raise ValueError(f"hide_end must be a share from 0 to 1, got {self.hide_end}")
 
 
 @dataclass(eq=False, kw_only=True)

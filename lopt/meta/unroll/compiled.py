@@ -51,7 +51,7 @@ class CompiledStride:
             kinds = tuple((x.shape, x.dtype, x.device) for x in tree_leaves((slots, weights, batches[0])))
             # All that compiled code holds for constant: shapes, settings of the step, and the number of threads.
             measured = (loop.meta_split, loop.meta_metric, loop.precision)
-            settings = (loop.rule, loop.family, loop.seed, *measured, loop.hide_loss, loop.hide_end)
+            settings = (loop.rule, loop.family, loop.seed, *measured, loop.hide_end)
             key = (*settings, torch.get_num_threads(), kinds)
             if key not in self._known:
 

@@ -108,14 +108,13 @@ class Draws:
         """
         return draw_uniform(derive_seeds(self.seed, "follow", slots.ids, slots.episode), 1) < share
 
-    def hides(self, slots: Slots, what: str, share: float) -> Tensor:
-        """From which tasks' rule something is hidden, bool `[T]`, from a task's start to its end.
+    def hides_end(self, slots: Slots, share: float) -> Tensor:
+        """From which tasks' rule their number of steps is hidden, bool `[T]`, from a task's start to its end.
 
         Args:
-            what: names the draw.
             share: of the tasks, as a probability.
         """
-        stream = f"hide {what}"
+        stream = "hide end"
         if slots.ids.device.type != "cpu" or is_traced():
             return _draw_places(self.seed, stream, slots.ids, slots.episode) < share
         # It is asked for at every step, and does not change until slots start new tasks.

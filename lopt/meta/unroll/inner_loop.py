@@ -50,7 +50,7 @@ class InnerLoop:
         checkpoint: what is computed again in backward, not stored: the rule's "update", the whole "step", or nothing.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
         follow: probability that a task follows the teacher's steps instead of the rule's.
-        hide_loss, hide_end: shares of the tasks whose rule is not told the loss, or, if it may run open, the end.
+        hide_end: share of the tasks whose rule, which may run open, is not told the end.
         precision: of the base learners' losses and gradients, one of `PRECISIONS`; "bf16" is autocast to it.
         guidance: factor on the weight of imitation and the share that follows, which an outer loop lets fall to 0.
         update: a replacement of `call_rule` for this rule, such as its compiled form; see `compile_rule`.
@@ -72,7 +72,6 @@ class InnerLoop:
     checkpoint: str | None = None
     teacher: Rule | None = None
     follow: float = 0.0
-    hide_loss: float = 0.0
     hide_end: float = 0.0
     precision: str = "fp32"
     guidance: float = 1.0

@@ -63,13 +63,11 @@ def update_slots(loop: InnerLoop, slots: Slots, weights: Params | None) -> tuple
         weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
     """
     update, rule, spec = loop.update or partial(call_rule, loop.rule), loop.rule, loop.family.spec
-    loss, horizon = slots.loss, slots.horizon
-    if loop.hide_loss:  # a loss that is not finite is as none
-        loss = loss.masked_fill(loop.draws.hides(slots, "loss", loop.hide_loss), torch.nan)
+    horizon = slots.horizon
     if loop.hide_end:
-        horizon = horizon.masked_fill(loop.draws.hides(slots, "end", loop.hide_end), 0)
+        horizon = horizon.masked_fill(loop.draws.hides_end(slots, loop.hide_end), 0)
     grads, params = view_params(rule, spec, slots.grad), view_params(rule, spec, slots.params)
-    args = (weights, grads, params, slots.state, loss, horizon)
+    args = (weights, grads, params, slots.state, slots.loss, horizon)
     # No generator's state is kept for the second time: draws are named, torch's global generator is not used.
     if loop.checkpoint == "update":
         after, state = checkpoint(update, *args, use_reentrant=False, preserve_rng_state=False)
