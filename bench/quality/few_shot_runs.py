@@ -1,14 +1,17 @@
-"""Trained starts that a bench is given by folder or file."""
+"""What benches of learned starts share: how a start is read, and how scores are compared by task."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import click
+from torch import Tensor
 
 from lopt.evaluation.settings import read_card
+from lopt.evaluation.statistics import summarize
 from lopt.meta.trainer.trainer import RULE
 from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, load, load_card
@@ -49,3 +52,23 @@ def load_start(path: Path, kind: type[F], preset: str) -> Start[F]:
     if not isinstance(family, kind):
         raise click.ClickException(f"{file} was not trained on {kind.name}; train it with `lopt train {preset}`")
     return Start(path.stem, load(file), family, find_longest_run(content) or 1)
+
+
+def summarize_gains(scores: Mapping[str, Tensor], first: str, figure: str) -> dict[str, dict[str, float]]:
+    """Mean and half of its 95 % interval over tasks, and the same of the gain over a row, paired by task.
+
+    Args:
+        scores: of each row, `[N]`, a number for each of the same N tasks.
+        first: the row that gains are over.
+        figure: what the mean is called.
+    """
+    rows = {}
+    for label, values in scores.items():
+        own, gain = summarize(values.tolist()), summarize((values - scores[first]).tolist())
+        rows[label] = {
+            figure: own.mean or 0.0,
+            "interval": 1.96 * (own.stderr or 0.0),
+            "gain": gain.mean or 0.0,
+            "gain_interval": 1.96 * (gain.stderr or 0.0),
+        }
+    return rows

@@ -16,13 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import setting
-from bench.quality.few_shot_runs import load_start
+from bench.quality.few_shot_runs import load_start, summarize_gains
 from lopt.evaluation.classes.episodes import classify_by_rule, draw_episodes
 from lopt.evaluation.classes.fine_tuning import train_jointly, tune_fine_tuning
 from lopt.evaluation.classes.nearest import classify_by_prototypes, train_prototypes
 from lopt.evaluation.intents.ngrams import classify_by_centroids, classify_by_ridge, multiply_texts, tune_ridge
 from lopt.evaluation.intents.pictures import draw_intents
-from lopt.evaluation.statistics import summarize
 from lopt.tasks.intents import Intents
 
 PROTOTYPE_WAYS, PROTOTYPE_STEPS = 15, 1500
@@ -53,20 +52,6 @@ def classify_without_rules(family: Intents, tasks: int) -> tuple[dict[str, Tenso
     chosen["fine_tuning_rate"] = tuned.lr
     found[JOINT] = classify_by_rule(tuned.rule, family, tasks, TUNING_STEPS)
     return found, chosen
-
-
-def summarize_rows(scores: Mapping[str, Tensor], first: str) -> dict[str, dict[str, float]]:
-    """Mean accuracy and half of its 95 % interval over tasks, and the same of the gain over a row, paired by task."""
-    rows = {}
-    for label, values in scores.items():
-        own, gain = summarize(values.tolist()), summarize((values - scores[first]).tolist())
-        rows[label] = {
-            "accuracy": own.mean or 0.0,
-            "interval": 1.96 * (own.stderr or 0.0),
-            "gain": gain.mean or 0.0,
-            "gain_interval": 1.96 * (gain.stderr or 0.0),
-        }
-    return rows
 
 
 def make_table(rows: Mapping[str, Mapping[str, float]], title: str, first: str) -> Table:
@@ -107,7 +92,7 @@ def intents(
         found |= others
     answers = draw_episodes(family, tasks).answers
     scores = {label: (classes == answers).float().mean(1) for label, classes in found.items()}
-    rows = summarize_rows(scores, CENTROIDS)
+    rows = summarize_gains(scores, CENTROIDS, "accuracy")
     versions = setting.list_versions()
     content = {"task": family.describe(), "tasks": tasks, "results": rows, "chosen": chosen, "versions": versions}
     setting.write_json(file, content)

@@ -16,31 +16,16 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import setting
-from bench.quality.few_shot_runs import load_start
+from bench.quality.few_shot_runs import load_start, summarize_gains
 from lopt.evaluation.molecules.closed_form import SOLVED, tell_by_scales, train_scales
 from lopt.evaluation.molecules.kernels import CHOSEN, tell_without_rules
 from lopt.evaluation.molecules.measured import draw_labels, predict_by_rule
 from lopt.evaluation.molecules.pictures import draw_properties
-from lopt.evaluation.statistics import summarize
 from lopt.rules import LearnedInit
 from lopt.tasks.data.molecules import MEASURED, load_library
 from lopt.tasks.molecule import Molecule
 
 SHOTS = 16
-
-
-def summarize_rows(scores: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Mean and half of its 95 % interval over draws, and the same of the gain over `CHOSEN`, paired by draw."""
-    rows = {}
-    for label, values in scores.items():
-        own, gain = summarize(values.tolist()), summarize((values - scores[CHOSEN]).tolist())
-        rows[label] = {
-            "r2": own.mean or 0.0,
-            "interval": 1.96 * (own.stderr or 0.0),
-            "gain": gain.mean or 0.0,
-            "gain_interval": 1.96 * (gain.stderr or 0.0),
-        }
-    return rows
 
 
 def make_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], shots: int, draws: int) -> Table:
@@ -94,7 +79,7 @@ def molecules(
             assert isinstance(start.rule, LearnedInit)
             found = predict_by_rule(start.rule, start.family, labels, steps or start.steps)
             scores[name][start.label] = labels.score(found)
-        results[name] = summarize_rows(scores[name])
+        results[name] = summarize_gains(scores[name], CHOSEN, "r2")
     content: dict[str, Any] = {"results": results, "versions": setting.list_versions()}
     setting.write_json(file, content)
     if picture is not None:

@@ -32,6 +32,14 @@ class Losses:
     best_tuned: float | None
     best_tuned_name: str | None
 
+    def write(self) -> tuple[str, str]:
+        """The rule's figure, and the best tuned baseline's with its name."""
+        ours = "diverged" if self.rule is None else f"{self.rule:g}"
+        if self.best_tuned_name is None:
+            return ours, "\u2013"
+        theirs = "diverged" if self.best_tuned is None else f"{self.best_tuned:g}"
+        return ours, f"{self.best_tuned_name} {theirs}"
+
 
 @dataclass(frozen=True)
 class Result:

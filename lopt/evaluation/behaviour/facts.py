@@ -13,7 +13,7 @@ import torch
 
 from lopt.core.foreign_text import make_printable
 from lopt.core.nested import flatten_dict
-from lopt.evaluation.settings import Card, Losses, read_card
+from lopt.evaluation.settings import Card, read_card
 from lopt.meta.unroll.horizons import Constant
 from lopt.rules import LearnedInit, Rule
 from lopt.rules.files import find_longest_run, fingerprint
@@ -163,15 +163,6 @@ def _build_results(card: Card) -> Table:
     for heading in ("setting", "steps", "tasks", "final loss", "best tuned", "mean loss", "best tuned"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for result in card.results:
-        losses = [text for figure in (result.final, result.mean) for text in _format_losses(figure)]
+        losses = [text for figure in (result.final, result.mean) for text in figure.write()]
         table.add_row(*map(Text, (result.setting, str(result.steps), str(result.seeds), *losses)))
     return table
-
-
-def _format_losses(losses: Losses) -> tuple[str, str]:
-    """The rule's figure and the best tuned baseline's."""
-    ours = "diverged" if losses.rule is None else f"{losses.rule:g}"
-    if losses.best_tuned_name is None:
-        return ours, "\u2013"
-    theirs = "diverged" if losses.best_tuned is None else f"{losses.best_tuned:g}"
-    return ours, f"{losses.best_tuned_name} {theirs}"

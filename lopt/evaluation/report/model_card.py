@@ -15,7 +15,7 @@ from lopt.core.files import write_atomic
 from lopt.core.foreign_text import make_printable
 from lopt.core.nested import flatten_dict
 from lopt.evaluation.behaviour.facts import gather_facts
-from lopt.evaluation.settings import Losses, Result, read_card
+from lopt.evaluation.settings import Result, read_card
 from lopt.rules import Rule
 from lopt.rules.files import find_longest_run, save
 from lopt.rules.hub import PAGE_FILE, RULE_FILE
@@ -126,7 +126,7 @@ def _write_facts(facts: Mapping[str, Any]) -> str:
 
 def _write_results(results: list[Result]) -> str:
     headings = ("setting", "steps", "tasks", "final loss", "best tuned baseline", "mean loss", "best tuned baseline")
-    rows = [(r.setting, r.steps, r.seeds, *_write_losses(r.final), *_write_losses(r.mean)) for r in results]
+    rows = [(r.setting, r.steps, r.seeds, *r.final.write(), *r.mean.write()) for r in results]
     return (
         "## What it reached\n\nOn held-out tasks, beside the best of the baselines whose learning rates were tuned "
         f"there; lower is better.\n\n{_write_table(headings, rows)}"
@@ -153,14 +153,6 @@ def _sum_up(entry: Any) -> str:
     if isinstance(entry, dict):
         return ", ".join(f"{key}={_sum_up(value)}" for key, value in flatten_dict(entry).items())
     return f"{entry:.6g}" if isinstance(entry, float) else str(entry)
-
-
-def _write_losses(losses: Losses) -> tuple[str, str]:
-    ours = "diverged" if losses.rule is None else f"{losses.rule:g}"
-    if losses.best_tuned_name is None:
-        return ours, "-"
-    theirs = "diverged" if losses.best_tuned is None else f"{losses.best_tuned:g}"
-    return ours, f"{losses.best_tuned_name} {theirs}"
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
