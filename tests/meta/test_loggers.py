@@ -51,6 +51,9 @@ class Recorder(Logger):
     def histogram(self, name: str, step: int, values: Tensor) -> None:
         self.hear("histogram", name, step, values.clone())
 
+    def figure(self, name: str, step: int, figure: Any) -> None:
+        self.hear("figure", name, step)
+
     def text(self, name: str, step: int, text: str) -> None:
         self.hear("text", name, step, text)
 
@@ -59,6 +62,10 @@ class Recorder(Logger):
 
     def close(self, failed: bool) -> None:
         self.hear("close", failed)
+
+    def list_shown(self, kind: str) -> list[tuple[str, int]]:
+        """Names and steps of the calls of one kind."""
+        return [call[1:3] for call in self.heard if call[0] == kind]
 
     def list_points(self) -> Points:
         points: Points = {}
@@ -117,6 +124,23 @@ def test_loggers_hear_every_number_that_changes_and_no_other(tmp_path: Path) -> 
     assert "| validation/left_out | 0 |" in constants.splitlines()
     assert '"name": "rnnprop"' in next(call[3] for call in first.heard if call[:2] == ("text", "preset"))
     assert first.heard[-1] == ("close", False)
+
+
+def test_what_was_shown_before_a_resume_is_shown_again_only_where_it_is_dropped(tmp_path: Path) -> None:
+    once, again = [Recorder(), Recorder()], [Recorder(), Recorder()]
+    for recorder in again:
+        recorder.rewinds = True
+    run_logged(tmp_path / "halves", once[0], again[0], stop=13)
+    run_logged(tmp_path / "halves", once[1], again[1])
+    whole = Recorder()
+    run_logged(tmp_path / "whole", whole)
+    assert once[1].heard[0][1].start == 10
+    for call in ("scalars", "histogram", "figure"):
+        first, second = (recorder.list_shown(call) for recorder in once)
+        assert sorted(first + second) == sorted(whole.list_shown(call))
+        first, second = (recorder.list_shown(call) for recorder in again)
+        assert {step for _, step in first} & {step for _, step in second} >= {12}
+        assert set(second) > set(once[1].list_shown(call))
 
 
 def test_a_number_that_changed_before_a_resume_is_one_that_changes(tmp_path: Path) -> None:
@@ -332,9 +356,7 @@ def test_wandb_offline_takes_a_run_that_is_resumed(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(name, str(tmp_path / name))
     lines = run_in_halves(replace(make_config(), loggers=[{"name": "wandb", "project": "p"}]), tmp_path / "run")
     points, others, ids = read_wandb(tmp_path / "run")
-    # Steps 11 to 13 were logged twice, with equal values.
-    assert len(points["train/loss"]) == 27
-    assert len(set(points["train/loss"])) == 24
+    assert [step for step, _ in points["train/loss"]] == list(range(1, 25))
     assert dict(points["train/loss"]) == pytest.approx(dict(lines["train/loss"]))
     assert dict(points["validation/final"]) == pytest.approx(dict(lines["validation/final"]))
     assert "validation/left_out" not in points
@@ -350,8 +372,9 @@ def test_trackio_takes_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest
     lines = run_in_halves(replace(make_config(), loggers=[{"name": "trackio", "project": "p"}]), tmp_path / "run")
     (name,) = SQLiteStorage.get_runs("p")
     rows = SQLiteStorage.get_logs("p", name)
-    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-    assert losses == pytest.approx(dict(lines["train/loss"]))
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert [step for step, _ in losses] == list(range(1, 25))
+    assert dict(losses) == pytest.approx(dict(lines["train/loss"]))
     kinds = {value["_type"] for row in rows for value in row.values() if isinstance(value, dict)}
     assert {"trackio.histogram", "trackio.image", "trackio.markdown"} <= kinds
 
@@ -367,9 +390,15 @@ def test_mlflow_takes_a_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.
     (run,) = client.search_runs([client.get_experiment_by_name("lopt").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["rule.name"] == "rnnprop"
-    losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/loss")}
-    assert losses == pytest.approx(dict(lines["train/loss"]))
+    losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert [step for step, _ in losses] == list(range(1, 25))
+    assert dict(losses) == pytest.approx(dict(lines["train/loss"]))
     assert run.data.metrics["result/best"] == pytest.approx(min(value for _, value in lines["validation/final"]))
+    weight = resume_run(tmp_path / "run")[1].rule.meta_weights()["w_out"]
+    for percentile in (0, 5, 50, 95, 100):
+        history = client.get_metric_history(run.info.run_id, f"weight/w_out/p{percentile:03}")
+        assert [m.step for m in history] == [0, 6, 12, 18, 24]
+        assert history[-1].value == pytest.approx(float(weight.detach().quantile(percentile / 100)), rel=1e-6)
     assert {"preset.md", "constants.md", "validation"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 

@@ -32,7 +32,7 @@ class LoggedRun:
         id: 8 hexadecimal digits, the same after a resume and of no other run.
         config: the configuration, nested; {} where a trainer was built without one.
         start: outer step to go on from, -1 for a run that begins. Steps after it may have been logged before: the run
-            repeats them, with equal values.
+            comes to them again, with equal values.
     """
 
     folder: Path
@@ -51,9 +51,12 @@ class Logger(ABC):
     Attributes:
         client: module of the library that it needs, "" for none.
         extra: of lopt that installs it; by default one of the client's name.
+        rewinds: `begin` drops what was logged beyond the run's start, so that it has to be logged again; what others
+            were told once they are not told again.
     """
 
     client, extra = "", ""
+    rewinds = False
 
     def check(self) -> None:
         """Refuse a run that could not be logged, before anything of it is made.

@@ -23,14 +23,19 @@ class JsonLines(Logger):
 
     Attributes:
         kept: the lines up to the step that the run goes on from.
+        cut: those beyond it, which are in the file no more.
     """
 
+    rewinds = True
     kept: list[dict[str, Any]]
+    cut: list[dict[str, Any]]
 
     def begin(self, run: LoggedRun) -> None:
-        path, self.kept = run.folder / METRICS, []
-        if path.exists():
-            self.kept = [line for line in read_metrics(path) if line["step"] <= run.start]
+        path = run.folder / METRICS
+        lines = read_metrics(path) if path.exists() else []
+        self.kept = [line for line in lines if line["step"] <= run.start]
+        self.cut = [line for line in lines if line["step"] > run.start]
+        if lines:
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
         self.file = path.open("a")
 

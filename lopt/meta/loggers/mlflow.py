@@ -1,10 +1,16 @@
-"""MLflow: a run of an experiment, on a tracking server or in local files."""
+"""MLflow: a run of an experiment, on a tracking server or in local files.
+
+It has no histograms: how values are spread is shown by curves of their percentiles.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy
+from torch import Tensor
 
 from lopt.core.nested import flatten_dict
 from lopt.meta.loggers.base import LoggedRun, Logger
@@ -15,10 +21,11 @@ if TYPE_CHECKING:
 TAG = "lopt.run"
 MAX_VALUE = 500  # characters of a parameter's value, for servers of all versions
 BATCH = 100  # parameters in a request
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 class MLflow(Logger):
-    """Curves, settings, pictures and texts for MLflow, which has no histograms.
+    """Curves, percentiles, settings, pictures and texts for MLflow.
 
     Args:
         experiment: to which the run belongs; made where there is none.
@@ -53,6 +60,11 @@ class MLflow(Logger):
         self.tracking.log_batch(
             self.id, metrics=[metric(f"{kind}/{key}", value, now, step) for key, value in values.items()]
         )
+
+    def histogram(self, name: str, step: int, values: Tensor) -> None:
+        # numpy's, as torch.quantile takes 16 million values at most.
+        found = numpy.percentile(values.numpy(), PERCENTILES)
+        self.scalars(name, step, {f"p{q:03}": float(value) for q, value in zip(PERCENTILES, found, strict=True)})
 
     def figure(self, name: str, step: int, figure: Figure) -> None:
         self.tracking.log_figure(self.id, figure, f"{name}-{step:06}.png")

@@ -23,6 +23,7 @@ class TensorBoard(Logger):
     """Curves, histograms and pictures with a slider through their steps, and a page that compares settings."""
 
     client, extra = "tensorboard", "train"
+    rewinds = True
 
     def begin(self, run: LoggedRun) -> None:
         # A second to import, and not needed by runs that log elsewhere.

@@ -48,6 +48,7 @@ class RunLog:
         self.lines.begin(run)
         # What a resumed run has logged before is what makes a number one that changes.
         self.changing, self.step = Changing(), max(start, 0)
+        self.repeated = {(line.get("kind"), line["step"]) for line in self.lines.cut}
         for line in self.lines.kept:
             for key, value in line.items():
                 if key not in ("kind", "step"):
@@ -72,7 +73,10 @@ class RunLog:
             for when, point in self.changing.hear((kind, key), step, value):
                 points.setdefault(when, {})[key] = point
         for when in sorted(points):
-            self._tell(lambda logger, when=when: logger.scalars(kind, when, points[when]))  # type: ignore[misc]
+            self._tell(
+                lambda logger, when=when: logger.scalars(kind, when, points[when]),  # type: ignore[misc]
+                (kind, step),
+            )
 
     def weights(self, step: int, weights: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
         """Log the norm of each meta-weight and of its last update, and for loggers how their values are spread.
@@ -87,17 +91,21 @@ class RunLog:
                 values = tensor.detach().flatten().float().cpu()
                 finite = values[values.isfinite()]
                 if len(finite):
-                    self._tell(lambda logger, n=f"{kind}/{name}", x=finite: logger.histogram(n, step, x))  # type: ignore[misc]
+                    self._tell(
+                        lambda logger, n=f"{kind}/{name}", x=finite: logger.histogram(n, step, x),  # type: ignore[misc]
+                        (f"{kind}_norm", step),
+                    )
 
-    def figure(self, name: str, step: int, draw: Callable[[], Figure]) -> None:
+    def figure(self, kind: str, name: str, step: int, draw: Callable[[], Figure]) -> None:
         """Log a matplotlib figure for eyes; it is drawn only where there are any.
 
         Args:
+            kind: of the numbers that it belongs to, which are logged before it.
             name: of the figure, the same at every step.
         """
         if self.loggers:
             figure = draw()
-            self._tell(lambda logger: logger.figure(name, step, figure))
+            self._tell(lambda logger: logger.figure(f"{kind}/{name}", step, figure), (kind, step))
 
     def text(self, name: str, text: str) -> None:
         """Log a text for eyes, in Markdown."""
@@ -114,9 +122,16 @@ class RunLog:
             self.text("constants", "\n".join(["| the same in all steps | |", "|---|---|", *constants]))
         self._tell(lambda logger: logger.result(self.config, result))
 
-    def _tell(self, call: Callable[[Logger], None]) -> None:
-        """Have each logger do something; one that cannot is left out from then on."""
+    def _tell(self, call: Callable[[Logger], None], about: tuple[str, int] | None = None) -> None:
+        """Have each logger do something; one that cannot is left out from then on.
+
+        Args:
+            about: kind and step. Those that a run comes to again after a resume were told of before: until then points
+                were held back as they are now, so that the same ones were shown.
+        """
         for logger in list(self.loggers):
+            if about in self.repeated and not logger.rewinds:
+                continue
             try:
                 call(logger)
             except Exception as error:

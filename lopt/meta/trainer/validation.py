@@ -210,7 +210,7 @@ def log_validation(log: RunLog, step: int, found: Validation, best: float) -> No
         kind = f"validation {name}" if found.families else "validation"
         if found.families:
             log.scalars(kind, step, found.families[name])
-        log.figure(f"{kind}/curves", step, lambda losses=losses: plot_losses(losses))  # type: ignore[misc]
+        log.figure(kind, "curves", step, lambda losses=losses: plot_losses(losses))  # type: ignore[misc]
 
 
 def plot_losses(losses: Tensor) -> Any:
