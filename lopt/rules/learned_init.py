@@ -3,7 +3,8 @@
 Sources: Finn, Abbeel & Levine 2017, arXiv 1703.03400 (MAML: `sgd` inside); Li et al. 2017, arXiv 1707.09835 (Meta-SGD:
 `rates` of every element); Park & Oliva 2019, arXiv 1902.03356 (Meta-Curvature: `rates` are matrices); Raghu et al.
 2019, arXiv 1909.09157 (ANIL: `adapt` names the last layer).
-Differs from the sources: any rule adapts the model, a learned one, too; rates are factors on the step that it makes.
+Differs from the sources: any rule adapts the model, a learned one, too; rates are factors on the step that it makes, or
+one matrix of low rank over all parameters.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lopt.core.names import choose, suggest
-from lopt.core.tensors import Params
+from lopt.core.random import make_generator
+from lopt.core.tensors import Params, ParamSpec
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks.inner import build_inner
+from lopt.rules.building_blocks.low_rank import PARTS, mix_all, start_low_rank
 from lopt.rules.building_blocks.sides import list_sides, mix_sides, start_matrices
 from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Elements, State, Visit
 
-RATES = ("none", "tensor", "element", "matrix")
+RATES = ("none", "tensor", "element", "matrix", "low_rank")
 INIT, RATE = "init", "rates"
 FLAT = "flat"
 """The one name under which meta-training hands all parameters to a rule that works element by element."""
@@ -43,12 +46,15 @@ class LearnedInit(Rule):
         inner_config: its options.
         adapt: patterns (as of files) of the parameters that are adapted; the others stay as they were learned. None
             given: all.
-        rates: learned factors on the step: "none", one for each "tensor", for each "element", or a "matrix" for each
-            side of a tensor, which has the square of the side's length of numbers.
+        rates: learned factors on the step: "none", one for each "tensor", for each "element", a "matrix" for each side
+            of a tensor, which has the square of the side's length of numbers, or ("low_rank") one for each element
+            beside `rank` directions through all adapted parameters, of two numbers for each of these.
         rate: which they start from.
         trained_steps: the most steps that it is trained for; 0 if that is not known.
+        rank: of "low_rank".
     Raises:
-        ValueError: no such inner rule, options that it does not accept, or a pattern that no parameter fits.
+        ValueError: no such inner rule, options that it does not accept, a pattern that no parameter fits, or a rank
+            below 1.
     """
 
     name = "learned_init"
@@ -62,6 +68,7 @@ class LearnedInit(Rule):
         rates: str = "none",
         rate: float = 1.0,
         trained_steps: int = 0,
+        rank: int = 16,
     ) -> None:
         super().__init__()
         self.inner, self.adapt = build_inner(self.name, inner, inner_config or {}), list(adapt or [])
@@ -78,9 +85,16 @@ class LearnedInit(Rule):
             setattr(self, key, getattr(self.inner, key))
         self.square_keys, self.feature_names = self.inner.square_keys, self.inner.feature_names
         _register(self, INIT, {name: torch.zeros(shape, dtype=torch.float32) for name, shape in self.shapes.items()})
-        if rates != "none":
-            adapted = {name: shape for name, shape in self.shapes.items() if name in self.adapted}
-            for name, shape in adapted.items():
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        self.spec = ParamSpec(tuple(self.shapes), tuple(self.shapes.values()))
+        adapted = {name: shape for name, shape in self.shapes.items() if name in self.adapted}
+        size, generator = sum(map(prod, adapted.values())), make_generator(0)
+        for name, shape in adapted.items():
+            if rates == "low_rank":
+                parts = start_low_rank(shape, rate, rank, size, generator)
+                _register(self, RATE, {f"{name}.{part}": x for part, x in parts.items()})
+            elif rates != "none":
                 _register(self, RATE, _start_rates(name, shape, rates, rate))
 
     # -- where tasks start ---------------------------------------------------------------------------------------------
@@ -101,16 +115,24 @@ class LearnedInit(Rule):
                 own.copy_(params[name])
 
     def list_rates(self, name: str) -> list[Tensor]:
-        """What the step of a parameter is multiplied by: one tensor, or a matrix for each of its sides.
+        """What the step of a parameter is multiplied by: one tensor, a matrix for each of its sides, or the `PARTS` of
+        "low_rank".
 
         Returns:
             Nothing where no rates are learned, or where the parameter is not adapted.
         """
         if self.scaling == "none" or name not in self.adapted:
             return []
+        if self.scaling == "low_rank":
+            return [_read(self, RATE, f"{name}.{part}") for part in PARTS]
         if self.scaling != "matrix":
             return [_read(self, RATE, name)]
         return [_read(self, RATE, f"{name}.{i}") for i in range(len(list_sides(self.shapes[name])))]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an element's step depends on other elements' by what is learned here."""
+        return self.scaling in ("matrix", "low_rank")
 
     def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Refuse a model whose parameters have other names or shapes; their order does not matter.
@@ -144,8 +166,28 @@ class LearnedInit(Rule):
         moved, state = self.inner.update(grads, params, state, loss, num_steps, cool_start)
         if self.scaling == "none" and not self.adapt:
             return moved, state
+        if self.scaling == "low_rank":
+            return self._mix_all(moved, params), state
         scale = self._mix if self.scaling == "matrix" else self._multiply
         return {name: p + scale(name, moved[name] - p) for name, p in params.items()}, state
+
+    def _mix_all(self, moved: Params, params: Params) -> Params:
+        """The parameters after their steps are mixed with each other."""
+        flat = FLAT in params
+        before, after = (p[FLAT] if flat else self.spec.flatten(p) for p in (params, moved))
+        p = before + mix_all(after - before, *(self._join_rates(part) for part in range(len(PARTS))))
+        return {FLAT: p} if flat else self.spec.unflatten(p)
+
+    def _join_rates(self, part: int) -> Tensor:
+        """One of the `PARTS` of all parameters, one after the other, `[*batch or (), (rank,) P]`; 0 of the others'."""
+        known = {name: self.list_rates(name)[part] for name in self.shapes if name in self.adapted}
+        lead = max((x.shape[: x.ndim - len(self.shapes[name])] for name, x in known.items()), key=len)
+        one = next(iter(known.values()))
+        pieces = [
+            (known[name] if name in known else one.new_zeros(shape)).expand((*lead, *shape)).reshape(*lead, prod(shape))
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(pieces, -1)
 
     def _multiply(self, name: str, step: Tensor) -> Tensor:
         return self._find_factor(name) * step

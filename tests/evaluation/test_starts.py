@@ -75,6 +75,22 @@ def test_matrices_tell_what_an_element_takes_from_others() -> None:
     assert w["moves"] is None
 
 
+def test_low_rank_tells_what_an_element_takes_from_those_of_all_tensors() -> None:
+    rule, generator = make_rule("low_rank", rank=2, adapt=["w", "b"]), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in rule.parameters():
+            weight.normal_(generator=generator)
+    factor, read, write = (
+        torch.cat([rule.get_parameter(f"rates.{k}.{part}").detach().reshape(rows, -1) for k in ("w", "b")], 1)
+        for part, rows in (("factor", 1), ("read", 2), ("write", 2))
+    )
+    matrix = (torch.diag(factor[0]) + write.T @ read)[:4]
+    w, own = describe_start(rule)["w"], matrix.diagonal()
+    assert (w["rate"], w["lowest"]) == (pytest.approx(float(own.mean())), pytest.approx(float(own.min())))
+    assert w["mixed"] == pytest.approx(1 - float(own.square().sum() / matrix.square().sum()))
+    assert describe_start(rule)["c"]["mixed"] is None
+
+
 def test_a_start_without_rates_has_none_and_one_that_diverges_no_ways() -> None:
     rule = make_rule("none")
     assert describe_start(rule)["w"]["rate"] is None

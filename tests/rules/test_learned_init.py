@@ -98,11 +98,13 @@ def test_maml_and_its_first_order_form_equal_torch_func(num_steps: int, order: i
         ("sgd", {"lr": 1.0}, {"rates": "element", "rate": 0.03}),
         ("sgd", {"lr": 0.02}, {"rates": "tensor", "adapt": ["4.*", "2.*"]}),
         ("sgd", {"lr": 1.0}, {"rates": "matrix", "rate": 0.03, "adapt": ["2.*", "0.weight"]}),
+        ("sgd", {"lr": 1.0}, {"rates": "low_rank", "rate": 0.03, "rank": 3, "adapt": ["2.*", "0.weight"]}),
         ("adam", {"lr": 0.02}, {}),
         ("lstm", {"hidden": 4, "output_scale": 0.1}, {}),
         ("rnnprop", {"hidden": 4}, {"rates": "element"}),
         ("small_fc", {"hidden": 4}, {"rates": "tensor"}),
         ("small_fc", {"hidden": 4}, {"rates": "matrix"}),
+        ("small_fc", {"hidden": 4}, {"rates": "low_rank", "rank": 3}),
     ],
 )
 def test_second_order_equals_finite_differences(
@@ -177,6 +179,35 @@ def test_matrices_act_on_every_side_of_a_step() -> None:
     torch.testing.assert_close(together[FLAT], torch.cat([p.reshape(5, -1) for p in moved.values()], 1))
 
 
+def test_low_rank_multiplies_all_parameters_by_one_matrix() -> None:
+    rule = LearnedInit(SHAPES, "sgd", {"lr": 1.0}, rates="low_rank", rate=0.3, rank=2, adapt=["[!b]*"]).double()
+    generator = make_generator(2)
+    params = {k: torch.zeros(5, *shape, dtype=torch.float64) for k, shape in SHAPES.items()}
+    grads = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64) for k, p in params.items()}
+    same, _ = rule.update(grads, params, rule.init_state(params, 1))
+    assert all(torch.allclose(same[k], -0.3 * g) for k, g in grads.items() if k != "b")  # rates of elements at first
+
+    def place(part: str, rows: int) -> Tensor:
+        """A part of the rates where all parameters are one vector, drawn anew; 0 for those that are not adapted."""
+        pieces = []
+        for name, p in params.items():
+            drawn = torch.randn(rows, p[0].numel(), generator=generator, dtype=torch.float64) * (name != "b")
+            if name != "b":
+                weight = rule.get_parameter(f"rates.{name}.{part}")
+                weight.data.copy_(drawn.reshape(weight.shape))
+            pieces.append(drawn)
+        return torch.cat(pieces, 1)
+
+    matrix = torch.diag(place("factor", 1)[0]) + place("write", 2).T @ place("read", 2)
+    moved, _ = rule.update(grads, params, rule.init_state(params, 1))
+    joined = torch.cat([g.reshape(5, -1) for g in grads.values()], 1)
+    found = torch.cat([p.reshape(5, -1) for p in moved.values()], 1)
+    torch.testing.assert_close(found, -joined @ matrix.T, rtol=1e-12, atol=1e-12)
+    flat = {FLAT: torch.zeros_like(joined)}
+    together, _ = rule.update({FLAT: joined}, flat, rule.init_state(flat, 1))
+    torch.testing.assert_close(together[FLAT], found)
+
+
 def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
     family = Sinusoid(shots=4, width=5)
     rule = make_rule(family, config={"lr": 0.1}, adapt=["4.*"])
@@ -188,7 +219,7 @@ def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
 
 
 @pytest.mark.parametrize("inner", ["sgd", "small_fc"])
-@pytest.mark.parametrize("rates", ["tensor", "element", "matrix"])
+@pytest.mark.parametrize("rates", ["tensor", "element", "matrix", "low_rank"])
 def test_weights_of_each_slot_do_as_a_rule_of_their_own(inner: str, rates: str) -> None:
     family = Double()
     config = {"hidden": 4} if inner == "small_fc" else {"lr": 0.1}
@@ -259,7 +290,7 @@ def test_truncated_windows_go_on_where_they_were_and_new_tasks_begin_at_the_star
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rates", ["element", "matrix"])
+@pytest.mark.parametrize("rates", ["element", "matrix", "low_rank"])
 def test_a_file_holds_all_of_it(rates: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"rates": rates, "rate": 0.3, "adapt": ["4.*", "0.weight"]}
     rule = make_rule(Sinusoid(width=5), "rnnprop", {"hidden": 4}, **options)
@@ -276,6 +307,7 @@ def test_a_file_holds_all_of_it(rates: str, tmp_path: Path) -> None:
         (lambda: LearnedInit({"w": [2]}, "sgd", {"rate": 1.0}), "inner_config.*rate"),
         (lambda: LearnedInit({"w": [2]}, adapt=["v"]), "'v' fits no parameter"),
         (lambda: LearnedInit({"w": [2]}, rates="elements"), "rates.*element"),
+        (lambda: LearnedInit({"w": [2]}, rates="low_rank", rank=0), "rank must be at least 1, got 0"),
         (lambda: LearnedInit({}), "name the parameters"),
         (lambda: LearnedInit({"x": [3]}).set_initial({"x": torch.zeros(4)}), r"'x' is \[3\] there and \[4\] here"),
         (lambda: InnerLoop(LearnedInit({"y": [3]}), TASKS["quadratic"](dim=3), 0), r"'y' is \[3\] there and nothing"),

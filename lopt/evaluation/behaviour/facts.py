@@ -40,7 +40,7 @@ def gather_facts(rule: Rule) -> dict[str, Any]:
     """
     tensors = rule.init_state({"weight": torch.zeros(64, 64, dtype=torch.float32)}).accumulators["weight"]
     held = {"x".join(map(str, shape)): _measure_state(rule, shape) for shape in SHAPES}
-    mixes = isinstance(rule, LearnedInit) and rule.scaling == "matrix"
+    mixes = isinstance(rule, LearnedInit) and rule.mixes
     return {
         "rule": rule.name,
         "config": rule.config,

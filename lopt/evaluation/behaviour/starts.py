@@ -17,6 +17,7 @@ from lopt.evaluation.settings import read_card
 from lopt.evaluation.statistics import keep_finite
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import LearnedInit
+from lopt.rules.building_blocks.low_rank import measure_mixing
 from lopt.rules.files import find_longest_run
 from lopt.tasks import TaskFamily
 
@@ -128,6 +129,9 @@ def _describe(rule: LearnedInit, name: str, start: Tensor, moved: float | None) 
 def _read_factors(rule: LearnedInit, name: str) -> tuple[Tensor, float | None]:
     """The factors on an element's own step, flat, and the share of the squares that is of other elements' steps."""
     rates = rule.list_rates(name)
+    if rule.scaling == "low_rank" and rates:
+        factor, read, write = rates
+        return measure_mixing(factor, read, write, [rule.list_rates(other)[1] for other in rule.adapted])
     if rule.scaling != "matrix" or not rates:
         return (rates[0].flatten() if rates else torch.empty(0, dtype=torch.float32)), None
     own = torch.ones(1, dtype=torch.float32)

@@ -63,20 +63,24 @@ class InitConfig:
     """The table `[init]`, empty or not: the parameters that tasks start from are learned, too (`LearnedInit`).
 
     Attributes:
-        rates: learned factors on the rule's step: "none", one for each "tensor", for each "element", or a "matrix" for
-            each side of a tensor.
+        rates: learned factors on the rule's step: "none", one for each "tensor", for each "element", a "matrix" for
+            each side of a tensor, or "low_rank": one for each element beside `rank` directions through all parameters.
         rate: which they start from.
+        rank: number of these directions.
         adapt: patterns of names of the parameters that a task changes; all by default.
     """
 
     rates: str = "none"
     rate: float = 1.0
+    rank: int = 16
     adapt: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         choose("init.rates", self.rates, RATES)
         if self.rates == "none" and self.rate != 1:
             raise ValueError('init.rate has no effect: there are no learned rates. Set init.rates to "element"')
+        if self.rates != "low_rank" and self.rank != 16:
+            raise ValueError(f'init.rank has no effect on rates {self.rates!r}: set init.rates to "low_rank"')
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ class RunConfig:
         params = family.init(family.sample(generator), generator)
         shapes = {name: list(p.shape) for name, p in params.items()}
         longest = max(map(self.find_longest, self.list_sources()))
-        learned = LearnedInit(shapes, rule.name, rule.config, self.init.adapt, self.init.rates, self.init.rate, longest)
+        init = self.init
+        learned = LearnedInit(shapes, rule.name, rule.config, init.adapt, init.rates, init.rate, longest, init.rank)
         learned.set_initial(params)
         return learned
 
