@@ -73,7 +73,8 @@ def evaluate(
         label: what tables call the rule; by default what its card says.
         archive: folder of tuned baselines, made if missing; None keeps none.
         progress: tell what is being done on the standard error; needs the extra `train`.
-        options: of the task, on top of its defaults or of the trained ones: `width=40`.
+        options: of the task, on top of its defaults or of the trained ones: `width=40`. One that is called as an
+            argument above is given with the task before it: `**{"task.seed": 1}`.
     Returns:
         All figures: print it, look at it in a notebook, or ask for its `table`, `plot` or `to_pandas`.
     Raises:

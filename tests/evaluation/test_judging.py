@@ -17,7 +17,8 @@ from lopt.core.documents import parse_toml
 from lopt.core.printing import make_console
 from lopt.evaluation.results import Comparison
 from lopt.rules import RULES
-from lopt.tasks import ModuleTask
+from lopt.tasks import TASKS, ModuleTask
+from lopt.tasks.quadratic import Quadratic
 
 QUICK: dict[str, Any] = {"steps": 5, "seeds": 3, "baselines": ["adam", "sgd"], "progress": False}
 
@@ -60,6 +61,22 @@ def test_a_task_of_ones_own_is_taken_as_it_is() -> None:
     assert (found.subject.label, found.parameters) == ("theirs", 5)
     with pytest.raises(ValueError, match="options go with the name of a task, got a family and width"):
         lopt.evaluate("digits-lstm", task, width=3, **QUICK)
+
+
+class Seeded(Quadratic):
+    """Has an option that is called as an argument of `lopt.evaluate`."""
+
+    name = "seeded"
+
+    def __init__(self, seed: int = 3) -> None:
+        super().__init__(dim=seed)
+        self.seed = seed
+
+
+def test_an_option_may_be_called_as_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "seeded", Seeded)
+    found = lopt.evaluate("digits-lstm", "seeded", seed=5, **QUICK, **{"task.seed": 2})
+    assert (found.parameters, found.seed) == (2, 5)
 
 
 @pytest.mark.parametrize(

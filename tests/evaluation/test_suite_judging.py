@@ -17,7 +17,7 @@ from suite_cases import SHORT, make_run
 
 import lopt
 from lopt.cli.program import cli
-from lopt.evaluation.report.suite import load_suite, state_verdict
+from lopt.evaluation.report.suite import load_suite, render_suite, state_verdict
 from lopt.evaluation.statistics import average_middle, average_middle_interval
 from lopt.evaluation.suites.figures import Measured, list_worst, stand, summarize
 from lopt.evaluation.suites.judging import Entrant, judge, open_tuned
@@ -70,7 +70,11 @@ def test_rule_is_judged_on_a_suite_and_counted_on_its_card(tiny_suites: None, tm
     partly = state_verdict(replace(result, untuned=["short"]))
     assert partly.startswith("On the 1 with a tuned Adam of 2 heldout tasks, 2 seeds, mine ends at")
     assert lopt.load_card(path)["heldout_runs"] == result.heldout_runs == 1
-    assert "mine on the heldout suite" in (out / "suite.html").read_text()
+    page = (out / "suite.html").read_text()
+    assert "mine on the heldout suite" in page
+    assert "<p><b>mine</b> is a rule of kind &#39;adam&#39;: 5 learned numbers that read gradients" in page
+    assert f'<pre>optimizer = lopt.LearnedOptimizer(model.parameters(), rule="{path}")</pre>' in page
+    assert "LearnedOptimizer" not in render_suite(replace(result, source=""))  # nobody knows where it lies
     assert (out / "profile.png").stat().st_size > 1000
     # The runs are kept; another look costs none, and counts again.
     before = {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}

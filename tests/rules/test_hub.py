@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,20 @@ def test_commands_push_and_use_a_rule(
     refused = run("push", "digits-lstm", "digits")
     assert refused.status == 2
     assert "hf://OWNER/NAME" in refused.err
+
+
+def test_a_rule_that_nobody_has_trained_is_told_of(
+    hub: LocalHub, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for command in (["push", "lstm", "me/lstm"], ["export", "lstm", "plain"]):
+        with pytest.warns(UserWarning, match="'lstm' is an untrained rule: its meta-weights are those that training"):
+            assert run(*command).status == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run("export", "digits-lstm", "trained").status == 0
+        assert run("export", "adam", "designed").status == 0
 
 
 def test_settings_of_the_client_are_followed_from_its_start(hub: LocalHub, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def judge_rule(
         raise click.UsageError("a --suite has its own tasks, lengths, seeds and contenders: give --tasks or --seeds")
     path, learned, card = open_rule(rule)
     if suite is not None:
-        _judge_on_suite(path, learned, card, suite, out, as_json, num_seeds=seeds, tuned=archive, **own)
+        _judge_on_suite(rule, path, learned, card, suite, out, as_json, num_seeds=seeds, tuned=archive, **own)
     else:
         _judge_on_tasks(rule, path, learned, card, out, as_json, seeds=seeds, archive=archive or ARCHIVE, **options)
 
@@ -179,6 +179,7 @@ def _judge_on_tasks(
 
 
 def _judge_on_suite(
+    rule: str,
     path: Path,
     learned: Rule,
     card: dict[str, Any],
@@ -194,7 +195,8 @@ def _judge_on_suite(
     **options: Any,
 ) -> None:
     from lopt.cli.suites import count_workers, judge_on_suite
-    from lopt.evaluation.judging import open_rule
+    from lopt.evaluation.behaviour.facts import describe_rule
+    from lopt.evaluation.judging import name_source, open_rule
     from lopt.evaluation.suites.judging import Entrant
     from lopt.evaluation.suites.work import read_share
     from lopt.meta.runs.folder import read_command, slugify
@@ -208,6 +210,7 @@ def _judge_on_suite(
     options |= {"tasks": [name.strip() for name in tasks.split(",")] if tasks else None}
     given = {name: value for name, value in options.items() if value is not None}
     given |= {"command": read_command(), "workers": count_workers(workers)}
+    given |= {"about": describe_rule(learned, card), "source": name_source(rule, path)}
     result = judge_on_suite(path, entrants, suite, out, console, **given)
     if as_json and result is not None:
         click.echo(json.dumps(result.to_json()))

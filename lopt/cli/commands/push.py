@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from lopt.rules import Rule
 
 LICENCE = "Of the weights, such as MIT [default: what the card says]."
 
@@ -17,10 +22,9 @@ LICENCE = "Of the weights, such as MIT [default: what the card says]."
 @click.option("--force", is_flag=True, help="Overwrite what is in FOLDER.")
 def export_folder(rule: str, folder: Path, licence: str | None, force: bool) -> None:
     """Write RULE (a shipped name, a file, a run's folder or hf://OWNER/NAME) and a page about it into FOLDER."""
-    from lopt.evaluation.judging import open_rule
     from lopt.evaluation.report.model_card import export_rule
 
-    _, learned, card = open_rule(rule)
+    learned, card = _open_to_hand_on(rule)
     for path in export_rule(learned, card, folder, licence=licence, force=force):
         click.echo(path)
 
@@ -36,13 +40,24 @@ def push_rule(rule: str, repository: str, licence: str | None, private: bool, me
 
     Needs the extra `hub` and a token, from `hf auth login` or HF_TOKEN.
     """
-    from lopt.evaluation.judging import open_rule
     from lopt.evaluation.report.model_card import export_rule
     from lopt.rules.hub import SCHEME, parse_address, push_folder
 
     address = parse_address(SCHEME + repository.removeprefix(SCHEME))  # before a rule is looked for
-    _, learned, card = open_rule(rule)
+    learned, card = _open_to_hand_on(rule)
     with TemporaryDirectory() as folder:
         export_rule(learned, card, Path(folder), licence=licence, address=str(address), force=True)
         pushed = push_folder(Path(folder), address.repository, private=private, message=message)
     click.echo(f'lopt.LearnedOptimizer(model.parameters(), rule="{pushed}")')
+
+
+def _open_to_hand_on(name: str) -> tuple[Rule, dict[str, Any]]:
+    """A rule and its card; of one that nobody has trained others will want to know, so its sender is told."""
+    from lopt.evaluation.judging import name_source, open_rule
+    from lopt.rules import HandDesigned
+
+    path, rule, card = open_rule(name)
+    if not name_source(name, path) and not isinstance(rule, HandDesigned):
+        told = f"{name!r} is an untrained rule: its meta-weights are those that training begins with"
+        warnings.warn(told, stacklevel=2)
+    return rule, card

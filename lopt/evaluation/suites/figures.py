@@ -108,6 +108,7 @@ class SuiteResult:
         heldout_runs: how often the rule was judged on the held-out suite, this time included; 0 on others.
         command: that repeats it.
         environment: versions.
+        about, source: what the rule is, in a line, and the name or path that it is loaded by; "" where nobody knows.
     """
 
     suite: str
@@ -117,6 +118,8 @@ class SuiteResult:
     heldout_runs: int = 0
     command: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    about: str = ""
+    source: str = ""
     format: int = FORMAT
 
     @property

@@ -70,6 +70,8 @@ def judge(
     tuned: Path = TUNED,
     on_run: OnRun | None = None,
     command: str = "",
+    about: str = "",
+    source: str = "",
 ) -> SuiteResult | None:
     """Train the tasks of a suite with rules, and with AdamW as it comes, and hold them against tuned contenders.
 
@@ -82,6 +84,7 @@ def judge(
         tuned: archive of the contenders.
         on_run: called after every run.
         command: that repeats it.
+        about, source: what the first rule is, in a line, and the name or path that it is loaded by.
     Returns:
         The figures; None on all ranks but the first.
     Raises:
@@ -110,7 +113,10 @@ def judge(
     contenders = Contenders(suite, chosen, num_seeds, tuned)
     rows = build_rows(entrants, archive, contenders)
     untuned = [task.name for task in chosen if not contenders.find_reference(task)]
-    return SuiteResult(suite, num_seeds, rows, untuned, command=command, environment=read_environment())
+    environment = read_environment()
+    return SuiteResult(
+        suite, num_seeds, rows, untuned, command=command, environment=environment, about=about, source=source
+    )
 
 
 def build_rows(entrants: Sequence[Entrant], archive: Archive, contenders: Contenders) -> list[Row]:
