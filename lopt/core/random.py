@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,6 +75,20 @@ def draw_uniform(seeds: Tensor, count: int) -> Tensor:
     words, lanes = _to_words(seeds[..., None]), _to_words(torch.arange(1, count + 1, device=seeds.device))
     bits: Tensor = torch.as_tensor(shift_right(mix(words + GOLDEN * lanes), 11))
     return bits.double() * 2.0**-53
+
+
+def draw_truncated_normal(shape: Sequence[int], std: float, generator: torch.Generator) -> Tensor:
+    """Normal numbers of mean 0, drawn anew where they lie beyond two standard deviations.
+
+    From one generator they are the same with every torch, whose own `trunc_normal_` is not that of 2.10 any more.
+
+    Returns:
+        float32 `[*shape]`.
+    """
+    drawn = torch.empty(*shape, dtype=torch.float32).normal_(0, std, generator=generator)
+    while bool((beyond := drawn.abs() > 2 * std).any()):
+        drawn = torch.where(beyond, torch.empty_like(drawn).normal_(0, std, generator=generator), drawn)
+    return drawn
 
 
 def draw_normal(seeds: Tensor, count: int) -> Tensor:

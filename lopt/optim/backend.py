@@ -107,7 +107,7 @@ def step_replica(replica: Replica, units: list[Unit], options: StepOptions) -> N
         if kernels is not None and fused:
             # A graph cannot hold the tables of a fused step: there it is one operator, which finds them again.
             if torch.compiler.is_compiling():
-                decays = [float(unit.group["weight_decay"]) * decay(unit) for unit in fused]
+                decays = [float(unit.groups[0]["weight_decay"]) * decay(unit) for unit in fused]
                 step_in_graph(kernels, fused, decays, sanitize, tally, amp)
             else:
                 kernels.step(fused, loss, sanitize, decay, tally, amp)
@@ -129,5 +129,9 @@ def divide_groups(rule: Rule, units: Iterable[Unit]) -> list[Unit]:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     """No autocast while a rule steps: it computes in fp32 whatever the model around it does."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.10 does not trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

@@ -8,6 +8,7 @@ what rows, columns or the whole tensor share is held by every process. Whole-ten
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
@@ -175,7 +176,7 @@ def init_parts(
     shard = Shard(cast(DTensor, p))
     whole = make(torch.empty(shard.layout.shape, device="meta", dtype=torch.float32), shard.layout)
     local = to_local(p).contiguous().view(shard.shape)
-    parts = make(local, shard.layout._replace(shape=shard.shape))
+    parts = make(local, replace(shard.layout, shape=shard.shape))
     result: Accumulators = {}
     for key, meta in whole.items():
         if key in lines:  # the part may have others: which there are may depend on the sides

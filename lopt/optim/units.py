@@ -81,15 +81,10 @@ class Unit(NamedTuple):
     members: Sequence[Member]
     groups: Sequence[Mapping[str, Any]]
 
-    @property
-    def together(self) -> bool:
+    # No properties: the compiler of torch 2.10 cannot look into those of a named tuple.
+    def is_stacked(self) -> bool:
         """Whether its tensors have a dimension for the members; the compiler, which fuses, sees one in every unit."""
         return len(self.members) > 1 or torch.compiler.is_compiling()
-
-    @property
-    def group(self) -> Mapping[str, Any]:
-        """The first member's, for options in which all agree."""
-        return self.groups[0]
 
     def pick(self, indices: Sequence[int]) -> Unit:
         """A unit of some of the members, with their groups."""
@@ -216,7 +211,7 @@ def mirror_loss(loss: Tensor | None, units: Sequence[Unit]) -> Tensor | None:
     """
     if loss is None:
         return None
-    ascends = [bool(unit.group["maximize"]) for unit in units for _ in unit.members]
+    ascends = [bool(unit.groups[0]["maximize"]) for unit in units for _ in unit.members]
     if len(set(ascends)) == 1:  # the usual case, with fewer operations
         return (-loss if ascends[0] else loss).reshape(1)
     return torch.stack([-loss if ascend else loss for ascend in ascends])

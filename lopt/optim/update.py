@@ -44,7 +44,6 @@ class ParameterUpdate(NamedTuple):
     seeds: Tensor | None = None
     transform: Transform | None = None
 
-    @property
     def is_simple(self) -> bool:
         """Whether the parameter becomes `p + lr * delta - lr * decay * p`, with numbers that are known, of a gradient
         that is negated at most; an lr of 0, with which nothing moves, is not.

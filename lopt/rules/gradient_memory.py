@@ -129,7 +129,7 @@ class GradientMemory(Rule):
                 torch.full_like(scale, float(not layout.is_matrix)),
                 like.mean(-1),
                 torch.zeros_like(scale) if progress is None else progress.clamp(0, 1).expand_as(scale),
-                torch.exp(-clock.now.to(scale.dtype) / FIRST_STEPS).expand_as(scale),
+                torch.exp(-clock.count_steps().to(scale.dtype) / FIRST_STEPS).expand_as(scale),
             ],
             -1,
         )

@@ -7,13 +7,14 @@ which two are "the last", is decided in the source's order and expressed here in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)  # no named tuple: the compiler of torch 2.10 sees no properties of these
+class Layout:
     """The roles of a parameter's axes. Axes are negative, so that batch dimensions in front do not matter.
 
     Two or more dimensions are read as (out, in, spatial...): Linear, Embedding, Conv1d (3-D), Conv2d (4-D) and

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,7 @@ Means = dict[str, Tensor]
 PLACE = "place"
 """The accumulator of rules that ask where in the model a tensor is: its number among the parameters, from 0."""
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = {}  # not frozen: the compiler of torch 2.10 does not take a mapping proxy
 
 
 class State(NamedTuple):
@@ -56,8 +55,7 @@ class Clock(NamedTuple):
     cool_start: Tensor | None = None
     cool_span: Tensor | None = None
 
-    @property
-    def now(self) -> Tensor:
+    def count_steps(self) -> Tensor:
         """Updates that the run has had, int64 `[*batch]`.
 
         A schedule follows the run, though a tensor may have had fewer updates: it ends with the run.
@@ -73,18 +71,18 @@ class Clock(NamedTuple):
         if self.num_steps is None:
             return None
         if self.cool_start is None and self.cool_span is None:
-            share = self.now.to(dtype) / self.num_steps.to(dtype)
+            share = self.count_steps().to(dtype) / self.num_steps.to(dtype)
         else:
             start = 0 if self.cool_start is None else self.cool_start
             span = (self.num_steps - start if self.cool_span is None else self.cool_span).to(dtype)
-            share = (span - (self.num_steps - self.now).to(dtype)) / span
+            share = (span - (self.num_steps - self.count_steps()).to(dtype)) / span
         return torch.where(self.num_steps > 0, share, 0.0)
 
     def count_open_steps(self) -> Tensor:
         """Updates that the run has had with no end known, int64 `[*batch]`: 0 in planned runs, all in open ones."""
         if self.num_steps is None:
-            return self.now
-        return torch.where(self.num_steps > 0, 0 if self.cool_start is None else self.cool_start, self.now)
+            return self.count_steps()
+        return torch.where(self.num_steps > 0, 0 if self.cool_start is None else self.cool_start, self.count_steps())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Clock:
         """A clock with `function` of each tensor that is known, for joining parameters or picking one of them."""

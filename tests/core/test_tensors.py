@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lopt_kernels.launching.random import fold
 
-from lopt.core.random import derive_seeds, draw_indices, draw_normal, draw_uniform, fold_in, make_generator
+from lopt.core.random import (
+    derive_seeds,
+    draw_indices,
+    draw_normal,
+    draw_truncated_normal,
+    draw_uniform,
+    fold_in,
+    make_generator,
+)
 from lopt.core.tensors import ParamSpec
 
 
@@ -64,6 +73,17 @@ def test_draws_are_uniform_and_independent_between_seeds() -> None:
 def test_indices_cover_the_range_and_stay_inside() -> None:
     index = draw_indices(derive_seeds(0, "x", torch.arange(50)), 200, 7)
     assert index.unique().tolist() == list(range(7))
+
+
+def test_truncated_normal_numbers_are_drawn_anew_beyond_two_deviations() -> None:
+    drawn = draw_truncated_normal((300, 100), 0.5, make_generator(3))
+    plain = torch.randn(300, 100, generator=make_generator(3)) / 2
+    inside = plain.abs() <= 1
+    assert drawn.abs().max() <= 1
+    assert torch.equal(drawn[inside], plain[inside])
+    # Of a standard normal one that is cut at 2: sqrt(1 - 4 pdf(2) / (cdf(2) - cdf(-2))).
+    assert float(drawn.std()) == pytest.approx(0.5 * 0.8796, rel=0.01)
+    assert float(drawn[~inside].std()) == pytest.approx(0.5 * 0.8796, rel=0.05)
 
 
 def test_draws_leave_the_global_generator_alone() -> None:

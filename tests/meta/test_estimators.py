@@ -300,7 +300,7 @@ def test_imitation_pulls_towards_the_teacher() -> None:
     assert with_it < 0  # a larger rate is nearer to the teacher
 
 
-def test_live_memory_is_constant_over_outer_steps() -> None:
+def test_live_memory_does_not_grow_over_outer_steps() -> None:
     rule, family = RULES["lstm"](hidden=4), TASKS["quadratic"]()
     estimator = ESTIMATORS["truncated"](num_steps=3)
     loop = InnerLoop(rule, family, 0, constant(7))
@@ -316,7 +316,9 @@ def test_live_memory_is_constant_over_outer_steps() -> None:
         slots = estimator.estimate(loop, slots).carry
         if step in (20, 59):
             counts.append(count_tensors())
-    assert counts[0] == counts[1]
+    # What other tests have left may go in between.
+    assert counts[1][0] <= counts[0][0]
+    assert counts[1][1] <= counts[0][1]
 
 
 @pytest.mark.parametrize(

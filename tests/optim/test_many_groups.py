@@ -288,7 +288,7 @@ def test_run_is_as_far_as_the_farthest_tensor_of_the_same_plan() -> None:
     clock = read_clock(torch.from_numpy(made), [Plan(plan, 0, plan) for plan in plans.tolist()])
     assert clock.num_steps is not None
     assert clock.num_steps.tolist() == plans.tolist()
-    assert clock.now.tolist() == [int(made[plans == plan].max()) for plan in plans]
+    assert clock.count_steps().tolist() == [int(made[plans == plan].max()) for plan in plans]
 
 
 def test_memory_of_plans_is_linear_in_the_number_of_tensors() -> None:

@@ -61,7 +61,7 @@ def make_transform(
         lr_adamw: see `guard_step`.
         clipped: int64 `[]`; grows by the parameters whose steps are shortened.
     """
-    if guard is None or unit.group["rule"] == ADAMW:
+    if guard is None or unit.groups[0]["rule"] == ADAMW:
         return None
     return partial(_guard_unit, guard=guard, unit=unit, steps=steps, lr_adamw=lr_adamw, clipped=clipped)
 
@@ -93,7 +93,7 @@ def scale_decay(guard: Guard | None, unit: Unit, rule: Rule, lr_adamw: float) ->
     Returns:
         `rule.decay_scale`, or that and AdamW's learning rate in the guard's shares.
     """
-    if guard is None or unit.group["rule"] == ADAMW:
+    if guard is None or unit.groups[0]["rule"] == ADAMW:
         return rule.decay_scale
     return guard.share * rule.decay_scale + (1 - guard.share) * lr_adamw
 

@@ -270,7 +270,7 @@ def expose_in_place(
     """The memory of parameters, which is written to itself; see `Steppable.expose`."""
     state = (x for acc in accs for x in acc.values())
     if (
-        not update.is_simple
+        not update.is_simple()
         or not are_plain([*params, *grads])
         or not are_plain(state, dtypes=(torch.float32, torch.bfloat16))
     ):

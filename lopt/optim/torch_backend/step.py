@@ -130,7 +130,7 @@ def step_units(
         update = ParameterUpdate(
             lr=unit.read_number("lr"),
             decay=unit.read_number("weight_decay") * decay_scale(unit),
-            maximize=unit.group["maximize"],
+            maximize=unit.groups[0]["maximize"],
             unscale=unscale,
             sanitize=sanitize,
             limit=live.limit,
@@ -182,7 +182,7 @@ def make_steppable(rule: Rule, unit: Unit, update: ParameterUpdate) -> Steppable
     """
     accs = [member.pick_accumulators() for member in unit.members]
     guards = [member.pick_guards() for member in unit.members] if update.transform is not None else []
-    if unit.together:
+    if unit.is_stacked():
         params, grads = [member.p for member in unit.members], [member.g for member in unit.members]
         return StackedTensors(params, grads, accs, update, rule.tensor_keys, guards)
     member = unit.members[0]
@@ -231,7 +231,7 @@ def _find_places(units: Sequence[Unit]) -> Iterator[tuple[Unit, slice | int]]:
     """Every unit with where its members are among all: a slice if they have a dimension of their own, or an index."""
     start = 0
     for unit in units:
-        yield unit, slice(start, start + len(unit.members)) if unit.together else start
+        yield unit, slice(start, start + len(unit.members)) if unit.is_stacked() else start
         start += len(unit.members)
 
 
@@ -266,10 +266,10 @@ def _find_largest(unit: Unit, sanitize: bool) -> Tensor:
     count, first = len(unit.members), unit.members[0].g
     if first.numel() == 0:
         return torch.zeros(count, dtype=torch.float32, device=first.device)
-    g = torch.stack([member.g for member in unit.members]).view(count, -1) if unit.together else first
+    g = torch.stack([member.g for member in unit.members]).view(count, -1) if unit.is_stacked() else first
     if sanitize:
         g = g.nan_to_num(0.0, 0.0, 0.0)
-    largest: Tensor = torch.linalg.vector_norm(g, float("inf"), dim=1 if unit.together else None).reshape(count)
+    largest: Tensor = torch.linalg.vector_norm(g, float("inf"), dim=1 if unit.is_stacked() else None).reshape(count)
     return largest.to(torch.promote_types(largest.dtype, torch.float32))
 
 
@@ -291,6 +291,6 @@ def _make_seeds(unit: Unit, steps: Tensor) -> Tensor | None:
         return None
     # Every step and every shard needs bits of its own, reproducibly: both are folded into the parameter's seed.
     seeds = [member.state[SEED] for member in unit.members]
-    now = fold_in(torch.stack(seeds) if unit.together else seeds[0], steps)
+    now = fold_in(torch.stack(seeds) if unit.is_stacked() else seeds[0], steps)
     shard = unit.members[0].shard
     return now if shard is None else fold_in(now, sum(shard.offset))

@@ -41,14 +41,14 @@ def step_in_graph(
     """
     # Rates in tensors stay variables of the graph; the operator takes all of them so if one is.
     members = [member for unit in units for member in unit.members]
-    rates = [unit.group["lr"] for unit in units]
+    rates = [unit.groups[0]["lr"] for unit in units]
     in_tensors = any(isinstance(rate, Tensor) for rate in rates)
     # torch allows an operator lists of one plain type each, no dictionaries and no objects: hence the two lists.
     integers = [kernels.number, int(sanitize), len(units)]
     floats: list[float] = []
     for unit, rate, decay in zip(units, rates, decays, strict=True):
-        integers += [len(unit.members), int(unit.group["maximize"])]
-        (beta1, beta2), eps = unit.group["betas"], unit.group["eps"]
+        integers += [len(unit.members), int(unit.groups[0]["maximize"])]
+        (beta1, beta2), eps = unit.groups[0]["betas"], unit.groups[0]["eps"]
         floats += [0.0 if in_tensors else float(rate), decay, float(beta1), float(beta2), float(eps)]
     integers += [kernels.state_names.index(tuple(member.state)) for member in members]
     torch.ops.lopt.fused_step(

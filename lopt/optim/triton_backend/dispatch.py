@@ -57,7 +57,7 @@ class RuleKernels:
             taken: list[Member] = []
             refused: list[Member] = []
             for member in unit.members:
-                fits = unit.group["foreach"] is not False and FusedStep.takes(member)
+                fits = unit.groups[0]["foreach"] is not False and FusedStep.takes(member)
                 (taken if fits else refused).append(member)
             fused += [unit._replace(members=taken)] if taken else []
             others += [unit._replace(members=refused)] if refused else []

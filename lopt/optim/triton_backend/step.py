@@ -140,15 +140,15 @@ class FusedStep:
     def _read_rates(self, units: Sequence[Unit], decay_scale: Callable[[Unit], float], amp: Scaled | None) -> Rates:
         """Rates as they are now; those in tensors on a device stay there. AdamW's own numbers go to the program."""
         device = self.live.device
-        rates = [read_number(unit.group["lr"], device) for unit in units]
-        decays = [float(unit.group["weight_decay"]) * decay_scale(unit) for unit in units]
-        signs = [-1.0 if unit.group["maximize"] else 1.0 for unit in units]
+        rates = [read_number(unit.groups[0]["lr"], device) for unit in units]
+        decays = [float(unit.groups[0]["weight_decay"]) * decay_scale(unit) for unit in units]
+        signs = [-1.0 if unit.groups[0]["maximize"] else 1.0 for unit in units]
         counts = [len(unit.members) for unit in units]
         known_rates = [rate if isinstance(rate, float) else 0.0 for rate in rates]
         columns = [known_rates, decays, signs]
         if self.numbered:
             columns += [[1.0] * len(units), [0.0] * len(units)]  # its own rate and decay: those above are the groups'
-            adamw = [(*unit.group["betas"], unit.group["eps"]) for unit in units]
+            adamw = [(*unit.groups[0]["betas"], unit.groups[0]["eps"]) for unit in units]
             columns += [[float(x) for x in column] for column in zip(*adamw, strict=True)]
         numbers: list[float] = []
         for column in columns:

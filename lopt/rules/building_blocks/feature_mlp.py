@@ -17,7 +17,7 @@ import torch
 from lopt_kernels.differentiable import mlp as mlp_autograd
 from torch import Tensor, nn
 
-from lopt.core.random import make_generator
+from lopt.core.random import draw_truncated_normal, make_generator
 from lopt.rules.base import Rule
 from lopt.rules.building_blocks import features
 from lopt.rules.building_blocks.products import Layer, add_product, multiply, run_layers
@@ -109,9 +109,7 @@ class FeatureMLP(Rule):
         self.temporaries = widths[0] + 2 * max(widths[1:])
         generator = make_generator(seed)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
-            std = 1 / sqrt(fan_in)
-            weight = torch.empty(*bank, fan_out, fan_in, dtype=torch.float32)
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            weight = draw_truncated_normal((*bank, fan_out, fan_in), 1 / sqrt(fan_in), generator)
             self.register_parameter(f"w{i}", nn.Parameter(weight))
             self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(*bank, fan_out, dtype=torch.float32)))
 
@@ -217,7 +215,7 @@ class FeatureMLP(Rule):
         else:
             base = base.expand(*base.shape[:-ndim], *shape).flatten(-ndim)
             # Without lines the base is the bias, seen once per element.
-            hidden = run_layers(x, base, first.weight, others, owns_base=bool(first.line_weights))
+            hidden = run_layers(x, base, first.weight, others, owns_base=len(first.line_weights) > 0)
         step = hidden[..., 0, :]
         # Where exp_mult is 0 the network may lack the second output.
         if self.exp_mult:

@@ -71,7 +71,7 @@ class TensorStep:
             tensors: without means.
         """
         clock = tensors.clock
-        known = (clock.step, clock.now, plan_steps(clock, torch.float32), find_schedule(clock, torch.float32))
+        known = (clock.step, clock.count_steps(), plan_steps(clock, torch.float32), find_schedule(clock, torch.float32))
         present = clock.step.shape
         step, now, planned, schedule = (self._lift(x if x.shape == present else x.expand(present)) for x in known)
         self.run = HostRun(step, now, planned, schedule)

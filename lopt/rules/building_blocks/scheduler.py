@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from lopt.core.random import make_generator
+from lopt.core.random import draw_truncated_normal, make_generator
 from lopt.rules.building_blocks import features
 from lopt.rules.stages import Accumulators, Clock
 
@@ -45,10 +45,7 @@ class Scheduler(nn.Module):
         inputs = NUM_FEATURES + num_extra
         sizes = {"mix": (width, inputs), "skip": (width, inputs), "lstm": (4 * width, 2 * width)}
         for name, (rows, cols) in (sizes | {name: (rows, width) for name, rows in heads.items()}).items():
-            std = 1 / sqrt(cols)
-            weight = nn.init.trunc_normal_(
-                torch.empty(rows, cols, dtype=torch.float32), std=std, a=-2 * std, b=2 * std, generator=generator
-            )
+            weight = draw_truncated_normal((rows, cols), 1 / sqrt(cols), generator)
             self.register_parameter(f"w_{name}", nn.Parameter(weight))
             self.register_parameter(f"b_{name}", nn.Parameter(torch.zeros(rows, dtype=torch.float32)))
         self.h0 = nn.Parameter(torch.zeros(width, dtype=torch.float32))

@@ -109,7 +109,7 @@ class StepController(nn.Module):
     def _describe(self, agreement: Tensor, signal: Tensor, seen: Seen, planned: Tensor) -> Tensor:
         """The features of every tensor, `[*batch, n, F]`, all of order 1."""
         like = seen.scale
-        progress = (seen.clock.now.to(like.dtype) / planned).clamp(max=1)
+        progress = (seen.clock.count_steps().to(like.dtype) / planned).clamp(max=1)
         growth = ((seen.rms + TINY) / (seen.scale + TINY)).log()
         parts = [
             torch.ones_like(like),
@@ -188,7 +188,7 @@ def describe_shapes(layouts: Sequence[Layout], counts: Sequence[int], like: Tens
 
 def plan_steps(clock: Clock, dtype: torch.dtype) -> Tensor:
     """The run's number of steps, `[*batch, 1 or n]`; where no end is known, what makes it half over, at least 300."""
-    guess = (2 * clock.now.to(dtype)).clamp(min=OPEN_STEPS)
+    guess = (2 * clock.count_steps().to(dtype)).clamp(min=OPEN_STEPS)
     return guess if clock.num_steps is None else torch.where(clock.num_steps > 0, clock.num_steps.to(dtype), guess)
 
 
