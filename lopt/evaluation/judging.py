@@ -73,8 +73,7 @@ def evaluate(
         label: what tables call the rule; by default what its card says.
         archive: folder of tuned baselines, made if missing; None keeps none.
         progress: tell what is being done on the standard error; needs the extra `train`.
-        options: of the task, on top of its defaults or of the trained ones: `width=40`. One that is called as an
-            argument above is given with the task before it: `**{"task.seed": 1}`.
+        options: of the task, on top of its own: `width=40`; one called as an argument here: `**{"task.seed": 1}`.
     Returns:
         All figures: print it, look at it in a notebook, or ask for its `table`, `plot` or `to_pandas`.
     Raises:
