@@ -137,7 +137,7 @@ def run_rule(count: int, own_weights: bool, which: slice = slice(None)) -> tuple
         return {str(i): x.view(-1, *shape) for i, (x, shape) in enumerate(zip(pieces, shapes, strict=True))}
 
     weights = {
-        name: (w.detach() + 0.3 * torch.randn(count, *w.shape, generator=generator))[which]
+        name: (w.detach() + 0.2 * torch.randn(count, *w.shape, generator=generator))[which]
         for name, w in rule.named_parameters()
     }
     scales = 10 ** torch.empty(count, 1).uniform_(-2, 1, generator=generator)

@@ -99,11 +99,12 @@ def test_an_open_run_counts_as_half_over() -> None:
         assert factors[0] == factors[1] == factors[2] != 1
 
 
-def test_the_factor_is_that_of_the_formula() -> None:
+@pytest.mark.parametrize("size", [0.3, 3.0, 300.0], ids=["within", "step beyond", "gain beyond"])
+def test_the_factor_is_that_of_the_formula(size: float) -> None:
     controller = StepController().double()
     with torch.no_grad():
-        controller.direct.copy_(0.3 * draw(1, *controller.direct.shape))
-        controller.readout.copy_(0.3 * draw(2, *controller.readout.shape))
+        controller.direct.copy_(size * draw(1, *controller.direct.shape))
+        controller.readout.copy_(size * draw(2, *controller.readout.shape))
     layouts, n = [find_layout(shape) for shape in SHAPES], len(SHAPES)
     rows = {
         "gain": 0.1 * draw(3, n, 1),
@@ -121,10 +122,11 @@ def test_the_factor_is_that_of_the_formula() -> None:
     x = describe_by_hand(state, {"rms": rms.numpy(), "scale": scale.numpy()})
     a, b, c = (w.detach().numpy() for w in (controller.direct, controller.hidden, controller.readout))
     step, rate = (x @ a.T + np.tanh(x @ b.T) @ c.T).T * np.array([[1.0], [0.5]])
-    gain = np.clip(state["gain"][:, 0] + 0.5 * rate / (10 + 0.1 * T), -3, 3)
+    gain = np.clip(state["gain"][:, 0] + 0.5 * rate / (10 + 0.1 * T), -5, 5)
+    assert (step.max() > 3, abs(gain).max() == 5) == (size > 1, size > 10)
     np.testing.assert_allclose(new["gain"][:, 0].numpy(), gain, rtol=1e-6)
     np.testing.assert_allclose(new["agreement"].numpy(), state["agreement"], rtol=1e-9)
-    np.testing.assert_allclose(factor.numpy(), np.exp(np.clip(step + gain, -4, 3)), rtol=1e-6)
+    np.testing.assert_allclose(factor.numpy(), np.exp(np.clip(np.minimum(step, 3) + gain, -4, 5)), rtol=1e-6)
 
 
 def test_untrained_it_changes_nothing() -> None:
