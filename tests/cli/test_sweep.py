@@ -339,6 +339,33 @@ def test_a_process_that_dies_fails_its_trial_alone(tmp_path: Path) -> None:
     assert work(sweep) == ["trial-001", "trial-002"]
 
 
+def test_a_process_that_dies_between_its_trials_or_after_its_trial_was_taken_over_is_one_that_worked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(tmp_path)
+
+    def claim_as(pid: int) -> Claim:
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        claim = SweepStudy(tmp_path).claim()
+        assert claim is not None
+        return claim
+
+    ended = claim_as(1)
+    sweep.study.study.tell(ended.trial.number, 1.0)
+    ended.held.close()
+    assert sweep.study.fail_worker(1, "killed")
+    left = claim_as(2)
+    left.held.close()  # as if its process were gone, which nobody has noticed yet
+    taken = claim_as(3)
+    assert taken.name == left.name != ended.name
+    assert sweep.study.fail_worker(2, "killed")
+    assert {name: report.status for name, report in list_trials(tmp_path).items()} == {
+        ended.name: "done", taken.name: "running",
+    }  # fmt: skip
+    assert not sweep.study.fail_worker(4, "killed")
+    taken.held.close()
+
+
 def test_folders_of_runs_are_locked_while_their_trials_run(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     claim = sweep.study.claim()

@@ -26,6 +26,8 @@ from lopt.core.random import derive_seeds
 from lopt.meta.runs.lock import hold_folder
 
 JOURNAL, STUDY, PLAN = "journal.log", "sweep", "plan"
+WORKERS = "workers"
+"""The attribute of a trial that names the processes which had it, in their order."""
 STATUS = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "asha", "hyperband")
@@ -124,7 +126,7 @@ class SweepStudy:
         return held
 
     def _take(self, trial: optuna.Trial, held: ExitStack) -> Claim:
-        trial.set_user_attr("worker", name_worker(os.getpid()))
+        trial.set_user_attr(WORKERS, [*trial.user_attrs.get(WORKERS, ()), name_worker(os.getpid())])
         return Claim(trial, name_run(trial), held)
 
     def _complete(self, found: FrozenTrial) -> optuna.Trial:
@@ -154,12 +156,22 @@ class SweepStudy:
         self.study.tell(trial.number, state=TrialState.FAIL)
 
     def fail_worker(self, pid: int, error: str) -> bool:
-        """Record that a process of this machine has died; returns whether it had a trial, which fails."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        lost = [trial for trial in running if trial.user_attrs.get("worker") == name_worker(pid)]
-        for trial in lost:
-            self.fail(trial, error)
-        return bool(lost)
+        """Record that a process of this machine has died: its trial fails, unless another one has gone on with it.
+
+        Returns:
+            Whether it ever had a trial.
+        """
+        # Nobody claims a trial at the same time, who would run one that has failed.
+        with hold_folder(self.folder, patient=True):
+            had = [
+                (trial, workers)
+                for trial in self.study.get_trials(deepcopy=False)
+                if name_worker(pid) in (workers := trial.user_attrs.get(WORKERS, ()))
+            ]
+            for trial, workers in had:
+                if trial.state == TrialState.RUNNING and workers[-1] == name_worker(pid):
+                    self.fail(trial, error)
+        return bool(had)
 
     def retry_failed(self) -> None:
         """Have the trials that failed tried again, in the same folders: they may have lacked memory or disk."""
