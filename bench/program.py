@@ -21,6 +21,7 @@ from bench.quality.streams import streams
 from bench.quality.suite import suite
 from bench.quality.widths import widths
 from bench.speed.meta import meta
+from bench.speed.outer import outer
 from bench.speed.overhead import overhead
 from bench.speed.scaling import scaling
 from bench.speed.soak import soak
@@ -44,6 +45,7 @@ COMMANDS = (
     levels,
     meta,
     molecules,
+    outer,
     overhead,
     recommend,
     robustness,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from lopt_kernels.launching.random import GOLDEN, Words, fold, mix, shift_right
 from torch import Tensor
@@ -20,9 +19,14 @@ from torch import Tensor
 from lopt.core.tensors import is_traced
 
 
+def _is_on_host(tensors: Iterable[Tensor]) -> bool:
+    """Whether arithmetic is outside of graphs and may be numpy's."""
+    return all(x.is_cpu for x in tensors) and not is_traced()
+
+
 def _to_words(x: Tensor) -> Words:
-    """For arithmetic outside of graphs; an array has a dimension at least, as numpy's numbers do not wrap silently."""
-    return np.atleast_1d(x.numpy()) if x.device.type == "cpu" and not is_traced() else x
+    """An array of a dimension at least, as numpy's numbers do not wrap silently."""
+    return x.numpy() if x.ndim else x.numpy().reshape(1)
 
 
 def derive_seeds(seed: int, stream: str, *counters: Tensor | int) -> Tensor:
@@ -55,12 +59,14 @@ def fold_in(seeds: Tensor, *counters: Tensor | int) -> Tensor:
         int64 of the common shape.
     """
     tensors = [seeds, *(torch.as_tensor(counter, dtype=torch.int64) for counter in counters)]
-    on_host = all(x.device.type == "cpu" for x in tensors) and not is_traced()
+    on_host = _is_on_host(tensors)
     key, *words = map(_to_words, tensors) if on_host else tensors
     for word in words:
         key = fold(key, word)
-    shape = np.broadcast_shapes(*(tuple(x.shape) for x in tensors))
-    return (torch.from_numpy(key) if on_host else key).reshape(shape)
+    if not on_host:
+        return key
+    folded = torch.from_numpy(key)
+    return folded if any(x.ndim for x in tensors) else folded.reshape(())
 
 
 def draw_uniform(seeds: Tensor, count: int) -> Tensor:
@@ -72,7 +78,8 @@ def draw_uniform(seeds: Tensor, count: int) -> Tensor:
     Returns:
         float64 in [0, 1) with 53 random bits, `[..., count]`.
     """
-    words, lanes = _to_words(seeds[..., None]), _to_words(torch.arange(1, count + 1, device=seeds.device))
+    numbers = seeds[..., None], torch.arange(1, count + 1, device=seeds.device)
+    words, lanes = map(_to_words, numbers) if _is_on_host(numbers) else numbers
     bits: Tensor = torch.as_tensor(shift_right(mix(words + GOLDEN * lanes), 11))
     return bits.double() * 2.0**-53
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -42,7 +43,12 @@ class ParamSpec:
     @property
     def size(self) -> int:
         """P, the number of parameters of one task: the length of its flat vector."""
-        return sum(prod(shape) for shape in self.shapes)
+        return sum(self.sizes)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of each tensor, in the order of the names."""
+        return [prod(shape) for shape in self.shapes]
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """One flat tensor of named ones, such as gradients.
@@ -53,9 +59,9 @@ class ParamSpec:
             `[..., P]`, a copy.
         """
         pieces = []
-        for name, shape in zip(self.names, self.shapes, strict=True):
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
             lead = params[name].shape[: params[name].ndim - len(shape)]
-            pieces.append(params[name].reshape(*lead, prod(shape)))
+            pieces.append(params[name].reshape(*lead, size))
         return torch.cat(pieces, dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
@@ -66,7 +72,7 @@ class ParamSpec:
         Returns:
             Views `[..., *shape]` by name.
         """
-        pieces = torch.split(flat, [prod(shape) for shape in self.shapes], dim=-1)
+        pieces = torch.split(flat, self.sizes, dim=-1)
         return {
             name: piece.view((*piece.shape[:-1], *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)

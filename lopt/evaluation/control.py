@@ -34,7 +34,7 @@ def follow_returns(
         rule,
         family,
         int(derive_seeds(seed, "evaluation")),
-        horizon=lambda draws: torch.full_like(draws, steps),
+        horizon=steps,
         pool=pool,
     )
     slots = loop.start(torch.arange(bodies))

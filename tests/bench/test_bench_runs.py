@@ -26,6 +26,19 @@ def test_soak_looks_at_speed_and_memory_as_often_as_asked(tmp_path: Path) -> Non
     assert "outer step     20" in result.output
 
 
+def test_outer_steps_of_a_preset_are_timed_with_its_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "outer.json"
+    overrides = ["--set", "task.width=3", "--set", "trainer.tasks=2"]
+    options = ["--steps", "1", "--repeats", "3", "--json", str(file)]
+    result = CliRunner().invoke(cli, ["outer", "sinusoid-maml", *overrides, *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(file.read_text())
+    low, median, high = (found["results"][f"per_cpu_second{end}"] for end in ("_low", "", "_high"))
+    assert 0 < low <= median <= high
+    assert found["setting"]["overrides"] == ["task.width=3", "trainer.tasks=2"]
+    assert f"sinusoid-maml: {median:.0f} outer steps per CPU-second" in result.output
+
+
 def test_growth_is_that_of_the_last_quarter_over_the_second() -> None:
     rows = [
         {"per_cpu_second": 100.0, "resident_mb": mb} for mb in (10.0, 90.0, 200.0, 200.0, 300.0, 300.0, 400.0, 600.0)

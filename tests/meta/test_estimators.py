@@ -12,6 +12,7 @@ from torch.func import functional_call, vmap
 
 from lopt.core.tensors import Params
 from lopt.meta.estimators import ESTIMATORS, Estimate
+from lopt.meta.estimators.bookkeeping import are_finite
 from lopt.meta.trainer.memory_plan import PeakMemory
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.rules import RULES, Rule
@@ -177,6 +178,14 @@ def test_a_task_that_is_not_finite_is_dropped_counted_and_restarted(
     loop = InnerLoop(rule, TASKS["quadratic"](), 0, constant(5))
     alone = estimator.estimate(loop, loop.start(torch.tensor(good)))
     torch.testing.assert_close(flatten(estimate.gradient), flatten(alone.gradient), rtol=1e-4, atol=1e-9)
+
+
+def test_numbers_whose_sum_is_infinite_are_finite() -> None:
+    huge = torch.full((2, 3), 3e38)
+    assert huge.sum().isinf()
+    assert are_finite([huge, torch.zeros(2)])
+    assert not are_finite([torch.zeros(2), torch.tensor([1.0, torch.nan])])
+    assert not are_finite([torch.tensor([torch.inf]), torch.tensor([-torch.inf])])
 
 
 def test_a_rule_that_diverges_everywhere_gives_a_zero_gradient() -> None:

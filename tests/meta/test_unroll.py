@@ -55,6 +55,14 @@ def test_unroll_leaves_its_slots_as_they_were() -> None:
     assert not any(x.requires_grad for x in flatten_tree(slots))
 
 
+def test_a_horizon_may_be_one_number_for_all_tasks() -> None:
+    rule, family = RULES["sgd"](lr=0.01), TASKS["quadratic"]()
+    number, drawn = (InnerLoop(rule, family, 0, horizon) for horizon in (3, constant(3)))
+    one, other = number.unroll(number.start(torch.arange(2)), 4), drawn.unroll(drawn.start(torch.arange(2)), 4)
+    assert one.finished.tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
+    assert all(torch.equal(a, b) for a, b in zip(flatten_tree(one), flatten_tree(other), strict=True))
+
+
 def test_a_finished_slot_restarts_alone_with_a_new_task() -> None:
     horizons = torch.tensor([2, 7])
     loop = InnerLoop(RULES["sgd"](lr=0.01), TASKS["quadratic"](), 0, lambda seeds: horizons[: len(seeds)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ which a compiler sees nothing."""
 
 
 def shift_right(x: Words, bits: int) -> Words:
-    """Logical (zero-filling) right shift, which neither torch nor numpy has for signed integers.
+    """Logical (zero-filling) right shift, which torch does not have, and numpy has for unsigned integers.
 
     The generator is defined on unsigned words.
 
@@ -33,6 +34,8 @@ def shift_right(x: Words, bits: int) -> Words:
         x: int64 of any shape.
         bits: from 1 to 63.
     """
+    if isinstance(x, np.ndarray):
+        return (x.view(np.uint64) >> np.uint64(bits)).view(np.int64)
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -71,7 +71,7 @@ def measure_moves(rule: LearnedInit, family: TaskFamily, steps: int, tasks: int 
     Returns:
         By name; not finite where tasks diverge.
     """
-    loop = InnerLoop(rule, family, 0, horizon=lambda seeds: torch.full_like(seeds, steps), pool="test")
+    loop = InnerLoop(rule, family, 0, horizon=steps, pool="test")
     with torch.no_grad():
         window = loop.unroll(loop.start(torch.arange(tasks)), steps, restart=False)
         ends, starts = family.spec.unflatten(window.slots.params), rule.initial_params

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lopt.core.names import choose
 from lopt.meta.estimators.base import Estimate, Estimator
-from lopt.meta.estimators.bookkeeping import Tally, find_finite
+from lopt.meta.estimators.bookkeeping import Tally, are_finite, find_finite
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.rule_calls import compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
@@ -96,14 +96,14 @@ class Backprop(Estimator):
         totals = [torch.zeros_like(w) for w in weights.values()]
         for begin in range(0, count, size):
             chunk = torch.arange(begin, min(begin + size, count), device=device)
-            for tasks, window, gradients in self._window(loop, slots, chunk, num_steps, restart):
-                if window is None:
+            for tasks, window, objective, gradients in self._window(loop, slots, chunk, num_steps, restart):
+                if window is None or objective is None:
                     healthy[tasks] = False
                     # Steps made in vain have been paid for, too.
                     tally.inner_steps += num_steps * len(tasks)
                     continue
                 totals = [a + g for a, g in zip(totals, gradients, strict=True)]
-                tally.add(window, self.weigh(window, loop.family), healthy[tasks])
+                tally.add(window, objective, healthy[tasks])
                 carried.append(window.slots)
         # The dropped tasks' slots go on with new ones, in the order of their numbers like all others.
         if not healthy.all():
@@ -121,35 +121,40 @@ class Backprop(Estimator):
 
     def _window(
         self, loop: InnerLoop, slots: Slots, tasks: Tensor, num_steps: int, restart: bool
-    ) -> list[tuple[Tensor, Window | None, list[Tensor]]]:
-        """Summed gradients of the given tasks (indices into `slots`), and apart from them those to be dropped."""
+    ) -> list[tuple[Tensor, Window | None, Tensor | None, list[Tensor]]]:
+        """Objectives and summed gradients of the given tasks (indices into `slots`), and apart from them those to be
+        dropped.
+        """
         chosen = slots if len(tasks) == len(slots.ids) else select_slots(slots, tasks)
         window = loop.unroll(chosen, num_steps, restart=restart)
         finite = find_finite(window)
         if finite.all():
-            gradients = self._differentiate(loop, window)
-            if all(bool(g.isfinite().all()) for g in gradients):
-                return [(tasks, window, gradients)]
+            objective, gradients = self._differentiate(loop, window)
+            if are_finite(gradients):
+                return [(tasks, window, objective, gradients)]
             if len(tasks) == 1:
-                return [(tasks, None, [])]
+                return [(tasks, None, None, [])]
             # Finite values with a non-finite derivative: bisect to the task that it comes from.
             halves = tasks.tensor_split(2)
         else:
             # One infinite loss makes the whole sum's gradient infinite: once more, without those tasks.
             halves = (tasks[finite],)
             if not finite.any():
-                return [(tasks, None, [])]
+                return [(tasks, None, None, [])]
         results = [result for half in halves for result in self._window(loop, slots, half, num_steps, restart)]
-        return results + ([] if finite.all() else [(tasks[~finite], None, [])])
+        return results + ([] if finite.all() else [(tasks[~finite], None, None, [])])
 
-    def _differentiate(self, loop: InnerLoop, window: Window) -> list[Tensor]:
-        """Gradient of the tasks' summed objectives in the meta-weights."""
-        objective = self.weigh(window, loop.family).sum()
+    def _differentiate(self, loop: InnerLoop, window: Window) -> tuple[Tensor, list[Tensor]]:
+        """The tasks' objectives, `[K, T]`, and the gradient of their sum in the meta-weights."""
+        objective = self.weigh(window, loop.family)
         # One backward pass for all: tasks are independent, so the sum's gradient is the sum of theirs.
-        total = objective + self.imitation * loop.guidance * window.imitation.mean(0).sum()
+        total = objective.sum()
+        if self.teacher is not None:
+            total = total + self.imitation * loop.guidance * window.imitation.mean(0).sum()
         weights = list(loop.rule.meta_weights().values())
         if not total.requires_grad:  # as where all tasks follow the teacher
-            return [torch.zeros_like(w) for w in weights]
+            return objective.detach(), [torch.zeros_like(w) for w in weights]
         # Not `backward`: `.grad` is the outer optimizer's. A window need not use all meta-weights.
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        return objective.detach(), filled

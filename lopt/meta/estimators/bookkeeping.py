@@ -7,6 +7,7 @@ estimate of the others: it is left out of all means, counted as skipped, and its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,11 @@ class Tally:
         """
         losses, imitation = window.losses.detach(), window.imitation.detach()
         members = losses.shape[1] // len(healthy)
-        for name, values in (
-            ("loss", losses),
-            ("meta_loss", losses / window.first_loss.abs()),
-            ("imitation_loss", imitation),
-        ):
-            total = float(average_members(average_steps(window, values), healthy).sum())
-            setattr(self, name, getattr(self, name) + total)
+        values = torch.stack([losses, losses / window.first_loss.abs(), imitation])
+        loss, meta_loss, imitated = average_members(average_steps(window, values), healthy).sum(-1).tolist()
+        self.loss += loss
+        self.meta_loss += meta_loss
+        self.imitation_loss += imitated
         self.alive += int(healthy.sum())
         self.objective += float(objective.detach().sum())
         # The members of a pair end one task together, but each one's steps have a cost.
@@ -76,23 +75,23 @@ class Tally:
 
 
 def average_steps(window: Window, values: Tensor) -> Tensor:
-    """Each slot's mean over the steps that it made, `[K, T]` -> `[T]`; slots that rest have made fewer than K.
+    """Each slot's mean over the steps that it made, `[..., K, T]` -> `[..., T]`; resting slots have made fewer than K.
 
     Args:
         window: says which steps those are.
         values: of every step; those of steps that were not made do not count.
     """
-    return (values * window.active).sum(0) / window.active.sum(0)
+    return (values * window.active).sum(-2) / window.active.sum(0)
 
 
 def average_members(values: Tensor, healthy: Tensor) -> Tensor:
-    """The mean over each healthy task's members, as one number for a task: `[n * members]` -> `[healthy tasks]`.
+    """The mean over each healthy task's members, one number for a task: `[..., n * members]` -> `[..., healthy tasks]`.
 
     Args:
         values: of all members, those of a task next to each other.
         healthy: bool `[n]`.
     """
-    return values.view(len(healthy), -1)[healthy].mean(1)
+    return values.view(*values.shape[:-1], len(healthy), -1)[..., healthy, :].mean(-1)
 
 
 def find_finite(window: Window) -> Tensor:
@@ -100,8 +99,15 @@ def find_finite(window: Window) -> Tensor:
 
     The meta-gradient is not looked at: where it is differentiated, it may be infinite for finite losses.
     """
-    values = [window.losses.T, window.slots.params, window.slots.grad, window.imitation.T]
+    values = [window.losses.detach().T, window.slots.params, window.slots.grad, window.imitation.detach().T]
+    if are_finite(values):  # as nearly always
+        return torch.ones_like(window.active[0])
     return torch.stack([v.isfinite().all(-1) for v in values]).all(0)
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers of all tensors are finite, which one sum of all of them says in few operations."""
+    return math.isfinite(float(sum(x.sum() for x in tensors))) or all(bool(x.isfinite().all()) for x in tensors)
 
 
 def renew_sick(loop: InnerLoop, before: Slots, after: Slots, sick: Tensor) -> Slots:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lopt.meta.estimators.backprop import Backprop
@@ -34,9 +33,7 @@ class Full(Backprop):
 
         A rule that looks at progress sees that length as the horizon.
         """
-        return replace(
-            super().configure(loop), carries=False, horizon=lambda seeds: torch.full_like(seeds, self.num_steps)
-        )
+        return replace(super().configure(loop), carries=False, horizon=self.num_steps)
 
     def start(self, loop: InnerLoop, ids: Tensor) -> Slots:
         return self.configure(loop).start(ids)

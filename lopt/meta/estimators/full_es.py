@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lopt.meta.estimators.base import Estimate
@@ -49,7 +48,7 @@ class FullES(Evolution):
         loop = super().configure(loop)
         if not self.num_steps:
             return loop
-        return replace(loop, horizon=lambda seeds: torch.full_like(seeds, self.num_steps))
+        return replace(loop, horizon=self.num_steps)
 
     def perturb(self, loop: InnerLoop, start: Slots, episode: Tensor) -> Tensor:
         return draw_perturbation(loop, start.ids, episode)

@@ -30,7 +30,8 @@ def copy_weights(rule: Rule, *, learned: bool = False) -> dict[str, Tensor]:
 
 def measure_norm(weights: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of all weights together; 0 of none."""
-    return float(torch.nn.utils.get_total_norm([weight.detach() for weight in weights.values()]))
+    norms = [torch.linalg.vector_norm(weight.detach()) for weight in weights.values()]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def copy_rule(rule: Rule, weights: Mapping[str, Tensor]) -> Rule:

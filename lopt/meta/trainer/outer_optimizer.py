@@ -45,6 +45,7 @@ class OuterOptimizer:
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
+            foreach=True,  # the same numbers in fewer calls
         )
 
     def learning_rate(self, step: int) -> float:
@@ -70,7 +71,7 @@ class OuterOptimizer:
             its `update`.
         """
         weights = self.rule.meta_weights()
-        before = copy_weights(self.rule, learned=True)
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
         # AdamW takes gradients where autograd would have left them.
         pieces = torch.split(gradient, [weight.numel() for weight in weights.values()])
         for weight, piece in zip(weights.values(), pieces, strict=True):

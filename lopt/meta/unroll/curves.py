@@ -104,7 +104,7 @@ def run_curves(
             family,
             # In the seed, so that all that the loop draws differs from stream to stream.
             int(derive_seeds(seed, stream)),
-            horizon=lambda draws: torch.full_like(draws, num_steps),
+            horizon=num_steps,
             meta_weights=weights,
             meta_split=family.judged,
             pool=pool,

@@ -18,8 +18,8 @@ from lopt.core.tensors import is_traced
 from lopt.meta.unroll.slots import Slots
 from lopt.tasks import Batch, Task, TaskFamily
 
-Horizon = Callable[[Tensor], Tensor]
-"""Draws the horizons `[T]` int64 of new tasks from seeds `[T]`."""
+Horizon = Callable[[Tensor], Tensor] | int
+"""Draws the horizons `[T]` int64 of new tasks from seeds `[T]`, or is that of all."""
 
 Batches = dict[str, Batch]
 """The batches of one step, by split."""
@@ -35,7 +35,7 @@ class Draws:
     Attributes:
         family: that tasks, parameters and batches are of.
         seed: of all draws.
-        horizon: draws the number of steps of new tasks; None takes the family's own.
+        horizon: draws the number of steps of new tasks, or is that of all; None takes the family's own.
         members: every task has this many slots, next to each other: what they share is drawn once.
         pool: that tasks are of, one of `POOLS`.
     """
@@ -86,8 +86,8 @@ class Draws:
         Args:
             ids, episode: of the slots, int64 `[T]`.
         """
-        if self.horizon is None:
-            return torch.full_like(ids, self.family.horizon)
+        if self.horizon is None or isinstance(self.horizon, int):
+            return torch.full_like(ids, self.family.horizon if self.horizon is None else self.horizon)
         # What is shared is drawn for slot 0.
         owners = torch.zeros_like(ids) if getattr(self.horizon, "shared", False) else ids
         return self.horizon(derive_seeds(self.seed, "horizon", owners, episode))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, mem_efficient_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lopt.core.tensors import Params
@@ -33,6 +34,9 @@ from lopt.tasks import Batch, TaskFamily
 PRECISIONS = ("fp32", "bf16")
 """Of the base learners' losses and gradients."""
 
+OTHER_KERNELS: tuple[Callable[[], bool], ...] = (flash_sdp_enabled, mem_efficient_sdp_enabled, cudnn_sdp_enabled)
+"""Whether torch may use them for attention, beside the plain one."""
+
 Stride = Callable[["InnerLoop", "Slots", Params, int], "tuple[Slots, Tensor]"]
 """Makes n steps of all slots, which have meta-weights of their own: the slots after them, and losses `[n, T]`."""
 
@@ -45,7 +49,7 @@ class InnerLoop:
         rule: the update policy.
         family: where tasks come from.
         seed: names all random draws.
-        horizon: draws the number of steps of new tasks (the family's own by default).
+        horizon: draws the number of steps of new tasks, or is that of all (the family's own by default).
         order: 1 feeds the rule constant gradients and losses (Andrychowicz et al. 2016), 2 differentiates through them.
         checkpoint: what is computed again in backward, not stored: the rule's "update", the whole "step", or nothing.
         teacher: a rule to imitate (Chen et al. 2020, arXiv 2010.09089), or None.
@@ -313,6 +317,11 @@ class InnerLoop:
             slots: which are left as they were.
             restart: False lets tasks run past their horizon instead.
         """
+        # Once for all steps of second order; `losses` then finds it open.
+        with _open_context(self, slots.params.device) if self.order == 2 else nullcontext():
+            return self._unroll(slots, num_steps, restart)
+
+    def _unroll(self, slots: Slots, num_steps: int, restart: bool) -> Window:
         strides, remaining = [], num_steps
         weights = self.find_weights(slots)
         slots = begin_tasks(self, slots, weights)
@@ -348,5 +357,7 @@ def _open_context(loop: InnerLoop, device: torch.device) -> AbstractContextManag
     if loop.precision == "bf16":
         # Not cached: parameters are others in every step, and graphs that are captured must not share their casts.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    # Of torch's kernels for attention only the plain one has second derivatives.
-    return sdpa_kernel(SDPBackend.MATH) if loop.order == 2 else nullcontext()
+    # Of torch's kernels for attention only the plain one has second derivatives; to choose it takes long.
+    if loop.order == 1 or not any(ask() for ask in OTHER_KERNELS):
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)

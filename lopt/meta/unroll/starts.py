@@ -50,12 +50,13 @@ def begin_tasks(loop: InnerLoop, slots: Slots, weights: Params | None) -> Slots:
         slots: of which some may be at step 0.
         weights: the slots' own meta-weights, `[T, ...]` by name, or None for the rule's.
     """
-    if loop.rule.initial_params is None:
+    initial = loop.rule.initial_params
+    if initial is None:
         return slots
     new = slots.step == 0
     if not bool(new.any()):
         return slots
-    params, spec = _find_params(loop, len(slots.ids), weights), loop.family.spec
+    params, spec = _find_params(loop, initial, len(slots.ids), weights), loop.family.spec
     begun = slots._replace(
         params=params,
         state=loop.rule.init_state(view_params(loop.rule, spec, params), 1),
@@ -72,10 +73,8 @@ def begin_tasks(loop: InnerLoop, slots: Slots, weights: Params | None) -> Slots:
     return chosen
 
 
-def _find_params(loop: InnerLoop, count: int, weights: Params | None) -> Tensor:
+def _find_params(loop: InnerLoop, initial: Params, count: int, weights: Params | None) -> Tensor:
     """The initial parameters of all slots, flat `[T, P]`, differentiable."""
-    initial = loop.rule.initial_params
-    assert initial is not None
     own = {name: (weights or {}).get(f"{INIT}.{name}") for name in loop.family.spec.names}
     if all(value is None for value in own.values()):
         return loop.family.spec.flatten(initial).expand(count, -1)
