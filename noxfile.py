@@ -13,7 +13,10 @@ from pathlib import Path
 import nox
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-TORCHES = {"oldest": "torch==2.10.*", "newest": "torch>=2.10"}
+TORCHES = {
+    "oldest": ("torch==2.10.*", "numpy<2.4"),  # in later ones the interpreter of its triton, 3.6, fails
+    "newest": ("torch>=2.10",),
+}
 PORTABLE = (
     *("tests/test_platforms.py", "tests/test_layers.py", "tests/test_examples_in_docstrings.py", "tests/core"),
     *("tests/rules/test_rules.py", "tests/rules/test_rule_files.py", "tests/rules/test_golden.py"),
@@ -34,7 +37,7 @@ nox.options.sessions = ["lint", "package", "tests"]
 @nox.parametrize("torch", list(TORCHES))
 def tests(session: nox.Session, torch: str) -> None:
     """The portable tests with one Python and one torch."""
-    install(session, TORCHES[torch], "--editable", ".[dev]")
+    install(session, *TORCHES[torch], "--editable", ".[dev]")
     session.run("python", "-c", USE)
     session.run("pytest", "-p", "no:cacheprovider", *(session.posargs or PORTABLE), env={"OMP_NUM_THREADS": "1"})
 
