@@ -32,7 +32,7 @@ struct Run {  // [B, columns], which are 1 or n
 
 struct Constants {
     float tiny, smallest_scale, scale_of_zero, least_active;
-    float lowest, highest, most_at_once, gain_range, rate, share, average, smallest_share;
+    float lowest, highest, gain_range, rate, share, average, smallest_share;
     float matrices, every, eager;
     float output_scales[OUTPUTS];
 };
@@ -111,8 +111,8 @@ void lopt_decide(int64_t n, int64_t batch, const Rule* rule, const Rows* old, co
             run_network(x, *rule, b, out);
             const float gain = old->gain[k] + c.rate * (out[1] * c.output_scales[1]) / (10 + c.share * planned);
             fresh->gain[k] = clamp(gain, -c.gain_range, c.gain_range);
-            const float step = least(out[0] * c.output_scales[0], c.most_at_once);
-            size[k] *= expf(clamp(step + fresh->gain[k], c.lowest, c.highest));
+            const float highest = c.highest + most(fresh->gain[k], 0);
+            size[k] *= expf(clamp(out[0] * c.output_scales[0] + fresh->gain[k], c.lowest, highest));
             const float active = most(1 - means[batch * n + k], c.least_active);
             const float kept = expf(*rule->log_decay.of(b)) * (1 - shapes[4 * i]) * active;
             decay[k] = kept * size[k] / most(scale, shapes[4 * i + 2]);

@@ -35,7 +35,6 @@ class Constants(NamedTuple):
     least_active: float
     lowest: float
     highest: float
-    most_at_once: float
     gain_range: float
     rate: float
     share: float

@@ -140,7 +140,6 @@ def _describe_all(
         least_active=least_active,
         lowest=controller.STEP_RANGE[0],
         highest=controller.STEP_RANGE[1],
-        most_at_once=controller.MOST_AT_ONCE,
         gain_range=controller.GAIN_RANGE,
         rate=controller.RATE,
         share=controller.SHARE,

@@ -22,9 +22,10 @@ from lopt.rules.stages import Accumulators, Clock
 HIDDEN = 6
 OUTPUTS = 2
 OUTPUT_SCALES = (1.0, 0.5)  # of the step and the rate, so that one perturbation fits both
-STEP_RANGE = (-4.0, 5.0)  # of the logarithm of all that is decided
-GAIN_RANGE = 5.0  # of the integrator, either way
-MOST_AT_ONCE = 3.0  # of what is not integrated: with more, one jump of a linear regression was never made good
+# Of the logarithm of all that is decided; what the integrator has above 0 comes on top. With 5 in place of 3, one jump
+# of a linear regression was never made good.
+STEP_RANGE = (-4.0, 3.0)
+GAIN_RANGE = 3.0  # of the integrator, either way
 RATE = 0.5
 SHARE = 0.1  # of a run in which the integrator may go from 0 to `RATE` times an output of 1
 AVERAGE = 0.1  # weight of the newest in the running average of the cosine
@@ -62,7 +63,7 @@ class Seen(NamedTuple):
 
 
 class StepController(nn.Module):
-    """`exp(clamp(min(step, 3) + z))`, `z <- clamp(z + 0.5 rate / (10 + T/10))`, with `step, rate = A f + C tanh(B f)`.
+    """`exp(clamp(step + z))`, `z <- clamp(z + 0.5 rate / (10 + T/10))`, with `step, rate = A f + C tanh(B f)`.
 
     B is random and stays as it is; A and C are learned. Where they are 0, all factors are 1. Features are feedback
     alone: what a tensor is (its shape, its place, how many there are) is the prior's to know, as learned from small
@@ -105,7 +106,8 @@ class StepController(nn.Module):
         gain = state["gain"][..., 0]
         gain = (gain + RATE * rate / (10 + SHARE * planned)).clamp(-GAIN_RANGE, GAIN_RANGE)
         rows = {"gain": gain[..., None], "agreement": agreement[..., None]}
-        return state | rows, (step.clamp(max=MOST_AT_ONCE) + gain).clamp(*STEP_RANGE).exp()
+        lowest, highest = STEP_RANGE
+        return state | rows, (step + gain).clamp(min=lowest).minimum(highest + gain.clamp(min=0)).exp()
 
     def _describe(self, agreement: Tensor, signal: Tensor, seen: Seen, planned: Tensor) -> Tensor:
         """The features of every tensor, `[*batch, n, F]`, all of order 1."""
