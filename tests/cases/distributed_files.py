@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_map_only
 
 from lopt import LearnedOptimizer
 
@@ -148,7 +149,8 @@ def whole_state_on_the_first_rank_resumes_bitwise(world: World) -> None:
     path = world.folder / "whole.pt"
     if world.rank == 0:
         assert not any(hasattr(v, "placements") for values in optimizer["state"].values() for v in values.values())
-        torch.save((model, optimizer), path)
+        # torch 2.10 gathers with gaps between rows, and loads by broadcasting what has them as if it had none.
+        torch.save(tree_map_only(Tensor, Tensor.contiguous, (model, optimizer)), path)
     else:
         assert not optimizer
     dist.barrier()
