@@ -35,7 +35,7 @@ class JsonLines(Logger):
         lines = read_metrics(path) if path.exists() else []
         self.kept = [line for line in lines if line["step"] <= run.start]
         self.cut = [line for line in lines if line["step"] > run.start]
-        if lines:
+        if path.exists():  # even if there is nothing but a line that was cut off
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
         self.file = path.open("a")
 
