@@ -173,7 +173,7 @@ class LearnedInit(Rule):
 
     def _mix_all(self, moved: Params, params: Params) -> Params:
         """The parameters after their steps are mixed with each other."""
-        flat = FLAT in params
+        flat = FLAT in params and FLAT not in self.shapes
         before, after = (p[FLAT] if flat else self.spec.flatten(p) for p in (params, moved))
         p = before + mix_all(after - before, *(self._join_rates(part) for part in range(len(PARTS))))
         return {FLAT: p} if flat else self.spec.unflatten(p)

@@ -208,6 +208,13 @@ def test_low_rank_multiplies_all_parameters_by_one_matrix() -> None:
     torch.testing.assert_close(together[FLAT], found)
 
 
+def test_a_parameter_may_have_the_name_of_all_in_one_vector() -> None:
+    rule = LearnedInit({FLAT: [2], "w": [3]}, "sgd", {"lr": 1.0}, rates="low_rank", rate=0.5)
+    params, grads = ({FLAT: torch.full((2,), x), "w": torch.full((3,), x)} for x in (0.0, 1.0))
+    moved, _ = rule.update(grads, params, rule.init_state(params))
+    assert {name: p.tolist() for name, p in moved.items()} == {FLAT: [-0.5] * 2, "w": [-0.5] * 3}
+
+
 def test_parameters_that_are_not_adapted_stay_and_the_others_move() -> None:
     family = Sinusoid(shots=4, width=5)
     rule = make_rule(family, config={"lr": 0.1}, adapt=["4.*"])
