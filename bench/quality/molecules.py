@@ -56,7 +56,13 @@ def make_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], shots: 
 @click.option("--shots", default=SHOTS, show_default=True, type=click.IntRange(min=3), help="Known labels.")
 @click.option("--draws", default=50, show_default=True, type=click.IntRange(min=2), help="Of known labels.")
 @click.option("--steps", default=None, type=click.IntRange(min=1), help="Of rules; by default as trained.")
-@click.option("--tasks", default=0, show_default=True, help="Of properties that the deep kernel has not met; 0: none.")
+@click.option(
+    "--tasks",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of properties that the deep kernel has not met; 0: none.",
+)
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")

@@ -108,7 +108,8 @@ class Substance(TaskFamily):
         found = (enough & torch.tensor(met)).nonzero()[:, 0]
         if not len(found):
             raise ValueError(
-                f"the pool {pool} has no property with shots + queries = {self.shots + self.queries} labels"
+                f"the pool {pool} has no property with shots + queries = {self.shots + self.queries} labels, of "
+                f"unseen={list(unseen)}: ask for fewer labels or other unseen properties"
             )
         return found
 
