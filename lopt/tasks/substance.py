@@ -85,6 +85,7 @@ class Substance(TaskFamily):
         # In an order of its own, as tables are sorted by substance.
         order = draw_uniform(torch.tensor(0), len(data.values)).argsort()
         self.inputs = standardise(data.descriptors, self.mean, self.std)[order]
+        self.drawn_from = self.inputs.double()  # not moved: tasks are drawn on the CPU
         self.fingerprints = torch.from_numpy(data.fingerprints)[order].float()
         values = torch.from_numpy(data.values)[order].float()
         self.known, self.values = ~values.isnan(), values.nan_to_num()
@@ -147,9 +148,9 @@ class Substance(TaskFamily):
 
     def _find_alike(self, part: slice, possible: Tensor, seeds: Tensor) -> Tensor:
         """Those that are the nearest to one of them along a direction: some share of the possible ones, `[T, n]`."""
-        width = self.inputs.shape[1]
+        width = self.drawn_from.shape[1]
         direction = draw_normal(fold_in(seeds, 5), width) * (draw_uniform(fold_in(seeds, 6), width) < 0.1)
-        place = (self.inputs[part].cpu().double() @ direction.T).T
+        place = (self.drawn_from[part] @ direction.T).T
         drawn = draw_uniform(fold_in(seeds, 7), 2)
         # The centre is one of those possible, drawn by its rank.
         rank = (drawn[:, :1] * possible.sum(1, keepdim=True)).long()

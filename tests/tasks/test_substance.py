@@ -103,9 +103,18 @@ def test_labels_are_a_property_of_molecules_of_the_pool(one_property: Substance)
 def test_half_of_the_tasks_are_of_molecules_that_are_alike(one_property: Substance) -> None:
     # All descriptors are the same: where molecules are alike, they are along it.
     one_property.inputs = one_property.inputs[:, :1].expand(-1, INPUTS)
+    one_property.drawn_from = one_property.inputs.double()
     spread = one_property.inputs[one_property.sample_all(SEEDS)["molecules"], 0].std(1)
     assert 0.2 < float((spread < 0.5).float().mean()) < 0.6
     assert 0.4 < float((spread > 0.7).float().mean()) < 0.8
+
+
+def test_tasks_are_drawn_on_the_cpu_wherever_the_inputs_are(one_property: Substance) -> None:
+    expected = one_property.sample_all(SEEDS)
+    one_property.to("meta")
+    found = one_property.sample_all(SEEDS)
+    assert one_property.inputs.device.type == "meta"
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
 def test_sums_are_of_properties_that_all_molecules_have(monkeypatch: pytest.MonkeyPatch) -> None:
