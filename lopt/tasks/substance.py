@@ -35,8 +35,9 @@ class Substance(TaskFamily):
     A task is one property, or in every second one a sum of up to three with normal weights, of "molecules" `[shots +
     queries]` int64, in every second one of such as are alike along a random direction of the descriptors; "labels"
     `[shots + queries]` have noise. Labels are standardised by those that are learned from, the train split, at every
-    step; all others are the queries. Mini-batches are descriptors x `[T, n, 217]` and labels y `[T, n]`. Descriptors
-    are standardised over all substances, so that features mean the same in all tasks. Pools have different molecules.
+    step; all others are the queries. Mini-batches are descriptors x `[T, n, descriptors]` and labels y `[T, n]`.
+    Descriptors are standardised over all substances, so that features mean the same in all tasks. Pools have different
+    molecules.
 
     Args:
         shots: labels that are known.
@@ -52,7 +53,7 @@ class Substance(TaskFamily):
         ImportError: rdkit, datamol or chemicals is missing.
 
     Attributes:
-        inputs: float32 `[molecules, 217]`.
+        inputs: float32 `[molecules, descriptors]`.
         fingerprints: float32 `[molecules, 1024]`.
     """
 
@@ -184,12 +185,12 @@ class Substance(TaskFamily):
         return (self.predict(params, batch["x"]) - batch["y"]).square().mean()
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Labels `[n]`, standardised, of one task's molecules with inputs `[n, 217]`."""
+        """Labels `[n]`, standardised, of one task's molecules with inputs `[n, descriptors]`."""
         return embed(params, x) @ params["head.weight"] + params["head.bias"]
 
 
 def embed(params: Params, x: Tensor) -> Tensor:
-    """Features `[..., n, features]` of inputs `[..., n, 217]`, of one network for all."""
+    """Features `[..., n, features]` of inputs `[..., n, descriptors]`, of one network for all."""
     hidden = nn.functional.silu(nn.functional.linear(x, params["hidden.weight"], params["hidden.bias"]))
     features = nn.functional.linear(hidden, params["features.weight"], params["features.bias"])
     scaled: Tensor = features / features.shape[-1] ** 0.5

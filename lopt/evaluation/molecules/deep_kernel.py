@@ -50,7 +50,7 @@ class DeepKernel(nn.Module):
         """Labels `[..., m]` of other molecules: the mean of a Gaussian process; differentiable.
 
         Args:
-            known, asked: inputs `[..., n, 217]` and fingerprints `[..., n, 1024]`, of n and of m molecules.
+            known, asked: inputs `[..., n, descriptors]` and fingerprints `[..., n, 1024]`, of n and of m molecules.
             labels: `[..., n]`, of mean 0 and variance 1 or so.
         """
         (x, bits), (others, other_bits) = known, asked
