@@ -84,7 +84,7 @@ class Substance(TaskFamily):
         data = load_substances()
         self.mean, self.std = data.descriptors.mean(0), data.descriptors.std(0)
         # In an order of its own, as tables are sorted by substance.
-        order = draw_uniform(torch.tensor(0), len(data.values)).argsort()
+        order = draw_uniform(torch.tensor(0, dtype=torch.int64), len(data.values)).argsort()
         self.inputs = standardise(data.descriptors, self.mean, self.std)[order]
         self.drawn_from = self.inputs.double()  # not moved: tasks are drawn on the CPU
         self.fingerprints = torch.from_numpy(data.fingerprints)[order].float()
@@ -107,7 +107,7 @@ class Substance(TaskFamily):
         numbers = self.pools[pool]
         enough = self.known[numbers.start : numbers.stop].sum(0) >= self.shots + self.queries
         met = [not unseen or (name in unseen) is (pool != "train") for name in PROPERTIES]
-        found = (enough & torch.tensor(met)).nonzero()[:, 0]
+        found = (enough & torch.tensor(met, dtype=torch.bool)).nonzero()[:, 0]
         if not len(found):
             raise ValueError(
                 f"the pool {pool} has no property with shots + queries = {self.shots + self.queries} labels, of "
@@ -167,8 +167,9 @@ class Substance(TaskFamily):
         def build() -> nn.Module:
             return nn.ModuleDict({"hidden": nn.Linear(inputs, width), "features": nn.Linear(width, features)})
 
-        head = {"head.weight": torch.zeros(features), "head.bias": torch.zeros(())}
-        return draw_weights(build, generator) | {name: p.float() for name, p in head.items()}
+        head = {"head.weight": (features,), "head.bias": ()}
+        zeros = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in head.items()}
+        return draw_weights(build, generator) | zeros
 
     def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
         known = choose("split", split, SPLITS) == "train"

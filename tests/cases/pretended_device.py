@@ -93,6 +93,9 @@ class _Move(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.tolist and isinstance(args[0], There):  # which torch refuses for any subclass
+            WAITS.append("tolist")
+            return args[0].here.tolist()
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             return function(*args, **kwargs | {"device": CPU}).to(kwargs["device"])
         return function(*args, **kwargs)

@@ -66,7 +66,7 @@ def test_factored_dimensions_are_the_two_largest_of_equal_ones_the_later_in_the_
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (6,)], ids=str)
 def test_scalars_are_vectors_of_one_element_and_vectors_are_not_factored(shape: tuple[int, ...]) -> None:
     layout = find_layout(shape)
-    assert layout == (shape or (1,), None, (-1,))
+    assert (layout.shape, layout.factored, layout.last) == (shape or (1,), None, (-1,))
 
 
 # -- factored second moments -------------------------------------------------------------------------------------------
