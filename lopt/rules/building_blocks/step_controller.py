@@ -63,7 +63,8 @@ class Seen(NamedTuple):
 
 
 class StepController(nn.Module):
-    """`exp(clamp(step + z))`, `z <- clamp(z + 0.5 rate / (10 + T/10))`, with `step, rate = A f + C tanh(B f)`.
+    """`exp(clamp(step + z, -4, 3 + max(z, 0)))`, `z <- clamp(z + 0.5 rate / (10 + T/10), -3, 3)`, z starting at 0, with
+    `step, rate = A f + C tanh(B f)`.
 
     B is random and stays as it is; A and C are learned. Where they are 0, all factors are 1. Features are feedback
     alone: what a tensor is (its shape, its place, how many there are) is the prior's to know, as learned from small
