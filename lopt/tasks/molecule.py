@@ -6,6 +6,7 @@ Sources: Stanley et al. 2021, NeurIPS Datasets (FS-Mol: few labels of each targe
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +27,58 @@ RIDGE = 10.0
 M = TypeVar("M", bound="Molecule")
 
 
-class Molecule(TaskFamily):
+class FewLabels(TaskFamily):
+    """Tasks of "molecules" `[shots + queries]` int64, of which the first are of known label; mean squared error.
+
+    Attributes:
+        shots: labels that are known, the train split; all others are the queries.
+        inputs: float32 `[molecules, inputs]`.
+        pools: numbers of the molecules of each pool.
+    """
+
+    judged = "inner_valid"
+    pool_key = "molecules"
+    shots: int
+    inputs: Tensor
+    pools: dict[str, range]
+
+    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
+        seed = torch.randint(2**62, (1,), generator=generator)
+        return {key: value[0] for key, value in self.sample_all(seed, pool).items()}
+
+    @abstractmethod
+    def label(self, tasks: Task) -> Tensor:
+        """Labels of the tasks' molecules, `[T, shots + queries]`, before they are standardised by the known ones."""
+
+    @abstractmethod
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Labels `[n]`, standardised, of one task's molecules with inputs `[n, inputs]`."""
+
+    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
+        known, labels = choose("split", split, SPLITS) == "train", self.label(tasks)
+        support = labels[:, : self.shots]
+        labels = (labels - support.mean(1, keepdim=True)) / (support.std(1, keepdim=True) + 0.1)
+        part = slice(self.shots) if known else slice(self.shots, None)
+        return {"x": self.inputs[tasks["molecules"][:, part]], "y": labels[:, part]}
+
+    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
+        return self.batch(tasks, tasks["molecules"], split)
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return (self.predict(params, batch["x"]) - batch["y"]).square().mean()
+
+
+def cut_pools(count: int) -> dict[str, range]:
+    """Numbers of `count` molecules by pool: a tenth for validation and for tests, the rest for training."""
+    tenth = count // 10
+    return {
+        "train": range(count - 2 * tenth),
+        "outer_valid": range(count - 2 * tenth, count - tenth),
+        "test": range(count - tenth, count),
+    }
+
+
+class Molecule(FewLabels):
     """Label = head . (scale * descriptors) + bias, learned from a few labels; mean squared error.
 
     A task is a mixture of six descriptors with normal weights, "weights" `[6]` and "targets" `[6]` int64, of mean 0 and
@@ -50,9 +102,6 @@ class Molecule(TaskFamily):
     """
 
     name = "molecule"
-    judged = "inner_valid"
-    pool_key = "molecules"
-    pools: dict[str, range]
 
     def __init__(
         self,
@@ -77,24 +126,14 @@ class Molecule(TaskFamily):
             )
         self.mean = self.targets.mean(0)  # not 0, as they are bounded
         self.covariance = self.targets.T.cov(correction=0)
-        tenth = len(self.inputs) // 10
-        ends = {"train": len(self.inputs) - 2 * tenth, "outer_valid": len(self.inputs) - tenth}
-        self.pools = {
-            "train": range(ends["train"]),
-            "outer_valid": range(ends["train"], ends["outer_valid"]),
-            "test": range(ends["outer_valid"], len(self.inputs)),
-        }
-        if tenth < shots + queries:
-            raise ValueError(f"{data} has {tenth} molecules for tests, fewer than shots + queries = {shots + queries}")
+        self.pools = cut_pools(len(self.inputs))
+        if (tests := len(self.pools["test"])) < shots + queries:
+            raise ValueError(f"{data} has {tests} molecules for tests, fewer than shots + queries = {shots + queries}")
 
     def to(self: M, device: torch.device | str) -> M:
         self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
         self.mean, self.covariance = self.mean.to(device), self.covariance.to(device)
         return self
-
-    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
-        seed = torch.randint(2**62, (1,), generator=generator)
-        return {key: value[0] for key, value in self.sample_all(seed, pool).items()}
 
     def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
         numbers, count = self.pools[choose("pool", pool, POOLS)], self.shots + self.queries
@@ -116,23 +155,13 @@ class Molecule(TaskFamily):
             "head.bias": torch.zeros((), dtype=torch.float32),
         }
 
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        known = choose("split", split, SPLITS) == "train"
+    def label(self, tasks: Task) -> Tensor:
         mixed, weights = tasks["targets"], tasks["weights"]
         spread = self.covariance[mixed[:, :, None], mixed[:, None]]
         size = (weights[:, None] @ spread @ weights[..., None])[:, 0].clamp(min=1e-12).sqrt()
         told = self.targets[tasks["molecules"][..., None], mixed[:, None]] - self.mean[mixed][:, None]
-        labels = (told * weights[:, None]).sum(2) / size + tasks["noise"]
-        support = labels[:, : self.shots]
-        labels = (labels - support.mean(1, keepdim=True)) / (support.std(1, keepdim=True) + 0.1)
-        part = slice(self.shots) if known else slice(self.shots, None)
-        return {"x": self.inputs[tasks["molecules"][:, part]], "y": labels[:, part]}
-
-    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        return self.batch(tasks, tasks["molecules"], split)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return (self.predict(params, batch["x"]) - batch["y"]).square().mean()
+        labels: Tensor = (told * weights[:, None]).sum(2) / size + tasks["noise"]
+        return labels
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         weight = (params["scale"] * params["head.weight"])[..., None]
@@ -140,7 +169,6 @@ class Molecule(TaskFamily):
         return (found - batch["y"]).square().mean(1)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Labels `[n]`, standardised, of one task's molecules with inputs `[n, inputs]`."""
         return x @ (params["scale"] * params["head.weight"]) + params["head.bias"]
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lopt.core.names import choose
 from lopt.core.random import draw_indices, draw_normal, draw_uniform, fold_in
 from lopt.core.tensors import Params
-from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
+from lopt.tasks.base import POOLS, Task
 from lopt.tasks.data.molecules import standardise
 from lopt.tasks.data.substances import PROPERTIES, load_substances
 from lopt.tasks.module import draw_weights
+from lopt.tasks.molecule import FewLabels, cut_pools
 
 MIXED = 3
 """Properties that a target is a sum of, at most."""
@@ -29,7 +30,7 @@ NEAR = 4
 S = TypeVar("S", bound="Substance")
 
 
-class Substance(TaskFamily):
+class Substance(FewLabels):
     """Label = head . features(descriptors) + bias, learned from a few labels; mean squared error.
 
     A task is one property, or in every second one a sum of up to three with normal weights, of "molecules" `[shots +
@@ -58,9 +59,6 @@ class Substance(TaskFamily):
     """
 
     name = "substance"
-    judged = "inner_valid"
-    pool_key = "molecules"
-    pools: dict[str, range]
 
     def __init__(
         self,
@@ -90,12 +88,7 @@ class Substance(TaskFamily):
         self.fingerprints = torch.from_numpy(data.fingerprints)[order].float()
         values = torch.from_numpy(data.values)[order].float()
         self.known, self.values = ~values.isnan(), values.nan_to_num()
-        tenth, count = len(values) // 10, len(values)
-        self.pools = {
-            "train": range(count - 2 * tenth),
-            "outer_valid": range(count - 2 * tenth, count - tenth),
-            "test": range(count - tenth, count),
-        }
+        self.pools = cut_pools(len(values))
         self.properties = {pool: self._list_properties(pool, unseen) for pool in POOLS}
 
     def _list_properties(self, pool: str, unseen: Sequence[str]) -> Tensor:
@@ -118,10 +111,6 @@ class Substance(TaskFamily):
     def to(self: S, device: torch.device | str) -> S:
         self.inputs = self.inputs.to(device)
         return self
-
-    def sample(self, generator: torch.Generator, pool: str = "train") -> Task:
-        seed = torch.randint(2**62, (1,), generator=generator)
-        return {key: value[0] for key, value in self.sample_all(seed, pool).items()}
 
     def sample_all(self, seeds: Tensor, pool: str = "train") -> Task:
         numbers, properties = self.pools[choose("pool", pool, POOLS)], self.properties[pool]
@@ -171,22 +160,10 @@ class Substance(TaskFamily):
         zeros = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in head.items()}
         return draw_weights(build, generator) | zeros
 
-    def batch(self, tasks: Task, seeds: Tensor, split: str = "train") -> Batch:
-        known = choose("split", split, SPLITS) == "train"
-        labels = tasks["labels"]
-        support = labels[:, : self.shots]
-        labels = (labels - support.mean(1, keepdim=True)) / (support.std(1, keepdim=True) + 0.1)
-        part = slice(self.shots) if known else slice(self.shots, None)
-        return {"x": self.inputs[tasks["molecules"][:, part]], "y": labels[:, part]}
-
-    def full_batch(self, tasks: Task, count: int, split: str = "train") -> Batch | None:
-        return self.batch(tasks, tasks["molecules"], split)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return (self.predict(params, batch["x"]) - batch["y"]).square().mean()
+    def label(self, tasks: Task) -> Tensor:
+        return tasks["labels"]
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Labels `[n]`, standardised, of one task's molecules with inputs `[n, descriptors]`."""
         return embed(params, x) @ params["head.weight"] + params["head.bias"]
 
 
