@@ -30,6 +30,7 @@ from lopt.tasks.molecule import Molecule
 from lopt.tasks.substance import Substance
 
 SHOTS = 16
+FEWEST_TASKS = 20  # of properties that were not met: an interval of fewer says nothing
 
 
 def make_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], shots: int, draws: int) -> Table:
@@ -80,6 +81,9 @@ def molecules(
 
     RUNS are run folders or rule files of starts trained on molecule.
     """
+    if tasks % len(UNSEEN) or 0 < tasks < FEWEST_TASKS:
+        expected = f"0, or a multiple of {len(UNSEEN)} from {FEWEST_TASKS} on"
+        raise click.BadParameter(f"expected {expected}, found {tasks}", param_hint="--tasks")
     torch.set_num_threads(threads)
     console = setting.make_console()
     starts = [load_start(run, Molecule, "molecule-anil") for run in runs]

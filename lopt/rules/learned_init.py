@@ -29,6 +29,8 @@ from lopt.rules.layout import Layout
 from lopt.rules.stages import Accumulators, Elements, State, Visit
 
 RATES = ("none", "tensor", "element", "matrix", "low_rank")
+RANK = 16
+"""Of "low_rank", by default."""
 INIT, RATE = "init", "rates"
 FLAT = "flat"
 """The one name under which meta-training hands all parameters to a rule that works element by element."""
@@ -68,7 +70,7 @@ class LearnedInit(Rule):
         rates: str = "none",
         rate: float = 1.0,
         trained_steps: int = 0,
-        rank: int = 16,
+        rank: int = RANK,
     ) -> None:
         super().__init__()
         self.inner, self.adapt = build_inner(self.name, inner, inner_config or {}), list(adapt or [])

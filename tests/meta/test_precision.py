@@ -62,8 +62,12 @@ def test_evolution_strategies_take_it() -> None:
 def test_second_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order=2 needs precision='fp32', got 'bf16'; set order=1"):
         ESTIMATORS["full"](order=2, precision="bf16")
+    with pytest.raises(ValueError, match="order=2 needs precision='fp32', got 'bf16'; set order=1"):
+        InnerLoop(make_quick("lstm"), TASKS["quadratic"](), 0, order=2, precision="bf16")
 
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision"):
         ESTIMATORS["pes"](precision="fp8")
+    with pytest.raises(ValueError, match="precision"):
+        InnerLoop(make_quick("lstm"), TASKS["quadratic"](), 0, precision="fp8")

@@ -18,7 +18,7 @@ from lopt.meta.config.trainer import TrainerConfig
 from lopt.meta.estimators import ESTIMATORS, Estimator
 from lopt.meta.loggers import LOGGERS, Logger
 from lopt.rules import RULES, LearnedInit, Rule
-from lopt.rules.learned_init import RATES
+from lopt.rules.learned_init import RANK, RATES
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class InitConfig:
 
     rates: str = "none"
     rate: float = 1.0
-    rank: int = 16
+    rank: int = RANK
     adapt: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         choose("init.rates", self.rates, RATES)
         if self.rates == "none" and self.rate != 1:
             raise ValueError('init.rate has no effect: there are no learned rates. Set init.rates to "element"')
-        if self.rates != "low_rank" and self.rank != 16:
+        if self.rates != "low_rank" and self.rank != RANK:
             raise ValueError(f'init.rank has no effect on rates {self.rates!r}: set init.rates to "low_rank"')
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lopt.core.names import choose
 from lopt.meta.estimators.base import Estimate, Estimator
 from lopt.meta.estimators.bookkeeping import Tally, are_finite, find_finite
-from lopt.meta.unroll.inner_loop import InnerLoop
+from lopt.meta.unroll.inner_loop import InnerLoop, check_precision
 from lopt.meta.unroll.rule_calls import compile_rule
 from lopt.meta.unroll.slots import Slots, Window, join_slots, select_slots
 from lopt.rules import Rule
@@ -57,8 +57,7 @@ class Backprop(Estimator):
             raise ValueError(f"task_chunk must be at least 1, got {self.task_chunk}")
         if self.order == 2 and self.compile:
             raise ValueError("order=2 cannot use a compiled update; set order=1 or compile=false")
-        if self.order == 2 and self.precision != "fp32":
-            raise ValueError(f"order=2 needs precision='fp32', got {self.precision!r}; set order=1 or leave it out")
+        check_precision(self.precision, self.order)
 
     def configure(self, loop: InnerLoop) -> InnerLoop:
         """The loop with the common settings, and with how the rule's update is made and differentiated.

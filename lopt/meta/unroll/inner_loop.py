@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, mem_efficient_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lopt.core.names import choose
 from lopt.core.tensors import Params
 from lopt.meta.unroll.draws import Batches, Draws, Horizon
 from lopt.meta.unroll.errors import measure_errors
@@ -90,6 +91,7 @@ class InnerLoop:
 
     def __post_init__(self) -> None:
         _check_order(self)
+        check_precision(self.precision, self.order)
         if not 0 <= self.follow <= 1:
             raise ValueError(f"follow must be a probability, got {self.follow}")
         if self.hide_end and not self.rule.open_ended:
@@ -337,6 +339,17 @@ class InnerLoop:
                 slots = begin_tasks(self, slots, weights) if remaining else slots
             strides.append(stride)
         return join_windows(strides, slots)
+
+
+def check_precision(precision: str, order: int) -> None:
+    """Refuse a precision that there is not, and one below fp32 where gradients are differentiated.
+
+    Raises:
+        ValueError: either.
+    """
+    choose("precision", precision, PRECISIONS)
+    if order == 2 and precision != "fp32":
+        raise ValueError(f"order=2 needs precision='fp32', got {precision!r}; set order=1 or leave it out")
 
 
 def _check_order(loop: InnerLoop) -> None:
