@@ -11,6 +11,7 @@ from lopt.tasks.base import POOLS, SPLITS, Batch, Task, TaskFamily
 from lopt.tasks.char_rnn import CharRNN
 from lopt.tasks.char_transformer import CharTransformer
 from lopt.tasks.control.control import Control
+from lopt.tasks.control.mujoco import Mujoco
 from lopt.tasks.conv import Conv
 from lopt.tasks.coordinate_mlp import CoordinateMLP
 from lopt.tasks.factorisation import Factorisation
@@ -59,6 +60,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "molecule": Molecule,
     "substance": Substance,
     "control": Control,
+    "mujoco": Mujoco,
     "tracking": Tracking,
     "random_walk": RandomWalk,
     "rotating": Rotating,

@@ -63,6 +63,7 @@ FAMILIES = {
     "lstm": lambda: TASKS["char_rnn"](cell="lstm", width=8, batch_size=4),
     "deep transformer": lambda: TASKS["char_transformer"](depth=2, width=8, length=8, batch_size=4),
     "sine network": lambda: TASKS["coordinate_mlp"](encoding="sine", frequency=10.0),
+    "reacher": lambda: TASKS["mujoco"](system="reacher", width=3, length=5),
     "perceptron on glyphs": lambda: TASKS["glyphs"](ways=3, queries=2, network="mlp", width=4, size=8),
     "scaled mlp": lambda: RandomScaling(TASKS["mlp"](width=3, batch_size=8), 1.0, "tensor"),
     "scaled": lambda: RandomScaling(TASKS["quadratic"](), 3.0),
