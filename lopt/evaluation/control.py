@@ -13,12 +13,12 @@ from lopt.evaluation.statistics import summarize
 from lopt.meta.unroll.inner_loop import InnerLoop
 from lopt.meta.unroll.starts import begin_tasks
 from lopt.rules import Rule
-from lopt.tasks.control.control import Control
+from lopt.tasks.control.rollouts import Rollouts
 
 
 @torch.no_grad()
 def follow_returns(
-    rule: Rule, family: Control, bodies: int, steps: int, *, pool: str = "test", seed: int = 0
+    rule: Rule, family: Rollouts, bodies: int, steps: int, *, pool: str = "test", seed: int = 0
 ) -> Tensor:
     """Returns `[steps + 1, bodies]` of the policies before the first step of adaptation and after each.
 

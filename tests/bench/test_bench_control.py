@@ -38,6 +38,8 @@ def test_a_run_is_judged_beside_two_kinds_of_starts(tmp_path: Path, monkeypatch:
             assert cell["return"] == pytest.approx(found["curves"][label][int(n)])
             reference = found["results"][scratch]["4"]["return"]
             assert cell["difference"] == pytest.approx(cell["return"] - reference, abs=1e-9)
+            joint = found["results"]["joint start, tuned for 3 steps"][n]["return"]
+            assert cell["over_joint"] == pytest.approx(cell["return"] - joint, abs=1e-9)
     assert found["results"][scratch]["4"]["difference_interval"] == 0
     assert all(text.startswith(("sgd, lr", "adam, lr")) for text in found["tuned"].values())
     assert picture.read_bytes().startswith(b"\x89PNG")

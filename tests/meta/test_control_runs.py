@@ -1,9 +1,10 @@
-"""The preset `control-arm`: it resumes, and a learned start does after few steps what others take many for."""
+"""The presets of control: they resume, and a learned start does after few steps what others take many for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from training_cases import check_resume
 
@@ -19,8 +20,12 @@ SMALL = ["task.length=4", "task.pairs=2", "trainer.tasks=2", "trainer.steps=4", 
 RARE = ["trainer.validate_every=2", "trainer.checkpoint_every=2"]
 
 
-def test_it_resumes_bitwise(tmp_path: Path) -> None:
-    check_resume(load_config("control-arm", [*SMALL, *RARE]), tmp_path, stop=3, resumes=2)
+@pytest.mark.parametrize("preset", ["control-arm", "control-reacher"])
+def test_it_resumes_bitwise(preset: str, tmp_path: Path) -> None:
+    if preset == "control-reacher":
+        pytest.importorskip("mujoco.batch", reason="pip install lopt[control]")
+        pytest.importorskip("gymnasium", reason="pip install lopt[control]")
+    check_resume(load_config(preset, [*SMALL, *RARE]), tmp_path, stop=3, resumes=2)
 
 
 def test_a_learned_start_of_a_pendulum_is_ahead_of_learning_from_scratch(tmp_path: Path) -> None:

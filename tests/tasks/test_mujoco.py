@@ -63,7 +63,7 @@ def simulate_one(family: Mujoco, params: Params, batch: Batch, rollout: int) -> 
         else:
             first, both = data.qpos[0], data.qpos[0] + data.qpos[1]
             tip = 0.1 * np.array([np.cos(first), np.sin(first)]) + 0.11 * np.array([np.cos(both), np.sin(both)])
-            cost = 10 * np.linalg.norm(tip - wanted)
+            cost = 25 * np.square(tip - wanted).sum()
         total += cost + ACTION_COST * np.square(action).sum()
     return total / family.length
 

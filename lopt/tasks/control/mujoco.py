@@ -112,7 +112,7 @@ class Reacher(Robot):
         return np.array(batch.body("fingertip").xpos[:, :2])
 
     def cost(self, before: Array, after: Array, seconds: float, wanted: Array) -> Array:
-        costs: Array = 10 * np.sqrt(np.square(after - wanted).sum(1))
+        costs: Array = 25 * np.square(after - wanted).sum(1)
         return costs
 
 
@@ -127,7 +127,8 @@ class Mujoco(Rollouts):
     the "strip" that the first of them is in, int64 `[]`. Moments of inertia and the motors' armatures grow with the
     masses. A policy sees joints and their speeds, and not what is wanted; it is linear (half_cheetah: 108 parameters),
     or has a layer of `width` tanh units, and starts as one that does nothing. The loss is the mean cost of a step: how
-    far the speed is from the wanted one in m/s, or the tip from its goal in units of 0.1 m, and little for actions.
+    far the speed is from the wanted one in m/s, or the square of how far the tip is from its goal in units of 0.2 m, and
+    little for actions.
     `loss` has no derivative; `losses_and_grads` estimates it from rollouts.
 
     Args:

@@ -45,6 +45,7 @@ class Rollouts(TaskFamily):
         own: entries of a batch that each rollout has its own of, `[T, R, ...]`.
     """
 
+    name = "rollouts"
     pool_key = "strip"
     pools = STRIP_POOLS
     goals: ClassVar[int]
