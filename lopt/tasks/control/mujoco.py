@@ -68,14 +68,14 @@ class Robot(ABC):
 
 
 class HalfCheetah(Robot):
-    """Two legs of three links and a torso in a plane; a speed forwards or backwards is wanted, SLOW to FAST m/s."""
+    """Two legs of three links and a torso in a plane; a speed forwards or backwards is wanted."""
 
     file = "half_cheetah.xml"
     mass = 14.0
     links = ("torso", "bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot")
     substeps = 5
     inputs = 17
-    slow, fast = 1.0, 2.0
+    slow, fast = 1.0, 2.0  # m/s
 
     def wish(self, drawn: Tensor) -> Tensor:
         direction = torch.where(drawn[:, :1] < 0.5, -1.0, 1.0)
@@ -125,11 +125,10 @@ class Mujoco(Rollouts):
     A task is what is "wanted", a signed speed `[1]` in m/s (half_cheetah) or the goal of a tip `[2]` in m (reacher),
     the "masses" `[links]` of a body as multiples of those in its description, each between 1 / spread and spread, and
     the "strip" that the first of them is in, int64 `[]`. Moments of inertia and the motors' armatures grow with the
-    masses. A policy sees joints and their speeds, and not what is wanted; it is linear (half_cheetah: 108 parameters),
-    or has a layer of `width` tanh units, and starts as one that does nothing. The loss is the mean cost of a step: how
-    far the speed is from the wanted one in m/s, or the square of how far the tip is from its goal in units of 0.2 m, and
-    little for actions.
-    `loss` has no derivative; `losses_and_grads` estimates it from rollouts.
+    masses. A policy sees joints and their speeds, and not what is wanted; it is linear (half_cheetah: 108 parameters,
+    reacher: 14), or has a layer of `width` tanh units, and starts as one that does nothing. The loss is the mean cost
+    of a step: how far the speed is from the wanted one in m/s, or the square of how far the tip is from its goal in
+    units of 0.2 m, and little for actions. `loss` has no derivative; `losses_and_grads` estimates it from rollouts.
 
     Args:
         system: one of `ROBOTS`.
@@ -258,7 +257,7 @@ def load_model(robot: Robot) -> Any:
         import mujoco
         import mujoco.batch
     except ImportError as error:
-        raise ImportError(f"bodies of MuJoCo need mujoco 4 or later: {advise('control')}") from error
+        raise ImportError(f"bodies of MuJoCo need mujoco 4 or later ({error}): {advise('control')}") from error
     folder = find_folder("gymnasium", "control", ", or the two alone, pip install --no-deps gymnasium") / "envs/mujoco"
     spec = mujoco.MjSpec.from_file(str(folder / "assets" / robot.file))
     # What the description asks for, by the call that its reader wants instead.
