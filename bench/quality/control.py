@@ -74,6 +74,7 @@ def label_tuned(row: str, steps: int) -> str:
 @click.option("--tuning-tasks", default=32, show_default=True, type=click.IntRange(min=1), help="Bodies to tune on.")
 @click.option("--joint-steps", default=300, show_default=True, type=click.IntRange(min=1), help="Of joint training.")
 @click.option("--joint-rate", default=3e-2, show_default=True, help="Its outer learning rate.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the held-out bodies.")
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
@@ -84,6 +85,7 @@ def control(
     tuning_tasks: int,
     joint_steps: int,
     joint_rate: float,
+    seed: int,
     threads: int,
     picture: Path | None,
     file: Path | None,
@@ -100,12 +102,12 @@ def control(
         raise click.UsageError(f"--steps must be above the {few} steps that {run} is trained for, got {steps}")
     joint = train_jointly(family, 0, steps=joint_steps, learning_rate=joint_rate)
     contenders = {RANDOM: [RULES[name]() for name in OPTIMIZERS], JOINT: [wrap_start(joint, x) for x in OPTIMIZERS]}
-    returns, tuned = {start.label: follow_returns(start.rule, family, bodies, steps)}, {}
+    returns, tuned = {start.label: follow_returns(start.rule, family, bodies, steps, seed=seed)}, {}
     for row, rules in contenders.items():
         for n in (steps, few):
             label = row if n == steps else label_tuned(row, few)
             rule, tuned[label] = tune(rules, family, n, 0, grid=GRID, tasks=tuning_tasks)
-            returns[label] = follow_returns(rule, family, bodies, steps)
+            returns[label] = follow_returns(rule, family, bodies, steps, seed=seed)
     rows = summarize_rows(returns, few, steps)
     curves = {label: values.mean(1).tolist() for label, values in returns.items()}
     content = {"results": rows, "tuned": tuned, "curves": curves, "versions": setting.list_versions()}
