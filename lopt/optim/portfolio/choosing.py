@@ -19,7 +19,7 @@ from lopt.optim.portfolio.setting import Setting
 
 SIZE = 4
 FIRST_SHARE, LEAST_FIRST = 0.1, 5  # of the run, and in steps: the first round
-LEAD = 0.75
+LEAD = 0.6
 """Another setting takes the place of a portfolio's first one where its loss is below so much of that one's."""
 
 
@@ -88,7 +88,7 @@ def choose(
 
     All settings start from where the model is and see the same batches. After `first_steps` the better half goes on to
     twice as many steps, and so on until one is left, by the mean loss in the second half of the steps; the portfolio's
-    first setting, the best in general, counts with 0.75 of its loss, as first steps are a poor witness of the last
+    first setting, the best in general, counts with 0.6 of its loss, as first steps are a poor witness of the last
     ones. With four settings that costs two fifths of the run beside it, and memory for four models and optimizers.
 
     >>> import lopt, torch
