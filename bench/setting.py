@@ -104,8 +104,8 @@ def fresh_caches() -> Iterator[None]:
 
 
 def make_console() -> Console:
-    """As wide as the terminal; wide enough for every table where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+    """As wide as the terminal; without one no line is wrapped and no cell cut, however long its figures are."""
+    return Console(width=None if sys.stdout.isatty() else 10_000)
 
 
 def print_setting(console: Console, setting: dict[str, Any]) -> None:

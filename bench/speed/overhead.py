@@ -15,7 +15,6 @@ from typing import Any
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -23,6 +22,7 @@ import lopt
 from bench.entries import draw
 from bench.memory import measure_allocations
 from bench.models import MODELS, Shapes
+from bench.setting import make_console
 from lopt.rules import RULES
 
 SMALL = (32,)
@@ -122,7 +122,7 @@ def overhead(
     """What a step costs beyond its arithmetic: in Python, for many small tensors, and for the guard."""
     torch.set_num_threads(threads)
     rules = rules or DEFAULT
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = make_console()
     small = [measure_small(name, tensors, repeats) for name in rules]
     console.print(make_table(f"{tensors} tensors of shape {SMALL}, milliseconds per step, CPU", small))
     guarded = (

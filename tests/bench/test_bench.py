@@ -21,6 +21,7 @@ from bench import entries, naive
 from bench.memory import measure_allocations
 from bench.models import MODELS
 from bench.program import cli
+from bench.setting import make_console, start_table
 from lopt import LearnedOptimizer
 from lopt.optim.torch_backend import chunked
 from lopt.rules import RULES, Rule
@@ -71,6 +72,13 @@ def test_step_reports_every_asked_rule_and_its_naive_form_with_finite_positive_f
     small_fc, adam = found["results"][3:]
     assert small_fc["faster_than_naive"] > 0
     assert "faster_than_naive" not in adam
+
+
+def test_no_name_is_cut_where_figures_are_long(capsys: pytest.CaptureFixture[str]) -> None:
+    table = start_table("one step", ["name", *("seconds of a very slow machine" for _ in range(12))])
+    table.add_row("torch AdamW foreach", *(f"{1e30:.0f}" for _ in range(12)))
+    make_console().print(table)
+    assert " torch AdamW foreach " in capsys.readouterr().out
 
 
 def test_step_file_says_how_it_was_made(run: Run) -> None:
