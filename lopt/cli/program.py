@@ -1,4 +1,4 @@
-"""The program `lopt`: demo, train, sweep, eval, portfolio, import, export, push, list, inspect, report, schema.
+"""The program `lopt`: demo, train, average, sweep, eval, portfolio, import, export, push, list, inspect and more.
 
 A command is a file in `lopt/cli/commands`. What is heavy (torch, matplotlib, the rules) they import when they run, so
 that `lopt --help` answers at once.
@@ -14,6 +14,7 @@ import click
 import rich.console  # noqa: F401  # is part of the extra that the command line needs
 
 import lopt
+from lopt.cli.commands.average import average_trained
 from lopt.cli.commands.demo import run_demo
 from lopt.cli.commands.evaluate import judge_rule
 from lopt.cli.commands.import_rule import import_weights
@@ -37,6 +38,7 @@ def cli() -> None:
 
 for command in (
     train_rule,
+    average_trained,
     sweep_settings,
     judge_rule,
     learn_portfolio,
