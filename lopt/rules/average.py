@@ -8,6 +8,7 @@ has: units of networks that start anywhere do not correspond to each other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def average_rules(rules: Sequence[Rule]) -> Rule:
             raise ValueError(
                 f"only rules with equal options can be averaged, got {first.describe()}, {other.describe()}"
             )
-    averaged = type(first)(**first.config)
+    averaged = deepcopy(first)
     learned = dict(first.named_parameters())
     means = {}
     for key, value in first.state_dict().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_meta_weights_are_means_and_what_is_not_learned_stays(name: str) -> None
         torch.testing.assert_close(value.detach().double(), torch.as_tensor(expected), rtol=1e-6, atol=1e-7)
     for key, buffer in averaged.named_buffers():
         assert torch.equal(buffer, dict(rules[0].named_buffers())[key])
+
+
+def test_starts_of_one_model_can_be_averaged() -> None:
+    start = lopt.load("sinusoid-curvature")
+    moved = deepcopy(start)
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight.add_(2)
+    for (key, value), before in zip(average_rules([start, moved]).named_parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(value, before + 1, msg=key)
 
 
 def test_rules_that_do_not_correspond_are_refused() -> None:
