@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from lopt.core.printing import say
 
 if TYPE_CHECKING:
@@ -99,3 +101,18 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written")
+
+
+def check_new_rule_file(out: Path, force: bool) -> None:
+    """Refuse what a new rule file must not be called, before anything is done for it.
+
+    Args:
+        force: a file that is there is overwritten.
+    Raises:
+        UsageError: it does not end in ".safetensors".
+        FileExistsError: it is there, and must not be overwritten.
+    """
+    if out.suffix != ".safetensors":
+        raise click.UsageError(f"-o: a rule file is called *.safetensors, got {out}")
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists already: choose another -o, or overwrite it with --force")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lopt.rules.base import Rule
+from lopt.rules.files import find_longest_run
 
 TASKS = ("config", "tasks")
 """Entries of a card that are long, and differ in what the seed has drawn."""
@@ -22,6 +23,8 @@ TASKS = ("config", "tasks")
 def average_rules(rules: Sequence[Rule]) -> Rule:
     """A rule like all of `rules` whose meta-weights are their means; what is not learned stays as it is.
 
+    Args:
+        rules: of one kind; meta-weights `[...]` of each have equal shapes and keep their dtype. They are not changed.
     Raises:
         ValueError: fewer than two, rules or options that differ, or numbers that differ although none learns them.
     """
@@ -52,7 +55,7 @@ def average_cards(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     first, *others = cards
     shared = {key: first[key] for key in first if key in TASKS or all(card.get(key) == first[key] for card in others)}
-    runs = [card["longest_run"] for card in cards if isinstance(card.get("longest_run"), int)]
+    runs = [steps for card in cards if (steps := find_longest_run(card))]
     shared |= {"longest_run": max(runs)} if runs else {}
     own = [{key: value for key, value in card.items() if key not in (*shared, *TASKS)} for card in cards]
     return shared | {"averaged": own}

@@ -24,14 +24,11 @@ def average_trained(rules: tuple[str, ...], out: Path, force: bool) -> None:
     They have to be of one kind, with equal options, trained from one start.
     """
     import lopt
-    from lopt.cli.console import make_folder
+    from lopt.cli.console import check_new_rule_file, make_folder
     from lopt.evaluation.judging import open_rule
     from lopt.rules.average import average_cards, average_rules
 
-    if out.suffix != ".safetensors":
-        raise click.UsageError(f"-o: a rule file is called *.safetensors, got {out}")
-    if out.exists() and not force:
-        raise FileExistsError(f"{out} exists already: choose another -o, or overwrite it with --force")
+    check_new_rule_file(out, force)
     opened = [open_rule(name)[1:] for name in rules]
     averaged = average_rules([rule for rule, _ in opened])
     make_folder(out.parent)

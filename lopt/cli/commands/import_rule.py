@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import lopt
-from lopt.cli.console import make_folder
+from lopt.cli.console import check_new_rule_file, make_folder
 
 EXAMPLES = """
 \b
@@ -50,10 +50,7 @@ def import_weights(
     from lopt.meta.config.settings import check_label
     from lopt.rules.released import build_rule, count_learned
 
-    if out.suffix != ".safetensors":
-        raise click.UsageError(f"-o: a rule file is called *.safetensors, got {out}")
-    if out.exists() and not force:
-        raise FileExistsError(f"{out} exists already: choose another -o, or overwrite it with --force")
+    check_new_rule_file(out, force)
     options: dict[str, Any] = {}
     for override in overrides:
         put_value(options, *parse_override(override))
