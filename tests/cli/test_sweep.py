@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from training_cases import TINY, hash_state, make_config
@@ -27,6 +29,7 @@ from lopt.meta.runs.folder import start_run
 from lopt.meta.runs.lock import hold_folder
 from lopt.meta.trainer.checkpoint import CHECKPOINT, RULE
 from lopt.meta.trainer.trainer import Trainer
+from lopt.rules.files import load, load_card
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and process groups")
 RATES = "trainer.learning_rate=1e-3,1e-2,0.1"
@@ -114,6 +117,9 @@ def test_other_texts_are_refused(text: str, words: str) -> None:
         (["trainer.clip=1,2"], {"pruner": "asha", "first_rung": -1}, "a step of 1 to 24, .* got -1"),
         (["trainer.clip=1,2", "trainer.clip=3"], {}, "different settings"),
         ([], {}, "one or more different settings"),
+        (["trainer.seed=1"], {"average": True}, "--average is of two trials or more.*got 1 and"),
+        (["trainer.seed=1,2"], {"average": True, "pruner": "asha"}, "to their ends, got 2 and --pruner asha"),
+        (["trainer.seed=1,2", "rule.hidden=3,4"], {"average": True}, "equal options: rule.hidden cannot vary"),
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_is_made(
@@ -182,7 +188,7 @@ def test_tpe_looks_where_it_was_best(tmp_path: Path) -> None:
 def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s")
     assert work(sweep) == ["trial-000", "trial-001", "trial-002"]
-    best, reports = sweep.keep_best(), list_trials(tmp_path / "s")
+    best, reports = sweep.keep_rule(), list_trials(tmp_path / "s")
     figures = {report.name: report.best for report in reports.values()}
     assert len(set(figures.values())) == 3
     assert best.best == min(figures.values())  # type: ignore[type-var]
@@ -195,7 +201,7 @@ def test_the_trial_that_validates_best_is_kept_and_is_an_ordinary_run(tmp_path: 
     assert hash_state(tmp_path / "a") == hash_state(tmp_path / "s" / best.name)
     again = resume_sweep(tmp_path / "s")
     assert work(again) == []  # nothing is repeated
-    assert again.keep_best() == best
+    assert again.keep_rule() == best
     described = json.loads(again.describe(best))
     assert (described["best"], len(described["trials"])) == (best.name, 3)
     with pytest.raises(FileExistsError, match="go on with --resume"):
@@ -221,7 +227,7 @@ def test_a_trial_that_fails_does_not_stop_the_rest_and_is_tried_again_where_it_w
     assert len(work(sweep)) == 3
     (failed,) = [report for report in list_trials(tmp_path / "s").values() if report.status == "failed"]
     assert (failed.settings["trainer.learning_rate"], failed.error) == (1e-2, "OSError: no space")
-    assert sweep.keep_best().name != failed.name
+    assert sweep.keep_rule().name != failed.name
     monkeypatch.setattr(workers, "run_trial", run_trial)
     again = resume_sweep(tmp_path / "s")
     assert work(again) == [failed.name]
@@ -231,12 +237,33 @@ def test_a_trial_that_fails_does_not_stop_the_rest_and_is_tried_again_where_it_w
 def test_the_best_rule_that_can_still_be_read_is_kept(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     work(sweep)
-    first = sweep.keep_best()
+    first = sweep.keep_rule()
     path = tmp_path / first.name / RULE
     path.write_bytes(path.read_bytes()[:-9])
-    second = sweep.keep_best()
+    second = sweep.keep_rule()
     assert second.best == sorted(report.best for report in list_trials(tmp_path).values())[1]  # type: ignore[type-var]
     assert sweep.rule_path.read_bytes() == (tmp_path / second.name / RULE).read_bytes()
+
+
+def test_the_mean_of_all_trials_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "trainer.seed=1,2,3", average=True)
+    for count in (1, 2, 3):  # others run elsewhere until the last one has ended
+        (name,) = work(sweep, 1)
+        with ExitStack() as held:
+            claim = sweep.study.claim() if count == 1 else None
+            if claim:
+                held.enter_context(claim.held)
+            sweep.keep_rule()
+        weights = [load(path).state_dict() for path in sorted(tmp_path.glob("trial-*/rule.safetensors"))]
+        assert len(weights) == count, name
+        for key, value in load(sweep.rule_path).state_dict().items():
+            torch.testing.assert_close(value.double(), torch.stack([w[key].double() for w in weights]).mean(0))
+    assert not any(torch.equal(value, weights[1][key]) for key, value in weights[0].items() if value.dim() > 1)
+    assert sorted(own["seed"] for own in load_card(sweep.rule_path)["averaged"]) == [1, 2, 3]
+    for name in ("trial-001", "trial-002"):
+        (tmp_path / name / RULE).unlink()
+    with pytest.raises(ValueError, match=r"only one trial of .*no file .*trial-00"):
+        sweep.keep_rule()
 
 
 def test_a_sweep_of_failures_says_why(tmp_path: Path, monkeypatch: Any) -> None:
@@ -244,7 +271,7 @@ def test_a_sweep_of_failures_says_why(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Trainer, "run", lambda *_: 1 / 0)
     work(sweep)
     with pytest.raises(ValueError, match=r"no trial.*trial-00\d: ZeroDivisionError: division by zero"):
-        sweep.keep_best()
+        sweep.keep_rule()
 
 
 def test_asha_ends_two_of_three_at_each_rung_and_a_pruned_trial_could_go_on(tmp_path: Path) -> None:
@@ -270,7 +297,7 @@ def test_asha_ends_two_of_three_at_each_rung_and_a_pruned_trial_could_go_on(tmp_
         assert read_steps(tmp_path / report.name) == list(range(1, ends + 1))
         assert (tmp_path / report.name / CHECKPOINT).is_file()
     assert {report.status for report in reports.values()} == {"done", "pruned"}
-    assert sweep.keep_best().best == min(report.best for report in reports.values() if report.best is not None)
+    assert sweep.keep_rule().best == min(report.best for report in reports.values() if report.best is not None)
 
 
 def test_a_trial_that_was_stopped_goes_on_bitwise_and_reports_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lopt sweep`: meta-train with several settings, each a run of its own, and keep the rule that validates best.
+"""`lopt sweep`: meta-train with several settings, each a run of its own, and keep the best rule or the mean of all.
 
 The trials, their processes and the folder are the affair of `lopt.cli.sweep`; here are the options and what is printed.
 """
@@ -29,6 +29,7 @@ Examples:
   lopt sweep digits-lstm --vary trainer.learning_rate=1e-3,3e-3,1e-2 --vary rule.hidden=10,20
   lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --vary estimator.sigma=0.003:0.1:log --trials 16
   lopt sweep mixture --vary trainer.learning_rate=1e-4:1e-2:log --trials 32 --pruner asha
+  lopt sweep lopt-base --vary trainer.seed=0,1,2 --average
   lopt sweep --resume runs/sweep-mixture        (also while it runs, from another machine that shares the folder)
   optuna-dashboard runs/sweep-mixture/journal.log
 
@@ -47,6 +48,7 @@ validation, which flatters it: `lopt eval` judges its rule on other tasks.
 @click.option("--sampler", default="", metavar="NAME", help="tpe, random or grid [default: tpe with --trials].")
 @click.option("--pruner", default="", metavar="NAME", help="End poor trials early: asha or hyperband.")
 @click.option("--first-rung", default=0, metavar="STEPS", help="No trial ends before it [default: a ninth of a run].")
+@click.option("--average", is_flag=True, help="Keep the mean of all trials' rules, not the best one.")
 @click.option("--workers", type=click.IntRange(min=1), help="Trials at a time, one thread each [default: all cores].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sweep_settings(
@@ -59,6 +61,7 @@ def sweep_settings(
     sampler: str,
     pruner: str,
     first_rung: int,
+    average: bool,
     workers: int | None,
     as_json: bool,
 ) -> None:
@@ -71,7 +74,9 @@ def sweep_settings(
     from lopt.meta.config.load import load_config
     from lopt.meta.runs.folder import slugify
 
-    if resume is not None and (preset or out or overrides or vary or trials or sampler or pruner or first_rung):
+    if resume is not None and (
+        preset or out or overrides or vary or trials or sampler or pruner or first_rung or average
+    ):
         raise click.UsageError("--resume takes its settings from the sweep; give nothing else but --workers")
     if resume is not None:
         sweep = resume_sweep(resume)
@@ -85,7 +90,7 @@ def sweep_settings(
         config = load_config(preset, list(overrides))
         folder = out or RUNS / slugify(f"sweep {config.name}")
         options: Any = {"trials": trials, "sampler": sampler, "pruner": pruner or "none", "first_rung": first_rung}
-        sweep = start_sweep(config, vary, folder, **options)
+        sweep = start_sweep(config, vary, folder, **options, average=average)
     best = run_sweep(sweep, workers or os.cpu_count() or 1, Console(stderr=as_json))
     if as_json:
         click.echo(sweep.describe(best))
@@ -105,6 +110,7 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> Report:
     from lopt.cli.sweep.sweep import print_trials
     from lopt.meta.runs.progress import PlainProgress
     from lopt.meta.trainer.best import UNTRAINED
+    from lopt.meta.trainer.checkpoint import RULE
     from lopt.meta.trainer.trainer import Interrupted
 
     plan, folder = sweep.study.plan, sweep.folder
@@ -128,8 +134,9 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> Report:
     print_trials(reports, best, plan["config"]["trainer"]["validation_metric"], console)
     elsewhere = sum(report.status == "running" for report in reports)
     if elsewhere:
-        say(console, f"note: {elsewhere} trials still run in other processes, the last of which keeps the best rule")
-    say(console, f"the best one is {best.name}: {sweep.rule_path}")
-    if not lopt.load_card(sweep.rule_path)["training"]["improved"]:
+        say(console, f"note: {elsewhere} trials still run in other processes, the last of which keeps the rule")
+    kept = "the mean of all" if plan["average"] else f"the best one is {best.name}"
+    say(console, f"{kept}: {sweep.rule_path}")
+    if not lopt.load_card(folder / best.name / RULE)["training"]["improved"]:
         say(console, f"note: {UNTRAINED}")
     return best

@@ -62,8 +62,8 @@ class SweepStudy:
     Args:
         folder: that exists.
         plan: of a new sweep: `command`, `config` (of the preset, plain), `vary` (texts for `parse_space`), `trials` (to
-            make, those that fail among them), `sampler`, `pruner`, and `first_rung` (outer steps before which no trial
-            is pruned). None: that of the journal.
+            make, those that fail among them), `sampler`, `pruner`, `first_rung` (outer steps before which no trial is
+            pruned) and `average` (whether the mean of all is kept). None: that of the journal.
     Raises:
         FileNotFoundError: there is no sweep in the folder.
     """

@@ -1,4 +1,5 @@
-"""Sweeps: a preset meta-trained with several settings in worker processes; the rule that validates best is kept.
+"""Sweeps: a preset meta-trained with several settings in worker processes; the rule that validates best is kept, or the
+mean of all.
 
 A trial is an ordinary run in a folder of its own, of one thread. `journal.log` beside the trials, which is Optuna's,
 says what the sweep is and what has become of each.
@@ -27,7 +28,8 @@ from lopt.meta.runs.lock import hold_folder
 from lopt.meta.trainer.checkpoint import RULE
 from lopt.meta.trainer.stop import Stop
 from lopt.meta.trainer.trainer import Interrupted
-from lopt.rules.files import load
+from lopt.rules.average import average_cards, average_rules
+from lopt.rules.files import load, load_card, save
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +46,7 @@ class Sweep:
         study: what its trials are, and how far they got.
 
     Attributes:
-        rule_path: where the best rule is copied to.
+        rule_path: where the best rule is copied to, or the mean is written.
     """
 
     def __init__(self, study: SweepStudy) -> None:
@@ -52,13 +54,13 @@ class Sweep:
 
     def run(self, workers: int, on_end: Callable[[Report], None] | None = None) -> Report:
         """Run trials, `workers` at a time, until none is left to begin, and return the best one of all that have ended,
-        whoever ran them; its rule is then at `rule_path`.
+        whoever ran them; its rule, or the mean of all, is then at `rule_path`.
 
         Args:
             on_end: called for a trial that has come to its end, was pruned, or has failed.
         Raises:
             Interrupted: a signal (SIGINT, SIGTERM) arrived; the trials have saved their states.
-            ValueError: no trial came to a rule, or a worker has died before it had a trial.
+            ValueError: no trial came to a rule (for a mean: fewer than two), or a worker has died before it had one.
         """
         stop, told = Stop(), {report.name for report in self.study.list_reports() if report.status in ENDED}
         running, terminated = [self._start() for _ in range(workers)], False
@@ -79,7 +81,7 @@ class Sweep:
                         on_end(report)
         if stop.asked:
             raise Interrupted
-        return self.keep_best()
+        return self.keep_rule()
 
     def _start(self) -> Any:
         # torch's threads do not survive a fork.
@@ -105,27 +107,40 @@ class Sweep:
         made = sum(steps if report.status in ENDED else report.step for report in reports)
         return made / (steps * trials), f"{ended} of {trials} trials ended"
 
-    def keep_best(self) -> Report:
-        """Copy the best rule that can be read, and return its trial.
+    def keep_rule(self) -> Report:
+        """Keep the best rule that can be read, or the mean of all that can, and return the best trial.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or only one for a mean.
         """
         with hold_folder(self.folder, patient=True):
             reports = sorted(self.study.list_reports(), key=rank)
             errors = [f"{report.name}: {report.error}" for report in reports if report.error]
-            for best in reports:
-                path = self.folder / best.name / RULE
-                if best.status not in ("done", "pruned"):
+            readable = list[Report]()
+            for report in reports:
+                if report.status not in ("done", "pruned"):
                     continue
                 try:
-                    load(path)
+                    load(self.folder / report.name / RULE)
                 except (ValueError, OSError) as error:  # damaged since its trial has ended
                     errors.insert(0, str(error))
                     continue
-                write_atomic(self.rule_path, path.read_bytes())
-                return best
-        raise ValueError("; ".join([f"no trial of {self.folder} came to a rule that can be validated", *errors[:1]]))
+                readable.append(report)
+            average = self.study.plan["average"]
+            running = any(report.status == "running" for report in reports)  # elsewhere, where the mean will be made
+            if len(readable) > (average and not running):
+                self._write([self.folder / report.name / RULE for report in readable][: None if average else 1])
+                return readable[0]
+        wanted = "only one trial" if readable else "no trial"
+        raise ValueError("; ".join([f"{wanted} of {self.folder} came to a rule that can be validated", *errors[:1]]))
+
+    def _write(self, paths: Sequence[Path]) -> None:
+        """Keep a rule file as it is, or the mean of several."""
+        if len(paths) == 1:
+            write_atomic(self.rule_path, paths[0].read_bytes())
+        else:
+            mean = average_rules([load(path) for path in paths])
+            save(mean, self.rule_path, average_cards([load_card(path) for path in paths]))
 
     def describe(self, best: Report) -> str:
         """The sweep as JSON: its plan, all trials, the name of the best one and where its rule is."""
@@ -143,6 +158,7 @@ def start_sweep(
     sampler: str = "",
     pruner: str = "none",
     first_rung: int = 0,
+    average: bool = False,
 ) -> Sweep:
     """Make the folder of a new sweep, once all choices and bounds are known to be possible.
 
@@ -153,6 +169,7 @@ def start_sweep(
         sampler: name in `SAMPLERS`; "grid" without `trials`, else "tpe".
         pruner: name in `PRUNERS`.
         first_rung: outer step before which no trial is pruned; 0: that of the first validation after a ninth of them.
+        average: keep the mean of all trials' rules, not the best one.
     Raises:
         FileExistsError: the folder holds a sweep already.
         ValueError: a text is not understood, or a setting is unknown, impossible, or one that trials must share.
@@ -177,13 +194,18 @@ def start_sweep(
     steps, every = config.trainer.steps, config.trainer.validate_every
     if first_rung and (pruner == "none" or not 0 < first_rung <= steps):
         raise ValueError(f"--first-rung is a step of 1 to {steps}, for --pruner asha or hyperband, got {first_rung}")
+    if average and (trials < 2 or pruner != "none"):
+        raise ValueError(f"--average is of two trials or more, all to their ends, got {trials} and --pruner {pruner}")
+    if average and (kinds := [key for key in space if key == "rule" or key.startswith("rule.")]):
+        raise ValueError(f"--average is of rules with equal options: {kinds[0]} cannot vary")
     first_rung = first_rung or min(steps, every * math.ceil(steps / 9 / every))
     check_space(config.to_dict(), space)
     plan = {"command": read_command(), "config": config.to_dict(), "vary": list(vary), "trials": trials}
+    plan |= {"sampler": sampler, "pruner": pruner, "first_rung": first_rung, "average": average}
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder):
         refuse_taken()  # another process may have been faster
-        return Sweep(SweepStudy(folder, plan | {"sampler": sampler, "pruner": pruner, "first_rung": first_rung}))
+        return Sweep(SweepStudy(folder, plan))
 
 
 def resume_sweep(folder: Path) -> Sweep:
@@ -202,7 +224,7 @@ def resume_sweep(folder: Path) -> Sweep:
 
 def print_trials(reports: Sequence[Report], best: Report, metric: str, console: Console) -> None:
     """Print a table of all trials, the best first, with the settings in which they differ, the best validation, how far
-    they got, and how they ended; the one whose rule is kept is bold.
+    they got, and how they ended; the best one is bold.
     """
     from rich.markup import escape
     from rich.table import Table
