@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rule_cases import make_quick
@@ -202,11 +204,21 @@ def test_machine_that_cannot_compile_is_told_so(message: str, told: str, monkeyp
         run(RULES["momentum"](), TASKS["quadratic"](), compiled=True, num_steps=2)
 
 
-def test_a_step_that_asks_for_values_is_told_so(traced: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [
+        (lambda x: float(x), ""),
+        (lambda x: torch.from_numpy(np.sin(x.numpy())), "Tensor.numpy"),
+        (lambda x: torch.as_tensor(np.sin(np.asarray(x))), "Tensor.numpy"),
+    ],
+)
+def test_a_step_that_asks_for_values_is_told_so(
+    compute: Callable[[Tensor], Any], words: str, traced: list[int]
+) -> None:
     def step(carry: Tensor, _: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return carry + float(x), carry
+        return carry + compute(x), carry
 
-    with pytest.raises(ValueError, match=r"asks for values of tensors.*compile = false"):
+    with pytest.raises(ValueError, match=rf"asks for values of tensors.*{words}.*compile = false"):
         Scan(step, torch.ones(1), torch.ones(1), torch.ones(1))
 
 

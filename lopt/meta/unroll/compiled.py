@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from lopt.core.tensors import Params
@@ -94,7 +95,8 @@ class Scan:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own parts
             try:
-                graph = make_fx(run)(*leaves)
+                with _RefuseNumpy():
+                    graph = make_fx(run)(*leaves)
             except RuntimeError as error:
                 raise ValueError(
                     f"the steps of meta-training cannot be compiled: rule or task asks for values of tensors "
@@ -122,6 +124,18 @@ class Scan:
                 now[i] = x.contiguous()  # it may be part of a larger tensor
             results.append(result)
         return tree_unflatten(now, structure), results
+
+
+class _RefuseNumpy(TorchFunctionMode):
+    """Makes an error of arrays that share a tensor's memory: what is computed from them would be kept as constants.
+
+    `Tensor.item` and what else asks for a tensor's values makes one by itself.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.numpy or func is Tensor.__array__:
+            raise RuntimeError("Tensor.numpy outside of an operation made by torch.library.custom_op")
+        return func(*args, **(kwargs or {}))
 
 
 def _compile(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:

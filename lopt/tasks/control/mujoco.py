@@ -32,6 +32,12 @@ START = 0.1
 ACTION_COST = 0.05
 """Of the sum of the squares of actions."""
 
+ENTRIES = ("masses", "wanted", "start")
+"""What a simulation needs beside a policy."""
+
+_FAMILIES: dict[str, Mujoco] = {}
+"""By what they describe themselves as: operations of torch take texts, no objects."""
+
 
 class Robot(ABC):
     """What a body of MuJoCo sees, and what its steps cost.
@@ -181,8 +187,9 @@ class Mujoco(Rollouts):
         return {"start": (START * (2 * drawn - 1)).float()}
 
     def roll_out(self, params: Params, batch: Batch) -> Tensor:
-        tree = {**{key: batch[key] for key in ("masses", "wanted", "start")}, **params}
-        costs: Tensor = _Simulation.apply(self, tuple(tree), *tree.values())  # type: ignore[no-untyped-call]
+        tree = {**{key: batch[key] for key in ENTRIES}, **params}
+        _FAMILIES[self.describe()] = self
+        costs: Tensor = _simulate(self.describe(), ",".join(tree), list(tree.values()))
         return costs
 
     def simulate(self, params: Params, masses: Tensor, wanted: Tensor, start: Tensor) -> Tensor:
@@ -217,34 +224,39 @@ class Mujoco(Rollouts):
         return torch.from_numpy(costs / self.length).view(tasks, rollouts)
 
 
-class _Simulation(torch.autograd.Function):
-    """`Mujoco.simulate` as an operation of torch: batched under `vmap`, and without a derivative."""
+@torch.library.custom_op("lopt::simulate", mutates_args=())
+def _simulate(family: str, names: str, tensors: list[Tensor]) -> Tensor:
+    """`Mujoco.simulate` as an operation of torch, which compiled code calls, too; batched under `vmap`.
 
-    @staticmethod
-    def forward(family: Mujoco, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
-        tree = {name: x.detach().cpu().double() for name, x in zip(names, tensors, strict=True)}
-        entries = [tree.pop(key) for key in ("masses", "wanted", "start")]
-        return family.simulate(tree, *entries).to(tensors[-1])
+    Args:
+        family: a key of `_FAMILIES`.
+        names: of the tensors, by commas: "masses", "wanted", "start", and the policies' parameters.
+    """
+    tree = {name: x.detach().cpu().double() for name, x in zip(names.split(","), tensors, strict=True)}
+    entries = [tree.pop(key) for key in ENTRIES]
+    return _FAMILIES[family].simulate(tree, *entries).to(tensors[-1])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], family: Mujoco, names: tuple[str, ...], *tensors: Tensor
-    ) -> tuple[Tensor, int]:
-        size = info.batch_size
-        first = [
-            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(tensors, in_dims[2:], strict=True)
-        ]
-        costs: Tensor = _Simulation.apply(family, names, *(x.flatten(0, 1) for x in first))  # type: ignore[no-untyped-call]
-        return costs.view(size, -1, costs.shape[-1]), 0
+@_simulate.register_fake
+def _(family: str, names: str, tensors: list[Tensor]) -> Tensor:
+    return tensors[-1].new_empty(tensors[names.split(",").index("start")].shape[:2])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("rollouts of MuJoCo have no derivative: `losses_and_grads` estimates one from many")
+
+@_simulate.register_vmap
+def _(info: Any, in_dims: Any, family: str, names: str, tensors: list[Tensor]) -> tuple[Tensor, int]:
+    size, dims = info.batch_size, in_dims[2]
+    first = [
+        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, dims, strict=True)
+    ]
+    costs = _simulate(family, names, [x.flatten(0, 1) for x in first])
+    return costs.view(size, -1, costs.shape[-1]), 0
+
+
+def _refuse(ctx: Any, grad: Tensor) -> Any:
+    raise NotImplementedError("rollouts of MuJoCo have no derivative: `losses_and_grads` estimates one from many")
+
+
+_simulate.register_autograd(_refuse)
 
 
 def load_model(robot: Robot) -> Any:
