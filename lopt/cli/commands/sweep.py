@@ -135,7 +135,7 @@ def run_sweep(sweep: Sweep, workers: int, console: Console) -> Report:
     elsewhere = sum(report.status == "running" for report in reports)
     if elsewhere:
         say(console, f"note: {elsewhere} trials still run in other processes, the last of which keeps the rule")
-    kept = "the mean of all" if plan["average"] else f"the best one is {best.name}"
+    kept = "the mean of all that came to a rule" if plan["average"] else f"the best one is {best.name}"
     say(console, f"{kept}: {sweep.rule_path}")
     if not lopt.load_card(folder / best.name / RULE)["training"]["improved"]:
         say(console, f"note: {UNTRAINED}")

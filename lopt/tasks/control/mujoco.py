@@ -231,6 +231,9 @@ def _simulate(family: str, names: str, tensors: list[Tensor]) -> Tensor:
     Args:
         family: a key of `_FAMILIES`.
         names: of the tensors, by commas: "masses", "wanted", "start", and the policies' parameters.
+        tensors: of the shapes that `Mujoco.simulate` has.
+    Returns:
+        Costs `[T, R]`, with the dtype and device of the last tensor.
     """
     tree = {name: x.detach().cpu().double() for name, x in zip(names.split(","), tensors, strict=True)}
     entries = [tree.pop(key) for key in ENTRIES]
